@@ -1,0 +1,52 @@
+"""Rules between the model's shape and the parallel layouts, with the arithmetic in the message."""
+
+from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
+
+
+def check_layouts(config: RunConfig, arch: Architecture) -> None:
+    """Refuse layouts that cannot hold the model.
+
+    Raises:
+        ConfigError: one line naming key, value and rule.
+    """
+    _check_shape(arch)
+    _check_tensor_parallel("learner.tensor_parallel", config.learner.tensor_parallel, arch)
+    _check_tensor_parallel("generator.tensor_parallel", config.generator.tensor_parallel, arch)
+    stages = config.learner.pipeline_parallel
+    if stages > arch.layers:
+        raise ConfigError(f"learner.pipeline_parallel = {stages} is above the {arch.layers} layers of the model")
+    if arch.layers % stages:
+        raise ConfigError(
+            f"learner.pipeline_parallel = {stages} must divide the model's {arch.layers} layers "
+            f"({arch.layers} / {stages} leaves {arch.layers % stages})"
+        )
+    if config.generator.max_new_tokens >= arch.context_length:
+        raise ConfigError(
+            f"generator.max_new_tokens = {config.generator.max_new_tokens} leaves no room for a prompt in "
+            f"the context of {arch.context_length} tokens"
+        )
+    if config.learner.micro_batch_tokens < 2 * arch.context_length:
+        raise ConfigError(
+            f"learner.micro_batch_tokens = {config.learner.micro_batch_tokens} must hold a preference pair of the "
+            f"longest sequences: at least 2 x {arch.context_length} = {2 * arch.context_length}"
+        )
+
+
+def _check_shape(arch: Architecture) -> None:
+    if arch.hidden_size % arch.heads and arch.head_dim * arch.heads != arch.hidden_size:
+        raise ConfigError(f"model.hidden_size = {arch.hidden_size} must be a multiple of model.heads = {arch.heads}")
+    if arch.head_dim % 2:
+        raise ConfigError(f"the head size {arch.head_dim} must be even for rotary embeddings; change model.heads")
+    if arch.heads % arch.kv_heads:
+        raise ConfigError(f"model.kv_heads = {arch.kv_heads} must divide model.heads = {arch.heads}")
+
+
+def _check_tensor_parallel(key: str, ranks: int, arch: Architecture) -> None:
+    if arch.heads % ranks:
+        raise ConfigError(f"{key} = {ranks} must divide the {arch.heads} attention heads")
+    if arch.ffn_size % ranks:
+        raise ConfigError(f"{key} = {ranks} must divide the feed-forward size {arch.ffn_size}")
+    if arch.kv_heads % ranks and ranks % arch.kv_heads:
+        raise ConfigError(f"{key} = {ranks} must divide, or be a multiple of, the {arch.kv_heads} key-value heads")

@@ -1,0 +1,57 @@
+"""The whole configuration of a run and the rules that cross its sections."""
+
+from pydantic import Field, model_validator
+
+from megatron_async_rlhf.config.sections import (
+    AlgorithmSection,
+    DataSection,
+    GeneratorSection,
+    LaunchSection,
+    LearnerSection,
+    ModelSection,
+    RewardSection,
+    RunSection,
+    ScheduleSection,
+    Section,
+    TelemetrySection,
+    WarmStartSection,
+    WeightsSection,
+)
+
+
+class RunConfig(Section):
+    """Everything `async-rlhf train` needs; see each section's class for its keys."""
+
+    run: RunSection = Field(default_factory=RunSection)
+    model: ModelSection
+    learner: LearnerSection = Field(default_factory=LearnerSection)
+    warm_start: WarmStartSection = Field(default_factory=WarmStartSection)
+    generator: GeneratorSection = Field(default_factory=GeneratorSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)
+    data: DataSection = Field(default_factory=DataSection)
+    reward: RewardSection = Field(default_factory=RewardSection)
+    weights: WeightsSection = Field(default_factory=WeightsSection)
+    telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
+    launch: LaunchSection = Field(default_factory=LaunchSection)
+
+    @model_validator(mode="after")
+    def check_reward_fits_data(self) -> "RunConfig":
+        if self.reward.type == "builtin" and self.data.train != "builtin":
+            raise ValueError("reward.type = builtin only scores data.train = builtin; set reward.type = gsm8k")
+        if self.reward.type == "gsm8k" and (self.data.train == "builtin" or self.data.solution_field is None):
+            raise ValueError("reward.type = gsm8k needs data.train with data.solution_field, answers ending `#### <number>`")
+        if self.warm_start.steps and self.data.train != "builtin" and self.data.solution_field is None:
+            raise ValueError(f"warm_start.steps = {self.warm_start.steps} needs solutions: set data.solution_field")
+        return self
+
+    @model_validator(mode="after")
+    def check_ranks(self) -> "RunConfig":
+        learner = self.learner
+        model_ranks = learner.tensor_parallel * learner.pipeline_parallel
+        if learner.world_size % model_ranks:
+            raise ValueError(
+                f"learner.ranks = {learner.world_size} is not a multiple of tensor_parallel x pipeline_parallel = "
+                f"{learner.tensor_parallel} x {learner.pipeline_parallel} = {model_ranks}"
+            )
+        return self

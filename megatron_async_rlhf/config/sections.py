@@ -1,0 +1,205 @@
+"""The sections of a run's configuration, one class each. No torch here: a laptop can check a cluster's config.
+
+Units are in the names (`_s` seconds, `_mib`, `_gib`); unknown keys are refused; what crosses sections is
+checked in `config.root`.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Name, place and seed of the run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    dir: Path | None = None  # default: runs/<name>; an earlier run found there is set aside, never overwritten
+    seed: int = Field(0, ge=0)
+
+    @property
+    def path(self) -> Path:
+        return self.dir if self.dir is not None else Path("runs") / self.name
+
+
+class ModelSection(Section):
+    """The policy: either a Hugging Face directory, or a fresh Llama of the given shape."""
+
+    hf: Path | None = None  # weights, config and tokenizer come from here; leave the shape keys below unset
+    layers: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+    ffn_size: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    kv_heads: PositiveInt | None = None  # default: heads
+    context_length: PositiveInt | None = None  # tokens of prompt and completion together
+    rope_theta: PositiveFloat | None = None  # default 10000
+    norm_eps: PositiveFloat | None = None  # default 1e-5
+    tie_embeddings: bool | None = None  # default false
+    init_std: PositiveFloat | None = None  # default 0.02
+    tokenizer: Literal["bytes", "bpe"] | None = None  # default bytes; bpe is trained on data.train
+    vocab_size: PositiveInt | None = None  # only with bpe
+
+    @model_validator(mode="after")
+    def check_one_source(self) -> "ModelSection":
+        shape = {name: getattr(self, name) for name in type(self).model_fields if name != "hf"}
+        given = sorted(name for name, value in shape.items() if value is not None)
+        if self.hf is not None and given:
+            raise ValueError(f"model.hf brings shape and tokenizer; remove model.{given[0]}")
+        required = ("layers", "hidden_size", "ffn_size", "heads", "context_length")
+        missing = [name for name in required if shape[name] is None]
+        if self.hf is None and missing:
+            raise ValueError(f"model.{missing[0]} is missing: give model.hf, or all of {', '.join(required)}")
+        if self.tokenizer == "bpe" and self.vocab_size is None:
+            raise ValueError("model.tokenizer = bpe needs model.vocab_size")
+        if self.tokenizer != "bpe" and self.vocab_size is not None:
+            raise ValueError("model.vocab_size only goes with model.tokenizer = bpe; a bytes vocabulary is fixed")
+        return self
+
+
+class OptimizerKeys(Section):
+    """Adam with decoupled weight decay and a learning-rate schedule."""
+
+    learning_rate: PositiveFloat
+    min_learning_rate: float = Field(0.0, ge=0)
+    lr_decay: Literal["constant", "linear", "cosine"] = "linear"  # the paper: linear, no warmup
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: PositiveFloat = 1e-8
+    clip_grad: float = Field(1.0, ge=0)  # global gradient norm; 0 turns clipping off (the paper's TL;DR runs)
+
+    @model_validator(mode="after")
+    def check_rates(self) -> "OptimizerKeys":
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate = {self.min_learning_rate} is above learning_rate = {self.learning_rate}"
+            )
+        return self
+
+
+class LearnerSection(OptimizerKeys):
+    """The Megatron-core learner: parallelism, precision, optimizer of the RL stage."""
+
+    learning_rate: PositiveFloat = 3e-6
+    tensor_parallel: PositiveInt = 1
+    pipeline_parallel: PositiveInt = 1
+    ranks: PositiveInt | None = None  # default tensor_parallel x pipeline_parallel; more ranks are data parallel
+    precision: Literal["fp32"] = "fp32"
+    micro_batch_tokens: PositiveInt = 4096  # padded tokens of one forward-backward pass on one rank
+    threads: PositiveInt = 1  # OpenMP threads per rank
+    timeout_s: PositiveFloat = 600.0  # any collective, and any one command of the controller
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks if self.ranks is not None else self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def data_parallel(self) -> int:
+        return self.world_size // (self.tensor_parallel * self.pipeline_parallel)
+
+
+class WarmStartSection(OptimizerKeys):
+    """Supervised steps on the data's own solutions before RL, on the same learner; 0 steps turns it off."""
+
+    steps: int = Field(0, ge=0)
+    batch_size: PositiveInt = 64  # sequences per optimizer step
+    learning_rate: PositiveFloat = 1e-3
+    lr_decay: Literal["constant", "linear", "cosine"] = "cosine"
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+
+
+class GeneratorSection(Section):
+    """The vLLM servers and how they sample."""
+
+    replicas: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1
+    temperature: PositiveFloat = 0.7
+    max_new_tokens: PositiveInt = 128
+    max_concurrent: PositiveInt = 128  # sequences a replica decodes at once
+    kv_cache_gib: PositiveInt = 1  # per replica
+    port: int = Field(0, ge=0, le=65535)  # of the first replica, the next ones follow; 0 picks free ports
+    start_timeout_s: PositiveFloat = 300.0
+    request_timeout_s: PositiveFloat = 300.0
+
+
+class ScheduleSection(Section):
+    """How far generation may run ahead of learning."""
+
+    mode: Literal["sync", "async"] = "async"
+    max_staleness: int = Field(1, ge=0)  # optimizer steps between sampling and training on a token; sync is 0
+    steps: PositiveInt = 64  # optimizer steps of the RL stage
+    prompts_per_step: PositiveInt = 32
+
+    @property
+    def staleness_bound(self) -> int:
+        """The bound in force: sync is the async schedule with a bound of 0."""
+        return 0 if self.mode == "sync" else self.max_staleness
+
+
+class AlgorithmSection(Section):
+    """Online DPO (Guo et al. 2024) as the paper runs it: best against worst of K samples."""
+
+    type: Literal["online_dpo"] = "online_dpo"
+    samples_per_prompt: int = Field(2, ge=2)  # K; the paper also trains with 4
+    beta: PositiveFloat = 0.1  # the paper: 0.1 (TL;DR, GSM8K), 0.03 (8B chatbot)
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    missing_eos_reward: float | None = -1.0  # replaces the reward of a cut-off completion; null keeps its reward
+
+
+class DataSection(Section):
+    """Where prompts come from: the built-in task, a JSONL file, or a Hugging Face dataset."""
+
+    train: str = "builtin"  # `builtin`, a .jsonl path, or `hf:<dataset>[:<config>]:<split>`
+    eval: str | None = None  # same forms; a relative path is tried beside data.train first. Default: split off train
+    train_prompts: PositiveInt | None = None  # use the first N; the built-in task makes as many as this (default 4096)
+    eval_prompts: PositiveInt = 256
+    prompt_field: str = "prompt"
+    solution_field: str | None = None  # column with a good answer: warm start and verifier read it
+    max_prompt_tokens: PositiveInt | None = None  # default: what the context leaves after max_new_tokens
+
+
+class RewardSection(Section):
+    """What scores a completion."""
+
+    type: Literal["builtin", "gsm8k"] = "builtin"
+    # gsm8k: 1 for the right number, this much for a well-formed `#### <number>` that is wrong, 0 otherwise
+    format_reward: float = Field(0.1, ge=0, le=1)
+
+
+class WeightsSection(Section):
+    """How the learner's weights reach the generators."""
+
+    transport: Literal["gloo"] = "gloo"
+    verify: Literal["every", "first", "off"] = "every"  # which pushes have both sides' digests compared
+    staging_mib: PositiveInt = 64  # largest buffer a rank packs before sending
+    timeout_s: PositiveFloat = 120.0  # each phase of a push
+
+
+class WandbKeys(Section):
+    """Weights & Biases; `offline` writes into the run directory only."""
+
+    project: str = "megatron-async-rlhf"
+    mode: Literal["online", "offline"] = "online"
+    entity: str | None = None
+    tags: list[str] = []
+
+
+class TelemetrySection(Section):
+    """What is written down while the run goes."""
+
+    wandb: WandbKeys | None = None
+    samples_per_step: int = Field(2, ge=0)  # rollout groups of each step that go to samples.jsonl
+
+
+class LaunchSection(Section):
+    """How the processes of a run on one machine are placed and watched."""
+
+    pin_cores: bool = True  # a core per learner rank and generator worker, shared only when there are too few
+    shutdown_grace_s: PositiveFloat = 10.0  # between SIGTERM and SIGKILL

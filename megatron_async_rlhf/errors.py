@@ -1,0 +1,41 @@
+"""The exception tree. Every message says what failed, where, and what to do about it, in one line."""
+
+
+class AsyncRLHFError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class ConfigError(AsyncRLHFError, ValueError):
+    """A configuration that cannot run: names the key, its value and the rule it breaks."""
+
+
+class DataError(AsyncRLHFError, ValueError):
+    """Prompts or solutions that cannot be used: names the file and the line."""
+
+
+class MappingError(AsyncRLHFError, ValueError):
+    """Weights that do not fit the architecture they are mapped to: names the tensor and both shapes."""
+
+
+class TransferError(AsyncRLHFError, RuntimeError):
+    """A weight push that failed or did not arrive byte for byte: names the phase, the peer and the tensor."""
+
+
+class GeneratorError(AsyncRLHFError, RuntimeError):
+    """A generator that is unreachable, too slow or answers nonsense: names the generator and the request."""
+
+
+class LearnerError(AsyncRLHFError, RuntimeError):
+    """The learner group failed to execute a command: names the command and carries the rank's own error."""
+
+
+class NonFiniteLossError(LearnerError):
+    """A loss or gradient norm that is not finite: names the step and the file the batch was saved to."""
+
+
+class StaleSampleError(AsyncRLHFError, AssertionError):
+    """A sample older than `schedule.max_staleness` reached the learner: a bug in pacing, never a setting."""
+
+
+class ProcessDiedError(AsyncRLHFError, RuntimeError):
+    """A process of the run ended when it should not have: names it and quotes the end of its log."""

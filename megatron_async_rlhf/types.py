@@ -1,0 +1,90 @@
+"""What crosses the seams between controller, learner, generators and rewards.
+
+Everything is frozen and msgpack-serialisable (msgspec), so the same objects travel over ZeroMQ, land in
+`samples.jsonl` and feed tests. One word per idea:
+
+- *policy version*: number of optimizer steps the weights have seen since RL began; the warm-started policy is 0.
+- *staleness* of a token: version being trained minus version that sampled it, in optimizer steps.
+"""
+
+from typing import Any
+
+from msgspec import Struct
+
+
+class Prompt(Struct, frozen=True, kw_only=True):
+    """One instruction, tokenized once.
+
+    Attributes:
+        index: position in its split; with the run's seed it identifies the prompt for ever.
+        text: the instruction as written, without the chat template.
+        token_ids: the templated prompt, [prompt_length].
+        reference: what the verifier needs (task kind and answer, `#### number`...).
+        solution: a good answer for the supervised warm start, without the end-of-sequence token; None if unknown.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    reference: dict[str, Any]
+    solution: str | None = None
+
+
+class Completion(Struct, frozen=True, kw_only=True):
+    """What a generator sampled for one prompt.
+
+    Attributes:
+        token_ids: sampled tokens including the end-of-sequence token if it was reached, [length]; may be empty.
+        logprobs: the sampler's log-probability of each token at the sampling temperature, [length].
+        versions: policy version that sampled each token, [length].
+        finished: True if the end-of-sequence token was sampled, False if the length limit cut it off.
+        text: decoded without special tokens.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    finished: bool
+    text: str
+
+
+class RolloutGroup(Struct, frozen=True, kw_only=True):
+    """All completions of one prompt with their rewards, [samples_per_prompt] each."""
+
+    prompt: Prompt
+    completions: list[Completion]
+    rewards: list[float]
+
+
+class Sequence(Struct, frozen=True, kw_only=True):
+    """A prompt followed by a completion, as the learner sees it.
+
+    Attributes:
+        token_ids: prompt then completion, [prompt_length + completion_length].
+        prompt_length: number of leading tokens the loss ignores.
+    """
+
+    token_ids: list[int]
+    prompt_length: int
+
+
+class StepMetrics(Struct, frozen=True, kw_only=True):
+    """What one optimizer step reports: scalars by name, each already reduced over the whole batch."""
+
+    values: dict[str, float]
+
+
+class Span(Struct, frozen=True, kw_only=True):
+    """A stretch of work on one process for the timeline; `start` and `end` are Unix seconds."""
+
+    name: str
+    start: float
+    end: float
+    process: str = ""
+
+
+class WeightDigest(Struct, frozen=True, kw_only=True):
+    """128-bit digests (hex) of one holder's copy of the policy, by Hugging Face tensor name."""
+
+    holder: str
+    digests: dict[str, str]
