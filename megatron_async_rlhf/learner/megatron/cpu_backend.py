@@ -1,0 +1,47 @@
+"""Makes megatron-core run on a CPU over gloo: the only place that knows megatron-core was written for CUDA.
+
+megatron-core 0.16 to 0.19 names the device `cuda` in about a hundred places. Three things turn them into the
+CPU without changing megatron's source: a `TorchFunctionMode` that rewrites `device="cuda"` in every torch call,
+`torch.cuda` queries that answer for the CPU, and megatron's own inference RNG tracker, whose fork is a no-op
+(weights are initialised on the CPU and dropout is 0, so no CUDA generator is ever needed).
+"""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Sends tensors that megatron asks for on CUDA to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs and _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.to and any(_is_cuda(arg) for arg in args[1:]):
+            args = (args[0], *(_CPU if _is_cuda(arg) else arg for arg in args[1:]))
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and isinstance(result, str):
+            # The optimizer tells parameter kinds apart by `torch.cuda.FloatTensor` and the like.
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def enable_cpu_backend() -> None:
+    """Call once per process, before any megatron model is built."""
+    torch.cuda.current_device = lambda: _CPU
+    torch.cuda.synchronize = lambda device=None: None
+    _CudaMeansCpu().__enter__()  # for the life of the process
+    from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+    initialize_rng_tracker(inference_rng_tracker=True)

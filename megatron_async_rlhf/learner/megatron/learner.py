@@ -1,0 +1,175 @@
+"""The learner as one rank sees it: model, reference, optimizer, policy version, and a method per command.
+
+All ranks run the same methods in the same order; what differs by rank is decided by `Placement`.
+"""
+
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+from megatron_async_rlhf.algorithms.online_dpo import online_dpo_loss
+from megatron_async_rlhf.algorithms.supervised import supervised_loss
+from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError
+from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
+from megatron_async_rlhf.learner.megatron.model import build_model
+from megatron_async_rlhf.learner.megatron.optimizer import build_optimizer
+from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.steps import MicroLoss, Passes, gather_rows
+from megatron_async_rlhf.learner.megatron.weights import gather_weights, load_weights, random_weights, read_safetensors
+from megatron_async_rlhf.learner.protocol import (
+    Answer,
+    ExportWeights,
+    Score,
+    TrainPreferences,
+    TrainSupervised,
+)
+from megatron_async_rlhf.types import Sequence, Span, StepMetrics
+from megatron_async_rlhf.weights.hf_files import write_safetensors
+
+
+class MegatronLearner:
+    """Model, optimizer and policy version of one rank."""
+
+    def __init__(self, config: RunConfig, arch: Architecture, placement: Placement) -> None:
+        self.config = config
+        self.arch = arch
+        self.placement = placement
+        self.version = 0
+        self._spans: list[Span] = []
+        self._bare = build_model(arch, placement, config.run.seed)
+        hf = config.model.hf
+        load_weights(
+            self._bare, arch, placement, read_safetensors(hf) if hf else random_weights(arch, config.run.seed)
+        )
+        self._policy = DistributedDataParallel(
+            self._bare.config, DistributedDataParallelConfig(overlap_grad_reduce=False), self._bare
+        )
+        self._bare.config.finalize_model_grads_func = finalize_model_grads
+        self._reference = None
+        self._passes = Passes(placement, vocab_size=arch.vocab_size, temperature=config.generator.temperature)
+        # The warm start imitates text; only RL sees the policy through the sampling temperature.
+        self._warm_start_passes = Passes(placement, vocab_size=arch.vocab_size, temperature=1.0)
+        self._optimizer, self._scheduler = build_optimizer(
+            self._policy, config.warm_start, max(config.warm_start.steps, 1)
+        )
+
+    def train_supervised(self, command: TrainSupervised) -> Answer:
+        """One warm-start step over `command.sequences`."""
+        batches = self._cut(command.sequences, unit=1)
+        num_tokens = sum(len(s.token_ids) - s.prompt_length for s in command.sequences)
+
+        def loss(batch: MicroBatch, logprobs_BT: torch.Tensor):  # noqa: ANN202
+            return supervised_loss(logprobs_BT, batch.mask_BT, num_tokens=num_tokens)
+
+        metrics = self._optimize(self._warm_start_passes, batches, loss, f"warm start step {command.step}")
+        return self._answer(command.id, metrics)
+
+    def start_reinforcement(self) -> None:
+        """Freeze a copy of the policy as the reference; begin RL with a fresh optimizer at version 0."""
+        self._reference = build_model(self.arch, self.placement, self.config.run.seed)
+        self._reference.load_state_dict(self._bare.state_dict())
+        self._reference.eval().requires_grad_(False)
+        self._optimizer, self._scheduler = build_optimizer(
+            self._policy, self.config.learner, self.config.schedule.steps
+        )
+        self.version = 0
+
+    def train_preferences(self, command: TrainPreferences) -> Answer:
+        """One online-DPO step; a step without pairs advances the version and changes nothing."""
+        if self._reference is None:
+            raise LearnerError("TrainPreferences came before StartReinforcement: there is no reference policy yet")
+        if command.version != self.version:
+            raise LearnerError(f"asked to train policy version {command.version}, but the learner is at {self.version}")
+        metrics: dict[str, float] = {"num_pairs": len(command.pairs) / 2}
+        if command.pairs:
+            batches = self._cut(command.pairs, unit=2)
+            with self._span("reference"):
+                for batch, logprobs_BT in zip(batches, self._passes.logprob_pass(self._reference, batches), strict=False):
+                    batch.reference_BT = logprobs_BT
+            loss = self._preference_loss(num_pairs=len(command.pairs) // 2)
+            metrics |= self._optimize(self._passes, batches, loss, f"step {command.version}")
+        self.version += 1
+        return self._answer(command.id, metrics)
+
+    def score(self, command: Score) -> Answer:
+        """Policy log-probabilities of each sequence's completion tokens."""
+        batches = self._cut(command.sequences, unit=1)
+        with self._span("score"):
+            logprobs = self._passes.logprob_pass(self._bare, batches)
+        rows = gather_rows(batches, logprobs, self.placement, len(command.sequences))
+        return Answer(id=command.id, logprobs=rows, spans=self._take_spans())
+
+    def export_weights(self, command: ExportWeights) -> Answer:
+        """Write safetensors shards and their index from rank 0; the other ranks send their parts."""
+        with self._span("export"):
+            stream = self.gathered_weights()
+            if self.placement.rank == 0:
+                write_safetensors(Path(command.directory), stream)
+            else:
+                for _ in stream:
+                    pass
+        return Answer(id=command.id, spans=self._take_spans())
+
+    def gathered_weights(self):  # noqa: ANN201
+        """Whole Hugging Face tensors on rank 0; see `gather_weights`. Collective."""
+        return gather_weights(self._bare, self.arch, self.placement)
+
+    def _cut(self, sequences: list[Sequence], unit: int) -> list[MicroBatch]:
+        return cut_micro_batches(sequences, unit, self.config.learner.micro_batch_tokens, self.placement)
+
+    def _preference_loss(self, num_pairs: int) -> MicroLoss:
+        algorithm = self.config.algorithm
+
+        def loss(batch: MicroBatch, logprobs_BT: torch.Tensor):  # noqa: ANN202
+            policy_B = (logprobs_BT * batch.mask_BT).sum(-1)
+            reference_B = (batch.reference_BT * batch.mask_BT).sum(-1)
+            return online_dpo_loss(
+                policy_B[0::2],
+                policy_B[1::2],
+                reference_B[0::2],
+                reference_B[1::2],
+                torch.tensor([float(index >= 0) for index in batch.indices[0::2]]),
+                beta=algorithm.beta,
+                loss=algorithm.loss,
+                num_pairs=num_pairs,
+            )
+
+        return loss
+
+    def _optimize(self, passes: Passes, batches: list[MicroBatch], loss: MicroLoss, what: str) -> dict[str, float]:
+        """Forward, backward, clip, step.
+
+        Raises:
+            NonFiniteLossError: on every rank alike, before any weight changes.
+        """
+        self._policy.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        with self._span("forward-backward"):
+            metrics = passes.train_pass(self._policy, batches, loss)
+        learning_rate = self._optimizer.param_groups[0]["lr"]
+        self._optimizer.prepare_grads()
+        norm = self._optimizer.get_grad_norm()
+        if not (torch.tensor(metrics["loss"]).isfinite() and torch.tensor(norm).isfinite()):
+            raise NonFiniteLossError(f"{what}: loss {metrics['loss']}, gradient norm {norm}; lower the learning rate")
+        with self._span("optimizer"):
+            self._optimizer.step()
+            self._scheduler.step(increment=1)
+        return metrics | {"grad_norm": norm, "learning_rate": learning_rate}
+
+    def _answer(self, command_id: int, metrics: dict[str, float]) -> Answer:
+        return Answer(id=command_id, metrics=StepMetrics(values=metrics), spans=self._take_spans())
+
+    @contextmanager
+    def _span(self, name: str):  # noqa: ANN202
+        start = time.time()
+        yield
+        self._spans.append(Span(name=name, start=start, end=time.time(), process=f"learner.{self.placement.rank}"))
+
+    def _take_spans(self) -> list[Span]:
+        spans, self._spans = self._spans, []
+        return spans

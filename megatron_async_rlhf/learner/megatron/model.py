@@ -1,0 +1,67 @@
+"""Builds the policy (and its reference copy) as Megatron's `GPTModel` for this rank's stage and shard."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+
+from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.learner.megatron.parallel import Placement
+
+
+def transformer_config(arch: Architecture, placement: Placement) -> TransformerConfig:
+    """Megatron's description of a Llama decoder in float32 without dropout."""
+    return TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_size,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        tensor_model_parallel_size=placement.tensor_parallel,
+        pipeline_model_parallel_size=placement.pipeline_parallel,
+        pipeline_dtype=torch.float32,
+        params_dtype=torch.float32,
+        variable_seq_lengths=True,  # micro-batches are cut by tokens, so their shapes differ
+        moe_token_dispatcher_type="alltoall",  # no experts here, but megatron checks it against the line above
+        batch_p2p_sync=False,
+        use_cpu_initialization=True,
+        init_method_std=arch.init_std,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of the embedding so that every tensor-parallel rank holds the same number."""
+    return -(-vocab_size // tensor_parallel) * tensor_parallel
+
+
+def build_model(arch: Architecture, placement: Placement, seed: int) -> GPTModel:
+    """A freshly initialised model; the same seed gives the same weights in every layout that has them whole."""
+    torch.manual_seed(seed)
+    return GPTModel(
+        config=transformer_config(arch, placement),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=padded_vocab_size(arch.vocab_size, placement.tensor_parallel),
+        max_sequence_length=arch.context_length,
+        pre_process=placement.is_first_stage,
+        post_process=placement.is_last_stage,
+        share_embeddings_and_output_weights=arch.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        parallel_output=True,
+    )

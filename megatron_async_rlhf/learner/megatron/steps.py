@@ -1,0 +1,100 @@
+"""Passes of a model over a command's sequences through Megatron's pipeline schedule.
+
+`train_pass` runs forward and backward and leaves reduced gradients; `logprob_pass` runs forward only. Both cut
+micro-batches the same way, so a reference pass lines up with the policy pass that follows it.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_async_rlhf.learner.megatron.batching import MicroBatch
+from megatron_async_rlhf.learner.megatron.logprobs import vocab_parallel_logprobs
+from megatron_async_rlhf.learner.megatron.parallel import Placement
+
+# (micro-batch, its token log-probabilities [B, T]) -> (its share of the step's loss, its share of each metric)
+MicroLoss = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+class Passes:
+    """Binds the schedule to one placement, vocabulary and sampling temperature."""
+
+    def __init__(self, placement: Placement, *, vocab_size: int, temperature: float) -> None:
+        self._placement = placement
+        self._logprobs = partial(
+            vocab_parallel_logprobs, vocab_size=vocab_size, temperature=temperature, placement=placement
+        )
+
+    def train_pass(self, model: torch.nn.Module, batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
+        """Gradients of the summed micro-losses, and the metrics summed over micro-batches and ranks."""
+
+        def megatron_loss(batch: MicroBatch, logits_BTV: torch.Tensor):  # noqa: ANN202
+            share, metrics = loss(batch, self._logprobs(logits_BTV, batch.targets_BT))
+            # Megatron divides by micro-batches and averages gradients over data-parallel ranks; our losses come
+            # with the whole step's denominator in them already, so undo both.
+            return share * len(batches) * self._placement.data_parallel, metrics
+
+        reports = self._run(model, batches, megatron_loss, forward_only=False)
+        return self._sum_over_ranks(reports)
+
+    @torch.no_grad()
+    def logprob_pass(self, model: torch.nn.Module, batches: list[MicroBatch]) -> list[torch.Tensor]:
+        """Token log-probabilities of each micro-batch, [B, T] each, on the last stage; empty elsewhere."""
+
+        def collect(batch: MicroBatch, logits_BTV: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+            return self._logprobs(logits_BTV, batch.targets_BT)
+
+        return self._run(model, batches, collect, forward_only=True)
+
+    def _run(self, model: torch.nn.Module, batches: list[MicroBatch], on_logits: Callable, *, forward_only: bool) -> list:
+        first = batches[0].tokens_BT
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward, on_logits=on_logits),
+            data_iterator=iter(batches),
+            model=[model],
+            num_microbatches=len(batches),
+            seq_length=first.shape[1],
+            micro_batch_size=first.shape[0],
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _sum_over_ranks(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Sum metrics of all micro-batches and replicas onto every rank; names come from a reporting rank."""
+        names = [sorted(reports[0]) if self._placement.reports_loss and reports else None]
+        last_stage = (self._placement.pipeline_parallel - 1) * self._placement.data_parallel * self._placement.tensor_parallel
+        dist.broadcast_object_list(names, src=last_stage, group=self._placement.control)
+        totals = torch.zeros(len(names[0]), dtype=torch.float64)
+        if self._placement.reports_loss:
+            for report in reports:
+                totals += torch.stack([report[name].double().cpu() for name in names[0]])
+        dist.all_reduce(totals, group=self._placement.control)
+        return dict(zip(names[0], totals.tolist(), strict=True))
+
+
+def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_logits: Callable):  # noqa: ANN202
+    batch = next(batches)
+    positions_BT = torch.arange(batch.tokens_BT.shape[1]).expand_as(batch.tokens_BT)
+    # No mask: attention is causal and padding is on the right, so no real token ever sees it.
+    output = model(input_ids=batch.tokens_BT, position_ids=positions_BT, attention_mask=None)
+    return output, partial(on_logits, batch)
+
+
+def gather_rows(batches: list[MicroBatch], logprobs: list[torch.Tensor], placement: Placement, count: int) -> list[list[float]]:
+    """Completion log-probabilities by sequence index, on rank 0; an empty list on the other ranks."""
+    rows: dict[int, list[float]] = {}
+    if placement.reports_loss:
+        for batch, logprobs_BT in zip(batches, logprobs, strict=True):
+            for index, row, mask in zip(batch.indices, logprobs_BT, batch.mask_BT, strict=True):
+                if index >= 0:
+                    rows[index] = row[mask.bool()].tolist()
+    everyone: list = [None] * dist.get_world_size()
+    dist.gather_object(rows, everyone if placement.rank == 0 else None, dst=0, group=placement.control)
+    if placement.rank != 0:
+        return []
+    found = {index: row for part in everyone for index, row in part.items()}
+    return [found[index] for index in range(count)]

@@ -1,0 +1,133 @@
+"""Commands the controller sends to the learner, and what it answers. No torch: both sides import it.
+
+The learner is a group of SPMD ranks; rank 0 receives a command, all ranks execute it, rank 0 answers. Commands
+are executed one at a time in the order they were sent.
+"""
+
+from typing import Literal, Protocol
+
+import msgspec
+from msgspec import Struct
+
+from megatron_async_rlhf.types import Sequence, Span, StepMetrics
+
+
+class Command(Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all commands; `id` pairs an answer with its question."""
+
+    id: int = 0
+
+
+class Hello(Command, frozen=True, kw_only=True, tag=True):
+    """Answers as soon as the model is built on every rank."""
+
+
+class TrainSupervised(Command, frozen=True, kw_only=True, tag=True):
+    """One optimizer step of the warm start. `steps_total` fixes the learning-rate schedule."""
+
+    step: int
+    sequences: list[Sequence]
+
+
+class StartReinforcement(Command, frozen=True, kw_only=True, tag=True):
+    """Copies the policy into the reference model and starts a fresh optimizer: policy version 0."""
+
+
+class TrainPreferences(Command, frozen=True, kw_only=True, tag=True):
+    """One optimizer step of online DPO: policy version `version` becomes `version + 1`.
+
+    Attributes:
+        version: the version the learner must be at; anything else is a bug and an error.
+        pairs: chosen and rejected alternating, [2 x num_pairs]; empty means every pair was a tie: no update.
+    """
+
+    version: int
+    pairs: list[Sequence]
+
+
+class Score(Command, frozen=True, kw_only=True, tag=True):
+    """Log-probabilities of completions under the policy as it is, at the sampling temperature."""
+
+    sequences: list[Sequence]
+
+
+class JoinTransfer(Command, frozen=True, kw_only=True, tag=True):
+    """Rendezvous with the generators' workers for weight pushes; rank 0 listens on `address`."""
+
+    host: str
+    port: int
+    world_size: int
+
+
+class PushWeights(Command, frozen=True, kw_only=True, tag=True):
+    """Send the policy to every generator worker; the answer carries both sides' digests when `verify`."""
+
+    version: int
+    verify: bool
+
+
+class ExportWeights(Command, frozen=True, kw_only=True, tag=True):
+    """Write the policy as Hugging Face safetensors into `directory` (config and tokenizer are already there)."""
+
+    directory: str
+
+
+class Stop(Command, frozen=True, kw_only=True, tag=True):
+    """End the learner's processes cleanly."""
+
+
+AnyCommand = (
+    Hello
+    | TrainSupervised
+    | StartReinforcement
+    | TrainPreferences
+    | Score
+    | JoinTransfer
+    | PushWeights
+    | ExportWeights
+    | Stop
+)
+
+
+class PushReport(Struct, frozen=True, kw_only=True):
+    """What one push sent and proved.
+
+    Attributes:
+        wire_bytes: bytes that left the learner, all receivers together.
+        minimum_bytes: bytes the receivers' shards hold: what a perfect plan would send.
+        compared: digests compared, receivers x tensors; 0 when not verified.
+        mismatches: `holder: tensor` of every digest that differs.
+    """
+
+    wire_bytes: int
+    minimum_bytes: int
+    compared: int = 0
+    mismatches: list[str] = []
+
+
+class Answer(Struct, frozen=True, kw_only=True):
+    """The learner's answer to the command with the same `id`; `error` is one line, or None."""
+
+    id: int
+    error: str | None = None
+    error_kind: Literal["", "non_finite", "transfer"] = ""
+    metrics: StepMetrics | None = None
+    logprobs: list[list[float]] | None = None
+    push: PushReport | None = None
+    spans: list[Span] = []
+
+
+encode_command = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(AnyCommand).decode
+encode_answer = msgspec.msgpack.Encoder().encode
+decode_answer = msgspec.msgpack.Decoder(Answer).decode
+
+
+class Learner(Protocol):
+    """The controller's view of a learner: one method, whatever is behind it.
+
+    Raises:
+        LearnerError: the command failed or no answer came within the configured timeout.
+    """
+
+    async def execute(self, command: Command) -> Answer: ...
