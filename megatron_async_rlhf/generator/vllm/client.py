@@ -1,0 +1,119 @@
+"""Talks to one vLLM server over HTTP: sampling, pausing, and the generator's half of a weight push. No vllm import."""
+
+from typing import Any
+
+import httpx
+
+from megatron_async_rlhf.data.tokenizer import Tokenizer
+from megatron_async_rlhf.errors import GeneratorError
+from megatron_async_rlhf.generator.protocol import SamplingRequest
+from megatron_async_rlhf.types import Completion
+
+
+class VLLMGenerator:
+    """One server. `version` is the policy version of the weights it was last given; -1 before the first push."""
+
+    def __init__(
+        self, name: str, url: str, *, tokenizer: Tokenizer, tensor_parallel: int, request_timeout_s: float
+    ) -> None:
+        self.name = name
+        self.version = -1
+        self.tensor_parallel = tensor_parallel
+        self._tokenizer = tokenizer
+        self._timeout_s = request_timeout_s
+        self._http = httpx.AsyncClient(
+            base_url=url, timeout=request_timeout_s, limits=httpx.Limits(max_connections=None)
+        )
+
+    async def sample(self, request: SamplingRequest) -> list[Completion]:
+        """`request.samples` completions; their text has no special tokens."""
+        answer = await self._post(
+            "/inference/v1/generate",
+            {
+                "token_ids": request.prompt.token_ids,
+                "priority": request.order,
+                "sampling_params": {
+                    "n": request.samples,
+                    "seed": request.seed,
+                    "temperature": request.temperature,
+                    "top_p": 1.0,
+                    "top_k": 0,
+                    "max_tokens": request.max_new_tokens,
+                    "logprobs": 0,
+                    "stop_token_ids": [self._tokenizer.eos_token_id],
+                    "detokenize": False,
+                },
+            },
+        )
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if len(choices) != request.samples:
+            raise GeneratorError(f"{self.name}: asked for {request.samples} completions, got {len(choices)}")
+        return [self._completion(choice) for choice in choices]
+
+    def _completion(self, choice: dict[str, Any]) -> Completion:
+        token_ids = choice["token_ids"] or []
+        entries = (choice.get("logprobs") or {}).get("content") or []
+        if len(entries) != len(token_ids):
+            raise GeneratorError(f"{self.name}: {len(token_ids)} tokens came with {len(entries)} log-probabilities")
+        return Completion(
+            token_ids=token_ids,
+            logprobs=[entry["logprob"] for entry in entries],
+            versions=self._versions(choice, len(token_ids)),
+            finished=bool(token_ids) and token_ids[-1] == self._tokenizer.eos_token_id,
+            text=self._tokenizer.decode(token_ids),
+        )
+
+    def _versions(self, choice: dict[str, Any], length: int) -> list[int]:
+        """Version per token, from vLLM's own record of which weights sampled what."""
+        spans = choice.get("weight_versions")
+        if spans is None:  # vLLM before 0.30 keeps no record; its weights only change while nothing runs
+            return [self.version] * length
+        versions = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
+        if len(versions) != length:
+            raise GeneratorError(f"{self.name}: weight versions cover {len(versions)} of {length} tokens")
+        return versions
+
+    async def pause(self) -> None:
+        """Freeze the engine; requests queue until `resume`."""
+        await self._post("/pause?mode=keep")
+
+    async def resume(self) -> None:
+        await self._post("/resume")
+
+    async def join_transfer(self, *, host: str, port: int, first_rank: int, world_size: int, timeout_s: float) -> None:
+        """Rendezvous of this server's workers with the learner; returns when all ranks have met."""
+        info = {"host": host, "port": port, "first_rank": first_rank, "world_size": world_size, "timeout_s": timeout_s}
+        await self._post("/init_weight_transfer_engine", {"init_info": info}, timeout_s=timeout_s + 10)
+
+    async def receive_weights(self, update: dict[str, Any], *, version: int, timeout_s: float) -> None:
+        """The server's half of a push. The engine must be paused; its prefix cache is empty afterwards."""
+        await self._post("/start_weight_update", timeout_s=timeout_s)
+        await self._post("/update_weights", {"update_info": update}, timeout_s=timeout_s)
+        await self._post("/finish_weight_update", {"weight_version": str(version)}, timeout_s=timeout_s)
+        await self._post("/reset_prefix_cache", timeout_s=timeout_s)
+        self.version = version
+
+    async def is_ready(self) -> bool:
+        """True once the server answers; False while it is still starting."""
+        try:
+            return (await self._http.get("/health", timeout=5.0)).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _post(self, path: str, body: dict | None = None, timeout_s: float | None = None) -> dict[str, Any]:
+        limit = timeout_s or self._timeout_s
+        try:
+            response = await self._http.post(path, json=body, timeout=limit)
+        except httpx.TimeoutException:
+            raise GeneratorError(
+                f"{self.name}: no answer to {path} within {limit:g} s; see its log, or raise generator.request_timeout_s"
+            ) from None
+        except httpx.TransportError as error:
+            raise GeneratorError(f"{self.name}: {path} failed, the server is gone ({type(error).__name__})") from None
+        if response.status_code != 200:
+            detail = " ".join(response.text.split())[:300]
+            raise GeneratorError(f"{self.name}: {path} answered {response.status_code}: {detail}")
+        return response.json() if response.content else {}

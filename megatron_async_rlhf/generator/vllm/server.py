@@ -1,0 +1,49 @@
+"""The command line and environment that start one vLLM server. Plain strings: no vllm import, no process."""
+
+import json
+import sys
+from pathlib import Path
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.generator.vllm.plugin import BACKEND
+
+
+def server_command(config: RunConfig, model_dir: Path, port: int, context_length: int) -> list[str]:
+    """Arguments of vLLM's OpenAI server for replica weights that only ever come from the learner.
+
+    The module is started directly: the `vllm` script of the CPU distribution looks up its metadata under
+    another name and fails.
+    """
+    generator = config.generator
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model_dir)),
+        *("--served-model-name", "policy"),
+        *("--host", "127.0.0.1"),
+        *("--port", str(port)),
+        *("--load-format", "dummy"),  # the first push brings the weights
+        *("--dtype", "float32"),
+        *("--seed", str(config.run.seed)),
+        *("--tensor-parallel-size", str(generator.tensor_parallel)),
+        *("--max-model-len", str(context_length)),
+        *("--max-num-seqs", str(generator.max_concurrent)),
+        *("--generation-config", "vllm"),
+        *("--logprobs-mode", "processed_logprobs"),  # after temperature: what the sampler really used
+        *("--scheduling-policy", "priority"),  # requests run in the controller's order, not the network's
+        *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
+        "--enable-scale-out",  # tokens in, tokens out, with the weight version of every token
+        "--enforce-eager",
+        "--disable-uvicorn-access-log",
+    ]
+
+
+def server_environment(config: RunConfig, cores: list[int]) -> dict[str, str]:
+    """What the server's environment needs on top of ours. One core per tensor-parallel worker."""
+    return {
+        "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and weight-update routes
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores),
+        "VLLM_CPU_KVCACHE_SPACE": str(config.generator.kv_cache_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
