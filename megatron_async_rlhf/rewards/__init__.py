@@ -1,0 +1,1 @@
+"""What scores a completion. No torch here: the controller imports it."""

@@ -1,0 +1,87 @@
+"""A Hugging Face chat template, rendered the way Transformers renders it but without Transformers."""
+
+import json
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from megatron_async_rlhf.errors import DataError
+
+# Private-use characters: no template contains them, so they mark where the user's text ends up.
+_MARK = "\ue000prompt\ue001"
+
+
+class ChatTemplate:
+    """One user message followed by the cue for the assistant to answer."""
+
+    def __init__(self, source: str, variables: dict[str, str], where: str) -> None:
+        """Compile `source`; `variables` are the special tokens by name, `where` begins every error message.
+
+        Raises:
+            DataError: the template does not compile, fails to render, or leaves the user's message out.
+        """
+        self._variables = variables
+        self._where = where
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateError as error:
+            raise DataError(f"{where}: the chat template does not compile ({_first_line(error)}); correct it") from None
+        self.parts = self.render(_MARK).split(_MARK)
+        if len(self.parts) == 1:
+            raise DataError(f"{where}: the chat template leaves the user's message out; correct it")
+
+    def render(self, text: str) -> str:
+        """The templated prompt as text.
+
+        Raises:
+            DataError: the template itself refuses or fails.
+        """
+        messages = [{"role": "user", "content": text}]
+        try:
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._variables
+            )
+        except Exception as error:  # templates are programs and raise anything
+            raise DataError(
+                f"{self._where}: the chat template fails on one user message ({_first_line(error)}); correct it"
+            ) from None
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks what the assistant said; for a prompt it only has to be passed through."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    # Jinja's own filter escapes HTML characters, which a model has never seen.
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,239 @@
+"""Text to token ids and back, without torch or Transformers.
+
+A directory written here, or any Hugging Face directory with a `tokenizer.json`, gives the same ids as Transformers.
+The exception is on purpose: a special token spelled out in a prompt (`<eos>`) stays ordinary text, so that no prompt
+can end a turn or open another one.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from megatron_async_rlhf.data.chat_template import ChatTemplate
+from megatron_async_rlhf.errors import DataError
+
+_PAD, _EOS, _USER, _ASSISTANT = SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+BYTE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+
+class Tokenizer:
+    """The policy's tokenizer; make one with `Tokenizer.load`.
+
+    Attributes:
+        eos_token_id: ends a completion.
+        pad_token_id: fills batches; the end-of-sequence token where the directory names no padding token.
+        bos_token_id: None if the directory names none.
+    """
+
+    def __init__(self, directory: Path, config: dict[str, Any], template_source: str) -> None:
+        # Two instances, because whether special tokens in the input are recognised is a state of the tokenizer.
+        self._with_specials = _read_tokenizer(directory)
+        self._text_only = _read_tokenizer(directory)
+        named = _named_tokens(config)
+        for backend in (self._with_specials, self._text_only):
+            # `tokenizer_config.json` has the last word on what is special, as it has in Transformers.
+            known = [text for text in named.values() if backend.token_to_id(text) is not None]
+            backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in known])
+        self._text_only.encode_special_tokens = True
+
+        def token_id(name: str) -> int | None:
+            return self._with_specials.token_to_id(named[name]) if name in named else None
+
+        eos_token_id, pad_token_id = token_id("eos_token"), token_id("pad_token")
+        if eos_token_id is None:
+            raise DataError(
+                f"{directory}: tokenizer_config.json names no eos token of the vocabulary; set its eos_token"
+            )
+        self.eos_token_id: int = eos_token_id
+        self.pad_token_id: int = eos_token_id if pad_token_id is None else pad_token_id
+        self.bos_token_id: int | None = token_id("bos_token")
+        added = self._with_specials.get_added_tokens_decoder()
+        self._special_ids = {index for index, token in added.items() if token.special}
+        self._control_ids = self._special_ids - {token_id("unk_token")} | {self.eos_token_id}
+        self._directory = directory
+        self._template = ChatTemplate(template_source, named, where=str(directory))
+        self._template_specials = [
+            index for part in self._template.parts for index in self._specials_of(self._encode_template(part))
+        ]
+
+    @classmethod
+    def load(cls, directory: Path | str) -> "Tokenizer":
+        """Read `tokenizer.json`, `tokenizer_config.json` and the chat template of a directory.
+
+        Raises:
+            DataError: one of them is missing or broken, or no end-of-sequence token is named.
+        """
+        directory = Path(directory)
+        if not (directory / "tokenizer.json").is_file():
+            raise DataError(f"{directory}: no tokenizer.json there; give a Hugging Face tokenizer directory")
+        config = _read_config(directory)
+        return cls(directory, config, _read_template(directory, config))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._with_specials.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, nothing added; special tokens spelled out in it stay text.
+
+        Raises:
+            DataError: this vocabulary has no other spelling for a special token that is in the text.
+        """
+        ids = self._text_only.encode(text, add_special_tokens=False).ids
+        if not self._control_ids.isdisjoint(ids):
+            raise DataError(
+                f"{self._directory}: the text {text[:60]!r} contains a special token that this tokenizer cannot spell"
+                " as text; remove it from the data"
+            )
+        return ids
+
+    def render_prompt(self, text: str) -> list[int]:
+        """Ids of the chat template around one user message, up to where the assistant's answer begins.
+
+        Raises:
+            DataError: the template fails on this text, or `encode` does.
+        """
+        ids = self._encode_template(self._template.render(text))
+        if self._specials_of(ids) == self._template_specials:
+            return ids
+        # The text brought special tokens of its own: only the template's parts may be read with them.
+        ids = self._encode_template(self._template.parts[0])
+        for part in self._template.parts[1:]:
+            ids += self.encode(text) + self._encode_template(part)
+        return ids
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text of any ids; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
+        return self._with_specials.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def _encode_template(self, text: str) -> list[int]:
+        return self._with_specials.encode(text, add_special_tokens=False).ids
+
+    def _specials_of(self, ids: list[int]) -> list[int]:
+        return [index for index in ids if index in self._special_ids]
+
+
+def make_byte_tokenizer(directory: Path | str) -> None:
+    """Write a tokenizer of 260 ids: 0 to 255 are the bytes themselves, then the special tokens."""
+    _write(Path(directory), merges=[])
+
+
+def train_bpe_tokenizer(directory: Path | str, texts: Iterable[str], vocab_size: int) -> None:
+    """Write a byte-level BPE tokenizer of exactly `vocab_size` ids; the first 260 are those of the byte tokenizer.
+
+    The same texts give the same tokenizer.
+
+    Raises:
+        DataError: `vocab_size` has no room for the bytes, or the texts do not have that many different pairs.
+    """
+    if vocab_size < BYTE_VOCAB_SIZE:
+        raise DataError(
+            f"model.vocab_size = {vocab_size} is too small for BPE: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+            f" need at least {BYTE_VOCAB_SIZE}"
+        )
+    learner = tokenizers.Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    reached = BYTE_VOCAB_SIZE + len(merges)
+    if reached < vocab_size:
+        raise DataError(
+            f"model.vocab_size = {vocab_size} is out of reach: the texts only give {reached} tokens; lower it to that"
+        )
+    _write(Path(directory), merges)
+
+
+def _write(directory: Path, merges: list[tuple[str, str]]) -> None:
+    vocab: dict[str, int] = {}
+    for token in (*_byte_symbols(), *SPECIAL_TOKENS, *(left + right for left, right in merges)):
+        vocab[token] = len(vocab)
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    # Words only bound what BPE may merge; without merges the whole text is one piece.
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": _EOS,
+        "pad_token": _PAD,
+        "clean_up_tokenization_spaces": False,  # the clean-up would alter what the policy wrote
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "chat_template.jinja").write_text(_CHAT_TEMPLATE)
+
+
+def _byte_symbols() -> list[str]:
+    """The printable character that stands for each byte in byte-level BPE (GPT-2's table), [256]."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    stand_ins = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
+
+
+def _read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{directory}: tokenizer.json cannot be read ({error}); restore the file") from None
+    # Both may be left over in the file from training; neither belongs here.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{directory}: no tokenizer_config.json there; give a complete Hugging Face tokenizer directory"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{directory}: tokenizer_config.json cannot be read ({error}); restore the file") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{directory}: tokenizer_config.json is not a JSON object; restore the file")
+    return config
+
+
+def _read_template(directory: Path, config: dict[str, Any]) -> str:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{directory}: chat_template.jinja cannot be read ({error}); restore the file") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name, as some models ship a second one for tools
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    if not isinstance(template, str):
+        raise DataError(
+            f"{directory}: no chat template, neither chat_template.jinja nor the chat_template key of"
+            " tokenizer_config.json; add one"
+        )
+    return template
+
+
+def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """The special tokens by name (`eos_token`...); each is written as a string or as an object with its content."""
+    named = {}
+    for name, value in config.items():
+        token = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(token, str):  # `add_bos_token` is a flag
+            named[name] = token
+    return named

@@ -1,0 +1,86 @@
+"""Graded reward for the built-in task: a fresh model earns something long before it is right."""
+
+import re
+
+from megatron_async_rlhf.data.builtin_task import KINDS
+from megatron_async_rlhf.errors import DataError
+from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.types import Completion, Prompt
+
+# The gap to 1.0 keeps "nearly right" from ever competing with "right".
+MAX_PARTIAL = 0.6
+
+_NEEDS_WORD = ("end_with", "start_with")  # kinds with many right answers; the others name their answer
+_MAX_LETTERS = 24  # of a word the model makes up, in characters
+
+
+class BuiltinReward:
+    """1 for a right answer, up to 0.6 for how much a wrong one resembles it, 0 for an empty one.
+
+    An answer is right as a whole: a second line after a right first line makes it wrong.
+    """
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises DataError if the prompt is not one of the built-in task's."""
+        kind = prompt.reference.get("kind")
+        needed = "word" if kind in _NEEDS_WORD else "answer"
+        if kind not in KINDS or needed not in prompt.reference:
+            raise DataError(
+                f"prompt {prompt.index} ({prompt.text[:40]!r}) is not of the built-in task; set data.train = builtin or"
+                " another reward.type"
+            )
+
+    def score(self, prompt: Prompt, completion: Completion) -> Score:
+        """Metrics: `exact`, 1 if the answer is right."""
+        reference = prompt.reference
+        answer = completion.text.strip()
+        first_line = answer.partition("\n")[0].strip()
+        match reference["kind"]:
+            case "end_with":
+                exact, partial = _judge_end(answer, first_line, reference["word"])
+            case "start_with":
+                exact, partial = _judge_start(answer, first_line, reference["word"])
+            case _:
+                exact, partial = answer == reference["answer"], resemblance(first_line, reference["answer"])
+        return Score(reward=1.0 if exact else MAX_PARTIAL * partial, metrics={"exact": float(exact)})
+
+
+def _judge_end(answer: str, first_line: str, word: str) -> tuple[bool, float]:
+    """Three words of letters, the last one given; a closing full stop is fine."""
+    exact = re.fullmatch(rf"([A-Za-z]{{1,{_MAX_LETTERS}}} ){{2}}{word}\.?", answer) is not None
+    words = first_line.removesuffix(".").split()
+    if not words:
+        return exact, 0.0
+    right_number = min(len(words), 3) / max(len(words), 3)
+    return exact, (resemblance(words[-1], word) + right_number) / 2
+
+
+def _judge_start(answer: str, first_line: str, start: str) -> tuple[bool, float]:
+    """One word of letters that begins as given and goes on; a closing full stop is fine."""
+    exact = re.fullmatch(rf"{start}[a-z]{{1,{_MAX_LETTERS - len(start)}}}\.?", answer) is not None
+    return exact, resemblance(first_line[: len(start)], start)
+
+
+def resemblance(text: str, answer: str) -> float:
+    """In [0, 1]; 1 for equal texts, 0 for nothing in common.
+
+    Mean of the share of places with the right character and of the share of characters in the longest common
+    subsequence: the first tells an anagram from the answer, the second forgives a character too many or too few.
+    """
+    if not text or not answer:
+        return float(text == answer)
+    in_place = sum(a == b for a, b in zip(text, answer, strict=False)) / max(len(text), len(answer))
+    in_order = 2 * _common_subsequence(text, answer) / (len(text) + len(answer))
+    return (in_place + in_order) / 2
+
+
+def _common_subsequence(left: str, right: str) -> int:
+    """Length of the longest common subsequence, in characters."""
+    row = [0] * (len(right) + 1)
+    for a in left:
+        above_left = 0
+        for column, b in enumerate(right, start=1):
+            above = row[column]
+            row[column] = above_left + 1 if a == b else max(above, row[column - 1])
+            above_left = above
+    return row[-1]

@@ -1,0 +1,56 @@
+"""Verifier for GSM8K: the number after `####` must be that of the reference solution."""
+
+import re
+from decimal import Decimal
+
+from megatron_async_rlhf.errors import DataError
+from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.types import Completion, Prompt
+
+# One amount: sign and dollar in either order, thousands separators, decimals, a full stop behind it.
+_NUMBER = r"(?:-?\$?|\$-)(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)\.?"
+_ANSWER_LINE = re.compile(rf"^[^\S\n]*####[^\S\n]*({_NUMBER})[^\S\n]*$", re.MULTILINE)
+_WELL_FORMED = re.compile(rf"#### {_NUMBER}")
+
+
+class Gsm8kReward:
+    """1 for the right number, `format_reward` for a well-formed answer that is wrong, 0 otherwise.
+
+    The answer is the last line `#### <number>`; well-formed means that nothing follows it.
+    """
+
+    def __init__(self, format_reward: float) -> None:
+        self._format_reward = format_reward
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises DataError if the prompt's reference solution has no `#### <number>` line."""
+        if find_answer(prompt.reference.get("solution", "")) is None:
+            raise DataError(
+                f"prompt {prompt.index} ({prompt.text[:40]!r}): its solution has no line `#### <number>`; check"
+                " data.solution_field"
+            )
+
+    def score(self, prompt: Prompt, completion: Completion) -> Score:
+        """Metrics: `exact`, 1 if the number is right; `well_formed`, 1 if the last line is an answer line.
+
+        Raises:
+            DataError: the prompt would not pass `check`.
+        """
+        self.check(prompt)
+        answer = find_answer(completion.text)
+        exact = answer is not None and answer == find_answer(prompt.reference["solution"])
+        well_formed = is_well_formed(completion.text)
+        reward = 1.0 if exact else self._format_reward if well_formed else 0.0
+        return Score(reward=reward, metrics={"exact": float(exact), "well_formed": float(well_formed)})
+
+
+def find_answer(text: str) -> Decimal | None:
+    """The number on the last line of the form `#### <number>`; None if there is no such line."""
+    lines = _ANSWER_LINE.findall(text)
+    return Decimal(re.sub(r"[$,]", "", lines[-1]).removesuffix(".")) if lines else None
+
+
+def is_well_formed(text: str) -> bool:
+    """Whether the last line that is not blank is exactly `#### <number>`."""
+    lines = text.rstrip().split("\n")
+    return _WELL_FORMED.fullmatch(lines[-1].rstrip()) is not None
