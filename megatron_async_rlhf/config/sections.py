@@ -203,3 +203,4 @@ class LaunchSection(Section):
 
     pin_cores: bool = True  # a core per learner rank and generator worker, shared only when there are too few
     shutdown_grace_s: PositiveFloat = 10.0  # between SIGTERM and SIGKILL
+    interrupt_grace_s: PositiveFloat = 120.0  # after Ctrl-C, for the step under way and the export

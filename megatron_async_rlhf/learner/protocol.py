@@ -23,7 +23,7 @@ class Hello(Command, frozen=True, kw_only=True, tag=True):
 
 
 class TrainSupervised(Command, frozen=True, kw_only=True, tag=True):
-    """One optimizer step of the warm start. `steps_total` fixes the learning-rate schedule."""
+    """One optimizer step of the warm start."""
 
     step: int
     sequences: list[Sequence]
@@ -52,11 +52,15 @@ class Score(Command, frozen=True, kw_only=True, tag=True):
 
 
 class JoinTransfer(Command, frozen=True, kw_only=True, tag=True):
-    """Rendezvous with the generators' workers for weight pushes; rank 0 listens on `address`."""
+    """Rendezvous with the generators' workers for weight pushes; rank 0 listens on `host:port`.
+
+    Attributes:
+        receivers: name of each worker, in group order: the first is group rank 1.
+    """
 
     host: str
     port: int
-    world_size: int
+    receivers: list[str]
 
 
 class PushWeights(Command, frozen=True, kw_only=True, tag=True):
@@ -93,14 +97,12 @@ class PushReport(Struct, frozen=True, kw_only=True):
     """What one push sent and proved.
 
     Attributes:
-        wire_bytes: bytes that left the learner, all receivers together.
-        minimum_bytes: bytes the receivers' shards hold: what a perfect plan would send.
+        wire_bytes: bytes that reached receivers, all of them together.
         compared: digests compared, receivers x tensors; 0 when not verified.
         mismatches: `holder: tensor` of every digest that differs.
     """
 
     wire_bytes: int
-    minimum_bytes: int
     compared: int = 0
     mismatches: list[str] = []
 
@@ -112,7 +114,8 @@ class Answer(Struct, frozen=True, kw_only=True):
     error: str | None = None
     error_kind: Literal["", "non_finite", "transfer"] = ""
     metrics: StepMetrics | None = None
-    logprobs: list[list[float]] | None = None
+    # of each sequence's completion tokens, in the command's order, before any update the command made
+    logprobs: list[list[float]] = []
     push: PushReport | None = None
     spans: list[Span] = []
 

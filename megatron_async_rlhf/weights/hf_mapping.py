@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 
 from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.weights.buckets import TensorSpec
 
 
 class Rule(Enum):
@@ -113,3 +115,28 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     }
     names = (name for mapping in llama_mappings(arch, 1) for name in mapping.hf)
     return {name: layer_shapes[name.split(".")[-2]] for name in names}
+
+
+def tensor_specs(arch: Architecture) -> list[TensorSpec]:
+    """What a push of the whole model puts on the wire, in sending order, in float32."""
+    return [
+        TensorSpec(name=name, shape=list(shape), dtype="float32", num_bytes=4 * prod(shape))
+        for name, shape in hf_shapes(arch).items()
+    ]
+
+
+def bytes_held(arch: Architecture, tensor_parallel: int) -> int:
+    """Bytes of all of one generator's shards together: what a push has to move at the least.
+
+    Norms are whole on every rank; key and value heads repeat when there are fewer than ranks; all else is divided.
+    """
+    copies_of_kv = max(1, tensor_parallel // arch.kv_heads)
+    total = 0
+    for spec in tensor_specs(arch):
+        if len(spec.shape) == 1:
+            total += spec.num_bytes * tensor_parallel
+        elif spec.name.endswith(("k_proj.weight", "v_proj.weight")):
+            total += spec.num_bytes * copies_of_kv
+        else:
+            total += spec.num_bytes
+    return total

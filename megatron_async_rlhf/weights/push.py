@@ -46,7 +46,7 @@ def send_weights(
         offset = 0
         for spec in bucket:
             name, tensor = next(stream, (None, None))
-            if name != spec.name or list(tensor.shape) != spec.shape:
+            if name != spec.name or list(tensor.shape) != spec.shape or str(tensor.dtype) != f"torch.{spec.dtype}":
                 raise TransferError(f"pack: expected tensor {spec.name} {spec.shape}, the learner gave {name}")
             flat = tensor.contiguous().view(-1).view(torch.uint8)
             buffer[offset : offset + spec.num_bytes] = flat

@@ -1,5 +1,6 @@
 """Talks to one vLLM server over HTTP: sampling, pausing, and the generator's half of a weight push. No vllm import."""
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -80,6 +81,15 @@ class VLLMGenerator:
     async def resume(self) -> None:
         await self._post("/resume")
 
+    async def wait_queued(self, count: int) -> None:
+        """Return once the server has taken in `count` requests; they run after `resume`."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while (await self._get("/load"))["server_load"] < count:
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise GeneratorError(f"{self.name}: {count} requests were not queued within {self._timeout_s:g} s") from None
+
     async def join_transfer(self, *, host: str, port: int, first_rank: int, world_size: int, timeout_s: float) -> None:
         """Rendezvous of this server's workers with the learner; returns when all ranks have met."""
         info = {"host": host, "port": port, "first_rank": first_rank, "world_size": world_size, "timeout_s": timeout_s}
@@ -103,10 +113,15 @@ class VLLMGenerator:
     async def close(self) -> None:
         await self._http.aclose()
 
+    async def _get(self, path: str) -> dict[str, Any]:
+        return await self._request("GET", path, None, self._timeout_s)
+
     async def _post(self, path: str, body: dict | None = None, timeout_s: float | None = None) -> dict[str, Any]:
-        limit = timeout_s or self._timeout_s
+        return await self._request("POST", path, body, timeout_s or self._timeout_s)
+
+    async def _request(self, method: str, path: str, body: dict | None, limit: float) -> dict[str, Any]:
         try:
-            response = await self._http.post(path, json=body, timeout=limit)
+            response = await self._http.request(method, path, json=body, timeout=limit)
         except httpx.TimeoutException:
             raise GeneratorError(
                 f"{self.name}: no answer to {path} within {limit:g} s; see its log, or raise generator.request_timeout_s"

@@ -32,6 +32,7 @@ def server_command(config: RunConfig, model_dir: Path, port: int, context_length
         *("--scheduling-policy", "priority"),  # requests run in the controller's order, not the network's
         *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
         "--enable-scale-out",  # tokens in, tokens out, with the weight version of every token
+        "--enable-server-load-tracking",
         "--enforce-eager",
         "--disable-uvicorn-access-log",
     ]

@@ -24,6 +24,7 @@ class MicroBatch:
         mask_BT: 1 where the target is a completion token, [B, T].
         indices: which sequence of the command each row is; -1 for a row that only keeps ranks in step, [B].
         reference_BT: the reference policy's log-probabilities on the last stage, once known, [B, T].
+        policy_BT: the policy's, as computed by the training pass before the update, likewise.
     """
 
     tokens_BT: torch.Tensor
@@ -31,6 +32,7 @@ class MicroBatch:
     mask_BT: torch.Tensor
     indices: list[int]
     reference_BT: torch.Tensor | None = None
+    policy_BT: torch.Tensor | None = None
 
 
 def cut_micro_batches(

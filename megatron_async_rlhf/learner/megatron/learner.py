@@ -4,8 +4,10 @@ All ranks run the same methods in the same order; what differs by rank is decide
 """
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -19,17 +21,23 @@ from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_
 from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.optimizer import build_optimizer
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-from megatron_async_rlhf.learner.megatron.steps import MicroLoss, Passes, gather_rows
+from megatron_async_rlhf.learner.megatron.steps import MicroLoss, Passes, gather_policy_logprobs
 from megatron_async_rlhf.learner.megatron.weights import gather_weights, load_weights, random_weights, read_safetensors
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     ExportWeights,
+    JoinTransfer,
+    PushReport,
+    PushWeights,
     Score,
     TrainPreferences,
     TrainSupervised,
 )
 from megatron_async_rlhf.types import Sequence, Span, StepMetrics
 from megatron_async_rlhf.weights.hf_files import write_safetensors
+from megatron_async_rlhf.weights.hf_mapping import tensor_specs
+from megatron_async_rlhf.weights.push import send_weights
+from megatron_async_rlhf.weights.transports.gloo import GlooGroup
 
 
 class MegatronLearner:
@@ -51,6 +59,8 @@ class MegatronLearner:
         )
         self._bare.config.finalize_model_grads_func = finalize_model_grads
         self._reference = None
+        self._transfer: GlooGroup | None = None
+        self._receivers: list[str] = []
         self._passes = Passes(placement, vocab_size=arch.vocab_size, temperature=config.generator.temperature)
         # The warm start imitates text; only RL sees the policy through the sampling temperature.
         self._warm_start_passes = Passes(placement, vocab_size=arch.vocab_size, temperature=1.0)
@@ -86,6 +96,7 @@ class MegatronLearner:
         if command.version != self.version:
             raise LearnerError(f"asked to train policy version {command.version}, but the learner is at {self.version}")
         metrics: dict[str, float] = {"num_pairs": len(command.pairs) / 2}
+        logprobs: list[list[float]] = []
         if command.pairs:
             batches = self._cut(command.pairs, unit=2)
             with self._span("reference"):
@@ -93,16 +104,17 @@ class MegatronLearner:
                     batch.reference_BT = logprobs_BT
             loss = self._preference_loss(num_pairs=len(command.pairs) // 2)
             metrics |= self._optimize(self._passes, batches, loss, f"step {command.version}")
+            logprobs = gather_policy_logprobs(batches, self.placement, len(command.pairs))
         self.version += 1
-        return self._answer(command.id, metrics)
+        return self._answer(command.id, metrics, logprobs=logprobs)
 
     def score(self, command: Score) -> Answer:
         """Policy log-probabilities of each sequence's completion tokens."""
         batches = self._cut(command.sequences, unit=1)
         with self._span("score"):
-            logprobs = self._passes.logprob_pass(self._bare, batches)
-        rows = gather_rows(batches, logprobs, self.placement, len(command.sequences))
-        return Answer(id=command.id, logprobs=rows, spans=self._take_spans())
+            for batch, logprobs_BT in zip(batches, self._passes.logprob_pass(self._bare, batches), strict=False):
+                batch.policy_BT = logprobs_BT
+        return self._answer(command.id, logprobs=gather_policy_logprobs(batches, self.placement, len(command.sequences)))
 
     def export_weights(self, command: ExportWeights) -> Answer:
         """Write safetensors shards and their index from rank 0; the other ranks send their parts."""
@@ -113,11 +125,56 @@ class MegatronLearner:
             else:
                 for _ in stream:
                     pass
-        return Answer(id=command.id, spans=self._take_spans())
+        return self._answer(command.id)
 
-    def gathered_weights(self):  # noqa: ANN201
+    def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole Hugging Face tensors on rank 0; see `gather_weights`. Collective."""
         return gather_weights(self._bare, self.arch, self.placement)
+
+    def join_transfer(self, command: JoinTransfer) -> Answer:
+        """Meet the generators' workers; only rank 0 talks to them."""
+        if self.placement.rank == 0:
+            self._transfer = GlooGroup(
+                host=command.host,
+                port=command.port,
+                rank=0,
+                world_size=1 + len(command.receivers),
+                timeout_s=self.config.weights.timeout_s,
+            )
+            self._receivers = command.receivers
+        return self._answer(command.id)
+
+    def push_weights(self, command: PushWeights) -> Answer:
+        """Send the policy to every generator worker, which must be receiving by now."""
+        if command.version != self.version:
+            raise LearnerError(f"asked to push policy version {command.version}, but the learner is at {self.version}")
+        report = None
+        with self._span("push"):
+            stream = self.gathered_weights()
+            if self.placement.rank == 0:
+                report = self._push(stream, command.verify)
+            else:
+                for _ in stream:
+                    pass
+        return self._answer(command.id, push=report)
+
+    def _push(self, stream: Iterator[tuple[str, torch.Tensor]], verify: bool) -> PushReport:
+        if self._transfer is None:
+            raise LearnerError("PushWeights came before JoinTransfer: no generator is connected")
+        specs = tensor_specs(self.arch)
+        compared, mismatches = send_weights(
+            self._transfer,
+            specs,
+            stream,
+            staging_bytes=self.config.weights.staging_mib * 2**20,
+            verify=verify,
+            receiver_names=self._receivers,
+        )
+        return PushReport(
+            wire_bytes=len(self._receivers) * sum(spec.num_bytes for spec in specs),
+            compared=compared,
+            mismatches=mismatches,
+        )
 
     def _cut(self, sequences: list[Sequence], unit: int) -> list[MicroBatch]:
         return cut_micro_batches(sequences, unit, self.config.learner.micro_batch_tokens, self.placement)
@@ -161,15 +218,14 @@ class MegatronLearner:
             self._scheduler.step(increment=1)
         return metrics | {"grad_norm": norm, "learning_rate": learning_rate}
 
-    def _answer(self, command_id: int, metrics: dict[str, float]) -> Answer:
-        return Answer(id=command_id, metrics=StepMetrics(values=metrics), spans=self._take_spans())
+    def _answer(self, command_id: int, metrics: dict[str, float] | None = None, **fields: Any) -> Answer:
+        spans, self._spans = self._spans, []
+        return Answer(
+            id=command_id, metrics=None if metrics is None else StepMetrics(values=metrics), spans=spans, **fields
+        )
 
     @contextmanager
-    def _span(self, name: str):  # noqa: ANN202
+    def _span(self, name: str) -> Iterator[None]:
         start = time.time()
         yield
         self._spans.append(Span(name=name, start=start, end=time.time(), process=f"learner.{self.placement.rank}"))
-
-    def _take_spans(self) -> list[Span]:
-        spans, self._spans = self._spans, []
-        return spans

@@ -33,7 +33,9 @@ class Passes:
         """Gradients of the summed micro-losses, and the metrics summed over micro-batches and ranks."""
 
         def megatron_loss(batch: MicroBatch, logits_BTV: torch.Tensor):  # noqa: ANN202
-            share, metrics = loss(batch, self._logprobs(logits_BTV, batch.targets_BT))
+            logprobs_BT = self._logprobs(logits_BTV, batch.targets_BT)
+            batch.policy_BT = logprobs_BT.detach()
+            share, metrics = loss(batch, logprobs_BT)
             # Megatron divides by micro-batches and averages gradients over data-parallel ranks; our losses come
             # with the whole step's denominator in them already, so undo both.
             return share * len(batches) * self._placement.data_parallel, metrics
@@ -84,12 +86,12 @@ def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_logits: Calla
     return output, partial(on_logits, batch)
 
 
-def gather_rows(batches: list[MicroBatch], logprobs: list[torch.Tensor], placement: Placement, count: int) -> list[list[float]]:
-    """Completion log-probabilities by sequence index, on rank 0; an empty list on the other ranks."""
+def gather_policy_logprobs(batches: list[MicroBatch], placement: Placement, count: int) -> list[list[float]]:
+    """Each sequence's completion log-probabilities from `policy_BT`, on rank 0; an empty list on other ranks."""
     rows: dict[int, list[float]] = {}
     if placement.reports_loss:
-        for batch, logprobs_BT in zip(batches, logprobs, strict=True):
-            for index, row, mask in zip(batch.indices, logprobs_BT, batch.mask_BT, strict=True):
+        for batch in batches:
+            for index, row, mask in zip(batch.indices, batch.policy_BT, batch.mask_BT, strict=True):
                 if index >= 0:
                     rows[index] = row[mask.bool()].tolist()
     everyone: list = [None] * dist.get_world_size()

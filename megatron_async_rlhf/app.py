@@ -1,0 +1,205 @@
+"""Composition root of the controller process: builds every object from the config, then runs the stages in order.
+
+    start learner ─> warm start ─> reference ─┐
+                                              ├─> push version 0 ─> evaluate ─> RL loop ─> evaluate ─> export
+    start generators ─────────────────────────┘
+
+Started by the supervisor (`launch.local`) or by an `srun` step:
+`python -m megatron_async_rlhf.app --run-dir runs/x --learner tcp://... --generator http://... --transfer host:port`.
+"""
+
+import argparse
+import asyncio
+import logging
+import signal
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.prompts import PromptOrder
+from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError
+from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
+from megatron_async_rlhf.learner.client import LearnerClient
+from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, StartReinforcement, Stop
+from megatron_async_rlhf.prepare import Materials, copy_template, load_materials
+from megatron_async_rlhf.scheduler.controller import Controller
+from megatron_async_rlhf.scheduler.pool import GeneratorPool
+from megatron_async_rlhf.scheduler.stages import evaluate, warm_start
+from megatron_async_rlhf.scheduler.weight_sync import WeightSync, require_equal
+from megatron_async_rlhf.telemetry.events import EventStream
+from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
+from megatron_async_rlhf.telemetry.recorder import Recorder
+from megatron_async_rlhf.types import Span
+from megatron_async_rlhf.weights.hf_mapping import bytes_held, tensor_specs
+
+_log = logging.getLogger(__name__)
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+class Job:
+    """One training run, seen from the controller process."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, materials: Materials, learner: LearnerClient, generators: list[VLLMGenerator]) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._materials = materials
+        self._learner = learner
+        self._generators = generators
+        self._pool = GeneratorPool(generators)
+        held = bytes_held(materials.architecture, config.generator.tensor_parallel) * len(generators)
+        self.recorder = Recorder(config, run_dir, EventStream(), bytes_held_by_generators=held)
+        self._weight_sync = WeightSync(learner, generators, tensor_specs(materials.architecture), config.weights)
+        self._controller = Controller(
+            config,
+            learner=learner,
+            pool=self._pool,
+            weight_sync=self._weight_sync,
+            reward=materials.reward,
+            prompts=PromptOrder(materials.train, config.run.seed),
+            recorder=self.recorder,
+        )
+        self.interrupted = False
+        self._began = time.time()
+
+    async def run(self, transfer: tuple[str, int]) -> None:
+        """All stages; an interrupt ends the RL loop early and exports what there is."""
+        self.recorder.stage("start")
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._start_learner())
+            tasks.create_task(self._start_generators())
+        await self._weight_sync.connect(*transfer)
+        report, spans = await self._weight_sync.push(0)
+        self.recorder.pushed(report, spans)
+        require_equal(report, 0)
+        await self._evaluate("before")
+        self.recorder.stage("train", steps=self._config.schedule.steps)
+        self.recorder.loop_started(startup_s=time.time() - self._began)
+        await self._controller.run()
+        self.recorder.loop_ended()
+        if not self.interrupted:
+            await self._evaluate("after")
+        await self._export()
+        await self._learner.execute(Stop())
+
+    async def interrupt(self) -> None:
+        """Let the step under way finish, then export and end."""
+        self.interrupted = True
+        await self._controller.stop()
+
+    async def _start_learner(self) -> None:
+        await self._learner.execute(Hello())
+        solvable = [prompt for prompt in self._materials.train if prompt.index in self._materials.solved]
+        if solvable:
+            self.recorder.stage("warm start", steps=self._config.warm_start.steps)
+            order = PromptOrder(solvable, self._config.run.seed)
+            await warm_start(self._config, self._learner, order, self._materials.solved, self.recorder)
+        await self._learner.execute(StartReinforcement())
+
+    async def _start_generators(self) -> None:
+        limit = self._config.generator.start_timeout_s
+        for generator in self._generators:
+            try:
+                async with asyncio.timeout(limit):
+                    while not await generator.is_ready():
+                        await asyncio.sleep(0.25)
+            except TimeoutError:
+                raise GeneratorError(
+                    f"{generator.name} was not ready within {limit:g} s; see logs/{generator.name}.log, or raise "
+                    "generator.start_timeout_s"
+                ) from None
+            self.recorder.activity("generators", f"{generator.name} is up")
+
+    async def _evaluate(self, when: str) -> None:
+        self.recorder.stage(f"evaluate {when}")
+        start = time.time()
+        metrics = await evaluate(
+            self._config, self._pool, self._learner, self._materials.eval, self._materials.reward, self.recorder
+        )
+        self.recorder.evaluated(when, metrics, Span(name=f"evaluate {when}", start=start, end=time.time(), process="generators"))
+
+    async def _export(self) -> None:
+        self.recorder.stage("export")
+        directory = self._run_dir / EXPORT_DIR
+        copy_template(self._run_dir / POLICY_TEMPLATE_DIR, directory)
+        await self._learner.execute(ExportWeights(directory=str(directory)))
+
+
+@asynccontextmanager
+async def _connected(config: RunConfig, materials: Materials, learner_address: str, urls: list[str]):  # noqa: ANN202
+    learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
+    generators = [
+        VLLMGenerator(
+            f"generator.{i}",
+            url,
+            tokenizer=materials.tokenizer,
+            tensor_parallel=config.generator.tensor_parallel,
+            request_timeout_s=config.generator.request_timeout_s,
+        )
+        for i, url in enumerate(urls)
+    ]
+    try:
+        yield learner, generators
+    finally:
+        learner.close()
+        for generator in generators:
+            await generator.close()
+
+
+async def run_job(run_dir: Path, learner_address: str, urls: list[str], transfer: tuple[str, int]) -> int:
+    """Run the whole job; returns the process's exit code. Every outcome leaves a summary."""
+    config = load_config(run_dir / RESOLVED_CONFIG)
+    materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
+    async with _connected(config, materials, learner_address, urls) as (learner, generators):
+        job = Job(config, run_dir, materials, learner, generators)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, lambda: loop.create_task(job.interrupt()))
+        try:
+            await job.run(transfer)
+        except BaseExceptionGroup as group:
+            return _fail(job, _first_cause(group))
+        except (AsyncRLHFError, OSError) as error:
+            return _fail(job, error)
+        status = "interrupted" if job.interrupted else "completed"
+        job.recorder.close(status, None)
+        return EXIT_INTERRUPTED if job.interrupted else 0
+
+
+def _fail(job: Job, error: BaseException) -> int:
+    line = str(error) if isinstance(error, AsyncRLHFError) else f"{type(error).__name__}: {error}"
+    _log.error("run failed: %s", line, exc_info=error)
+    job.recorder.close("failed", line)
+    return EXIT_FAILED
+
+
+def _first_cause(group: BaseExceptionGroup) -> BaseException:
+    """The exception that ended a task group; ours rather than a follow-up of another library."""
+    leaves: list[BaseException] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        error = stack.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            stack = [*error.exceptions, *stack]
+        else:
+            leaves.append(error)
+    return next((error for error in leaves if isinstance(error, AsyncRLHFError)), leaves[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--learner", required=True, help="ZeroMQ address of learner rank 0")
+    parser.add_argument("--generator", action="append", required=True, help="URL of a generator; repeat for more")
+    parser.add_argument("--transfer", required=True, help="host:port learner rank 0 meets the generators on")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    host, _, port = arguments.transfer.rpartition(":")
+    raise SystemExit(asyncio.run(run_job(arguments.run_dir, arguments.learner, arguments.generator, (host, int(port)))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Progress of a run for a person: a live panel on a terminal, plain lines anywhere else."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+_LINE_EVERY_S = 5.0  # plain warm-start lines: a log, not a film
+
+
+class Display:
+    """Shows the controller's events."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=False, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._state: dict[str, str] = {"stage": "starting", "generators": "starting", "learner": "starting"}
+        self._began = self._last_line = time.monotonic()
+        if self._console.is_terminal:
+            self._live = Live(self._panel(), console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def show(self, event: dict[str, Any]) -> None:
+        """One event of the controller."""
+        match event:
+            case {"event": "stage", "name": name}:
+                self._state["stage"] = name
+                self.note(f"{name}")
+            case {"event": "activity", "side": side, "what": what}:
+                self._state[side] = what
+            case {"event": "warm_start", "step": step, "steps": steps, "loss": loss}:
+                self._state["stage"] = f"warm start {step}/{steps}"
+                self._state["learner"] = f"supervised loss {loss:.3f}"
+                if step == steps or time.monotonic() - self._last_line > _LINE_EVERY_S:
+                    self._plain(f"warm start {step}/{steps}  loss {loss:.3f}")
+            case {"event": "step"}:
+                self._state["stage"] = f"step {event['step']}/{event['steps']}"
+                self._state["last step"] = _step_line(event)
+                self._plain(f"step {event['step']}/{event['steps']}  {_step_line(event)}")
+            case {"event": "evaluated", "when": when, "metrics": metrics}:
+                self.note(f"held-out {when}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        if self._live:
+            self._live.update(self._panel())
+
+    def note(self, text: str) -> None:
+        """A line that stays, on a terminal too."""
+        self._console.print(f"[{time.monotonic() - self._began:7.1f} s] {text}", markup=False)
+        self._last_line = time.monotonic()
+
+    def finished(self, status: str, error: str | None, tail: list[str], run_dir: Path) -> None:
+        """The last word: how the run ended and where it is."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+        for line in tail:
+            self._console.print(f"  | {line}", markup=False)
+        if error:
+            self.note(f"error: {error}")
+        self.note(f"{status}: {run_dir}")
+
+    def _plain(self, text: str) -> None:
+        if self._live is None:
+            self.note(text)
+
+    def _panel(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for name, value in self._state.items():
+            table.add_row(name, value)
+        table.add_row("elapsed", f"{time.monotonic() - self._began:.0f} s")
+        return table
+
+
+def _step_line(event: dict[str, Any]) -> str:
+    parts = [f"reward {event['reward']:.3f}"]
+    for name, label in (("loss", "loss"), ("kl", "KL")):
+        if event.get(name) is not None:
+            parts.append(f"{label} {event[name]:.3f}")
+    return "  ".join([*parts, f"staleness {event['staleness']:.2f}", f"{event['samples_per_s']:.1f} samples/s"])

@@ -1,0 +1,157 @@
+"""Runs a job on this machine: starts every process, shows progress, watches them all, and ends them together.
+
+    start all ─> watch ──┬─ controller ends with 0 ───────────────> completed
+                         ├─ any process dies ──> end the others ──> failed, naming it and its last log lines
+                         └─ Ctrl-C ──> controller finishes its step and exports ──> interrupted
+
+The supervisor never talks to learner or generators; it owns only their lives. The controller's events come
+through its standard output.
+"""
+
+import json
+import queue
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ProcessDiedError
+from megatron_async_rlhf.launch.display import Display
+from megatron_async_rlhf.launch.plan import ProcessPlan
+from megatron_async_rlhf.launch.process import Process
+from megatron_async_rlhf.telemetry.events import parse_event
+from megatron_async_rlhf.telemetry.files import LOG_DIR, SUMMARY
+from megatron_async_rlhf.telemetry.summary import RunTotals
+
+_POLL_S = 0.1
+# When one process dies others notice and fail too; a moment later the first cause can be told from the rest.
+_SETTLE_S = 1.0
+_EXIT_CODES = {"completed": 0, "failed": 1, "interrupted": 130}
+EXIT_INTERRUPTED = _EXIT_CODES["interrupted"]
+
+
+class Supervisor:
+    """One run on this machine."""
+
+    def __init__(self, config: RunConfig, plan: ProcessPlan, run_dir: Path, display: Display) -> None:
+        self._config = config
+        self._plan = plan
+        self._run_dir = run_dir
+        self._display = display
+        self._processes: list[Process] = []
+        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._interrupts = 0
+        self._failure: str | None = None  # the controller's own account, if it gave one
+
+    def run(self) -> int:
+        """Start, watch, end; returns the exit code: 0 completed, 1 failed, 130 interrupted."""
+        previous = {n: signal.signal(n, self._on_interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._start()
+            status, error, tail = self._watch()
+        finally:
+            self._end_all()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self._drain_events()
+        self._finish_summary(status, error, tail)
+        self._display.finished(status, error, tail, self._run_dir)
+        return _EXIT_CODES[status]
+
+    def _start(self) -> None:
+        log_dir = self._run_dir / LOG_DIR
+        log_dir.mkdir(parents=True, exist_ok=True)
+        for spec in self._plan.processes:
+            is_controller = spec is self._plan.controller
+            self._processes.append(Process(spec, log_dir, pipe_stdout=is_controller))
+        self._controller = self._processes[-1]
+        threading.Thread(target=self._read_events, daemon=True).start()
+
+    def _read_events(self) -> None:
+        for line in self._controller.stdout:
+            event = parse_event(line)
+            if event is not None:
+                self._events.put(event)
+
+    def _watch(self) -> tuple[str, str | None, list[str]]:
+        """Until the run is over: status, error, and the last log lines of whoever caused it."""
+        asked = 0
+        deadline = None
+        while True:
+            self._drain_events()
+            if self._controller.returncode == 0:
+                return "completed", None, []
+            if self._interrupts > asked:
+                asked = self._interrupts
+                if asked > 1:
+                    return "interrupted", "interrupted twice: ended without exporting the policy", []
+                self._display.note("interrupted: finishing the step under way (press again to end at once)")
+                self._controller.signal(signal.SIGTERM)
+                deadline = time.monotonic() + self._config.launch.interrupt_grace_s
+            if asked and self._controller.returncode == EXIT_INTERRUPTED:
+                return "interrupted", None, []
+            if deadline and time.monotonic() > deadline:
+                return "interrupted", f"the step under way did not finish within {self._config.launch.interrupt_grace_s:g} s", []
+            if self._dead():
+                time.sleep(_SETTLE_S)
+                self._drain_events()
+                if self._controller.returncode in (0, EXIT_INTERRUPTED):
+                    continue
+                return self._blame()
+            time.sleep(_POLL_S)
+
+    def _dead(self) -> list[Process]:
+        """Processes that ended when they should not have. Learner ranks leave just before the controller does."""
+        learners = {spec.name for spec in self._plan.learners}
+        return [p for p in self._processes if p.returncode is not None and not (p.returncode == 0 and p.name in learners)]
+
+    def _blame(self) -> tuple[str, str, list[str]]:
+        """A process that died by itself comes before a controller that only reports what it saw."""
+        dead = self._dead()
+        others = [process for process in dead if process is not self._controller]
+        if self._failure and not others:
+            return "failed", self._failure, self._controller.last_lines()
+        culprit = min(others or dead, key=lambda process: process.returncode >= 0)
+        error = ProcessDiedError(f"{culprit.name} {culprit.ending()}; see {culprit.log}")
+        return "failed", str(error), culprit.last_lines()
+
+    def _drain_events(self) -> None:
+        while True:
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                return
+            if event["event"] == "closed" and event["status"] == "failed":
+                self._failure = event["error"]
+            self._display.show(event)
+
+    def _on_interrupt(self, number: int, frame: object) -> None:
+        self._interrupts += 1
+
+    def _end_all(self) -> None:
+        """SIGTERM, then SIGKILL after the grace period, to every process group."""
+        for process in self._processes:
+            process.kill_group(signal.SIGTERM)
+        deadline = time.monotonic() + self._config.launch.shutdown_grace_s
+        while time.monotonic() < deadline and any(process.returncode is None for process in self._processes):
+            time.sleep(_POLL_S)
+        for process in self._processes:
+            process.kill_group(signal.SIGKILL)
+
+    def _finish_summary(self, status: str, error: str | None, tail: list[str]) -> None:
+        """The controller's own summary, or what it had written before it died, with the run's real ending."""
+        path = self._run_dir / SUMMARY
+        if path.exists():
+            summary = json.loads(path.read_text())
+        else:
+            schedule = self._config.schedule
+            totals = RunTotals(
+                mode=schedule.mode, algorithm=self._config.algorithm.type, staleness_bound=schedule.staleness_bound
+            )
+            summary = totals.to_summary(status, error)
+        summary["status"], summary["error"] = status, error
+        if tail:
+            summary["log_tail"] = tail
+        path.write_text(json.dumps(summary, indent=1) + "\n")

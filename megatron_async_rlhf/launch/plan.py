@@ -1,0 +1,140 @@
+"""Which processes a run on one machine consists of: names, command lines, environments and cores. Starts nothing."""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.generator.vllm.server import server_command, server_environment
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
+
+_HOST = "127.0.0.1"
+
+
+class ProcessSpec(Struct, frozen=True, kw_only=True):
+    """One process. `environment` comes on top of ours; empty `cores` means any core."""
+
+    name: str
+    arguments: list[str]
+    environment: dict[str, str]
+    cores: list[int]
+
+
+class ProcessPlan(Struct, frozen=True, kw_only=True):
+    """All processes, in starting order; the controller is the one that decides when the run is over."""
+
+    learners: list[ProcessSpec]
+    generators: list[ProcessSpec]
+    controller: ProcessSpec
+
+    @property
+    def processes(self) -> list[ProcessSpec]:
+        return [*self.generators, *self.learners, self.controller]
+
+
+def plan_processes(config: RunConfig, run_dir: Path, context_length: int) -> ProcessPlan:
+    """Place learner ranks, generators and controller on this machine's cores and free ports.
+
+    Raises:
+        ConfigError: a configured port is in use.
+    """
+    workers = config.generator.replicas * config.generator.tensor_parallel
+    learner_cores, generator_cores = place_on_cores(config.learner.world_size, workers, sorted(os.sched_getaffinity(0)))
+    generator_ports = _generator_ports(config)
+    rendezvous, command, transfer = _free_ports(3, taken=generator_ports)
+    pin = config.launch.pin_cores
+    learners = [
+        ProcessSpec(
+            name=f"learner.{rank}",
+            arguments=[
+                *(sys.executable, "-m", "megatron_async_rlhf.learner.megatron.worker"),
+                *("--run-dir", str(run_dir)),
+                *("--listen", f"tcp://{_HOST}:{command}"),
+            ],
+            environment={
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(config.learner.world_size),
+                "MASTER_ADDR": _HOST,
+                "MASTER_PORT": str(rendezvous),
+                "OMP_NUM_THREADS": str(config.learner.threads),
+                "GLOO_SOCKET_IFNAME": "lo",
+            },
+            cores=[learner_cores[rank]] if pin else [],
+        )
+        for rank in range(config.learner.world_size)
+    ]
+    per_replica = config.generator.tensor_parallel
+    generators = [
+        ProcessSpec(
+            name=f"generator.{i}",
+            arguments=server_command(config, run_dir / POLICY_TEMPLATE_DIR, port, context_length),
+            environment={
+                **server_environment(config, generator_cores[i * per_replica : (i + 1) * per_replica]),
+                "OMP_NUM_THREADS": "1",
+                "GLOO_SOCKET_IFNAME": "lo",
+            },
+            cores=[],  # vLLM binds its workers itself; its front end may run wherever there is room
+        )
+        for i, port in enumerate(generator_ports)
+    ]
+    urls = [argument for port in generator_ports for argument in ("--generator", f"http://{_HOST}:{port}")]
+    controller = ProcessSpec(
+        name="controller",
+        arguments=[
+            *(sys.executable, "-m", "megatron_async_rlhf.app"),
+            *("--run-dir", str(run_dir)),
+            *("--learner", f"tcp://{_HOST}:{command}"),
+            *urls,
+            *("--transfer", f"{_HOST}:{transfer}"),
+        ],
+        environment={"OMP_NUM_THREADS": "1"},
+        cores=[],
+    )
+    return ProcessPlan(learners=learners, generators=generators, controller=controller)
+
+
+def place_on_cores(ranks: int, workers: int, cores: Sequence[int]) -> tuple[list[int], list[int]]:
+    """A core for each learner rank and each generator worker, [ranks] and [workers].
+
+    Learner ranks fill cores from the front, generator workers from the back; when there are not enough, each side
+    shares its own, so that a busy side never slows the other.
+    """
+    if len(cores) == 1:
+        return [cores[0]] * ranks, [cores[0]] * workers
+    for_workers = min(workers, max(1, len(cores) - ranks, len(cores) // 2))
+    mine, theirs = cores[: len(cores) - for_workers], cores[len(cores) - for_workers :]
+    return [mine[r % len(mine)] for r in range(ranks)], [theirs[w % len(theirs)] for w in range(workers)]
+
+
+def _generator_ports(config: RunConfig) -> list[int]:
+    first, count = config.generator.port, config.generator.replicas
+    if first == 0:
+        return _free_ports(count, taken=[])
+    ports = list(range(first, first + count))
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((_HOST, port))
+            except (OSError, OverflowError):
+                raise ConfigError(f"generator.port = {first}: port {port} is in use; free it, or set 0 to pick one") from None
+    return ports
+
+
+def _free_ports(count: int, taken: Sequence[int]) -> list[int]:
+    """Ports nobody listens on now, all different."""
+    probes = [socket.socket() for _ in range(count + len(taken))]
+    try:
+        for probe in probes:
+            probe.bind((_HOST, 0))
+        free = [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+    return [port for port in free if port not in taken][:count]

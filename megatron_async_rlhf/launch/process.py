@@ -1,0 +1,85 @@
+"""One child process of a run: its own session, its own log file, dies with its parent."""
+
+import ctypes
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import IO
+
+from megatron_async_rlhf.launch.plan import ProcessSpec
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Process:
+    """A started `ProcessSpec`. `pipe_stdout` gives the caller its stdout; everything else goes to the log."""
+
+    def __init__(self, spec: ProcessSpec, log_dir: Path, *, pipe_stdout: bool = False) -> None:
+        self.spec = spec
+        self.log = log_dir / f"{spec.name}.log"
+        with self.log.open("ab") as log:
+            self._popen = subprocess.Popen(
+                spec.arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if pipe_stdout else log,
+                stderr=log,
+                env={**os.environ, **spec.environment},
+                start_new_session=True,  # a Ctrl-C in the terminal reaches the supervisor alone
+                preexec_fn=_before_exec(spec.cores),
+                text=True,
+            )
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def stdout(self) -> IO[str]:
+        return self._popen.stdout
+
+    @property
+    def returncode(self) -> int | None:
+        return self._popen.poll()
+
+    def signal(self, number: int) -> None:
+        """To the process alone."""
+        if self.returncode is None:
+            self._popen.send_signal(number)
+
+    def kill_group(self, number: int) -> None:
+        """To the process and everything it started, even if it is gone itself."""
+        try:
+            os.killpg(self._popen.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def ending(self) -> str:
+        """How it ended, in words."""
+        code = self.returncode
+        if code is None:
+            return "is still running"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+    def last_lines(self, count: int = 15) -> list[str]:
+        """The end of its log."""
+        try:
+            return self.log.read_text(errors="replace").splitlines()[-count:]
+        except OSError:
+            return []
+
+
+def _before_exec(cores: list[int]):  # noqa: ANN202
+    """Runs in the child between fork and exec."""
+    parent = os.getpid()
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        # Without this a killed supervisor would leave servers behind that hold ports and memory.
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+    return prepare

@@ -1,0 +1,54 @@
+"""Makes the directory of a run; an earlier run found there is set aside, never overwritten."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from megatron_async_rlhf.config.load import dump_config
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
+
+
+def create_run_directory(config: RunConfig, template: Path) -> tuple[Path, Path | None]:
+    """The new run's directory, holding the resolved config and the model template, and where an old run went.
+
+    Raises:
+        ConfigError: the directory cannot be written, or holds something that is not a run.
+    """
+    directory = config.run.path.absolute()
+    try:
+        aside = _set_aside(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / RESOLVED_CONFIG).write_text(dump_config(config))
+        shutil.copytree(template, directory / POLICY_TEMPLATE_DIR)
+    except OSError as error:
+        raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
+    return directory, aside
+
+
+def check_writable(config: RunConfig) -> None:
+    """Find out early, leaving nothing behind.
+
+    Raises:
+        ConfigError: the nearest existing parent of the run directory cannot be written.
+    """
+    parent = config.run.path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ConfigError(f"run.dir = {config.run.path}: {parent} cannot be written ({error.strerror or error})") from None
+
+
+def _set_aside(directory: Path) -> Path | None:
+    if not directory.exists() or not any(directory.iterdir()):
+        return None
+    if not (directory / RESOLVED_CONFIG).exists():
+        raise ConfigError(f"run.dir = {directory} exists and is not a run; choose another run.name or run.dir")
+    number = 1
+    while (aside := directory.with_name(f"{directory.name}.{number}")).exists():
+        number += 1
+    directory.rename(aside)
+    return aside

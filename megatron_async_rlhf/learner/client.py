@@ -1,0 +1,53 @@
+"""The controller's end of the learner's command channel (ZeroMQ). No torch."""
+
+import asyncio
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError
+from megatron_async_rlhf.learner.protocol import Answer, Command, decode_answer, encode_command
+
+_ERRORS = {"": LearnerError, "non_finite": NonFiniteLossError, "transfer": TransferError}
+
+
+class LearnerClient:
+    """Sends one command at a time; the learner executes them in that order."""
+
+    def __init__(self, address: str, *, timeout_s: float) -> None:
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        self._socket.connect(address)
+        self._timeout_s = timeout_s
+        self._next_id = 1
+        self._turn = asyncio.Lock()
+
+    async def execute(self, command: Command) -> Answer:
+        """Send `command` and wait for its answer.
+
+        Raises:
+            NonFiniteLossError, TransferError: the command failed in that way.
+            LearnerError: it failed otherwise, or no answer came within `learner.timeout_s`.
+        """
+        name = type(command).__name__
+        async with self._turn:
+            numbered = msgspec.structs.replace(command, id=self._next_id)
+            self._next_id += 1
+            await self._socket.send(encode_command(numbered))
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    answer = decode_answer(await self._socket.recv())
+            except TimeoutError:
+                raise LearnerError(
+                    f"the learner did not answer {name} within {self._timeout_s:g} s; see logs/learner.0.log, or raise "
+                    "learner.timeout_s"
+                ) from None
+        if answer.id != numbered.id:
+            raise LearnerError(f"the learner answered command {answer.id} to {name}, which was {numbered.id}")
+        if answer.error is not None:
+            raise _ERRORS[answer.error_kind](answer.error)
+        return answer
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+

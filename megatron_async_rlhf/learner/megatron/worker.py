@@ -1,0 +1,151 @@
+"""One learner process: joins its group, then executes the controller's commands until told to stop.
+
+    rank 0:       receive command -> broadcast it -> execute -> answer
+    other ranks:                     receive it   -> execute
+
+Started once per rank with the environment `torchrun` or `srun` gives (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT):
+`python -m megatron_async_rlhf.learner.megatron.worker --run-dir runs/x --listen tcp://127.0.0.1:5555`.
+
+An error every rank raises alike (a `LearnerError` or a failed push) is answered; anything else ends this process,
+and with it the run, because the other ranks may be waiting inside a collective.
+"""
+
+import argparse
+import logging
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import zmq
+
+from megatron_async_rlhf.config.architecture import architecture_of_hf
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError
+from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
+from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
+from megatron_async_rlhf.learner.protocol import (
+    Answer,
+    AnyCommand,
+    ExportWeights,
+    Hello,
+    JoinTransfer,
+    PushWeights,
+    Score,
+    StartReinforcement,
+    Stop,
+    TrainPreferences,
+    TrainSupervised,
+    decode_command,
+    encode_answer,
+)
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
+
+_log = logging.getLogger(__name__)
+
+# Ranks wait for rank 0 inside a collective, so it must speak before that collective times out.
+_IDLE_BEAT_S = 5.0
+
+
+class CommandChannel:
+    """The controller's commands, the same on every rank."""
+
+    def __init__(self, placement: Placement, listen: str) -> None:
+        self._placement = placement
+        self._socket = None
+        if placement.rank == 0:
+            self._socket = zmq.Context.instance().socket(zmq.PAIR)
+            self._socket.bind(listen)
+
+    def receive(self) -> AnyCommand:
+        """Block until the controller sends something."""
+        while True:
+            raw = self._broadcast(self._poll() if self._socket else b"")
+            if raw:
+                return decode_command(raw)
+
+    def answer(self, answer: Answer) -> None:
+        if self._socket:
+            self._socket.send(encode_answer(answer))
+
+    def _poll(self) -> bytes:
+        return self._socket.recv() if self._socket.poll(_IDLE_BEAT_S * 1000) else b""
+
+    def _broadcast(self, raw: bytes) -> bytes:
+        if dist.get_world_size() == 1:
+            return raw
+        size = torch.tensor([len(raw)])
+        dist.broadcast(size, src=0, group=self._placement.control)
+        if not size.item():
+            return b""
+        buffer = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(size.item(), dtype=torch.uint8)
+        dist.broadcast(buffer, src=0, group=self._placement.control)
+        return buffer.numpy().tobytes()
+
+    def close(self) -> None:
+        if self._socket:
+            self._socket.close(linger=1000)
+
+
+def serve(learner: MegatronLearner, channel: CommandChannel) -> None:
+    """Execute commands until `Stop`."""
+    while True:
+        command = channel.receive()
+        if isinstance(command, Stop):
+            channel.answer(Answer(id=command.id))
+            return
+        try:
+            answer = _execute(learner, command)
+        except NonFiniteLossError as error:
+            answer = Answer(id=command.id, error=str(error), error_kind="non_finite")
+        except TransferError as error:
+            answer = Answer(id=command.id, error=str(error), error_kind="transfer")
+        except LearnerError as error:
+            answer = Answer(id=command.id, error=str(error))
+        if answer.error:
+            _log.error("%s: %s", type(command).__name__, answer.error)
+        channel.answer(answer)
+
+
+def _execute(learner: MegatronLearner, command: AnyCommand) -> Answer:
+    match command:
+        case Hello():
+            return Answer(id=command.id)
+        case TrainSupervised():
+            return learner.train_supervised(command)
+        case StartReinforcement():
+            learner.start_reinforcement()
+            return Answer(id=command.id)
+        case TrainPreferences():
+            return learner.train_preferences(command)
+        case Score():
+            return learner.score(command)
+        case JoinTransfer():
+            return learner.join_transfer(command)
+        case PushWeights():
+            return learner.push_weights(command)
+        case ExportWeights():
+            return learner.export_weights(command)
+    raise LearnerError(f"no such command: {type(command).__name__}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--listen", required=True, help="ZeroMQ address rank 0 takes commands on")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    start = time.monotonic()
+    config = load_config(arguments.run_dir / RESOLVED_CONFIG)
+    arch = architecture_of_hf(arguments.run_dir / POLICY_TEMPLATE_DIR)
+    placement = join_learner(config.learner)
+    learner = MegatronLearner(config, arch, placement)
+    _log.info("rank %d of %d ready after %.1f s", placement.rank, dist.get_world_size(), time.monotonic() - start)
+    channel = CommandChannel(placement, arguments.listen)
+    serve(learner, channel)
+    channel.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

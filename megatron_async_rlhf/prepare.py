@@ -1,0 +1,121 @@
+"""Everything that can be checked or made before a process starts: model template, tokenizer, prompts, layouts.
+
+No torch. `async-rlhf train` runs it first, so bad input costs one line and no start-up; the controller runs it
+again to get the same objects.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from msgspec import Struct
+
+from megatron_async_rlhf.config.architecture import Architecture, architecture_of, architecture_of_hf
+from megatron_async_rlhf.config.layout_rules import check_layouts
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.example import Example
+from megatron_async_rlhf.data.prompts import build_prompts
+from megatron_async_rlhf.data.solutions import solved_prompts
+from megatron_async_rlhf.data.source import load_examples
+from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer, train_bpe_tokenizer
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.rewards.base import Reward
+from megatron_async_rlhf.rewards.registry import make_reward
+from megatron_async_rlhf.types import Prompt, Sequence
+
+_TEMPLATE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+class Materials(Struct, frozen=True, kw_only=True):
+    """What a run works with, as its config describes it.
+
+    Attributes:
+        solved: prompt and solution as one row by prompt index; empty without a warm start.
+    """
+
+    architecture: Architecture
+    tokenizer: Tokenizer
+    train: list[Prompt]
+    eval: list[Prompt]
+    solved: dict[int, Sequence]
+    reward: Reward
+
+
+def make_model_template(config: RunConfig, directory: Path) -> None:
+    """Write Hugging Face config and tokenizer of the policy, without weights, into `directory`.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if config.model.hf is not None:
+        _copy_template(config.model.hf, directory)
+        return
+    if config.model.tokenizer == "bpe":
+        train_bpe_tokenizer(directory, _texts(load_examples(config.data, "train", config.run.seed)), config.model.vocab_size)
+    else:
+        make_byte_tokenizer(directory)
+    tokenizer = Tokenizer.load(directory)
+    hf = architecture_of(config.model, tokenizer.vocab_size).to_hf(
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    (directory / "config.json").write_text(json.dumps(hf, indent=1) + "\n")
+
+
+def load_materials(config: RunConfig, template: Path) -> Materials:
+    """Read the model template, load and check all data, check the layouts.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    tokenizer = Tokenizer.load(template)
+    architecture = architecture_of_hf(template)
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise ConfigError(
+            f"model.hf: the tokenizer has {tokenizer.vocab_size} tokens, the model only {architecture.vocab_size} embeddings"
+        )
+    check_layouts(config, architecture)
+    room = architecture.context_length - config.generator.max_new_tokens
+    limit = config.data.max_prompt_tokens or room
+    if limit > room:
+        raise ConfigError(
+            f"data.max_prompt_tokens = {limit} and generator.max_new_tokens = {config.generator.max_new_tokens} "
+            f"together exceed the context of {architecture.context_length} tokens"
+        )
+    reward = make_reward(config.reward)
+    splits = {}
+    for split in ("train", "eval"):
+        splits[split] = build_prompts(load_examples(config.data, split, config.run.seed), tokenizer, limit)
+        for prompt in splits[split]:
+            reward.check(prompt)
+    solved = {}
+    if config.warm_start.steps:
+        solved = solved_prompts(splits["train"], tokenizer, architecture.context_length)
+    return Materials(architecture=architecture, tokenizer=tokenizer, reward=reward, solved=solved, **splits)
+
+
+def copy_template(template: Path, directory: Path) -> None:
+    """Put config and tokenizer beside exported weights, so that they load as a Hugging Face model."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in template.iterdir():
+        shutil.copyfile(file, directory / file.name)
+
+
+def _copy_template(source: Path, directory: Path) -> None:
+    architecture_of_hf(source)  # a clear error if it is no model we can train
+    if not any(source.glob("*.safetensors")):
+        raise ConfigError(f"model.hf = {source} holds no .safetensors file; save it with safe_serialization=True")
+    for name in _TEMPLATE_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)
+
+
+def _texts(examples: list[Example]) -> list[str]:
+    return [text for example in examples for text in (example.text, example.solution) if text]

@@ -1,0 +1,11 @@
+"""Names inside a run directory: one place, because every process writes or reads some of them."""
+
+RESOLVED_CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+SUMMARY = "summary.json"
+TRACE = "trace.json"
+LOG_DIR = "logs"
+POLICY_TEMPLATE_DIR = "model"  # Hugging Face config and tokenizer of the policy, without weights
+EXPORT_DIR = "checkpoints/final"  # the finished policy as a Hugging Face directory
+FAILED_BATCH = "non_finite_batch.json"

@@ -1,0 +1,160 @@
+"""Writes down what a run does: metrics, samples, timeline, summary, progress events and, if asked, W&B."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.learner.protocol import PushReport
+from megatron_async_rlhf.telemetry.events import EventStream
+from megatron_async_rlhf.telemetry.files import METRICS, SAMPLES, SUMMARY, TRACE
+from megatron_async_rlhf.telemetry.summary import RunTotals
+from megatron_async_rlhf.telemetry.trace import write_trace
+from megatron_async_rlhf.telemetry.wandb_log import WandbLog
+from megatron_async_rlhf.types import Completion, RolloutGroup, Span
+
+
+class Recorder:
+    """One per run, in the controller. Every line is on disk as soon as it is known."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, events: EventStream, *, bytes_held_by_generators: int) -> None:
+        self._config = config
+        self._dir = run_dir
+        self._events = events
+        self._minimum_bytes = bytes_held_by_generators
+        self._metrics = (run_dir / METRICS).open("a", buffering=1)
+        self._samples = (run_dir / SAMPLES).open("a", buffering=1)
+        self._wandb = WandbLog(config, run_dir)
+        self._spans: list[Span] = []
+        self._loop_start: float | None = None
+        self.totals = RunTotals(
+            mode=config.schedule.mode,
+            algorithm=config.algorithm.type,
+            staleness_bound=config.schedule.staleness_bound,
+        )
+
+    def stage(self, name: str, **fields: Any) -> None:
+        """A new stage of the run began: `starting`, `warm start`, `evaluate`, `train`, `export`."""
+        self._events.emit("stage", name=name, **fields)
+
+    def activity(self, side: str, what: str) -> None:
+        """What `learner` or `generators` is doing from now on."""
+        self._events.emit("activity", side=side, what=what)
+
+    def warm_start_step(self, step: int, values: dict[str, float], spans: Iterable[Span]) -> None:
+        self._spans += spans
+        self._events.emit("warm_start", step=step + 1, steps=self._config.warm_start.steps, loss=values["loss"])
+        self._wandb.log({"warm_start/loss": values["loss"], "warm_start/step": step})
+
+    def loop_started(self, startup_s: float) -> None:
+        """The RL loop begins: its wall clock starts."""
+        self.totals.startup_s = startup_s
+        self._loop_start = time.time()
+
+    def loop_ended(self) -> None:
+        if self._loop_start is not None:
+            self.totals.wall_s = time.time() - self._loop_start
+            self._loop_start = None
+
+    def generated(self, completions: Sequence[Sequence[Completion]], span: Span) -> None:
+        """One batch was sampled in `span`."""
+        self.totals.samples_generated += sum(len(group) for group in completions)
+        self.totals.tokens_generated += sum(len(c.token_ids) for group in completions for c in group)
+        self.totals.generate_busy_s += span.end - span.start
+        self._spans.append(span)
+
+    def trained(
+        self, groups: Sequence[RolloutGroup], sequences: Sequence, skipped: int, ages: Sequence[int], span: Span, inner: Iterable[Span]
+    ) -> None:
+        """One optimizer step took `span`; `sequences` of `groups` were trained, `ages` are staleness per token."""
+        samples = sum(len(group.completions) for group in groups)
+        self.totals.steps += 1
+        self.totals.samples_trained += len(sequences)
+        self.totals.samples_dropped += samples - len(sequences)
+        self.totals.tokens_trained += sum(len(s.token_ids) - s.prompt_length for s in sequences)
+        self.totals.pairs_skipped += skipped
+        self.totals.staleness.update(ages)
+        self.totals.train_busy_s += span.end - span.start
+        self._spans += [span, *inner]
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """All metrics of one optimizer step: a line of metrics.jsonl, a progress event, a W&B step."""
+        line = {"step": step, "time": time.time(), **values}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._wandb.log(line)
+        if self._loop_start is not None:
+            self.totals.wall_s = time.time() - self._loop_start
+        rate = self.totals.samples_generated / self.totals.wall_s if self.totals.wall_s else 0.0
+        self._events.emit(
+            "step",
+            step=step + 1,
+            steps=self._config.schedule.steps,
+            reward=values["reward"],
+            loss=values.get("loss"),
+            kl=values.get("kl_to_reference"),
+            staleness=values["staleness/mean"],
+            samples_per_s=rate,
+        )
+        self.write_summary("running", None)
+
+    def samples(self, step: int, groups: Sequence[RolloutGroup]) -> None:
+        """The first `telemetry.samples_per_step` groups of a step, readable."""
+        for group in groups[: self._config.telemetry.samples_per_step]:
+            line = {
+                "step": step,
+                "prompt": group.prompt.text,
+                "completions": [c.text for c in group.completions],
+                "rewards": group.rewards,
+                "versions": [sorted(set(c.versions)) for c in group.completions],
+                "finished": [c.finished for c in group.completions],
+            }
+            self._samples.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def pushed(self, report: PushReport, spans: Sequence[Span]) -> None:
+        """A push took `spans[0]`."""
+        self.totals.push_bytes.add(report.wire_bytes)
+        self.totals.push_bytes_minimum += self._minimum_bytes
+        self.totals.push_s.add(spans[0].end - spans[0].start)
+        self.totals.digests_compared += report.compared
+        self.totals.pushes_verified += report.compared > 0
+        self.totals.mismatches += len(report.mismatches)
+        self._spans += spans
+
+    def logprob_gaps(self, gaps: Sequence[float]) -> None:
+        """|learner - sampler| of tokens both computed under the same version."""
+        if gaps:
+            self.totals.logprob_gap.add(*gaps)
+
+    def evaluated(self, when: str, metrics: dict[str, float], span: Span) -> None:
+        """Held-out metrics `before` or `after` RL."""
+        self.totals.evaluation[when] = metrics
+        self._spans.append(span)
+        self._events.emit("evaluated", when=when, metrics=metrics)
+        self._wandb.log({f"eval/{name}": value for name, value in metrics.items()})
+
+    def write_summary(self, status: str, error: str | None) -> None:
+        """Replace summary.json in one step, so that a reader, or a crash, never meets half of it."""
+        partial = self._dir / f"{SUMMARY}.partial"
+        partial.write_text(json.dumps(self.totals.to_summary(status, error), indent=1) + "\n")
+        os.replace(partial, self._dir / SUMMARY)
+
+    def save_json(self, file: str, content: Any) -> Path:
+        """Keep something for a later look, such as the batch of a non-finite loss."""
+        path = self._dir / file
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
+        return path
+
+    def close(self, status: str, error: str | None) -> None:
+        """Final summary and timeline."""
+        self.loop_ended()
+        self.write_summary(status, error)
+        write_trace(self._dir / TRACE, self._spans)
+        self._metrics.close()
+        self._samples.close()
+        self._wandb.close(self.totals.to_summary(status, error), failed=status == "failed")
+        self._events.emit("closed", status=status, error=error)

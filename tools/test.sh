@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets the environment up and runs the tests. Arguments go to pytest:
+#   tools/test.sh -m "not slow" tests/config
+set -euo pipefail
+cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null
+tools/setup_env.sh
+
+code=0
+"${ASYNC_RLHF_VENV:-.venv}/bin/python" -m pytest -q --durations=10 "$@" || code=$?
+if ((code)); then
+    echo "failed: pytest ended with exit code $code"
+else
+    echo "passed: all tests that ran"
+fi
+exit "$code"
