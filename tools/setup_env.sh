@@ -86,13 +86,19 @@ finish() {  # waits for what was started, with a sign of life every 10 s; fails 
             sleep 0.2
             if ((SECONDS - told >= 10)); then
                 told=$SECONDS
-                echo "  ... ${SECONDS} s, $(grep -oE '^(Collecting|Requirement already satisfied:) [^ ]*' "$log" | sort -u | wc -l) of $packages packages fetched"
+                echo "  ... ${SECONDS} s$(progress)"
             fi
         done
         wait "$child" || code=$?
     done
     children=()
     return "$code"
+}
+
+progress() {
+    if ((step == 3)); then
+        echo ", $(grep -oE '^(Collecting|Processing|Requirement already satisfied:) [^ ]*' "$log" | sort -u | wc -l) packages fetched"
+    fi
 }
 
 run() {

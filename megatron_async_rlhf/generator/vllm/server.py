@@ -7,6 +7,8 @@ from pathlib import Path
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.generator.vllm.plugin import BACKEND
 
+_PREFILL_TOKENS = 4096  # prompt tokens of one engine step
+
 
 def server_command(config: RunConfig, model_dir: Path, port: int, context_length: int) -> list[str]:
     """Arguments of vLLM's OpenAI server for replica weights that only ever come from the learner.
@@ -27,6 +29,9 @@ def server_command(config: RunConfig, model_dir: Path, port: int, context_length
         *("--tensor-parallel-size", str(generator.tensor_parallel)),
         *("--max-model-len", str(context_length)),
         *("--max-num-seqs", str(generator.max_concurrent)),
+        # A prompt is prefilled in one go: in vLLM 0.32 a seeded request whose prefill is cut in two crashes the CPU worker.
+        "--no-enable-chunked-prefill",
+        *("--max-num-batched-tokens", str(max(context_length, _PREFILL_TOKENS))),
         *("--generation-config", "vllm"),
         *("--logprobs-mode", "processed_logprobs"),  # after temperature: what the sampler really used
         *("--scheduling-policy", "priority"),  # requests run in the controller's order, not the network's

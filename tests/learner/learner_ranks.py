@@ -1,0 +1,184 @@
+"""Spawns the ranks of `learner_worker.py` in one parallel layout and reads what they wrote."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+WORKER = Path(__file__).with_name("learner_worker.py")
+TIMEOUT_S = 200
+CONTEXT_LENGTH = 24
+VOCAB_SIZE = 37  # divisible by no number of ranks
+TEMPERATURE = 0.7
+SUPERVISED_STEPS = 3
+WARM_START = {
+    "steps": 4, "learning_rate": 1e-2, "min_learning_rate": 1e-3, "lr_decay": "linear", "weight_decay": 0.1,
+    "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_eps": 1e-6, "clip_grad": 0.5,
+}  # fmt: skip
+REINFORCEMENT = {
+    "learning_rate": 3e-4, "min_learning_rate": 0.0, "lr_decay": "linear", "weight_decay": 0.0,
+    "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-4, "clip_grad": 2.0,
+}  # fmt: skip
+RL_STEPS = 5
+BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks divide each layer, the layers, and the batch."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        return f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}"
+
+
+LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(tensor=2, pipeline=2), Layout(data=2)]
+
+
+def models(root: Path) -> dict[str, dict]:
+    """The policies every layout trains, one layer per stage in the pipelined ones.
+
+    plain: drawn by the learner. tied: tied embeddings, one key-value head, from a Hugging Face directory.
+    wide: heads larger than hidden size / heads, two key-value heads, from a sharded directory.
+    """
+    plain = {
+        "layers": 2, "hidden_size": 32, "ffn_size": 48, "heads": 4, "context_length": CONTEXT_LENGTH,
+        "norm_eps": 1e-2, "rope_theta": 500.0, "init_std": 0.2,
+    }  # fmt: skip
+    tied = write_hf_model(root / "tied", seed=1, num_key_value_heads=1, tie_word_embeddings=True)
+    wide = write_hf_model(root / "wide", seed=2, shard_size="20KB", num_key_value_heads=2, head_dim=12)
+    algorithm = {"algorithm": {"beta": BETA, "loss": "ipo"}}
+    return {
+        "plain": {"section": plain, "vocab_size": VOCAB_SIZE},
+        "tied": {"section": {"hf": str(tied)}, "config": algorithm},
+        "wide": {"section": {"hf": str(wide)}},
+    }
+
+
+def write_hf_model(directory: Path, *, seed: int, shard_size: str = "1GB", **sizes) -> Path:
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": VOCAB_SIZE, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48,
+        "num_attention_heads": 4, "max_position_embeddings": CONTEXT_LENGTH, "rms_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}, "initializer_range": 0.2,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**shape | sizes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(directory, max_shard_size=shard_size)
+    return directory
+
+
+def make_sequences() -> list[tuple[list[int], int]]:
+    """Token ids and prompt length: an empty completion, one of maximal length, and ragged ones."""
+    dice = random.Random(0)
+
+    def draw(length: int, prompt_length: int) -> tuple[list[int], int]:
+        return [dice.randrange(VOCAB_SIZE) for _ in range(length)], prompt_length
+
+    return [draw(5, 5), draw(CONTEXT_LENGTH, 1), *(draw(dice.randrange(6, CONTEXT_LENGTH), dice.randrange(1, 5)) for _ in range(7))]
+
+
+def make_pairs() -> list[list[tuple[list[int], int]]]:
+    """Three steps: an odd number of pairs, fewer pairs than data-parallel ranks, and the first again."""
+    dice = random.Random(1)
+    steps = []
+    for count in (5, 1):
+        rows = []
+        for _ in range(count):
+            prompt = [dice.randrange(VOCAB_SIZE) for _ in range(dice.randrange(1, 6))]
+            for _ in range(2):
+                completion = [dice.randrange(VOCAB_SIZE) for _ in range(dice.randrange(1, CONTEXT_LENGTH - len(prompt) + 1))]
+                rows.append((prompt + completion, len(prompt)))
+        steps.append(rows)
+    steps[0][1] = (steps[0][1][0][: steps[0][1][1]], steps[0][1][1])  # an empty completion
+    return [*steps, steps[0]]
+
+
+class LayoutRun:
+    """What the ranks of one layout wrote."""
+
+    def __init__(self, layout: Layout, directory: Path, sources: dict[str, dict]) -> None:
+        self.layout, self.directory, self.sources = layout, directory, sources
+        self.ranks = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(layout.ranks)]
+
+    def result(self, model: str) -> dict:
+        return self.ranks[0][model]
+
+    def weights(self, model: str, stage: str) -> dict[str, torch.Tensor]:
+        return load_file(self.directory / model / stage / "model.safetensors")
+
+    def logits(self, model: str) -> list[torch.Tensor]:
+        return torch.load(self.directory / model / "logits.pt")
+
+
+def run_layout(layout: Layout, directory: Path, sources: dict[str, dict]) -> LayoutRun:
+    directory.mkdir()
+    config = {
+        "learner": REINFORCEMENT | {
+            "tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline, "ranks": layout.ranks,
+            "micro_batch_tokens": 2 * CONTEXT_LENGTH, "timeout_s": 60,
+        },
+        "warm_start": WARM_START,
+        "generator": {"temperature": TEMPERATURE},
+        "schedule": {"steps": RL_STEPS},
+        "algorithm": {"beta": BETA, "loss": "sigmoid"},
+    }  # fmt: skip
+    job = {
+        "config": config, "models": sources, "sequences": make_sequences(), "pairs": make_pairs(),
+        "supervised_steps": SUPERVISED_STEPS,
+    }  # fmt: skip
+    (directory / "job.json").write_text(json.dumps(job))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {
+        "WORLD_SIZE": str(layout.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    logs = [directory / f"rank{rank}.log" for rank in range(layout.ranks)]
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, str(WORKER), str(directory / "job.json")]
+            with log.open("w") as file:
+                processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+        wait_for(processes, logs)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return LayoutRun(layout, directory, sources)
+
+
+def wait_for(processes: list[subprocess.Popen], logs: list[Path]) -> None:
+    """Until all ranks end well; one that fails, or the time limit, is an error with the end of its log."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.poll()]
+        if failed or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    for rank, process in enumerate(processes):
+        if process.poll() != 0:
+            tail = logs[rank].read_text()[-4000:]
+            raise AssertionError(f"learner rank {rank} ended with {process.poll()}:\n{tail}")

@@ -1,0 +1,141 @@
+"""One learner rank of the tests: drives `MegatronLearner` as told by a JSON file and writes down what happened.
+
+Run as `learner_worker.py <job.json>` in the environment of `torchrun`. Results go beside the job: `rank<r>.json`
+from every rank, weights and logits once.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from megatron_async_rlhf.config.architecture import architecture_of, architecture_of_hf
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import LearnerError
+from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
+from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
+from megatron_async_rlhf.learner.protocol import ExportWeights, Score, TrainPreferences, TrainSupervised
+from megatron_async_rlhf.types import Sequence
+from megatron_async_rlhf.weights.digest import digest
+
+
+def make_learner(job: dict, model: dict, placement: Placement) -> MegatronLearner:
+    config = RunConfig.model_validate(job["config"] | {"model": model["section"]} | model.get("config", {}))
+    hf = config.model.hf
+    arch = architecture_of_hf(hf) if hf else architecture_of(config.model, model["vocab_size"])
+    return MegatronLearner(config, arch, placement)
+
+
+def sequences_of(rows: list) -> list[Sequence]:
+    return [Sequence(token_ids=token_ids, prompt_length=prompt_length) for token_ids, prompt_length in rows]
+
+
+def logits_of(learner: MegatronLearner, sequences: list[Sequence]) -> list[torch.Tensor]:
+    """Raw logits of each sequence by itself, whole, on the last stage."""
+
+    def forward(batches, model):
+        tokens_BT = next(batches)
+        positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+        output = model(input_ids=tokens_BT, position_ids=positions_BT, attention_mask=None)
+        return output, lambda logits, non_loss_data: gather_from_tensor_model_parallel_region(logits)
+
+    with torch.no_grad():
+        collected = [
+            get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=iter([torch.tensor([sequence.token_ids])]),
+                model=[learner._bare],
+                num_microbatches=1,
+                seq_length=len(sequence.token_ids),
+                micro_batch_size=1,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+            for sequence in sequences
+        ]
+    return [logits[0][0, :, : learner.arch.vocab_size] for logits in collected if logits]
+
+
+def digests_of(learner: MegatronLearner) -> dict[str, str]:
+    """Of this rank's own shards."""
+    return {name: digest(parameter).hex() for name, parameter in learner._bare.named_parameters()}
+
+
+def error_of(act, *args) -> dict | None:
+    try:
+        act(*args)
+    except LearnerError as error:
+        return {"kind": type(error).__name__, "message": str(error)}
+    return None
+
+
+def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
+    """Scores, three supervised steps, RL with an empty step first, and every refusal on the way."""
+    sequences = sequences_of(job["sequences"])
+    result = {"logprobs": learner.score(Score(sequences=sequences)).logprobs}
+    logits = logits_of(learner, sequences)
+    if learner.placement.reports_loss and learner.placement.data_rank == 0:
+        torch.save(logits, directory / "logits.pt")
+    learner.export_weights(ExportWeights(directory=str(directory / "initial")))
+    result["supervised"] = [
+        learner.train_supervised(TrainSupervised(step=step, sequences=sequences)).metrics.values
+        for step in range(job["supervised_steps"])
+    ]
+    learner.export_weights(ExportWeights(directory=str(directory / "warm")))
+
+    pair_lists = [sequences_of(rows) for rows in job["pairs"]]
+    too_early = TrainPreferences(version=0, pairs=pair_lists[0])
+    result["too early"] = error_of(learner.train_preferences, too_early)
+    learner.start_reinforcement()
+    before = digests_of(learner)
+    result["empty"] = learner.train_preferences(TrainPreferences(version=0, pairs=[])).metrics.values
+    result["version after empty"] = learner.version
+    result["wrong version"] = error_of(learner.train_preferences, too_early)
+    result["version after wrong version"] = learner.version
+    result["changed by an empty and a refused step"] = before != digests_of(learner)
+    answers = [
+        learner.train_preferences(TrainPreferences(version=version, pairs=pairs))
+        for version, pairs in enumerate(pair_lists, start=1)
+    ]
+    result["preferences"] = [answer.metrics.values for answer in answers]
+    result["preference logprobs"] = [answer.logprobs for answer in answers]
+    result["version"] = learner.version
+    learner.export_weights(ExportWeights(directory=str(directory / "final")))
+    return result
+
+
+def blow_up(learner: MegatronLearner, job: dict) -> dict:
+    """An absurd learning rate makes the first step's weights useless; the second step must refuse to use them."""
+    sequences = sequences_of(job["sequences"])
+    learner.train_supervised(TrainSupervised(step=0, sequences=sequences))
+    before = digests_of(learner)
+    result = {"supervised": error_of(learner.train_supervised, TrainSupervised(step=1, sequences=sequences))}
+    learner.start_reinforcement()
+    pairs = sequences_of(job["pairs"][0])
+    result["preferences"] = error_of(learner.train_preferences, TrainPreferences(version=0, pairs=pairs))
+    result["version"] = learner.version
+    result["changed"] = before != digests_of(learner)
+    return result
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    job = json.loads(path.read_text())
+    placement = join_learner(RunConfig.model_validate(job["config"] | {"model": job["models"]["plain"]["section"]}).learner)
+    results = {}
+    for name, model in job["models"].items():
+        directory = path.parent / name
+        directory.mkdir(exist_ok=True)
+        results[name] = train(make_learner(job, model, placement), job, directory)
+    absurd = {"learning_rate": 1e30, "clip_grad": 0.0}
+    config = {key: job["config"][key] | absurd for key in ("warm_start", "learner")}
+    results["blow up"] = blow_up(make_learner(job, job["models"]["plain"] | {"config": config}, placement), job)
+    (path.parent / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+main()

@@ -1,0 +1,155 @@
+"""The learner beside Transformers on the weights it exported: logits, log-probabilities, and whole training steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from learner_ranks import (
+    BETA,
+    REINFORCEMENT,
+    RL_STEPS,
+    SUPERVISED_STEPS,
+    TEMPERATURE,
+    WARM_START,
+    LayoutRun,
+    make_pairs,
+    make_sequences,
+)
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from megatron_async_rlhf.config.architecture import architecture_of
+from megatron_async_rlhf.config.sections import ModelSection
+
+MODELS = ["plain", "tied", "wide"]
+
+
+def transformers_model(run: LayoutRun, name: str, stage: str) -> LlamaForCausalLM:
+    source = run.sources[name]
+    hf = source["section"].get("hf")
+    if hf:
+        config = json.loads((Path(hf) / "config.json").read_text())
+    else:
+        arch = architecture_of(ModelSection.model_validate(source["section"]), source["vocab_size"])
+        config = arch.to_hf(eos_token_id=2)
+    directory = run.directory / name / stage
+    (directory / "config.json").write_text(json.dumps(config))
+    return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def completion_logprobs(model: LlamaForCausalLM, row: tuple[list[int], int], temperature: float) -> torch.Tensor:
+    token_ids, prompt_length = torch.tensor(row[0]), row[1]
+    logits_TV = model(token_ids.unsqueeze(0)).logits[0] / temperature
+    logprobs_T = logits_TV.log_softmax(-1)[:-1].gather(-1, token_ids[1:, None]).squeeze(-1)
+    return logprobs_T[prompt_length - 1 :]
+
+
+def assert_close_rows(ours: list[list[float]], theirs: list[torch.Tensor]) -> None:
+    assert len(ours) == len(theirs)
+    for our_row, their_row in zip(ours, theirs, strict=True):
+        assert len(our_row) == len(their_row)
+        assert (torch.tensor(our_row) - their_row).abs().sum() <= 1e-4 * max(1, len(our_row))
+        assert all(abs(a - b) <= 1e-4 for a, b in zip(our_row, their_row.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits(run: LayoutRun, name: str):
+    model = transformers_model(run, name, "initial")
+    ours = run.logits(name)
+    assert len(ours) == len(make_sequences())
+    for logits_TV, (token_ids, _) in zip(ours, make_sequences(), strict=True):
+        theirs_TV = model(torch.tensor([token_ids])).logits[0]
+        assert theirs_TV.std() > 0.1  # far from uniform, or anything would agree
+        assert (logits_TV - theirs_TV).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_completion_logprobs_of_any_length(run: LayoutRun, name: str):
+    model = transformers_model(run, name, "initial")
+    theirs = [completion_logprobs(model, row, TEMPERATURE) for row in make_sequences()]
+    assert [len(row) for row in theirs[:2]] == [0, 23]
+    assert_close_rows(run.result(name)["logprobs"], theirs)
+    assert all(not result[name]["logprobs"] for result in run.ranks[1:])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_preference_step_answers_with_the_logprobs_before_it(run: LayoutRun, name: str):
+    model = transformers_model(run, name, "warm")
+    theirs = [completion_logprobs(model, row, TEMPERATURE) for row in make_pairs()[0]]
+    assert_close_rows(run.result(name)["preference logprobs"][0], theirs)
+
+
+def adamw(model: LlamaForCausalLM, keys: dict) -> torch.optim.AdamW:
+    """Weight decay spares one-dimensional parameters, as in Megatron."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": keys["weight_decay"]},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(keys["adam_beta1"], keys["adam_beta2"]), eps=keys["adam_eps"])
+
+
+def step(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, loss: torch.Tensor, keys: dict, progress: float) -> dict:
+    learning_rate = keys["min_learning_rate"] + (keys["learning_rate"] - keys["min_learning_rate"]) * (1 - progress)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), keys["clip_grad"])
+    optimizer.step()
+    return {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": learning_rate}
+
+
+def assert_same_training(ours: list[dict], theirs: list[dict], ours_after: dict, model: LlamaForCausalLM) -> None:
+    for our_step, their_step in zip(ours, theirs, strict=True):
+        assert {key: our_step[key] for key in their_step} == pytest.approx(their_step, rel=1e-4)
+    assert set(ours_after) == {parameter_name for parameter_name, _ in model.named_parameters()}
+    for parameter_name, parameter in model.named_parameters():
+        gap = (ours_after[parameter_name] - parameter).abs().max()
+        assert gap <= 1e-4 * parameter.abs().max(), parameter_name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_supervised_steps(single: LayoutRun, name: str):
+    model = transformers_model(single, name, "initial")
+    optimizer = adamw(model, WARM_START)
+    num_tokens = sum(len(token_ids) - prompt_length for token_ids, prompt_length in make_sequences())
+    theirs = []
+    for index in range(SUPERVISED_STEPS):
+        loss = -sum(completion_logprobs(model, row, 1.0).sum() for row in make_sequences()) / num_tokens
+        theirs.append(step(model, optimizer, loss, WARM_START, index / WARM_START["steps"]))
+    assert theirs[0]["grad_norm"] > 1.5 * WARM_START["clip_grad"]  # clipping must matter
+    assert_same_training(single.result(name)["supervised"], theirs, single.weights(name, "warm"), model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_preference_steps(single: LayoutRun, name: str):
+    model = transformers_model(single, name, "warm")
+    reference = transformers_model(single, name, "warm").requires_grad_(False)
+    optimizer = adamw(model, REINFORCEMENT)
+    theirs = []
+    for index, rows in enumerate(make_pairs()):
+        ratios = [
+            completion_logprobs(model, row, TEMPERATURE).sum() - completion_logprobs(reference, row, TEMPERATURE).sum()
+            for row in rows
+        ]
+        h_P = torch.stack(ratios[0::2]) - torch.stack(ratios[1::2])
+        losses_P = (h_P - 1 / (2 * BETA)) ** 2 if name == "tied" else -F.logsigmoid(BETA * h_P)
+        theirs.append(step(model, optimizer, losses_P.mean(), REINFORCEMENT, index / RL_STEPS))
+    assert_same_training(single.result(name)["preferences"], theirs, single.weights(name, "final"), model)
+
+
+@pytest.mark.parametrize("name", ["tied", "wide"])
+def test_an_imported_model_is_exported_byte_for_byte(run: LayoutRun, name: str):
+    files = sorted(Path(run.sources[name]["section"]["hf"]).glob("*.safetensors"))
+    assert (len(files) > 1) is (name == "wide")
+    imported = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    exported = run.weights(name, "initial")
+    assert set(exported) == set(imported)
+    for key, tensor in imported.items():
+        assert exported[key].dtype == tensor.dtype
+        assert torch.equal(exported[key].view(torch.int32), tensor.view(torch.int32)), key

@@ -1,0 +1,41 @@
+"""Tensor, pipeline and data parallelism change where the arithmetic happens, never what comes out."""
+
+import pytest
+import torch
+from learner_ranks import LayoutRun
+
+MODELS = ["plain", "tied", "wide"]
+
+
+def test_fresh_weights_are_the_same_bits_in_every_layout(run: LayoutRun, single: LayoutRun):
+    ours, theirs = run.weights("plain", "initial"), single.weights("plain", "initial")
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("stage", ["supervised", "preferences"])
+def test_the_same_loss_and_gradient_norm(run: LayoutRun, single: LayoutRun, name: str, stage: str):
+    ours, theirs = run.result(name)[stage], single.result(name)[stage]
+    assert len(ours) == 3
+    for our_step, their_step in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm", "learning_rate"):
+            assert our_step[key] == pytest.approx(their_step[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("stage", ["warm", "final"])
+def test_the_same_weights_after_training(run: LayoutRun, single: LayoutRun, name: str, stage: str):
+    ours, theirs = run.weights(name, stage), single.weights(name, stage)
+    before = single.weights(name, "initial" if stage == "warm" else "warm")
+    assert set(ours) == set(theirs)
+    for key, tensor in theirs.items():
+        assert (tensor - before[key]).abs().max() > 1e-3 * tensor.abs().max(), key  # training moved it
+        assert (ours[key] - tensor).abs().max() <= 1e-4 * tensor.abs().max(), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_rank_reports_the_same_metrics(run: LayoutRun, name: str):
+    for rank in run.ranks:
+        assert rank[name]["supervised"] == run.result(name)["supervised"]
+        assert rank[name]["preferences"] == run.result(name)["preferences"]
