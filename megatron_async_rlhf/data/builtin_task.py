@@ -19,6 +19,7 @@ MAX_EXAMPLES = 1_000_000
 
 _EVAL_ONE_IN = 8
 _VOWELS = "aeiou"
+_CONSONANTS = "bdfgklmnprst"
 
 
 def make_examples(seed: int, count: int, split: Literal["train", "eval"]) -> list[Example]:
@@ -50,11 +51,13 @@ def split_of(text: str) -> Literal["train", "eval"]:
 
 
 def _word(rng: Random) -> str:
-    return _letters(rng, rng.randint(3, 6))
+    return _letters(rng, rng.randint(3, 5))
 
 
 def _letters(rng: Random, length: int) -> str:
-    return "".join(rng.choices(string.ascii_lowercase, k=length))
+    """Consonants and vowels in turn, starting with either: easier to spell than any letters, as hard to guess."""
+    start = rng.randint(0, 1)
+    return "".join(rng.choice(_CONSONANTS if (start + i) % 2 else _VOWELS) for i in range(length))
 
 
 def _one_answer(kind: str, text: str, answer: str) -> Example:
@@ -93,7 +96,7 @@ def _pick(rng: Random, kind: str) -> Example:
 
 
 def _add(rng: Random, kind: str) -> Example:
-    left, right = rng.randint(0, 999), rng.randint(0, 999)
+    left, right = rng.randint(0, 99), rng.randint(0, 99)
     return _one_answer(kind, f"Add {left} and {right}.", str(left + right))
 
 

@@ -18,7 +18,12 @@ def test_highest_against_lowest(rewards: list[float], pair: tuple[int, int]):
 
 @pytest.mark.parametrize(
     ("rewards", "pair"),
-    [([0.5, 1.0, 1.0], (1, 0)), ([1.0, 0.0, 0.0], (0, 1)), ([0.0, 1.0, 0.0, 1.0], (1, 0)), ([1.0, 1.0, 0.0, 0.0], (0, 2))],
+    [
+        ([0.5, 1.0, 1.0], (1, 0)),
+        ([1.0, 0.0, 0.0], (0, 1)),
+        ([0.0, 1.0, 0.0, 1.0], (1, 0)),
+        ([1.0, 1.0, 0.0, 0.0], (0, 2)),
+    ],
 )
 def test_the_first_of_equals_wins(rewards: list[float], pair: tuple[int, int]):
     assert best_and_worst(rewards) == pair

@@ -1,12 +1,13 @@
-"""Spawns the ranks of `learner_worker.py` in one parallel layout and reads what they wrote."""
+"""Runs the ranks of `learner_worker.py` in one parallel layout and reads what they wrote."""
 
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def make_sequences() -> list[tuple[list[int], int]]:
     def draw(length: int, prompt_length: int) -> tuple[list[int], int]:
         return [dice.randrange(VOCAB_SIZE) for _ in range(length)], prompt_length
 
-    return [draw(5, 5), draw(CONTEXT_LENGTH, 1), *(draw(dice.randrange(6, CONTEXT_LENGTH), dice.randrange(1, 5)) for _ in range(7))]
+    ragged = [draw(dice.randrange(6, CONTEXT_LENGTH), dice.randrange(1, 5)) for _ in range(7)]
+    return [draw(5, 5), draw(CONTEXT_LENGTH, 1), *ragged]
 
 
 def make_pairs() -> list[list[tuple[list[int], int]]]:
@@ -106,8 +108,8 @@ def make_pairs() -> list[list[tuple[list[int], int]]]:
         for _ in range(count):
             prompt = [dice.randrange(VOCAB_SIZE) for _ in range(dice.randrange(1, 6))]
             for _ in range(2):
-                completion = [dice.randrange(VOCAB_SIZE) for _ in range(dice.randrange(1, CONTEXT_LENGTH - len(prompt) + 1))]
-                rows.append((prompt + completion, len(prompt)))
+                length = dice.randrange(1, CONTEXT_LENGTH - len(prompt) + 1)
+                rows.append((prompt + [dice.randrange(VOCAB_SIZE) for _ in range(length)], len(prompt)))
         steps.append(rows)
     steps[0][1] = (steps[0][1][0][: steps[0][1][1]], steps[0][1][1])  # an empty completion
     return [*steps, steps[0]]
@@ -150,35 +152,18 @@ def run_layout(layout: Layout, directory: Path, sources: dict[str, dict]) -> Lay
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = os.environ | {
-        "WORLD_SIZE": str(layout.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    logs = [directory / f"rank{rank}.log" for rank in range(layout.ranks)]
-    processes = []
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(WORKER), str(directory / "job.json")]
+    with (directory / "worker.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        for rank, log in enumerate(logs):
-            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, str(WORKER), str(directory / "job.json")]
-            with log.open("w") as file:
-                processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-        wait_for(processes, logs)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        code = process.wait(TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        code = f"no result within {TIMEOUT_S} s"
+    if code:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a group of its own: this worker and its ranks
+        process.wait()
+        ends = [f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(directory.glob("*.log"))]
+        raise AssertionError("\n".join([f"the learner ended with {code}", *ends]))
     return LayoutRun(layout, directory, sources)
-
-
-def wait_for(processes: list[subprocess.Popen], logs: list[Path]) -> None:
-    """Until all ranks end well; one that fails, or the time limit, is an error with the end of its log."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while any(process.poll() is None for process in processes):
-        failed = [rank for rank, process in enumerate(processes) if process.poll()]
-        if failed or time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    for rank, process in enumerate(processes):
-        if process.poll() != 0:
-            tail = logs[rank].read_text()[-4000:]
-            raise AssertionError(f"learner rank {rank} ended with {process.poll()}:\n{tail}")

@@ -1,12 +1,14 @@
-"""One learner rank of the tests: drives `MegatronLearner` as told by a JSON file and writes down what happened.
+"""The learner ranks of the tests: drive `MegatronLearner` as told by a JSON file and write down what happened.
 
-Run as `learner_worker.py <job.json>` in the environment of `torchrun`. Results go beside the job: `rank<r>.json`
-from every rank, weights and logits once.
+Run as `learner_worker.py <job.json>` with MASTER_ADDR and MASTER_PORT set. Results go beside the job: `rank<r>.json`
+and `rank<r>.log` from every rank, weights and logits once. Ranks are forked, because importing megatron takes
+longer than all they do.
 """
 
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -122,20 +124,49 @@ def blow_up(learner: MegatronLearner, job: dict) -> dict:
     return result
 
 
-def main() -> None:
-    path = Path(sys.argv[1])
-    job = json.loads(path.read_text())
-    placement = join_learner(RunConfig.model_validate(job["config"] | {"model": job["models"]["plain"]["section"]}).learner)
+def run_rank(rank: int, path: Path, job: dict) -> None:
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    config = RunConfig.model_validate(job["config"] | {"model": job["models"]["plain"]["section"]})
+    placement = join_learner(config.learner)
     results = {}
     for name, model in job["models"].items():
         directory = path.parent / name
         directory.mkdir(exist_ok=True)
         results[name] = train(make_learner(job, model, placement), job, directory)
     absurd = {"learning_rate": 1e30, "clip_grad": 0.0}
-    config = {key: job["config"][key] | absurd for key in ("warm_start", "learner")}
-    results["blow up"] = blow_up(make_learner(job, job["models"]["plain"] | {"config": config}, placement), job)
-    (path.parent / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
+    sections = {key: job["config"][key] | absurd for key in ("warm_start", "learner")}
+    results["blow up"] = blow_up(make_learner(job, job["models"]["plain"] | {"config": sections}, placement), job)
+    (path.parent / f"rank{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
 
-main()
+def fork_rank(rank: int, path: Path, job: dict) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    log = os.open(path.parent / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        run_rank(rank, path, job)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> int:
+    """The first rank that fails ends the program; whoever started it ends the other ranks."""
+    path = Path(sys.argv[1])
+    job = json.loads(path.read_text())
+    ranks = job["config"]["learner"]["ranks"]
+    os.environ["WORLD_SIZE"] = str(ranks)
+    for rank in range(ranks):
+        fork_rank(rank, path, job)
+    return next((1 for _ in range(ranks) if os.wait()[1]), 0)
+
+
+sys.exit(main())

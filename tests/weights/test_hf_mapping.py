@@ -2,7 +2,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_async_rlhf.weights.hf_mapping import copies_of_tied_embedding, hf_shapes, llama_mappings
+from megatron_async_rlhf.weights.hf_mapping import (
+    bytes_held,
+    copies_of_tied_embedding,
+    hf_shapes,
+    llama_mappings,
+    tensor_specs,
+)
 
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
@@ -44,3 +50,18 @@ def test_only_a_last_stage_of_its_own_copies_the_tied_embedding(make_arch):
     assert (copy.megatron, copy.hf, copy.stage) == ("output_layer.weight", ("model.embed_tokens.weight",), 1)
     assert not list(copies_of_tied_embedding(make_arch(tie_embeddings=True), 1))
     assert not list(copies_of_tied_embedding(make_arch(tie_embeddings=False), 2))
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_a_push_announces_every_tensor_in_sending_order(make_arch, tie_embeddings: bool):
+    arch = make_arch(tie_embeddings=tie_embeddings)
+    specs = tensor_specs(arch)
+    assert [spec.name for spec in specs] == [name for mapping in llama_mappings(arch, 2) for name in mapping.hf]
+    assert sum(spec.num_bytes for spec in specs) == 4 * arch.num_parameters
+    assert all(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)).nbytes == spec.num_bytes for spec in specs)
+
+
+def test_receivers_together_hold_norms_and_scarce_key_value_heads_more_than_once(make_arch):
+    arch = make_arch(heads=4, kv_heads=2, layers=1)  # hidden 16: a norm is 64 bytes, k or v 2 heads x 4 x 16 x 4 = 512
+    whole = 4 * arch.num_parameters
+    assert [bytes_held(arch, ranks) - whole for ranks in (1, 2, 4)] == [0, 3 * 64, 3 * 3 * 64 + 2 * 512]

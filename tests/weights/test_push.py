@@ -193,7 +193,8 @@ def test_a_receiver_that_went_away_is_named_in_time():
 def test_a_rendezvous_that_fails_names_its_address_within_the_timeout(rank: int):
     port = free_port()
     start = time.monotonic()
-    with pytest.raises(TransferError, match=rf"rendezvous of 2 ranks at 127\.0\.0\.1:{port} failed on rank {rank}") as error:
+    named = rf"rendezvous of 2 ranks at 127\.0\.0\.1:{port} failed on rank {rank}"
+    with pytest.raises(TransferError, match=named) as error:
         GlooGroup(host="127.0.0.1", port=port, rank=rank, world_size=2, timeout_s=1.0)
     # A client's last attempt is followed by a random pause of torch's, a few seconds whatever the timeout.
     assert time.monotonic() - start < (2.0 if rank == 0 else 8.0)

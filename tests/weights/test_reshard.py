@@ -14,13 +14,14 @@ def layouts(draw: st.DrawFn) -> tuple[Architecture, int]:
     """Any architecture that fits its tensor-parallel ranks: fewer key-value heads than ranks, odd vocabularies."""
     ranks = draw(st.sampled_from([1, 2, 4]))
     heads = ranks * draw(st.integers(1, 3))
+    kv_heads = [k for k in range(1, heads + 1) if not heads % k and not (k % ranks and ranks % k)]
     arch = Architecture(
         vocab_size=draw(st.integers(1, 40)),
         layers=draw(st.integers(1, 2)),
         hidden_size=draw(st.integers(1, 12)),
         ffn_size=ranks * draw(st.integers(1, 5)),
         heads=heads,
-        kv_heads=draw(st.sampled_from([k for k in range(1, heads + 1) if not heads % k and not (k % ranks and ranks % k)])),
+        kv_heads=draw(st.sampled_from(kv_heads)),
         head_dim=2 * draw(st.integers(1, 3)),
         context_length=16,
         rope_theta=10000.0,
@@ -33,7 +34,8 @@ def layouts(draw: st.DrawFn) -> tuple[Architecture, int]:
 def random_bits(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Every bit pattern of a float, NaNs and infinities included: what is only moved must survive unchanged."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    bits = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64)
+    return bits.to(torch.int32).view(torch.float32)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -90,7 +92,9 @@ def test_row_parallel_cuts_input_features(make_arch):
     assert split(Rule.ROW, [whole], make_arch(), 2, 1).tolist() == [[2, 3], [6, 7]]
 
 
-@pytest.mark.parametrize(("rule", "shapes"), [(Rule.COLUMN, [(3, 2)]), (Rule.ROW, [(2, 3)]), (Rule.GATE_UP, [(3, 2), (3, 2)])])
+@pytest.mark.parametrize(
+    ("rule", "shapes"), [(Rule.COLUMN, [(3, 2)]), (Rule.ROW, [(2, 3)]), (Rule.GATE_UP, [(3, 2), (3, 2)])]
+)
 def test_a_dimension_that_ranks_do_not_divide_is_refused(make_arch, rule: Rule, shapes: list[tuple[int, int]]):
     with pytest.raises(MappingError, match=r"\((3, 2|2, 3)\) is not divisible by 2 ranks"):
         split(rule, [torch.zeros(shape) for shape in shapes], make_arch(), 2, 0)

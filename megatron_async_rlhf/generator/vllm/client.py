@@ -22,9 +22,10 @@ class VLLMGenerator:
         self.tensor_parallel = tensor_parallel
         self._tokenizer = tokenizer
         self._timeout_s = request_timeout_s
-        self._http = httpx.AsyncClient(
-            base_url=url, timeout=request_timeout_s, limits=httpx.Limits(max_connections=None)
-        )
+        # Idle connections are given up long before the server closes them (`server_environment`): a request sent on
+        # a connection that is just being closed would fail although both sides are well.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=5.0)
+        self._http = httpx.AsyncClient(base_url=url, timeout=request_timeout_s, limits=limits)
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:
         """`request.samples` completions; their text has no special tokens."""

@@ -1,0 +1,174 @@
+"""The dependency order of the package, read from its source: what may import what, and what may need torch."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import megatron_async_rlhf
+
+NAME = megatron_async_rlhf.__name__
+ROOT = Path(megatron_async_rlhf.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Lowest first: a module imports from its own row and the rows above it here. The longest matching name counts.
+ORDER = [
+    ["types", "errors"],
+    ["config"],
+    ["algorithms", "rewards", "data", "weights", "telemetry", "learner.protocol", "generator.protocol"],
+    ["scheduler", "weights.transports", "weights.push"],
+    ["learner.client", "learner.megatron", "generator.vllm", "checkpoint"],
+    ["simulate", "app", "prepare"],
+    ["launch", "cli", "__main__"],
+]
+ROW_OF = {name: row for row, names in enumerate(ORDER) for name in names}
+# Modules that only their owners may import, because they bring a heavy library along.
+HEAVY = {
+    "megatron": "learner.megatron",
+    "transformer_engine": "learner.megatron",
+    "vllm": "generator.vllm",
+}
+NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc"}
+LONGEST_FUNCTION, LONGEST_FILE = 60, 400
+# "path under the package[:function]" -> why it is better long
+LONG_FOR_A_REASON: dict[str, str] = {}
+
+
+def module_of(path: Path) -> str:
+    """Dotted name below the package; the package itself is the empty name."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def row_of(module: str) -> int | None:
+    parts = module.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((ROW_OF[prefix] for prefix in prefixes if prefix in ROW_OF), None)
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, int]]:
+    """Absolute dotted name and line of everything imported anywhere in the file, inside functions too."""
+    package = [NAME, *path.relative_to(ROOT).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:
+                inner = f"{source}.{alias.name}".removeprefix(f"{NAME}.")
+                yield (f"{NAME}.{inner}" if inner in MODULES else source), node.lineno
+
+
+def own_imports_of(path: Path) -> Iterator[tuple[str, int]]:
+    for name, line in imports_of(path):
+        if name.startswith(f"{NAME}."):
+            yield name.removeprefix(f"{NAME}."), line
+
+
+def test_the_package_is_found():
+    assert {"types", "errors", "config.load", "learner.megatron.learner", "weights.push"} <= set(MODULES)
+
+
+def test_every_module_has_a_place_in_the_order():
+    without = [name for name, path in MODULES.items() if row_of(name) is None and path.name != "__init__.py"]
+    assert not without, "give these a row in ORDER"
+    # Packages whose parts lie on different rows have no row of their own, so they must not import anything.
+    split = [path for name, path in MODULES.items() if row_of(name) is None]
+    assert not [f"{path.relative_to(ROOT)}:{line}" for path in split for _, line in own_imports_of(path)]
+
+
+def test_no_module_imports_upwards():
+    upward = [
+        f"{path.relative_to(ROOT)}:{line} imports {imported}"
+        for name, path in MODULES.items()
+        for imported, line in own_imports_of(path)
+        if row_of(name) is not None and (row_of(imported) is None or row_of(imported) > row_of(name))
+    ]
+    assert not upward
+
+
+def test_heavy_libraries_stay_behind_their_seams():
+    outside = [
+        f"{path.relative_to(ROOT)}:{line} imports {imported}"
+        for name, path in MODULES.items()
+        for imported, line in imports_of(path)
+        if (owner := HEAVY.get(imported.split(".")[0])) and not f"{name}.".startswith(f"{owner}.")
+    ]
+    assert not outside
+
+
+def test_only_the_app_knows_the_generators_client():
+    users = {
+        name for name, path in MODULES.items() for imported, _ in own_imports_of(path)
+        if imported == "generator.vllm.client"
+    }  # fmt: skip
+    assert users <= {"app"}
+
+
+def test_every_module_name_says_what_is_inside():
+    assert not [name for name in MODULES if NAMES_THAT_SAY_NOTHING & set(name.split("."))]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import megatron.core", ["megatron.core"]),
+        ("def f():\n    from vllm import LLM", ["vllm"]),
+        ("from megatron_async_rlhf import types", ["megatron_async_rlhf.types"]),
+        ("from ..errors import ConfigError", ["megatron_async_rlhf.errors"]),
+        ("from . import load", ["megatron_async_rlhf.config.load"]),
+    ],
+)
+def test_imports_are_read_in_every_form(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, expected: list[str]
+):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "probe.py").write_text(source)
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert [name for name, _ in imports_of(tmp_path / "config" / "probe.py")] == expected
+
+
+def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_functions_and_files_stay_short():
+    lengths = {str(path.relative_to(ROOT)): (len(path.read_text().splitlines()), LONGEST_FILE) for path in FILES}
+    for path in FILES:
+        for function in functions_of(path):
+            key = f"{path.relative_to(ROOT)}:{function.name}"
+            length = function.end_lineno - function.lineno + 1
+            lengths[key] = max(lengths.get(key, (0, 0)), (length, LONGEST_FUNCTION))
+    too_long = {key: length for key, (length, limit) in lengths.items() if length > limit}
+    assert {key: length for key, length in too_long.items() if key not in LONG_FOR_A_REASON} == {}
+    assert set(LONG_FOR_A_REASON) <= set(too_long), "no longer long: remove the exemption"
+
+
+CONTROLLER = ("scheduler", "launch", "prepare", "app", "cli")
+WITHOUT_TORCH = [
+    "types", "errors", "config.load", "config.layout_rules", "data.source", "rewards.registry", "learner.protocol",
+    "generator.protocol", *(name for name in MODULES if name.split(".")[0] in CONTROLLER),
+]  # fmt: skip
+
+
+def test_the_controllers_side_does_not_load_torch():
+    """A laptop checks a cluster's configuration, and the controller's process stays small."""
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    if 'torch' in sys.modules: sys.exit(f'{name} loads torch')\n"
+    )
+    names = [f"{NAME}.{name}" for name in WITHOUT_TORCH]
+    command = [sys.executable, "-c", program, *names]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
