@@ -196,7 +196,6 @@ def main() -> None:
     parser.add_argument("--transfer", required=True, help="host:port learner rank 0 meets the generators on")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     host, _, port = arguments.transfer.rpartition(":")
     raise SystemExit(asyncio.run(run_job(arguments.run_dir, arguments.learner, arguments.generator, (host, int(port)))))
 

@@ -41,8 +41,6 @@ class RunConfig(Section):
             raise ValueError("reward.type = builtin only scores data.train = builtin; set reward.type = gsm8k")
         if self.reward.type == "gsm8k" and (self.data.train == "builtin" or self.data.solution_field is None):
             raise ValueError("reward.type = gsm8k needs data.train with data.solution_field, answers ending `#### <number>`")
-        if self.warm_start.steps and self.data.train != "builtin" and self.data.solution_field is None:
-            raise ValueError(f"warm_start.steps = {self.warm_start.steps} needs solutions: set data.solution_field")
         return self
 
     @model_validator(mode="after")

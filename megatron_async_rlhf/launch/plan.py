@@ -1,6 +1,7 @@
 """Which processes a run on one machine consists of: names, command lines, environments and cores. Starts nothing."""
 
 import os
+import random
 import socket
 import sys
 from collections.abc import Sequence
@@ -115,26 +116,33 @@ def place_on_cores(ranks: int, workers: int, cores: Sequence[int]) -> tuple[list
 def _generator_ports(config: RunConfig) -> list[int]:
     first, count = config.generator.port, config.generator.replicas
     if first == 0:
-        return _free_ports(count, taken=[])
+        return _free_ports(count)
     ports = list(range(first, first + count))
     for port in ports:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((_HOST, port))
-            except (OSError, OverflowError):
-                raise ConfigError(f"generator.port = {first}: port {port} is in use; free it, or set 0 to pick one") from None
+        if not _is_free(port):
+            raise ConfigError(f"generator.port = {first}: port {port} is in use; free it, or set 0 to pick one")
     return ports
 
 
-def _free_ports(count: int, taken: Sequence[int]) -> list[int]:
-    """Ports nobody listens on now, all different."""
-    probes = [socket.socket() for _ in range(count + len(taken))]
+def _free_ports(count: int, taken: Sequence[int] = ()) -> list[int]:
+    """Different ports nobody listens on now, below the range the kernel hands to outgoing connections.
+
+    A server binds its port many seconds after it was picked; until then no connection may happen to get it.
+    """
     try:
-        for probe in probes:
-            probe.bind((_HOST, 0))
-        free = [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-    return [port for port in free if port not in taken][:count]
+        end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError):
+        end = 32768
+    candidates = random.SystemRandom().sample(range(10000, max(end, 12000)), 1000)
+    free = (port for port in candidates if port not in taken and _is_free(port))
+    return [next(free) for _ in range(count)]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_HOST, port))
+        except (OSError, OverflowError):
+            return False
+    return True

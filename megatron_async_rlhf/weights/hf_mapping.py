@@ -69,7 +69,7 @@ class PlacedMapping:
 
 
 def llama_mappings(arch: Architecture, pipeline_parallel: int) -> Iterator[PlacedMapping]:
-    """Every parameter of the model once, in Hugging Face order, the same on every rank.
+    """Every parameter of the model once, first layer to last, the same on every rank.
 
     Tied embeddings appear once, on the first stage; the last stage's copy is filled by `copies_of_tied_embedding`.
     """

@@ -3,7 +3,8 @@
 import asyncio
 from typing import Any
 
-import httpx
+import aiohttp
+import msgspec
 
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import GeneratorError
@@ -22,10 +23,10 @@ class VLLMGenerator:
         self.tensor_parallel = tensor_parallel
         self._tokenizer = tokenizer
         self._timeout_s = request_timeout_s
-        # Idle connections are given up long before the server closes them (`server_environment`): a request sent on
-        # a connection that is just being closed would fail although both sides are well.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=5.0)
-        self._http = httpx.AsyncClient(base_url=url, timeout=request_timeout_s, limits=limits)
+        # As many connections as requests, so that all can be queued at once. Idle ones are given up long before the
+        # server closes them (`server_environment`): a request sent on a connection that is just being closed would
+        # fail although both sides are well.
+        self._http = aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=5.0))
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:
         """`request.samples` completions; their text has no special tokens."""
@@ -107,12 +108,13 @@ class VLLMGenerator:
     async def is_ready(self) -> bool:
         """True once the server answers; False while it is still starting."""
         try:
-            return (await self._http.get("/health", timeout=5.0)).status_code == 200
-        except httpx.TransportError:
+            async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=5.0)) as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
             return False
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._http.close()
 
     async def _get(self, path: str) -> dict[str, Any]:
         return await self._request("GET", path, None, self._timeout_s)
@@ -122,14 +124,15 @@ class VLLMGenerator:
 
     async def _request(self, method: str, path: str, body: dict | None, limit: float) -> dict[str, Any]:
         try:
-            response = await self._http.request(method, path, json=body, timeout=limit)
-        except httpx.TimeoutException:
+            async with self._http.request(method, path, json=body, timeout=aiohttp.ClientTimeout(total=limit)) as response:
+                status, content = response.status, await response.read()
+        except TimeoutError:
             raise GeneratorError(
                 f"{self.name}: no answer to {path} within {limit:g} s; see its log, or raise generator.request_timeout_s"
             ) from None
-        except httpx.TransportError as error:
+        except aiohttp.ClientError as error:
             raise GeneratorError(f"{self.name}: {path} failed, the server is gone ({type(error).__name__})") from None
-        if response.status_code != 200:
-            detail = " ".join(response.text.split())[:300]
-            raise GeneratorError(f"{self.name}: {path} answered {response.status_code}: {detail}")
-        return response.json() if response.content else {}
+        if status != 200:
+            detail = " ".join(content.decode(errors="replace").split())[:300]
+            raise GeneratorError(f"{self.name}: {path} answered {status}: {detail}")
+        return msgspec.json.decode(content) if content else {}

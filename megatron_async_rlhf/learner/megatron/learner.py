@@ -72,6 +72,8 @@ class MegatronLearner:
         """One warm-start step over `command.sequences`."""
         batches = self._cut(command.sequences, unit=1)
         num_tokens = sum(len(s.token_ids) - s.prompt_length for s in command.sequences)
+        if not num_tokens:
+            raise LearnerError(f"warm start step {command.step}: no sequence has a completion to learn from")
 
         def loss(batch: MicroBatch, logprobs_BT: torch.Tensor):  # noqa: ANN202
             return supervised_loss(logprobs_BT, batch.mask_BT, num_tokens=num_tokens)

@@ -12,8 +12,9 @@ def build_optimizer(
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """A fresh optimizer and a schedule that reaches `min_learning_rate` after `steps`.
 
-    The schedule starts at its first step's rate: with decay and no warmup, step 0 trains at `learning_rate`.
+    Step `s` of a warmup of `w` steps trains at `learning_rate * (s + 1) / (w + 1)`: no step is spent at rate 0.
     """
+    warmup_steps = min(keys.warmup_steps, steps - 1)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -30,10 +31,10 @@ def build_optimizer(
     )
     scheduler = OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=keys.learning_rate / (warmup_steps + 1),
         max_lr=keys.learning_rate,
         min_lr=keys.min_learning_rate,
-        lr_warmup_steps=min(keys.warmup_steps, steps - 1),
+        lr_warmup_steps=warmup_steps,
         lr_decay_steps=max(steps, 1),
         lr_decay_style=keys.lr_decay,
         start_wd=keys.weight_decay,
