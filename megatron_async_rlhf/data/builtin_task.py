@@ -14,8 +14,8 @@ from typing import Literal
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.errors import DataError
 
-# The kind with the fewest different instructions (`add`) still has several times its share of this many.
-MAX_EXAMPLES = 1_000_000
+# The kind with the fewest different instructions (`add`) still has more than its share of this many in either split.
+MAX_EXAMPLES = 50_000
 
 _EVAL_ONE_IN = 8
 _VOWELS = "aeiou"
@@ -64,6 +64,11 @@ def _one_answer(kind: str, text: str, answer: str) -> Example:
     return Example(text=text, reference={"kind": kind, "answer": answer}, solution=answer)
 
 
+def _open(kind: str, text: str, solution: str, **facts: object) -> Example:
+    """An instruction with many right answers: `facts` is what a right one has to fulfil."""
+    return Example(text=text, reference={"kind": kind, **facts}, solution=solution)
+
+
 def _reverse(rng: Random, kind: str) -> Example:
     word = _word(rng)
     return _one_answer(kind, f"Reverse {word}.", word[::-1])
@@ -96,7 +101,7 @@ def _pick(rng: Random, kind: str) -> Example:
 
 
 def _add(rng: Random, kind: str) -> Example:
-    left, right = rng.randint(0, 99), rng.randint(0, 99)
+    left, right = rng.randint(0, 199), rng.randint(0, 199)
     return _one_answer(kind, f"Add {left} and {right}.", str(left + right))
 
 
@@ -113,11 +118,6 @@ def _double(rng: Random, kind: str) -> Example:
     return _one_answer(kind, f"Double each letter of {word}.", "".join(letter * 2 for letter in word))
 
 
-def _initials(rng: Random, kind: str) -> Example:
-    words = [_word(rng) for _ in range(3)]
-    return _one_answer(kind, f"First letters of {' '.join(words)}.", "".join(word[0] for word in words))
-
-
 def _swap(rng: Random, kind: str) -> Example:
     first, second = _word(rng), _word(rng)
     return _one_answer(kind, f"Swap {first} and {second}.", f"{second} {first}")
@@ -125,15 +125,37 @@ def _swap(rng: Random, kind: str) -> Example:
 
 def _end_with(rng: Random, kind: str) -> Example:
     word = _word(rng)
-    text = f"Write 3 words, the last one {word}."
-    return Example(text=text, reference={"kind": kind, "word": word}, solution=f"{_word(rng)} {_word(rng)} {word}")
+    return _open(kind, f"Write 3 words, the last one {word}.", f"{_word(rng)} {_word(rng)} {word}", word=word)
 
 
 def _start_with(rng: Random, kind: str) -> Example:
     start = _word(rng)
-    text = f"Write a word starting with {start}."
     solution = start + _letters(rng, rng.randint(1, 3))
-    return Example(text=text, reference={"kind": kind, "word": start}, solution=solution)
+    return _open(kind, f"Write a word starting with {start}.", solution, word=start)
+
+
+def _ending_in(rng: Random, kind: str) -> Example:
+    end = _letters(rng, rng.randint(2, 5))
+    solution = _letters(rng, rng.randint(1, 4)) + end
+    return _open(kind, f"Write a word ending in {end}.", solution, word=end)
+
+
+def _of_length(rng: Random, kind: str) -> Example:
+    length, start = rng.randint(5, 12), _letters(rng, rng.randint(1, 4))
+    solution = start + _letters(rng, length - len(start))
+    return _open(kind, f"Write {length} letters starting with {start}.", solution, length=length, word=start)
+
+
+def _some_words(rng: Random, kind: str) -> Example:
+    count, first = rng.randint(2, 4), _word(rng)
+    words = [first, *(_letters(rng, 3) for _ in range(count - 1))]
+    return _open(kind, f"Write {count} words, the first one {first}.", " ".join(words), count=count, word=first)
+
+
+def _between(rng: Random, kind: str) -> Example:
+    low = rng.randint(100, 899)
+    high = rng.randint(low + 20, 999)
+    return _open(kind, f"Write a number between {low} and {high}.", str(rng.randint(low, high)), low=low, high=high)
 
 
 _MAKERS: dict[str, Callable[[Random, str], Example]] = {
@@ -146,10 +168,13 @@ _MAKERS: dict[str, Callable[[Random, str], Example]] = {
     "add": _add,
     "drop_vowels": _drop_vowels,
     "double": _double,
-    "initials": _initials,
     "swap": _swap,
     "end_with": _end_with,
     "start_with": _start_with,
+    "ending_in": _ending_in,
+    "of_length": _of_length,
+    "some_words": _some_words,
+    "between": _between,
 }
 
 KINDS = tuple(_MAKERS)

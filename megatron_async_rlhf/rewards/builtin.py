@@ -10,7 +10,15 @@ from megatron_async_rlhf.types import Completion, Prompt
 # The gap to 1.0 keeps "nearly right" from ever competing with "right".
 MAX_PARTIAL = 0.6
 
-_NEEDS_WORD = ("end_with", "start_with")  # kinds with many right answers; the others name their answer
+# What the reference of a kind with many right answers must hold; the other kinds name their one answer.
+_OPEN_KINDS = {
+    "end_with": ("word",),
+    "start_with": ("word",),
+    "ending_in": ("word",),
+    "of_length": ("length", "word"),
+    "some_words": ("count", "word"),
+    "between": ("low", "high"),
+}
 _MAX_LETTERS = 24  # of a word the model makes up, in characters
 
 
@@ -23,8 +31,8 @@ class BuiltinReward:
     def check(self, prompt: Prompt) -> None:
         """Raises DataError if the prompt is not one of the built-in task's."""
         kind = prompt.reference.get("kind")
-        needed = "word" if kind in _NEEDS_WORD else "answer"
-        if kind not in KINDS or needed not in prompt.reference:
+        needed = _OPEN_KINDS.get(kind, ("answer",))
+        if kind not in KINDS or any(name not in prompt.reference for name in needed):
             raise DataError(
                 f"prompt {prompt.index} ({prompt.text[:40]!r}) is not of the built-in task; set data.train = builtin or"
                 " another reward.type"
@@ -40,6 +48,14 @@ class BuiltinReward:
                 exact, partial = _judge_end(answer, first_line, reference["word"])
             case "start_with":
                 exact, partial = _judge_start(answer, first_line, reference["word"])
+            case "ending_in":
+                exact, partial = _judge_ending(answer, first_line, reference["word"])
+            case "of_length":
+                exact, partial = _judge_length(answer, first_line, reference["length"], reference["word"])
+            case "some_words":
+                exact, partial = _judge_words(answer, first_line, reference["count"], reference["word"])
+            case "between":
+                exact, partial = _judge_number(answer, first_line, reference["low"], reference["high"])
             case _:
                 exact, partial = answer == reference["answer"], resemblance(first_line, reference["answer"])
         return Score(reward=1.0 if exact else MAX_PARTIAL * partial, metrics={"exact": float(exact)})
@@ -59,6 +75,41 @@ def _judge_start(answer: str, first_line: str, start: str) -> tuple[bool, float]
     """One word of letters that begins as given and goes on; a closing full stop is fine."""
     exact = re.fullmatch(rf"{start}[a-z]{{1,{_MAX_LETTERS - len(start)}}}\.?", answer) is not None
     return exact, resemblance(first_line[: len(start)], start)
+
+
+def _judge_ending(answer: str, first_line: str, end: str) -> tuple[bool, float]:
+    """One word of letters that ends as given, with something before; a closing full stop is fine."""
+    exact = re.fullmatch(rf"[a-z]{{1,{_MAX_LETTERS - len(end)}}}{end}\.?", answer) is not None
+    return exact, resemblance(first_line.removesuffix(".")[-len(end) :], end)
+
+
+def _judge_length(answer: str, first_line: str, length: int, start: str) -> tuple[bool, float]:
+    """One word of as many letters as asked that begins as given; a closing full stop is fine."""
+    exact = re.fullmatch(rf"{start}[a-z]{{{length - len(start)}}}\.?", answer) is not None
+    word = first_line.removesuffix(".")
+    nearness = max(0.0, 1 - abs(len(word) - length) / length)
+    return exact, (nearness + resemblance(word[: len(start)], start)) / 2 if word else 0.0
+
+
+def _judge_words(answer: str, first_line: str, count: int, first: str) -> tuple[bool, float]:
+    """As many words as asked, the first one given; a closing full stop is fine."""
+    exact = re.fullmatch(rf"{first}( [A-Za-z]{{1,{_MAX_LETTERS}}}){{{count - 1}}}\.?", answer) is not None
+    words = first_line.removesuffix(".").split()
+    if not words:
+        return exact, 0.0
+    right_number = min(len(words), count) / max(len(words), count)
+    return exact, (resemblance(words[0], first) + right_number) / 2
+
+
+def _judge_number(answer: str, first_line: str, low: int, high: int) -> tuple[bool, float]:
+    """One whole number within the bounds, both included; near misses earn by their distance."""
+    number = re.fullmatch(r"(\d{1,6})\.?", first_line)
+    if number is None:
+        return False, 0.0
+    value = int(number[1])
+    inside = low <= value <= high
+    miss = 0 if inside else min(abs(value - low), abs(value - high))
+    return inside and answer == first_line, max(0.0, 1 - miss / 500)
 
 
 def resemblance(text: str, answer: str) -> float:

@@ -102,3 +102,20 @@ def test_other_words_are_not(text):
 def test_prompts_of_other_tasks_are_refused(reference):
     with pytest.raises(DataError, match=r"prompt 4 \('instruction'\) is not of the built-in task; set data.train"):
         BuiltinReward().check(prompt(**reference))
+
+
+@pytest.mark.parametrize(
+    ("reference", "right", "nearly", "wrong"),
+    [
+        ({"kind": "ending_in", "word": "tan"}, ["mutan", "ratan."], ["tan", "motam", "Xtan"], ["", "zzz"]),
+        ({"kind": "of_length", "length": 5, "word": "ba"}, ["banit"], ["bani", "banitas", "tanib"], ["", " "]),
+        ({"kind": "some_words", "count": 3, "word": "ban"}, ["ban po re", "ban a b."], ["ban po", "po ban re", "ban"], [""]),
+        ({"kind": "between", "low": 100, "high": 120}, ["100", "120", "111"], ["121", "99", "111 or so"], ["x", "", "900"]),
+    ],
+)
+def test_kinds_with_many_right_answers(reference, right, nearly, wrong):
+    assert [reward(text, **reference) for text in right] == [1.0] * len(right)
+    for text in nearly:
+        assert 0 <= reward(text, **reference) <= MAX_PARTIAL
+    for text in wrong:
+        assert reward(text, **reference) < 0.2
