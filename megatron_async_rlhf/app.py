@@ -115,8 +115,9 @@ class Job:
     async def _evaluate(self, when: str) -> None:
         self.recorder.stage(f"evaluate {when}")
         start = time.time()
+        materials = self._materials
         metrics = await evaluate(
-            self._config, self._pool, self._learner, self._materials.eval, self._materials.reward, self.recorder
+            self._config, self._pool, self._learner, materials.eval, materials.reward, self.recorder, when
         )
         self.recorder.evaluated(when, metrics, Span(name=f"evaluate {when}", start=start, end=time.time(), process="generators"))
 

@@ -92,7 +92,8 @@ def load_materials(config: RunConfig, template: Path) -> Materials:
     reward = make_reward(config.reward)
     splits = {}
     for split in ("train", "eval"):
-        splits[split] = build_prompts(load_examples(config.data, split, config.run.seed), tokenizer, limit)
+        examples = load_examples(config.data, split, config.run.seed)
+        splits[split] = build_prompts(examples, tokenizer, limit, drop_long=config.data.long_prompts == "drop")
         for prompt in splits[split]:
             reward.check(prompt)
     solved = {}

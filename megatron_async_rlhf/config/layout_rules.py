@@ -34,7 +34,16 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
         )
 
 
+# What vLLM's attention on CPU can run; another size only fails once the first request arrives.
+_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
 def _check_shape(arch: Architecture) -> None:
+    if arch.head_dim not in _CPU_HEAD_SIZES:
+        raise ConfigError(
+            f"the head size {arch.head_dim} (hidden_size / heads) is not one that vLLM runs on a CPU: "
+            f"{', '.join(str(size) for size in _CPU_HEAD_SIZES)}; change model.heads"
+        )
     if arch.hidden_size % arch.heads and arch.head_dim * arch.heads != arch.hidden_size:
         raise ConfigError(f"model.hidden_size = {arch.hidden_size} must be a multiple of model.heads = {arch.heads}")
     if arch.head_dim % 2:

@@ -121,6 +121,7 @@ class GeneratorSection(Section):
     replicas: PositiveInt = 1
     tensor_parallel: PositiveInt = 1
     temperature: PositiveFloat = 0.7
+    eval_temperature: float | None = Field(None, ge=0)  # of the held-out evaluation; default temperature, 0 is greedy
     max_new_tokens: PositiveInt = 128
     max_concurrent: PositiveInt = 128  # sequences a replica decodes at once
     kv_cache_gib: PositiveInt = 1  # per replica
@@ -163,6 +164,7 @@ class DataSection(Section):
     prompt_field: str = "prompt"
     solution_field: str | None = None  # column with a good answer: warm start and verifier read it
     max_prompt_tokens: PositiveInt | None = None  # default: what the context leaves after max_new_tokens
+    long_prompts: Literal["refuse", "drop"] = "refuse"  # what happens to prompts longer than that
 
 
 class RewardSection(Section):

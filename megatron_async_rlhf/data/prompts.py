@@ -10,20 +10,24 @@ from megatron_async_rlhf.errors import DataError
 from megatron_async_rlhf.types import Prompt
 
 
-def build_prompts(examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_tokens: int) -> list[Prompt]:
+def build_prompts(
+    examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_tokens: int, *, drop_long: bool = False
+) -> list[Prompt]:
     """Template and tokenize each example; `max_prompt_tokens` counts the template's own tokens.
 
     Raises:
-        DataError: a prompt is longer; names the first.
+        DataError: a prompt is longer and `drop_long` is off, naming the first; or every prompt is.
     """
     prompts = []
     for index, example in enumerate(examples):
         token_ids = tokenizer.render_prompt(example.text)
         if len(token_ids) > max_prompt_tokens:
+            if drop_long:
+                continue
             raise DataError(
                 f"prompt {index} ({example.text[:40]!r}) has {len(token_ids)} tokens with the chat template, above the"
-                f" limit of {max_prompt_tokens}; raise data.max_prompt_tokens, lower generator.max_new_tokens, or"
-                " remove the prompt"
+                f" limit of {max_prompt_tokens}; raise data.max_prompt_tokens, lower generator.max_new_tokens, or set"
+                " data.long_prompts = drop"
             )
         prompts.append(
             Prompt(
@@ -34,6 +38,8 @@ def build_prompts(examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_
                 solution=example.solution,
             )
         )
+    if not prompts:
+        raise DataError(f"all {len(examples)} prompts are longer than the limit of {max_prompt_tokens} tokens")
     return prompts
 
 

@@ -22,7 +22,7 @@ from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.plan import ProcessPlan
 from megatron_async_rlhf.launch.process import Process
 from megatron_async_rlhf.telemetry.events import parse_event
-from megatron_async_rlhf.telemetry.files import LOG_DIR, SUMMARY
+from megatron_async_rlhf.telemetry.files import LOG_DIR, PROCESSES, SUMMARY
 from megatron_async_rlhf.telemetry.summary import RunTotals
 
 _POLL_S = 0.1
@@ -67,6 +67,8 @@ class Supervisor:
             is_controller = spec is self._plan.controller
             self._processes.append(Process(spec, log_dir, pipe_stdout=is_controller))
         self._controller = self._processes[-1]
+        pids = {process.name: process.pid for process in self._processes}
+        (self._run_dir / PROCESSES).write_text(json.dumps(pids) + "\n")
         threading.Thread(target=self._read_events, daemon=True).start()
 
     def _read_events(self) -> None:
@@ -112,7 +114,8 @@ class Supervisor:
         dead = self._dead()
         others = [process for process in dead if process is not self._controller]
         if self._failure and not others:
-            return "failed", self._failure, self._controller.last_lines()
+            named = next((p for p in self._processes if self._failure.startswith(p.name)), self._controller)
+            return "failed", self._failure, named.last_lines()
         culprit = min(others or dead, key=lambda process: process.returncode >= 0)
         error = ProcessDiedError(f"{culprit.name} {culprit.ending()}; see {culprit.log}")
         return "failed", str(error), culprit.last_lines()

@@ -35,6 +35,10 @@ class Process:
         return self.spec.name
 
     @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
     def stdout(self) -> IO[str]:
         return self._popen.stdout
 

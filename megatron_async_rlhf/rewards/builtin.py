@@ -15,9 +15,7 @@ _OPEN_KINDS = {
     "end_with": ("word",),
     "start_with": ("word",),
     "ending_in": ("word",),
-    "of_length": ("length", "word"),
     "some_words": ("count", "word"),
-    "between": ("low", "high"),
 }
 _MAX_LETTERS = 24  # of a word the model makes up, in characters
 
@@ -50,12 +48,8 @@ class BuiltinReward:
                 exact, partial = _judge_start(answer, first_line, reference["word"])
             case "ending_in":
                 exact, partial = _judge_ending(answer, first_line, reference["word"])
-            case "of_length":
-                exact, partial = _judge_length(answer, first_line, reference["length"], reference["word"])
             case "some_words":
                 exact, partial = _judge_words(answer, first_line, reference["count"], reference["word"])
-            case "between":
-                exact, partial = _judge_number(answer, first_line, reference["low"], reference["high"])
             case _:
                 exact, partial = answer == reference["answer"], resemblance(first_line, reference["answer"])
         return Score(reward=1.0 if exact else MAX_PARTIAL * partial, metrics={"exact": float(exact)})
@@ -83,14 +77,6 @@ def _judge_ending(answer: str, first_line: str, end: str) -> tuple[bool, float]:
     return exact, resemblance(first_line.removesuffix(".")[-len(end) :], end)
 
 
-def _judge_length(answer: str, first_line: str, length: int, start: str) -> tuple[bool, float]:
-    """One word of as many letters as asked that begins as given; a closing full stop is fine."""
-    exact = re.fullmatch(rf"{start}[a-z]{{{length - len(start)}}}\.?", answer) is not None
-    word = first_line.removesuffix(".")
-    nearness = max(0.0, 1 - abs(len(word) - length) / length)
-    return exact, (nearness + resemblance(word[: len(start)], start)) / 2 if word else 0.0
-
-
 def _judge_words(answer: str, first_line: str, count: int, first: str) -> tuple[bool, float]:
     """As many words as asked, the first one given; a closing full stop is fine."""
     exact = re.fullmatch(rf"{first}( [A-Za-z]{{1,{_MAX_LETTERS}}}){{{count - 1}}}\.?", answer) is not None
@@ -99,17 +85,6 @@ def _judge_words(answer: str, first_line: str, count: int, first: str) -> tuple[
         return exact, 0.0
     right_number = min(len(words), count) / max(len(words), count)
     return exact, (resemblance(words[0], first) + right_number) / 2
-
-
-def _judge_number(answer: str, first_line: str, low: int, high: int) -> tuple[bool, float]:
-    """One whole number within the bounds, both included; near misses earn by their distance."""
-    number = re.fullmatch(r"(\d{1,6})\.?", first_line)
-    if number is None:
-        return False, 0.0
-    value = int(number[1])
-    inside = low <= value <= high
-    miss = 0 if inside else min(abs(value - low), abs(value - high))
-    return inside and answer == first_line, max(0.0, 1 - miss / 500)
 
 
 def resemblance(text: str, answer: str) -> float:

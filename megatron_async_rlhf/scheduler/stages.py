@@ -30,30 +30,39 @@ async def warm_start(
 
 
 async def evaluate(
-    config: RunConfig, pool: GeneratorPool, learner: Learner, prompts: Seq[Prompt], reward: Reward, recorder: Recorder
+    config: RunConfig,
+    pool: GeneratorPool,
+    learner: Learner,
+    prompts: Seq[Prompt],
+    reward: Reward,
+    recorder: Recorder,
+    when: str,
 ) -> dict[str, float]:
     """Held-out metrics of the version the generators hold: one completion per prompt, the same seeds every time.
 
-    The learner scores the same completions; what it and the samplers disagree on goes into the run's
-    log-probability gap. Both must be at the same version.
+    At the sampling temperature the learner scores the same completions; what it and the samplers disagree on goes
+    into the run's log-probability gap. Both must be at the same version.
     """
+    training = config.generator.temperature
+    temperature = training if config.generator.eval_temperature is None else config.generator.eval_temperature
     requests = [
         SamplingRequest(
             prompt=prompt,
             samples=1,
             seed=request_seed(config.run.seed, "eval", position),
-            temperature=config.generator.temperature,
+            temperature=temperature,
             max_new_tokens=config.generator.max_new_tokens,
             order=position,
         )
         for position, prompt in enumerate(prompts)
     ]
     completions = await pool.sample(requests)
-    metrics = score_batch(prompts, completions, reward, config.algorithm.missing_eos_reward).metrics
+    scored = score_batch(prompts, completions, reward, config.algorithm.missing_eos_reward)
+    recorder.evaluation_samples(when, scored.groups)
+    if temperature != training:
+        return scored.metrics
     flat = [group[0] for group in completions]
     answer = await learner.execute(Score(sequences=[as_sequence(p, c) for p, c in zip(prompts, flat, strict=True)]))
     gaps = logprob_gaps(flat, answer.logprobs, pool.version)
     recorder.logprob_gaps(gaps)
-    if gaps:
-        metrics |= {"logprob_gap": fmean(gaps)}
-    return metrics
+    return scored.metrics | ({"logprob_gap": fmean(gaps)} if gaps else {})

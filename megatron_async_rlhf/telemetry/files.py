@@ -3,9 +3,11 @@
 RESOLVED_CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 TRACE = "trace.json"
 LOG_DIR = "logs"
+PROCESSES = "logs/processes.json"  # name -> process id
 POLICY_TEMPLATE_DIR = "model"  # Hugging Face config and tokenizer of the policy, without weights
 EXPORT_DIR = "checkpoints/final"  # the finished policy as a Hugging Face directory
 FAILED_BATCH = "non_finite_batch.json"

@@ -1,6 +1,7 @@
 """Writes down what a run does: metrics, samples, timeline, summary, progress events and, if asked, W&B."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -12,11 +13,13 @@ import msgspec
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.learner.protocol import PushReport
 from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.files import METRICS, SAMPLES, SUMMARY, TRACE
+from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE
 from megatron_async_rlhf.telemetry.summary import RunTotals
 from megatron_async_rlhf.telemetry.trace import write_trace
 from megatron_async_rlhf.telemetry.wandb_log import WandbLog
 from megatron_async_rlhf.types import Completion, RolloutGroup, Span
+
+_log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -40,6 +43,7 @@ class Recorder:
 
     def stage(self, name: str, **fields: Any) -> None:
         """A new stage of the run began: `starting`, `warm start`, `evaluate`, `train`, `export`."""
+        _log.info("stage: %s", name)
         self._events.emit("stage", name=name, **fields)
 
     def activity(self, side: str, what: str) -> None:
@@ -114,6 +118,21 @@ class Recorder:
                 "finished": [c.finished for c in group.completions],
             }
             self._samples.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def evaluation_samples(self, when: str, groups: Sequence[RolloutGroup]) -> None:
+        """Every completion of an evaluation, with its token ids."""
+        with (self._dir / EVALUATIONS).open("a") as file:
+            for group in groups:
+                for completion, reward in zip(group.completions, group.rewards, strict=True):
+                    line = {
+                        "when": when,
+                        "prompt": group.prompt.text,
+                        "prompt_token_ids": group.prompt.token_ids,
+                        "completion": completion.text,
+                        "token_ids": completion.token_ids,
+                        "reward": reward,
+                    }
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def pushed(self, report: PushReport, spans: Sequence[Span]) -> None:
         """A push took `spans[0]`."""

@@ -75,18 +75,13 @@ def test_answers_are_right():
             "count": lambda: str(sum(1 for _ in last)),
             "pick": lambda: last[int(words[2]) - 1],
             "add": lambda: str(int(words[1]) + int(last)),
-            "drop_vowels": lambda: last.translate(str.maketrans("", "", "aeiou")),
-            "double": lambda: "".join(a + b for a, b in zip(last, last, strict=True)),
-            "swap": lambda: f"{words[3]} {words[1]}",
         }
         answer = example.solution
         holds = {
             "end_with": lambda: answer.split()[2:] == [last],
             "start_with": lambda: answer.startswith(last) and answer != last,
             "ending_in": lambda: answer.endswith(last) and answer != last,
-            "of_length": lambda: answer.startswith(last) and len(answer) == int(words[1]),
             "some_words": lambda: len(answer.split()) == int(words[1]) and answer.split()[0] == last,
-            "between": lambda: int(words[-3]) <= int(answer) <= int(last),
         }
         kind = example.reference["kind"]
         if kind in expected:

@@ -1,0 +1,66 @@
+"""Real runs of `async-rlhf train` with real processes; each takes about half a minute."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CONFIG = Path(__file__).with_name("tiny.yaml")
+TIMEOUT_S = 240
+
+
+class Run:
+    """One `async-rlhf train` in a directory of its own."""
+
+    def __init__(self, directory: Path, *overrides: str) -> None:
+        self.directory = directory
+        settings = [f"run.dir={directory}", *overrides]
+        command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(CONFIG)]
+        for setting in settings:
+            command += ["-s", setting]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def wait(self) -> str:
+        """Its output, once it has ended."""
+        output, _ = self.process.communicate(timeout=TIMEOUT_S)
+        return output
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(self.lines("metrics.jsonl")) < step:
+            assert self.process.poll() is None, self.process.stdout.read()
+            assert time.monotonic() < deadline, "no step within the time limit"
+            time.sleep(0.1)
+
+    def kill(self, name: str) -> None:
+        pids = json.loads((self.directory / "logs/processes.json").read_text())
+        os.kill(pids[name], signal.SIGKILL)
+
+    def summary(self) -> dict:
+        return json.loads((self.directory / "summary.json").read_text())
+
+    def lines(self, file: str) -> list[dict]:
+        path = self.directory / file
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def start(tmp_path: Path):  # noqa: ANN201
+    """Starts runs and makes sure none outlives the test."""
+    runs: list[Run] = []
+
+    def start(*overrides: str) -> Run:
+        runs.append(Run(tmp_path / f"run{len(runs)}", *overrides))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.send_signal(signal.SIGINT)
+            run.process.send_signal(signal.SIGINT)
+            run.process.wait(timeout=60)

@@ -1,0 +1,20 @@
+import time
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["generator.0", "learner.1", "controller"])
+def test_a_killed_process_ends_the_run_and_is_named(start, victim):
+    run = start("schedule.steps=500", "learner.tensor_parallel=2")
+    run.wait_for_step(1)
+    run.kill(victim)
+    killed = time.monotonic()
+    output = run.wait()
+    assert time.monotonic() - killed < 30
+    assert run.process.returncode == 1
+    summary = run.summary()
+    assert summary["status"] == "failed"
+    assert victim in summary["error"]
+    assert summary["log_tail"]
+    assert f"{victim} was killed by SIGKILL" in output

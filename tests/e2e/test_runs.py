@@ -1,0 +1,80 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LAYOUTS = [
+    pytest.param((1, 1, 1), "async", 1, id="tp1-generator-tp1"),
+    pytest.param((2, 1, 2), "async", 2, id="tp2-generator-tp2"),
+    pytest.param((1, 2, 1), "sync", 1, id="pp2-generator-tp1-sync"),
+    pytest.param((2, 2, 2), "async", 1, id="tp2-pp2-generator-tp2"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "mode", "bound"), LAYOUTS)
+def test_a_run_in_every_layout(start, layout, mode, bound):
+    tensor, pipeline, generator_tensor = layout
+    run = start(
+        f"learner.tensor_parallel={tensor}",
+        f"learner.pipeline_parallel={pipeline}",
+        f"generator.tensor_parallel={generator_tensor}",
+        f"schedule.mode={mode}",
+        f"schedule.max_staleness={bound}",
+        "generator.eval_temperature=0",
+        "telemetry.wandb={mode: offline}",
+    )
+    output = run.wait()
+    assert run.process.returncode == 0, output
+    summary = run.summary()
+    in_force = 0 if mode == "sync" else bound
+    assert (summary["status"], summary["mode"], summary["max_staleness"]) == ("completed", mode, in_force)
+    assert summary["steps"] == 4
+    assert summary["staleness"]["max"] <= in_force
+    if in_force == 1:  # the paper's schedule: the first batch on-policy, every later one a step off
+        assert [line["staleness/max"] for line in run.lines("metrics.jsonl")] == [0, 1, 1, 1]
+    pushes = summary["weight_sync"]
+    assert (pushes["mismatches"], pushes["verified"], pushes["count"]) == (0, 5 if in_force < 2 else pushes["count"], pushes["verified"])
+    assert pushes["digests_compared"] > 0
+    assert 0 < summary["logprob_gap"]["tokens"]
+    assert summary["logprob_gap"]["max_abs"] <= 1e-4
+    assert summary["samples_generated"] == 4 * 8 * 3 == summary["samples_trained"] + summary["samples_dropped"]
+    assert set(summary["eval"]) == {"before", "after"}
+    assert len(run.lines("metrics.jsonl")) == 4
+    events = json.loads((run.directory / "trace.json").read_text())["traceEvents"]
+    assert {"generators", "learner", "weights"} <= {e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert list((run.directory / "wandb").glob("offline-run-*"))
+    assert_export_answers_like_the_generators(run)
+
+
+def assert_export_answers_like_the_generators(run):
+    """Greedy answers of the exported policy in Transformers against those of the last weights pushed to vLLM."""
+    exported = run.directory / "checkpoints/final"
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    after = [line for line in run.lines("evaluations.jsonl") if line["when"] == "after"]
+    assert len(after) == 50
+    for line in after:
+        prompt = torch.tensor([line["prompt_token_ids"]])
+        answer = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=12,
+            pad_token_id=tokenizer.pad_token_id,
+        )[0, prompt.shape[1] :].tolist()
+        assert answer == line["token_ids"]
+
+
+@pytest.mark.slow
+def test_an_interrupt_keeps_the_run_so_far(start):
+    run = start("schedule.steps=500")
+    run.wait_for_step(2)
+    run.process.send_signal(2)
+    output = run.wait()
+    assert run.process.returncode == 130, output
+    summary = run.summary()
+    assert summary["status"] == "interrupted"
+    assert 2 <= summary["steps"] == len(run.lines("metrics.jsonl")) < 500
+    AutoModelForCausalLM.from_pretrained(run.directory / "checkpoints/final")
