@@ -44,15 +44,13 @@ def train(
         template = Path(scratch) / "model"
         make_model_template(resolved, template)
         materials = load_materials(resolved, template)
-        context_length = materials.architecture.context_length
+        plan = plan_processes(resolved, resolved.run.path.absolute(), materials.architecture.context_length)
         if dry_run:
-            plan = plan_processes(resolved, resolved.run.path.absolute(), context_length)
             _print_plan(resolved, plan, materials)
             return
         run_dir, aside = create_run_directory(resolved, template)
     if aside is not None:
         typer.echo(f"an earlier run is now in {aside}")
-    plan = plan_processes(resolved, run_dir, context_length)
 
     from megatron_async_rlhf.launch.display import Display
     from megatron_async_rlhf.launch.local import Supervisor

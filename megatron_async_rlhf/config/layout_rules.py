@@ -4,6 +4,9 @@ from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 
+# What vLLM's attention on CPU can run; another size only fails once the first request arrives.
+_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
 
 def check_layouts(config: RunConfig, arch: Architecture) -> None:
     """Refuse layouts that cannot hold the model.
@@ -32,18 +35,14 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
             f"learner.micro_batch_tokens = {config.learner.micro_batch_tokens} must hold a preference pair of the "
             f"longest sequences: at least 2 x {arch.context_length} = {2 * arch.context_length}"
         )
-
-
-# What vLLM's attention on CPU can run; another size only fails once the first request arrives.
-_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-
-
-def _check_shape(arch: Architecture) -> None:
     if arch.head_dim not in _CPU_HEAD_SIZES:
         raise ConfigError(
             f"the head size {arch.head_dim} (hidden_size / heads) is not one that vLLM runs on a CPU: "
             f"{', '.join(str(size) for size in _CPU_HEAD_SIZES)}; change model.heads"
         )
+
+
+def _check_shape(arch: Architecture) -> None:
     if arch.hidden_size % arch.heads and arch.head_dim * arch.heads != arch.hidden_size:
         raise ConfigError(f"model.hidden_size = {arch.hidden_size} must be a multiple of model.heads = {arch.heads}")
     if arch.head_dim % 2:

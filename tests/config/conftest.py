@@ -8,7 +8,7 @@ import yaml
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 
-MINIMAL = {"model": {"layers": 4, "hidden_size": 64, "ffn_size": 96, "heads": 4, "context_length": 96}}
+MINIMAL = {"model": {"layers": 4, "hidden_size": 128, "ffn_size": 96, "heads": 4, "context_length": 96}}
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def write_hf(directory: Path, **changes) -> Path:
 def test_a_fresh_model_takes_its_defaults(load):
     arch = architecture_of(load().model, 261)
     assert arch == Architecture(
-        vocab_size=261, layers=4, hidden_size=64, ffn_size=96, heads=4, kv_heads=4, head_dim=16, context_length=96,
+        vocab_size=261, layers=4, hidden_size=128, ffn_size=96, heads=4, kv_heads=4, head_dim=32, context_length=96,
         rope_theta=10000.0, norm_eps=1e-5, tie_embeddings=False, init_std=0.02,
     )  # fmt: skip
 
@@ -96,6 +96,7 @@ def test_a_directory_without_a_readable_config_is_named(tmp_path: Path):
         ({"learner": {"micro_batch_tokens": 191}}, ["learner.micro_batch_tokens = 191", "2 x 96 = 192"]),
         ({"model": {"hidden_size": 62}}, ["model.hidden_size = 62", "multiple of model.heads = 4"]),
         ({"model": {"hidden_size": 60, "heads": 4}}, ["head size 15", "even"]),
+        ({"model": {"hidden_size": 64}}, ["head size 16", "32, 64"]),
         ({"model": {"kv_heads": 3}}, ["model.kv_heads = 3", "divide model.heads = 4"]),
         ({"model": {"kv_heads": 8}}, ["model.kv_heads = 8", "divide model.heads = 4"]),
     ],

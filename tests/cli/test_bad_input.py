@@ -1,0 +1,133 @@
+"""Bad input ends `async-rlhf train` with exit code 2 and one line per problem, before anything is started."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
+BASE = {
+    "model": SHAPE,
+    "generator": {"max_new_tokens": 12},
+    "data": {"train_prompts": 32, "eval_prompts": 8},
+}
+
+
+def train(directory: Path, config: object, *overrides: str, flags: list[str] = []) -> subprocess.CompletedProcess:  # noqa: B006
+    path = directory / "config.yaml"
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+    settings = [part for override in (f"run.dir={directory / 'run'}", *overrides) for part in ("-s", override)]
+    command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(path), *settings, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=directory)
+
+
+def refused(result: subprocess.CompletedProcess) -> str:
+    """The one line it was refused with."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["learner.tensor_paralel=2"], "learner.tensor_paralel = 2: no such key"),
+        (["schedules.mode=sync"], "no such key"),
+        (["schedule.max_staleness=-1"], "schedule.max_staleness = -1"),
+        (["schedule.mode=both"], "schedule.mode = both"),
+        (["schedule.steps=many"], "schedule.steps = many"),
+        (["learner.tensor_parallel=3"], "learner.tensor_parallel = 3 must divide the 2 attention heads"),
+        (["generator.tensor_parallel=4"], "generator.tensor_parallel = 4 must divide the 2 attention heads"),
+        (["learner.pipeline_parallel=4"], "learner.pipeline_parallel = 4 is above the 2 layers"),
+        (["learner.ranks=3", "learner.tensor_parallel=2"], "learner.ranks = 3 is not a multiple"),
+        (["model.heads=3"], "model.hidden_size = 64 must be a multiple of model.heads = 3"),
+        (["model.hf=/nowhere"], "model.hf brings shape and tokenizer"),
+        (["generator.max_new_tokens=96"], "leaves no room for a prompt"),
+        (["data.max_prompt_tokens=90"], "together exceed the context of 96 tokens"),
+        (["generator.max_new_tokens=80"], "raise data.max_prompt_tokens, lower generator.max_new_tokens"),
+        (["learner.micro_batch_tokens=100"], "must hold a preference pair"),
+        (["algorithm.samples_per_prompt=1"], "algorithm.samples_per_prompt = 1"),
+        (["reward.type=gsm8k"], "reward.type = gsm8k needs data.train"),
+        (["data.train=nowhere.jsonl", "reward.type=gsm8k", "data.solution_field=answer"], "nowhere.jsonl"),
+        (["weights.transport=pigeon"], "weights.transport = pigeon"),
+        (["generator.temperature=0"], "generator.temperature = 0"),
+        (["learner.learning_rate=.nan"], "learner.learning_rate = nan"),
+        (["model"], "must look like section.key=value"),
+    ],
+)
+def test_a_bad_value(tmp_path, overrides, message):
+    assert message in refused(train(tmp_path, BASE, *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"prompt": "1+1?", "answer": "#### 2"}', "{broken"], "train.jsonl:2"),
+        ([], "no prompts"),
+        (['{"question": "1+1?", "answer": "#### 2"}'], "train.jsonl:1"),
+        (['{"prompt": "9+9?", "answer": "two"}'], "####"),
+    ],
+)
+def test_a_bad_data_file(tmp_path, lines, message):
+    (tmp_path / "train.jsonl").write_text("".join(line + "\n" for line in lines))
+    (tmp_path / "eval.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n}+1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(8))
+    )
+    data = {"train": "train.jsonl", "eval": "eval.jsonl", "solution_field": "answer", "eval_prompts": 8}
+    config = {**BASE, "data": data, "reward": {"type": "gsm8k"}}
+    assert message in refused(train(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("model: [", "not valid YAML"), ("- a\n- b\n", "must hold sections"), ("run: {}\n", "model: missing")],
+)
+def test_a_bad_file(tmp_path, text, message):
+    # Without overrides: they would turn a missing section into an empty one.
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(path)]
+    assert message in refused(subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path))
+
+
+def test_a_missing_config(tmp_path):
+    command = [sys.executable, "-m", "megatron_async_rlhf", "train", "nowhere.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert "nowhere.yaml does not exist" in refused(result)
+
+
+def test_a_port_in_use(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"port {port} is in use" in refused(train(tmp_path, BASE, f"generator.port={port}"))
+
+
+def test_an_unwritable_run_directory(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    assert "cannot be written" in refused(train(tmp_path, BASE, f"run.dir={blocker / 'run'}"))
+
+
+def test_a_directory_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("precious")
+    assert "is not a run" in refused(train(tmp_path, BASE))
+    assert os.listdir(tmp_path / "run") == ["thesis.tex"]
+
+
+def test_a_dry_run_starts_and_leaves_nothing(tmp_path):
+    result = train(tmp_path, BASE, flags=["--dry-run"])
+    assert result.returncode == 0, result.stderr
+    assert "learner.0" in result.stdout and "generator.0" in result.stdout and "max_staleness: 1" in result.stdout
+    assert not (tmp_path / "run").exists()
+
