@@ -42,7 +42,14 @@ EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 class Job:
     """One training run, seen from the controller process."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, materials: Materials, learner: LearnerClient, generators: list[VLLMGenerator]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        materials: Materials,
+        learner: LearnerClient,
+        generators: list[VLLMGenerator],
+    ) -> None:
         self._config = config
         self._run_dir = run_dir
         self._materials = materials
@@ -119,7 +126,9 @@ class Job:
         metrics = await evaluate(
             self._config, self._pool, self._learner, materials.eval, materials.reward, self.recorder, when
         )
-        self.recorder.evaluated(when, metrics, Span(name=f"evaluate {when}", start=start, end=time.time(), process="generators"))
+        self.recorder.evaluated(
+            when, metrics, Span(name=f"evaluate {when}", start=start, end=time.time(), process="generators")
+        )
 
     async def _export(self) -> None:
         self.recorder.stage("export")
@@ -129,7 +138,7 @@ class Job:
 
 
 @asynccontextmanager
-async def _connected(config: RunConfig, materials: Materials, learner_address: str, urls: list[str]):  # noqa: ANN202
+async def _connected(config: RunConfig, materials: Materials, learner_address: str, urls: list[str]):
     learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
     generators = [
         VLLMGenerator(

@@ -27,8 +27,10 @@ def _root() -> None:
 @app.command()
 def train(
     config: ConfigArgument,
-    set: SetOption = [],  # noqa: A002, B006
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")] = False,
+    set: SetOption = [],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+    ] = False,
 ) -> None:
     """Run the whole RLHF job on this machine.
 
@@ -58,7 +60,7 @@ def train(
     raise typer.Exit(Supervisor(resolved, plan, run_dir, Display()).run())
 
 
-def _print_plan(config: RunConfig, plan, materials) -> None:  # noqa: ANN001
+def _print_plan(config: RunConfig, plan, materials) -> None:
     typer.echo(dump_config(config))
     typer.echo(f"# policy: {materials.architecture.num_parameters / 1e6:.2f} M parameters")
     typer.echo(f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out")

@@ -59,7 +59,9 @@ def make_model_template(config: RunConfig, directory: Path) -> None:
         _copy_template(config.model.hf, directory)
         return
     if config.model.tokenizer == "bpe":
-        train_bpe_tokenizer(directory, _texts(load_examples(config.data, "train", config.run.seed)), config.model.vocab_size)
+        train_bpe_tokenizer(
+            directory, _texts(load_examples(config.data, "train", config.run.seed)), config.model.vocab_size
+        )
     else:
         make_byte_tokenizer(directory)
     tokenizer = Tokenizer.load(directory)

@@ -81,10 +81,3 @@ class Span(Struct, frozen=True, kw_only=True):
     start: float
     end: float
     process: str = ""
-
-
-class WeightDigest(Struct, frozen=True, kw_only=True):
-    """128-bit digests (hex) of one holder's copy of the policy, by Hugging Face tensor name."""
-
-    holder: str
-    digests: dict[str, str]

@@ -89,7 +89,9 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"model.hf = {directory}: no config.json there; give a Hugging Face model directory") from None
+        raise ConfigError(
+            f"model.hf = {directory}: no config.json there; give a Hugging Face model directory"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.hf = {directory}: config.json cannot be read ({error})") from None
 

@@ -40,7 +40,9 @@ class RunConfig(Section):
         if self.reward.type == "builtin" and self.data.train != "builtin":
             raise ValueError("reward.type = builtin only scores data.train = builtin; set reward.type = gsm8k")
         if self.reward.type == "gsm8k" and (self.data.train == "builtin" or self.data.solution_field is None):
-            raise ValueError("reward.type = gsm8k needs data.train with data.solution_field, answers ending `#### <number>`")
+            raise ValueError(
+                "reward.type = gsm8k needs data.train with data.solution_field, answers ending `#### <number>`"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,6 @@ therefore disjoint whatever the seeds and sizes.
 """
 
 import hashlib
-import string
 from collections.abc import Callable
 from random import Random
 from typing import Literal

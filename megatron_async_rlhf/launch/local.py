@@ -95,7 +95,11 @@ class Supervisor:
             if asked and self._controller.returncode == EXIT_INTERRUPTED:
                 return "interrupted", None, []
             if deadline and time.monotonic() > deadline:
-                return "interrupted", f"the step under way did not finish within {self._config.launch.interrupt_grace_s:g} s", []
+                return (
+                    "interrupted",
+                    f"the step under way did not finish within {self._config.launch.interrupt_grace_s:g} s",
+                    [],
+                )
             if self._dead():
                 time.sleep(_SETTLE_S)
                 self._drain_events()
@@ -107,7 +111,9 @@ class Supervisor:
     def _dead(self) -> list[Process]:
         """Processes that ended when they should not have. Learner ranks leave just before the controller does."""
         learners = {spec.name for spec in self._plan.learners}
-        return [p for p in self._processes if p.returncode is not None and not (p.returncode == 0 and p.name in learners)]
+        return [
+            p for p in self._processes if p.returncode is not None and not (p.returncode == 0 and p.name in learners)
+        ]
 
     def _blame(self) -> tuple[str, str, list[str]]:
         """A process that died by itself comes before a controller that only reports what it saw."""

@@ -73,7 +73,7 @@ class Process:
             return []
 
 
-def _before_exec(cores: list[int]):  # noqa: ANN202
+def _before_exec(cores: list[int]):
     """Runs in the child between fork and exec."""
     parent = os.getpid()
     libc = ctypes.CDLL(None)

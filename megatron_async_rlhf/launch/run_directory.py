@@ -39,7 +39,9 @@ def check_writable(config: RunConfig) -> None:
     try:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
-        raise ConfigError(f"run.dir = {config.run.path}: {parent} cannot be written ({error.strerror or error})") from None
+        raise ConfigError(
+            f"run.dir = {config.run.path}: {parent} cannot be written ({error.strerror or error})"
+        ) from None
 
 
 def _set_aside(directory: Path) -> Path | None:

@@ -50,4 +50,3 @@ class LearnerClient:
 
     def close(self) -> None:
         self._socket.close(linger=0)
-

@@ -73,7 +73,13 @@ class Recorder:
         self._spans.append(span)
 
     def trained(
-        self, groups: Sequence[RolloutGroup], sequences: Sequence, skipped: int, ages: Sequence[int], span: Span, inner: Iterable[Span]
+        self,
+        groups: Sequence[RolloutGroup],
+        sequences: Sequence,
+        skipped: int,
+        ages: Sequence[int],
+        span: Span,
+        inner: Iterable[Span],
     ) -> None:
         """One optimizer step took `span`; `sequences` of `groups` were trained, `ages` are staleness per token."""
         samples = sum(len(group.completions) for group in groups)

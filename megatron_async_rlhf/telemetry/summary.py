@@ -78,7 +78,9 @@ class RunTotals(Struct):
             "wall_seconds": round(self.wall_s, 3),
             "generate_busy_seconds": round(self.generate_busy_s, 3),
             "train_busy_seconds": round(self.train_busy_s, 3),
-            "overlap_efficiency": round(max(self.generate_busy_s, self.train_busy_s) / self.wall_s, 4) if self.wall_s else 0.0,
+            "overlap_efficiency": round(max(self.generate_busy_s, self.train_busy_s) / self.wall_s, 4)
+            if self.wall_s
+            else 0.0,
             "samples_generated": self.samples_generated,
             "samples_trained": self.samples_trained,
             "samples_dropped": self.samples_dropped,

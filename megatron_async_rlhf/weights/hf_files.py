@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 _SHARD_BYTES = 2 * 1024**3
 
 
-def write_safetensors(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = _SHARD_BYTES) -> None:
+def write_safetensors(
+    directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = _SHARD_BYTES
+) -> None:
     """Write `model-xxxxx-of-yyyyy.safetensors` and the index; one shard becomes plain `model.safetensors`.
 
     Tensors are written in the order they come; memory stays below one shard plus one tensor.

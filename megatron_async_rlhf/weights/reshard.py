@@ -56,7 +56,9 @@ def merge(rule: Rule, shards: Sequence[torch.Tensor], arch: Architecture) -> lis
 
 def _part(tensor: torch.Tensor, dim: int, ranks: int, rank: int) -> torch.Tensor:
     if tensor.shape[dim] % ranks:
-        raise MappingError(f"dimension {dim} of a tensor of shape {tuple(tensor.shape)} is not divisible by {ranks} ranks")
+        raise MappingError(
+            f"dimension {dim} of a tensor of shape {tuple(tensor.shape)} is not divisible by {ranks} ranks"
+        )
     return tensor.chunk(ranks, dim)[rank]
 
 

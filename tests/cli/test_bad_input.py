@@ -18,7 +18,7 @@ BASE = {
 }
 
 
-def train(directory: Path, config: object, *overrides: str, flags: list[str] = []) -> subprocess.CompletedProcess:  # noqa: B006
+def train(directory: Path, config: object, *overrides: str, flags: list[str] = []) -> subprocess.CompletedProcess:
     path = directory / "config.yaml"
     path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
     settings = [part for override in (f"run.dir={directory / 'run'}", *overrides) for part in ("-s", override)]
@@ -130,4 +130,3 @@ def test_a_dry_run_starts_and_leaves_nothing(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "learner.0" in result.stdout and "generator.0" in result.stdout and "max_staleness: 1" in result.stdout
     assert not (tmp_path / "run").exists()
-

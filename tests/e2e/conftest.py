@@ -50,7 +50,7 @@ class Run:
 
 
 @pytest.fixture
-def start(tmp_path: Path):  # noqa: ANN201
+def start(tmp_path: Path):
     """Starts runs and makes sure none outlives the test."""
     runs: list[Run] = []
 

@@ -35,7 +35,11 @@ def test_a_run_in_every_layout(start, layout, mode, bound):
     if in_force == 1:  # the paper's schedule: the first batch on-policy, every later one a step off
         assert [line["staleness/max"] for line in run.lines("metrics.jsonl")] == [0, 1, 1, 1]
     pushes = summary["weight_sync"]
-    assert (pushes["mismatches"], pushes["verified"], pushes["count"]) == (0, 5 if in_force < 2 else pushes["count"], pushes["verified"])
+    assert (pushes["mismatches"], pushes["verified"], pushes["count"]) == (
+        0,
+        5 if in_force < 2 else pushes["count"],
+        pushes["verified"],
+    )
     assert pushes["digests_compared"] > 0
     assert 0 < summary["logprob_gap"]["tokens"]
     assert summary["logprob_gap"]["max_abs"] <= 1e-4

@@ -108,7 +108,12 @@ def test_prompts_of_other_tasks_are_refused(reference):
     ("reference", "right", "nearly", "wrong"),
     [
         ({"kind": "ending_in", "word": "tan"}, ["mutan", "ratan."], ["tan", "motam", "Xtan"], ["", "zzz"]),
-        ({"kind": "some_words", "count": 3, "word": "ban"}, ["ban po re", "ban a b."], ["ban po", "po ban re", "ban"], [""]),
+        (
+            {"kind": "some_words", "count": 3, "word": "ban"},
+            ["ban po re", "ban a b."],
+            ["ban po", "po ban re", "ban"],
+            [""],
+        ),
     ],
 )
 def test_kinds_with_many_right_answers(reference, right, nearly, wrong):

@@ -90,7 +90,9 @@ class VLLMGenerator:
                 while (await self._get("/load"))["server_load"] < count:
                     await asyncio.sleep(0.005)
         except TimeoutError:
-            raise GeneratorError(f"{self.name}: {count} requests were not queued within {self._timeout_s:g} s") from None
+            raise GeneratorError(
+                f"{self.name}: {count} requests were not queued within {self._timeout_s:g} s"
+            ) from None
 
     async def join_transfer(self, *, host: str, port: int, first_rank: int, world_size: int, timeout_s: float) -> None:
         """Rendezvous of this server's workers with the learner; returns when all ranks have met."""
@@ -124,7 +126,9 @@ class VLLMGenerator:
 
     async def _request(self, method: str, path: str, body: dict | None, limit: float) -> dict[str, Any]:
         try:
-            async with self._http.request(method, path, json=body, timeout=aiohttp.ClientTimeout(total=limit)) as response:
+            async with self._http.request(
+                method, path, json=body, timeout=aiohttp.ClientTimeout(total=limit)
+            ) as response:
                 status, content = response.status, await response.read()
         except TimeoutError:
             raise GeneratorError(

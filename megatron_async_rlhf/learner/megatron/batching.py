@@ -35,9 +35,7 @@ class MicroBatch:
     policy_BT: torch.Tensor | None = None
 
 
-def cut_micro_batches(
-    sequences: Seq[Sequence], unit: int, budget: int, placement: Placement
-) -> list[MicroBatch]:
+def cut_micro_batches(sequences: Seq[Sequence], unit: int, budget: int, placement: Placement) -> list[MicroBatch]:
     """This rank's micro-batches: at least one, so that every rank takes part in every collective.
 
     Args:

@@ -51,9 +51,7 @@ class MegatronLearner:
         self._spans: list[Span] = []
         self._bare = build_model(arch, placement, config.run.seed)
         hf = config.model.hf
-        load_weights(
-            self._bare, arch, placement, read_safetensors(hf) if hf else random_weights(arch, config.run.seed)
-        )
+        load_weights(self._bare, arch, placement, read_safetensors(hf) if hf else random_weights(arch, config.run.seed))
         self._policy = DistributedDataParallel(
             self._bare.config, DistributedDataParallelConfig(overlap_grad_reduce=False), self._bare
         )
@@ -75,7 +73,7 @@ class MegatronLearner:
         if not num_tokens:
             raise LearnerError(f"warm start step {command.step}: no sequence has a completion to learn from")
 
-        def loss(batch: MicroBatch, logprobs_BT: torch.Tensor):  # noqa: ANN202
+        def loss(batch: MicroBatch, logprobs_BT: torch.Tensor):
             return supervised_loss(logprobs_BT, batch.mask_BT, num_tokens=num_tokens)
 
         metrics = self._optimize(self._warm_start_passes, batches, loss, f"warm start step {command.step}")
@@ -102,7 +100,9 @@ class MegatronLearner:
         if command.pairs:
             batches = self._cut(command.pairs, unit=2)
             with self._span("reference"):
-                for batch, logprobs_BT in zip(batches, self._passes.logprob_pass(self._reference, batches), strict=False):
+                for batch, logprobs_BT in zip(
+                    batches, self._passes.logprob_pass(self._reference, batches), strict=False
+                ):
                     batch.reference_BT = logprobs_BT
             loss = self._preference_loss(num_pairs=len(command.pairs) // 2)
             metrics |= self._optimize(self._passes, batches, loss, f"step {command.version}")
@@ -116,7 +116,9 @@ class MegatronLearner:
         with self._span("score"):
             for batch, logprobs_BT in zip(batches, self._passes.logprob_pass(self._bare, batches), strict=False):
                 batch.policy_BT = logprobs_BT
-        return self._answer(command.id, logprobs=gather_policy_logprobs(batches, self.placement, len(command.sequences)))
+        return self._answer(
+            command.id, logprobs=gather_policy_logprobs(batches, self.placement, len(command.sequences))
+        )
 
     def export_weights(self, command: ExportWeights) -> Answer:
         """Write safetensors shards and their index from rank 0; the other ranks send their parts."""
@@ -184,7 +186,7 @@ class MegatronLearner:
     def _preference_loss(self, num_pairs: int) -> MicroLoss:
         algorithm = self.config.algorithm
 
-        def loss(batch: MicroBatch, logprobs_BT: torch.Tensor):  # noqa: ANN202
+        def loss(batch: MicroBatch, logprobs_BT: torch.Tensor):
             policy_B = (logprobs_BT * batch.mask_BT).sum(-1)
             reference_B = (batch.reference_BT * batch.mask_BT).sum(-1)
             return online_dpo_loss(

@@ -32,7 +32,7 @@ class Passes:
     def train_pass(self, model: torch.nn.Module, batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
         """Gradients of the summed micro-losses, and the metrics summed over micro-batches and ranks."""
 
-        def megatron_loss(batch: MicroBatch, logits_BTV: torch.Tensor):  # noqa: ANN202
+        def megatron_loss(batch: MicroBatch, logits_BTV: torch.Tensor):
             logprobs_BT = self._logprobs(logits_BTV, batch.targets_BT)
             batch.policy_BT = logprobs_BT.detach()
             share, metrics = loss(batch, logprobs_BT)
@@ -52,7 +52,9 @@ class Passes:
 
         return self._run(model, batches, collect, forward_only=True)
 
-    def _run(self, model: torch.nn.Module, batches: list[MicroBatch], on_logits: Callable, *, forward_only: bool) -> list:
+    def _run(
+        self, model: torch.nn.Module, batches: list[MicroBatch], on_logits: Callable, *, forward_only: bool
+    ) -> list:
         first = batches[0].tokens_BT
         return get_forward_backward_func()(
             forward_step_func=partial(_forward, on_logits=on_logits),
@@ -68,7 +70,9 @@ class Passes:
     def _sum_over_ranks(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sum metrics of all micro-batches and replicas onto every rank; names come from a reporting rank."""
         names = [sorted(reports[0]) if self._placement.reports_loss and reports else None]
-        last_stage = (self._placement.pipeline_parallel - 1) * self._placement.data_parallel * self._placement.tensor_parallel
+        last_stage = (
+            (self._placement.pipeline_parallel - 1) * self._placement.data_parallel * self._placement.tensor_parallel
+        )
         dist.broadcast_object_list(names, src=last_stage, group=self._placement.control)
         totals = torch.zeros(len(names[0]), dtype=torch.float64)
         if self._placement.reports_loss:
@@ -78,7 +82,7 @@ class Passes:
         return dict(zip(names[0], totals.tolist(), strict=True))
 
 
-def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_logits: Callable):  # noqa: ANN202
+def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_logits: Callable):
     batch = next(batches)
     positions_BT = torch.arange(batch.tokens_BT.shape[1]).expand_as(batch.tokens_BT)
     # No mask: attention is causal and padding is on the right, so no real token ever sees it.

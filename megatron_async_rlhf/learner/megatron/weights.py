@@ -67,7 +67,7 @@ def _rank_of(placement: Placement, stage: int, tensor_rank: int) -> int:
     return (stage * placement.data_parallel) * placement.tensor_parallel + tensor_rank
 
 
-def _receive(source: int, mapping, arch: Architecture, placement: Placement) -> torch.Tensor:  # noqa: ANN001
+def _receive(source: int, mapping, arch: Architecture, placement: Placement) -> torch.Tensor:
     shapes = hf_shapes(arch)
     whole = [torch.empty(shapes[name], device="meta") for name in mapping.hf]
     buffer = torch.empty(split(mapping.rule, whole, arch, placement.tensor_parallel, 0).shape)
@@ -85,7 +85,7 @@ def read_safetensors(directory: Path) -> HFTensorReader:
     if not files:
         raise MappingError(f"{directory} holds no .safetensors file; save the model with safe_serialization=True")
     handles = [safe_open(path, framework="pt") for path in files]
-    where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
+    where = {name: handle for handle in handles for name in handle.keys()}
 
     def read(name: str) -> torch.Tensor:
         if name not in where:

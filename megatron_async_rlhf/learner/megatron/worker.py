@@ -78,7 +78,9 @@ class CommandChannel:
         dist.broadcast(size, src=0, group=self._placement.control)
         if not size.item():
             return b""
-        buffer = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(size.item(), dtype=torch.uint8)
+        buffer = (
+            torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(size.item(), dtype=torch.uint8)
+        )
         dist.broadcast(buffer, src=0, group=self._placement.control)
         return buffer.numpy().tobytes()
 

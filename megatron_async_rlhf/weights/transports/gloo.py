@@ -44,7 +44,7 @@ class GlooGroup:
     def receive(self, tensor: torch.Tensor, peer: int, what: str) -> None:
         self._wait(lambda: self._group.recv([tensor], peer, 0), f"receive of {what} from rank {peer}")
 
-    def _wait(self, start, action: str) -> None:  # noqa: ANN001
+    def _wait(self, start, action: str) -> None:
         try:
             start().wait()
         except (RuntimeError, dist.DistError) as error:

@@ -1,0 +1,80 @@
+"""A learner and generators that only keep the contract: versions move, tokens carry them, time passes at random."""
+
+import asyncio
+import random
+
+from megatron_async_rlhf.generator.protocol import SamplingRequest
+from megatron_async_rlhf.learner.protocol import Answer, Command, PushReport, PushWeights, TrainPreferences
+from megatron_async_rlhf.types import Completion, StepMetrics
+
+
+class FakeLearner:
+    """Every step takes a random time; the loss is 1."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.version = 0
+        self.commands: list[Command] = []
+        self._rng = rng
+
+    async def execute(self, command: Command) -> Answer:
+        self.commands.append(command)
+        await asyncio.sleep(self._rng.random() * 0.004)
+        if isinstance(command, PushWeights):
+            assert command.version == self.version
+            return Answer(id=0, push=PushReport(wire_bytes=8, compared=1 if command.verify else 0))
+        assert isinstance(command, TrainPreferences)
+        assert command.version == self.version
+        self.version += 1
+        return Answer(
+            id=0,
+            metrics=StepMetrics(values={"loss": 1.0}),
+            logprobs=[[-1.0] * (len(s.token_ids) - s.prompt_length) for s in command.pairs],
+        )
+
+
+class FakeGenerator:
+    """Samples `version` many letters; refuses weights while it is sampling."""
+
+    tensor_parallel = 1
+
+    def __init__(self, name: str, rng: random.Random) -> None:
+        self.name = name
+        self.version = 0
+        self.sampling = 0
+        self.seeds: list[int] = []
+        self._rng = rng
+        self._running = asyncio.Event()
+
+    async def sample(self, request: SamplingRequest) -> list[Completion]:
+        self.seeds.append(request.seed)
+        self.sampling += 1
+        await self._running.wait()
+        await asyncio.sleep(self._rng.random() * 0.004)
+        self.sampling -= 1
+        rng = random.Random(request.seed)
+        return [self._completion(rng.randint(0, 3)) for _ in range(request.samples)]
+
+    def _completion(self, length: int) -> Completion:
+        return Completion(
+            token_ids=[7] * length,
+            logprobs=[-1.0] * length,
+            versions=[self.version] * length,
+            finished=True,
+            text="x" * length,
+        )
+
+    async def wait_queued(self, count: int) -> None:
+        while self.sampling < count:
+            await asyncio.sleep(0)
+
+    async def pause(self) -> None:
+        assert not self.sampling
+        self._running.clear()
+
+    async def resume(self) -> None:
+        self._running.set()
+
+    async def receive_weights(self, update: dict, *, version: int, timeout_s: float) -> None:
+        assert not self.sampling and not self._running.is_set()
+        await asyncio.sleep(self._rng.random() * 0.002)
+        self.version = version

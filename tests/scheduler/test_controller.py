@@ -1,0 +1,169 @@
+import asyncio
+import io
+import json
+import random
+
+import pytest
+from scheduler_fakes import FakeGenerator, FakeLearner
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.prompts import PromptOrder
+from megatron_async_rlhf.errors import GeneratorError, NonFiniteLossError, StaleSampleError, TransferError
+from megatron_async_rlhf.learner.protocol import PushReport, PushWeights, TrainPreferences
+from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.scheduler.controller import Controller
+from megatron_async_rlhf.scheduler.pacing import Pacer
+from megatron_async_rlhf.scheduler.pool import GeneratorPool
+from megatron_async_rlhf.scheduler.weight_sync import WeightSync, require_equal
+from megatron_async_rlhf.telemetry.events import EventStream
+from megatron_async_rlhf.telemetry.recorder import Recorder
+from megatron_async_rlhf.types import Prompt
+
+SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
+
+
+class LengthReward:
+    """The longer the better."""
+
+    def check(self, prompt):
+        pass
+
+    def score(self, prompt, completion):
+        return Score(reward=float(len(completion.token_ids)), metrics={})
+
+
+class Rig:
+    """A controller with fakes around it."""
+
+    def __init__(self, directory, *, seed=0, replicas=1, **schedule):
+        rng = random.Random(seed)
+        self.config = RunConfig.model_validate(
+            {"model": SHAPE, "schedule": {"steps": 6, "prompts_per_step": 3, **schedule}, "run": {"seed": seed}}
+        )
+        self.learner = FakeLearner(rng)
+        self.generators = [FakeGenerator(f"generator.{i}", rng) for i in range(replicas)]
+        self.recorder = Recorder(self.config, directory, EventStream(io.StringIO()), bytes_held_by_generators=8)
+        prompts = [Prompt(index=i, text=str(i), token_ids=[1, 2], reference={}) for i in range(20)]
+        self.controller = Controller(
+            self.config,
+            learner=self.learner,
+            pool=GeneratorPool(self.generators),
+            weight_sync=WeightSync(self.learner, self.generators, [], self.config.weights),
+            reward=LengthReward(),
+            prompts=PromptOrder(prompts, seed),
+            recorder=self.recorder,
+        )
+
+    def run(self):
+        async def bounded():
+            async with asyncio.timeout(20):
+                await self.controller.run()
+
+        asyncio.run(bounded())
+        self.recorder.close("completed", None)
+
+    def order(self):
+        """What the learner did: a version for each training step, `p` and a version for each push."""
+        names = {TrainPreferences: "", PushWeights: "p"}
+        return [f"{names[type(c)]}{c.version}" for c in self.learner.commands]
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("mode", "bound"), [("sync", 5), ("async", 0)])
+def test_without_staleness_the_sides_take_turns(tmp_path, mode, bound):
+    rig = Rig(tmp_path, mode=mode, max_staleness=bound, steps=3)
+    rig.run()
+    assert rig.order() == ["0", "p1", "1", "p2", "2", "p3"]
+    assert [line["staleness/max"] for line in lines(tmp_path)] == [0, 0, 0]
+
+
+def test_one_step_off_policy_is_the_schedule_of_the_paper(tmp_path):
+    rig = Rig(tmp_path, max_staleness=1, steps=5)
+    rig.run()
+    assert [line["staleness/mean"] for line in lines(tmp_path)] == [0, 1, 1, 1, 1]
+    assert rig.order() == ["0", "p1", "1", "p2", "2", "p3", "3", "p4", "4", "p5"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_bound_holds_at_any_speed(tmp_path, seed):
+    bound, replicas = seed % 5, 1 + seed % 3
+    rig = Rig(tmp_path, seed=seed, replicas=replicas, max_staleness=bound, steps=12)
+    rig.run()
+    totals = rig.recorder.totals
+    assert totals.steps == 12 == rig.learner.version
+    assert max(totals.staleness) <= bound
+    assert {generator.version for generator in rig.generators} == {12}
+    assert totals.samples_generated == 12 * 3 * 2 == totals.samples_trained + totals.samples_dropped
+    seeds = [seed for generator in rig.generators for seed in generator.seeds]
+    assert len(set(seeds)) == len(seeds) == 12 * 3
+
+
+def test_sync_and_zero_staleness_train_on_the_same(tmp_path):
+    batches = []
+    for mode in ("sync", "async"):
+        (tmp_path / mode).mkdir()
+        rig = Rig(tmp_path / mode, mode=mode, max_staleness=0)
+        rig.run()
+        batches.append([c.pairs for c in rig.learner.commands if isinstance(c, TrainPreferences)])
+    assert batches[0] == batches[1]
+
+
+def test_a_stop_ends_after_the_step_under_way(tmp_path):
+    rig = Rig(tmp_path, steps=1000)
+
+    async def stop_soon():
+        running = asyncio.create_task(rig.controller.run())
+        while rig.learner.version < 3:
+            await asyncio.sleep(0.001)
+        await rig.controller.stop()
+        async with asyncio.timeout(5):
+            await running
+
+    asyncio.run(stop_soon())
+    assert 3 <= rig.controller.version <= 5
+
+
+def test_a_failing_generator_ends_the_run(tmp_path):
+    rig = Rig(tmp_path)
+
+    async def broken(request):
+        raise GeneratorError("generator.0: gone")
+
+    rig.generators[0].sample = broken
+    rig.generators[0].wait_queued = lambda count: asyncio.sleep(0)
+    with pytest.raises(ExceptionGroup) as caught:
+        rig.run()
+    assert caught.group_contains(GeneratorError, match="generator.0: gone")
+
+
+def test_the_batch_of_a_non_finite_loss_is_kept(tmp_path):
+    rig = Rig(tmp_path)
+
+    async def explode(command):
+        raise NonFiniteLossError("step 0: loss nan")
+
+    rig.learner.execute = explode
+    with pytest.raises(ExceptionGroup) as caught:
+        rig.run()
+    assert caught.group_contains(NonFiniteLossError, match="non_finite_batch.json")
+    groups = json.loads((tmp_path / "non_finite_batch.json").read_text())
+    assert len(groups) == 3 and len(groups[0]["completions"]) == 2
+
+
+def test_a_digest_that_differs_stops_the_run():
+    require_equal(PushReport(wire_bytes=1, compared=2), 3)
+    with pytest.raises(TransferError, match=r"version 3: 1 of 2 digests differ, first generator.0 rank 1: lm_head"):
+        require_equal(PushReport(wire_bytes=1, compared=2, mismatches=["generator.0 rank 1: lm_head.weight"]), 3)
+
+
+def test_tokens_outside_the_bound_are_a_bug():
+    pacer = Pacer(bound=1)
+    pacer.trained = 5
+    assert pacer.staleness([5, 4, 4]) == [0, 1, 1]
+    assert pacer.staleness([]) == []
+    for versions in ([3], [6], [5, 3]):
+        with pytest.raises(StaleSampleError, match="max_staleness = 1"):
+            pacer.staleness(versions)
