@@ -12,7 +12,7 @@ from safetensors import safe_open
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import MappingError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-from megatron_async_rlhf.weights.hf_mapping import copies_of_tied_embedding, hf_shapes, llama_mappings
+from megatron_async_rlhf.weights.hf_mapping import PlacedMapping, copies_of_tied_embedding, hf_shapes, llama_mappings
 from megatron_async_rlhf.weights.reshard import merge, split
 
 HFTensorReader = Callable[[str], torch.Tensor]
@@ -51,6 +51,7 @@ def gather_weights(model: GPTModel, arch: Architecture, placement: Placement) ->
     if placement.data_rank:
         return
     parameters = dict(model.named_parameters())
+    shapes = hf_shapes(arch)
     for mapping in llama_mappings(arch, placement.pipeline_parallel):
         owners = [_rank_of(placement, mapping.stage, t) for t in range(placement.tensor_parallel)]
         mine = parameters[mapping.megatron].detach() if placement.rank in owners else None
@@ -58,7 +59,7 @@ def gather_weights(model: GPTModel, arch: Architecture, placement: Placement) ->
             if mine is not None:
                 dist.send(mine.contiguous(), dst=0)
             continue
-        shards = [mine if owner == 0 else _receive(owner, mapping, arch, placement) for owner in owners]
+        shards = [mine if owner == 0 else _receive(owner, mapping, shapes, arch, placement) for owner in owners]
         yield from zip(mapping.hf, merge(mapping.rule, shards, arch), strict=True)
 
 
@@ -67,8 +68,13 @@ def _rank_of(placement: Placement, stage: int, tensor_rank: int) -> int:
     return (stage * placement.data_parallel) * placement.tensor_parallel + tensor_rank
 
 
-def _receive(source: int, mapping, arch: Architecture, placement: Placement) -> torch.Tensor:
-    shapes = hf_shapes(arch)
+def _receive(
+    source: int,
+    mapping: PlacedMapping,
+    shapes: dict[str, tuple[int, ...]],
+    arch: Architecture,
+    placement: Placement,
+) -> torch.Tensor:
     whole = [torch.empty(shapes[name], device="meta") for name in mapping.hf]
     buffer = torch.empty(split(mapping.rule, whole, arch, placement.tensor_parallel, 0).shape)
     dist.recv(buffer, src=source)
