@@ -7,12 +7,14 @@ from typing import Any
 
 from megatron_async_rlhf.config.sections import ModelSection
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.weights.families import FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A Llama-family decoder. `vocab_size` is the tokenizer's; any padding is a layout's own affair."""
+    """A dense decoder. `vocab_size` is the tokenizer's; any padding is a layout's own affair."""
 
+    family: str = "llama"  # a key of `FAMILIES`
     vocab_size: int
     layers: int
     hidden_size: int
@@ -27,8 +29,20 @@ class Architecture:
     init_std: float = 0.02
 
     @property
+    def qkv_bias(self) -> bool:
+        return FAMILIES[self.family].qkv_bias
+
+    @property
+    def qk_norm(self) -> bool:
+        return FAMILIES[self.family].qk_norm
+
+    @property
     def num_parameters(self) -> int:
         attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        if self.qkv_bias:
+            attention += self.head_dim * (self.heads + 2 * self.kv_heads)
+        if self.qk_norm:
+            attention += 2 * self.head_dim
         layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.layers * layer + embeddings + self.hidden_size
@@ -36,8 +50,8 @@ class Architecture:
     def to_hf(self, *, eos_token_id: int, bos_token_id: int | None = None, pad_token_id: int | None = None) -> dict:
         """The `config.json` that Transformers and vLLM read, weights in float32."""
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [FAMILIES[self.family].hf_class],
+            "model_type": self.family,
             "vocab_size": self.vocab_size,
             "num_hidden_layers": self.layers,
             "hidden_size": self.hidden_size,
@@ -52,6 +66,7 @@ class Architecture:
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
+            "sliding_window": None,
             "initializer_range": self.init_std,
             "eos_token_id": eos_token_id,
             "bos_token_id": bos_token_id,

@@ -1,120 +1,82 @@
-"""Which Megatron parameter holds which Hugging Face tensors, and how: a table per family, no code per model."""
+"""Which Megatron, vLLM and Hugging Face tensors hold each parameter of one model: its family's table, laid out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from math import prod
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.weights.buckets import TensorSpec
-
-
-class Rule(Enum):
-    """How one Megatron parameter is made of Hugging Face tensors and cut over tensor-parallel ranks."""
-
-    REPLICATED = "whole on every rank"
-    COLUMN = "rows (output features) divided"
-    ROW = "columns (input features) divided"
-    VOCAB = "rows divided after padding the vocabulary to a multiple of the ranks"
-    QKV = "query, key and value interleaved by key-value group, then rows divided"
-    GATE_UP = "each rank holds its rows of gate, then its rows of up"
-
-
-@dataclass(frozen=True)
-class Mapping:
-    """One Megatron parameter. `{layer}` stands for the model-wide layer index in both name spaces."""
-
-    megatron: str
-    hf: tuple[str, ...]
-    rule: Rule
-
-
-_LLAMA_LAYER = (
-    Mapping("decoder.layers.{layer}.input_layernorm.weight", ("model.layers.{layer}.input_layernorm.weight",), Rule.REPLICATED),
-    Mapping(
-        "decoder.layers.{layer}.self_attention.linear_qkv.weight",
-        (
-            "model.layers.{layer}.self_attn.q_proj.weight",
-            "model.layers.{layer}.self_attn.k_proj.weight",
-            "model.layers.{layer}.self_attn.v_proj.weight",
-        ),
-        Rule.QKV,
-    ),
-    Mapping("decoder.layers.{layer}.self_attention.linear_proj.weight", ("model.layers.{layer}.self_attn.o_proj.weight",), Rule.ROW),
-    Mapping(
-        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
-        ("model.layers.{layer}.post_attention_layernorm.weight",),
-        Rule.REPLICATED,
-    ),
-    Mapping(
-        "decoder.layers.{layer}.mlp.linear_fc1.weight",
-        ("model.layers.{layer}.mlp.gate_proj.weight", "model.layers.{layer}.mlp.up_proj.weight"),
-        Rule.GATE_UP,
-    ),
-    Mapping("decoder.layers.{layer}.mlp.linear_fc2.weight", ("model.layers.{layer}.mlp.down_proj.weight",), Rule.ROW),
-)  # fmt: skip
-_EMBEDDING = Mapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Rule.VOCAB)
-_FINAL_NORM = Mapping("decoder.final_layernorm.weight", ("model.norm.weight",), Rule.REPLICATED)
-_OUTPUT = Mapping("output_layer.weight", ("lm_head.weight",), Rule.VOCAB)
+from megatron_async_rlhf.weights.families import FAMILIES, Mapping, Rule
 
 
 @dataclass(frozen=True)
 class PlacedMapping:
-    """A mapping with its layer filled in and the pipeline stage that owns it."""
+    """A mapping with its layer filled in and the part of the pipeline that owns it."""
 
-    megatron: str  # name inside the owning stage, where layers count from 0
+    megatron: str  # name inside the owning chunk, where layers count from 0
+    vllm: str
     hf: tuple[str, ...]
     rule: Rule
     stage: int
+    chunk: int  # which of the stage's model chunks (virtual stages)
 
 
-def llama_mappings(arch: Architecture, pipeline_parallel: int) -> Iterator[PlacedMapping]:
+def model_mappings(arch: Architecture, pipeline_parallel: int, virtual_stages: int = 1) -> Iterator[PlacedMapping]:
     """Every parameter of the model once, first layer to last, the same on every rank.
+
+    With several virtual stages the layers are dealt as Megatron's interleaved schedule does: the first chunk of every
+    stage, then the second chunk of every stage, and so on.
 
     Tied embeddings appear once, on the first stage; the last stage's copy is filled by `copies_of_tied_embedding`.
     """
-    yield PlacedMapping(_EMBEDDING.megatron, _EMBEDDING.hf, _EMBEDDING.rule, 0)
-    layers_per_stage = arch.layers // pipeline_parallel
-    for layer in range(arch.layers):
-        stage, local_layer = divmod(layer, layers_per_stage)
-        for mapping in _LLAMA_LAYER:
-            yield PlacedMapping(
-                mapping.megatron.format(layer=local_layer),
-                tuple(name.format(layer=layer) for name in mapping.hf),
-                mapping.rule,
-                stage,
-            )
-    last = pipeline_parallel - 1
-    yield PlacedMapping(_FINAL_NORM.megatron, _FINAL_NORM.hf, _FINAL_NORM.rule, last)
-    if not arch.tie_embeddings:
-        yield PlacedMapping(_OUTPUT.megatron, _OUTPUT.hf, _OUTPUT.rule, last)
+    family, parts = FAMILIES[arch.family], pipeline_parallel * virtual_stages
+    for row, layer in _rows(arch):
+        if layer is None:
+            part, local_layer = (0 if row is family.embedding else parts - 1), 0
+        else:
+            part, local_layer = divmod(layer, arch.layers // parts)
+        chunk, stage = divmod(part, pipeline_parallel)
+        yield PlacedMapping(
+            megatron=row.megatron.format(layer=local_layer),
+            vllm=row.vllm.format(layer=layer),
+            hf=tuple(name.format(layer=layer) for name in row.hf),
+            rule=row.rule,
+            stage=stage,
+            chunk=chunk,
+        )
 
 
-def copies_of_tied_embedding(arch: Architecture, pipeline_parallel: int) -> Iterator[PlacedMapping]:
+def copies_of_tied_embedding(
+    arch: Architecture, pipeline_parallel: int, virtual_stages: int = 1
+) -> Iterator[PlacedMapping]:
     """The last stage's own copy of a tied embedding: read on import, never exported."""
     if arch.tie_embeddings and pipeline_parallel > 1:
-        yield PlacedMapping(_OUTPUT.megatron, _EMBEDDING.hf, _OUTPUT.rule, pipeline_parallel - 1)
+        family = FAMILIES[arch.family]
+        yield PlacedMapping(
+            megatron=family.output.megatron,
+            vllm=family.embedding.vllm,
+            hf=family.embedding.hf,
+            rule=family.output.rule,
+            stage=pipeline_parallel - 1,
+            chunk=virtual_stages - 1,
+        )
 
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Shape of every Hugging Face tensor of the model, in the order of `llama_mappings`."""
-    hidden, ffn, head = arch.hidden_size, arch.ffn_size, arch.head_dim
-    layer_shapes = {
-        "input_layernorm": (hidden,),
-        "q_proj": (arch.heads * head, hidden),
-        "k_proj": (arch.kv_heads * head, hidden),
-        "v_proj": (arch.kv_heads * head, hidden),
-        "o_proj": (hidden, arch.heads * head),
-        "post_attention_layernorm": (hidden,),
-        "gate_proj": (ffn, hidden),
-        "up_proj": (ffn, hidden),
-        "down_proj": (hidden, ffn),
-        "embed_tokens": (arch.vocab_size, hidden),
-        "norm": (hidden,),
-        "lm_head": (arch.vocab_size, hidden),
+    """Shape of every Hugging Face tensor of the model, in the order of `model_mappings`."""
+    sizes = {
+        "vocabulary": arch.vocab_size,
+        "hidden": arch.hidden_size,
+        "ffn": arch.ffn_size,
+        "query": arch.heads * arch.head_dim,
+        "key_value": arch.kv_heads * arch.head_dim,
+        "head": arch.head_dim,
     }
-    names = (name for mapping in llama_mappings(arch, 1) for name in mapping.hf)
-    return {name: layer_shapes[name.split(".")[-2]] for name in names}
+    return {
+        name.format(layer=layer): tuple(sizes[size] for size in shape)
+        for row, layer in _rows(arch)
+        for name, shape in zip(row.hf, row.shapes, strict=True)
+    }
 
 
 def tensor_specs(arch: Architecture) -> list[TensorSpec]:
@@ -130,13 +92,22 @@ def bytes_held(arch: Architecture, tensor_parallel: int) -> int:
 
     Norms are whole on every rank; key and value heads repeat when there are fewer than ranks; all else is divided.
     """
+    num_bytes = {spec.name: spec.num_bytes for spec in tensor_specs(arch)}
     copies_of_kv = max(1, tensor_parallel // arch.kv_heads)
     total = 0
-    for spec in tensor_specs(arch):
-        if len(spec.shape) == 1:
-            total += spec.num_bytes * tensor_parallel
-        elif spec.name.endswith(("k_proj.weight", "v_proj.weight")):
-            total += spec.num_bytes * copies_of_kv
-        else:
-            total += spec.num_bytes
+    for mapping in model_mappings(arch, 1):
+        first, *others = (num_bytes[name] for name in mapping.hf)
+        total += first * (tensor_parallel if mapping.rule is Rule.REPLICATED else 1)
+        total += sum(others) * (copies_of_kv if mapping.rule is Rule.QKV else 1)
     return total
+
+
+def _rows(arch: Architecture) -> Iterator[tuple[Mapping, int | None]]:
+    """The family's rows in model order, each with its layer, if it belongs to one."""
+    family = FAMILIES[arch.family]
+    yield family.embedding, None
+    for layer in range(arch.layers):
+        yield from ((row, layer) for row in family.layer)
+    yield family.final_norm, None
+    if not arch.tie_embeddings:
+        yield family.output, None

@@ -9,7 +9,7 @@ import torch
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import MappingError
-from megatron_async_rlhf.weights.hf_mapping import Rule
+from megatron_async_rlhf.weights.families import Rule
 
 
 def split(rule: Rule, tensors: Sequence[torch.Tensor], arch: Architecture, ranks: int, rank: int) -> torch.Tensor:
@@ -68,7 +68,10 @@ def _pad_rows(tensor: torch.Tensor, ranks: int) -> torch.Tensor:
 
 
 def _interleave_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arch: Architecture) -> torch.Tensor:
-    """[heads x d, h], [kv x d, h], [kv x d, h] -> [kv x (heads/kv + 2) x d, h], one block per key-value group."""
+    """[heads x d, h], [kv x d, h], [kv x d, h] -> [kv x (heads/kv + 2) x d, h], one block per key-value group.
+
+    Biases are the same without the last dimension.
+    """
     groups, rest = arch.kv_heads, q.shape[1:]
     parts = [tensor.reshape(groups, -1, *rest) for tensor in (q, k, v)]
     return torch.cat(parts, dim=1).reshape(-1, *rest)

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import MappingError
-from megatron_async_rlhf.weights.hf_mapping import Rule, hf_shapes, llama_mappings
+from megatron_async_rlhf.weights.families import FAMILIES, Rule
+from megatron_async_rlhf.weights.hf_mapping import hf_shapes, model_mappings
 from megatron_async_rlhf.weights.reshard import merge, split
 
 
@@ -16,6 +17,7 @@ def layouts(draw: st.DrawFn) -> tuple[Architecture, int]:
     heads = ranks * draw(st.integers(1, 3))
     kv_heads = [k for k in range(1, heads + 1) if not heads % k and not (k % ranks and ranks % k)]
     arch = Architecture(
+        family=draw(st.sampled_from(sorted(FAMILIES))),
         vocab_size=draw(st.integers(1, 40)),
         layers=draw(st.integers(1, 2)),
         hidden_size=draw(st.integers(1, 12)),
@@ -47,7 +49,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_merge_undoes_split_bit_for_bit(layout: tuple[Architecture, int], seed: int):
     arch, ranks = layout
     shapes = hf_shapes(arch)
-    for mapping in llama_mappings(arch, 1):
+    for mapping in model_mappings(arch, 1):
         whole = [random_bits(shapes[name], seed + i) for i, name in enumerate(mapping.hf)]
         shards = [split(mapping.rule, whole, arch, ranks, rank) for rank in range(ranks)]
         assert len({shard.shape for shard in shards}) == 1
@@ -58,7 +60,7 @@ def test_merge_undoes_split_bit_for_bit(layout: tuple[Architecture, int], seed: 
 @settings(deadline=None, max_examples=50)
 @given(st.sampled_from([1, 2, 4]), st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**32))
 def test_column_parallel_merge_undoes_split(ranks: int, rows: int, columns: int, seed: int):
-    """No Llama parameter is a plain column cut, so the mapping table never reaches this rule."""
+    """No family's parameter is a plain column cut, so the mapping table never reaches this rule."""
     whole = random_bits((ranks * rows, columns), seed)
     shards = [split(Rule.COLUMN, [whole], None, ranks, rank) for rank in range(ranks)]
     assert all(shard.shape == (rows, columns) for shard in shards)
@@ -74,6 +76,13 @@ def test_qkv_rows_are_grouped_by_key_value_head(make_arch):
     whole = [numbered(4, 0), numbered(2, 10), numbered(2, 20)]
     assert split(Rule.QKV, whole, arch, 2, 0).flatten().tolist() == [0, 1, 10, 20]
     assert split(Rule.QKV, whole, arch, 2, 1).flatten().tolist() == [2, 3, 11, 21]
+
+
+def test_a_qkv_bias_is_grouped_as_its_weight(make_arch):
+    arch = make_arch(heads=4, kv_heads=2, head_dim=1, hidden_size=1)
+    whole = [numbered(4, 0).flatten(), numbered(2, 10).flatten(), numbered(2, 20).flatten()]
+    assert split(Rule.QKV, whole, arch, 2, 1).tolist() == [2, 3, 11, 21]
+    assert split(Rule.QKV, whole, arch, 4, 2).tolist() == [2, 3]
 
 
 def test_each_rank_holds_its_rows_of_gate_then_of_up(make_arch):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import MappingError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-from megatron_async_rlhf.weights.hf_mapping import PlacedMapping, copies_of_tied_embedding, hf_shapes, llama_mappings
+from megatron_async_rlhf.weights.hf_mapping import PlacedMapping, copies_of_tied_embedding, hf_shapes, model_mappings
 from megatron_async_rlhf.weights.reshard import merge, split
 
 HFTensorReader = Callable[[str], torch.Tensor]
@@ -28,7 +28,7 @@ def load_weights(model: GPTModel, arch: Architecture, placement: Placement, read
     parameters = dict(model.named_parameters())
     shapes = hf_shapes(arch)
     stages = placement.pipeline_parallel
-    for mapping in (*llama_mappings(arch, stages), *copies_of_tied_embedding(arch, stages)):
+    for mapping in (*model_mappings(arch, stages), *copies_of_tied_embedding(arch, stages)):
         if mapping.stage != placement.pipeline_rank:
             continue
         tensors = [read(name) for name in mapping.hf]
@@ -52,7 +52,7 @@ def gather_weights(model: GPTModel, arch: Architecture, placement: Placement) ->
         return
     parameters = dict(model.named_parameters())
     shapes = hf_shapes(arch)
-    for mapping in llama_mappings(arch, placement.pipeline_parallel):
+    for mapping in model_mappings(arch, placement.pipeline_parallel):
         owners = [_rank_of(placement, mapping.stage, t) for t in range(placement.tensor_parallel)]
         mine = parameters[mapping.megatron].detach() if placement.rank in owners else None
         if placement.rank != 0:
