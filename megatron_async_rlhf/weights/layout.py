@@ -157,9 +157,7 @@ def _vllm_parameter(
             yield from _parts(mapping, sizes, mapping.vllm, ranks, rank)
 
 
-def _parts(
-    mapping: PlacedMapping, sizes: list[tuple[int, int]], name: str, ranks: int, rank: int
-) -> Iterator[Piece]:
+def _parts(mapping: PlacedMapping, sizes: list[tuple[int, int]], name: str, ranks: int, rank: int) -> Iterator[Piece]:
     """The rules both engines share: whole, divided by rows, by columns, or rows of one tensor then of the next."""
     row = 0
     for tensor, (rows, cols) in zip(mapping.hf, sizes, strict=True):

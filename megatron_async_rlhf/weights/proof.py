@@ -7,12 +7,12 @@ that flipped in a staging buffer, on the wire or in the receiver's memory shows.
 from collections.abc import Iterator
 
 import msgspec
-import torch
 from msgspec import Struct
 
-from megatron_async_rlhf.weights.plan import Slice, TransferPlan
+from megatron_async_rlhf.weights.messages import receive_message, send_message
+from megatron_async_rlhf.weights.plan import TransferPlan
 from megatron_async_rlhf.weights.roster import Roster
-from megatron_async_rlhf.weights.transports.transport import Parcel, Transport
+from megatron_async_rlhf.weights.transports.transport import Transport
 
 DIGEST_BYTES = 16
 
@@ -45,28 +45,13 @@ def conclude(
     """
     report = received_bytes.to_bytes(8, "little") + (digests or b"")
     if transport.rank == 0:
-        reports = [report, *_collect(transport, roster, plan, digests is not None)]
+        peers = list(range(1, roster.world_size))
+        reports = [report, *(receive_message(transport, peer, "the digests") for peer in peers)]
         verdict = _judge(roster, plan, reports, verify=digests is not None)
-        _announce(transport, msgspec.msgpack.encode(verdict))
+        send_message(transport, msgspec.msgpack.encode(verdict), peers, "the verdict")
         return verdict
-    _send(transport, report, 0, "the digests")
-    size = torch.empty(8, dtype=torch.uint8)
-    _receive(transport, size, 0, "the verdict")
-    payload = torch.empty(int.from_bytes(size.numpy().tobytes(), "little"), dtype=torch.uint8)
-    _receive(transport, payload, 0, "the verdict")
-    return msgspec.msgpack.decode(payload.numpy().tobytes(), type=Verdict)
-
-
-def _collect(transport: Transport, roster: Roster, plan: TransferPlan, verify: bool) -> Iterator[bytes]:
-    for rank in range(1, roster.world_size):
-        count = len(_slices_of(roster, plan, rank)) if verify else 0
-        buffer = torch.empty(8 + DIGEST_BYTES * count, dtype=torch.uint8)
-        _receive(transport, buffer, rank, "the digests")
-        yield buffer.numpy().tobytes()
-
-
-def _slices_of(roster: Roster, plan: TransferPlan, rank: int) -> list[Slice]:
-    return plan.sent_by(rank) if rank < roster.senders else plan.received_by(roster.place(rank)[1])
+    send_message(transport, report, [0], "the digests")
+    return msgspec.msgpack.decode(receive_message(transport, 0, "the verdict"), type=Verdict)
 
 
 def _judge(roster: Roster, plan: TransferPlan, reports: list[bytes], *, verify: bool) -> Verdict:
@@ -108,25 +93,3 @@ def _by_peer(
 
 def _each(digests: bytes) -> list[bytes]:
     return [digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)]
-
-
-def _announce(transport: Transport, payload: bytes) -> None:
-    for part in (len(payload).to_bytes(8, "little"), payload):
-        buffer = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-        peers = range(1, transport.world_size)
-        transport.start(sends=[Parcel(peer, _on(transport, buffer), "the verdict") for peer in peers]).wait()
-
-
-def _send(transport: Transport, payload: bytes, peer: int, what: str) -> None:
-    buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    transport.start(sends=[Parcel(peer, _on(transport, buffer), what)]).wait()
-
-
-def _receive(transport: Transport, buffer: torch.Tensor, peer: int, what: str) -> None:
-    arrived = _on(transport, buffer)
-    transport.start(receives=[Parcel(peer, arrived, what)]).wait()
-    buffer.copy_(arrived)
-
-
-def _on(transport: Transport, buffer: torch.Tensor) -> torch.Tensor:
-    return buffer.to(transport.device)

@@ -1,8 +1,8 @@
 """The learner's half of a push, on every learner rank.
 
-    round k:   pack slices of my parameters into a staging buffer ─> start sending it ─> hash the slices
-    round k+1: the same with the other buffer, while the first is on its way ...
-    then:      wait for the last two, compare digests with everyone (`proof`)
+round k:   pack slices of my parameters into a staging buffer ─> start sending it ─> hash the slices
+round k+1: the same with the other buffer, while the first is on its way ...
+then:      wait for the last two, compare digests with everyone (`proof`)
 """
 
 from collections.abc import Callable

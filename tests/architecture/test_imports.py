@@ -19,7 +19,7 @@ ORDER = [
     ["types", "errors", "weights.families"],  # the families are plain data, read by the config too
     ["config"],
     ["algorithms", "rewards", "data", "weights", "telemetry", "learner.protocol", "generator.protocol"],
-    ["scheduler", "weights.transports", "weights.push"],
+    ["scheduler", "weights.transports"],
     ["learner.client", "learner.megatron", "generator.vllm", "checkpoint"],
     ["simulate", "app", "prepare"],
     ["launch", "cli", "__main__"],
@@ -73,7 +73,7 @@ def own_imports_of(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def test_the_package_is_found():
-    assert {"types", "errors", "config.load", "learner.megatron.learner", "weights.push"} <= set(MODULES)
+    assert {"types", "errors", "config.load", "learner.megatron.learner", "weights.plan"} <= set(MODULES)
 
 
 def test_every_module_has_a_place_in_the_order():

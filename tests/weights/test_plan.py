@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.weights.hf_mapping import bytes_held, hf_shapes
+from megatron_async_rlhf.weights.hf_mapping import elements_held, hf_shapes
 from megatron_async_rlhf.weights.layout import (
     VLLM_VOCAB_MULTIPLE,
     LearnerLayout,
@@ -80,12 +80,14 @@ def test_every_receiver_gets_every_element_it_holds_exactly_once(case):
     arch, _, generator = case
     plan = make_plan(case)
     for rank in range(generator):
-        expected = Counter(cell for p in generator_pieces(arch, generator, rank) for cell in cells(p.tensor, p.rows, p.cols))
+        expected = Counter(
+            cell for p in generator_pieces(arch, generator, rank) for cell in cells(p.tensor, p.rows, p.cols)
+        )
         got = Counter(cell for s in plan.received_by(rank) for cell in cells(s.tensor, s.rows, s.cols))
         assert got == expected
         assert set(expected.values()) == {1}
     # Counted by hand from the model's shape, without pieces.
-    assert plan.num_bytes == bytes_held(arch, generator)
+    assert plan.num_bytes == 4 * elements_held(arch, generator)
 
 
 @settings(deadline=None, max_examples=60)
@@ -153,7 +155,9 @@ def test_the_plan_is_the_same_on_every_rank_and_tells_layouts_apart(case):
     plan = make_plan(case)
     assert plan == make_plan(case)
     assert plan.fingerprint == make_plan(case).fingerprint
-    assert plan.fingerprint != make_plan(case, staging_bytes=2 * STAGING).fingerprint or plan == make_plan(case, 2 * STAGING)
+    assert plan.fingerprint != make_plan(case, staging_bytes=2 * STAGING).fingerprint or plan == make_plan(
+        case, 2 * STAGING
+    )
     more = LearnerLayout(
         tensor_parallel=layout.tensor_parallel,
         pipeline_parallel=layout.pipeline_parallel,

@@ -8,7 +8,7 @@ import torch
 from transfer_group import TransferGroup, assert_holds, random_weights
 
 from megatron_async_rlhf.errors import TransferError
-from megatron_async_rlhf.weights.hf_mapping import bytes_held
+from megatron_async_rlhf.weights.hf_mapping import elements_held
 from megatron_async_rlhf.weights.layout import LearnerLayout
 from megatron_async_rlhf.weights.proof import Verdict
 
@@ -23,7 +23,9 @@ LAYOUTS = [
 ]
 MODELS = [
     pytest.param({"family": "llama", "kv_heads": 2}, id="llama"),
-    pytest.param({"family": "llama", "kv_heads": 1, "tie_embeddings": True, "vocab_size": 67}, id="llama-tied-one-kv-head"),
+    pytest.param(
+        {"family": "llama", "kv_heads": 1, "tie_embeddings": True, "vocab_size": 67}, id="llama-tied-one-kv-head"
+    ),
     pytest.param({"family": "qwen2", "kv_heads": 2}, id="qwen2"),
     pytest.param({"family": "qwen3", "kv_heads": 4, "head_dim": 12}, id="qwen3"),
 ]
@@ -33,9 +35,15 @@ MODELS = [
 def connect(make_arch):
     groups: list[TransferGroup] = []
 
-    def connect(layout: LearnerLayout, tensor_parallel: int = 1, replicas: int = 1, sizes=None, **options) -> TransferGroup:
+    def connect(
+        layout: LearnerLayout, tensor_parallel: int = 1, replicas: int = 1, sizes=None, **options
+    ) -> TransferGroup:
         group = TransferGroup(
-            make_arch(**(sizes or {"kv_heads": 2})), layout, tensor_parallel=tensor_parallel, replicas=replicas, **options
+            make_arch(**(sizes or {"kv_heads": 2})),
+            layout,
+            tensor_parallel=tensor_parallel,
+            replicas=replicas,
+            **options,
         )
         groups.append(group)
         return group
@@ -59,7 +67,7 @@ def test_every_worker_gets_the_learners_bytes(connect, layout, tensor_parallel, 
         workers = [rank for rank in targets]
         assert verdict.compared == sum(len(group.plan.received_by(group.roster.place(rank)[1])) for rank in workers)
         # Counted from the model's shape: nothing is sent twice, nothing is missing.
-        assert verdict.wire_bytes == replicas * bytes_held(group.arch, tensor_parallel)
+        assert verdict.wire_bytes == 4 * replicas * elements_held(group.arch, tensor_parallel)
         assert_holds(targets, weights, group)
 
 
@@ -90,7 +98,7 @@ def test_an_unverified_push_moves_the_same_bytes(connect):
     targets = group.targets(weights)
     verdict = group.push(weights, targets, verify=False)[0]
     assert (verdict.compared, verdict.mismatches) == (0, [])
-    assert verdict.wire_bytes == 2 * bytes_held(group.arch, 2)
+    assert verdict.wire_bytes == 4 * 2 * elements_held(group.arch, 2)
     assert_holds(targets, weights, group)
 
 

@@ -69,9 +69,7 @@ def _vllm_parameter(mapping, weights: Weights, arch: Architecture, ranks: int, r
         case Rule.QKV:
             query, *key_value = tensors
             copies = max(1, ranks // arch.kv_heads)
-            return torch.cat(
-                [query.chunk(ranks)[rank], *(t.chunk(ranks // copies)[rank // copies] for t in key_value)]
-            )
+            return torch.cat([query.chunk(ranks)[rank], *(t.chunk(ranks // copies)[rank // copies] for t in key_value)])
 
 
 class DictTarget:

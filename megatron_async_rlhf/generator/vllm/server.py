@@ -24,7 +24,7 @@ def server_command(config: RunConfig, model_dir: Path, port: int, context_length
         *("--host", "127.0.0.1"),
         *("--port", str(port)),
         *("--load-format", "dummy"),  # the first push brings the weights
-        *("--dtype", "float32"),
+        *("--dtype", generator.dtype),
         *("--seed", str(config.run.seed)),
         *("--tensor-parallel-size", str(generator.tensor_parallel)),
         *("--max-model-len", str(context_length)),
