@@ -177,14 +177,14 @@ def _families() -> Iterator[Family]:
         hf_class="Qwen2ForCausalLM",
         layer=(_INPUT_NORM, _QKV, _QKV_BIAS, _ATTENTION_OUTPUT, *_MLP),
         **_OUTER,
-        config_defaults={"num_key_value_heads": 32},
+        config_defaults={"num_key_value_heads": 32, "use_sliding_window": False},
     )
     yield Family(
         model_type="qwen3",
         hf_class="Qwen3ForCausalLM",
         layer=(_INPUT_NORM, _QKV, _Q_NORM, _K_NORM, _ATTENTION_OUTPUT, *_MLP),
         **_OUTER,
-        config_defaults={"num_key_value_heads": 32, "head_dim": 128},
+        config_defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
     )
 
 
