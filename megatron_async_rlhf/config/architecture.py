@@ -153,16 +153,22 @@ def architecture_of_hf(directory: Path) -> Architecture:
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # the older name goes first in Transformers too
     _refuse_unsupported(family, hf, rope, where)
     try:
-        heads = hf["num_attention_heads"]
+        heads, hidden_size = hf["num_attention_heads"], hf["hidden_size"]
+        head_dim = hf.get("head_dim") or hidden_size // heads
+        if head_dim != hidden_size // heads and not family.free_head_size:
+            raise ConfigError(
+                f"{where}: head_dim = {head_dim} must be hidden_size / num_attention_heads = {hidden_size // heads} "
+                f"in the {family.model_type} family"
+            )
         return Architecture(
             family=family.model_type,
             vocab_size=hf["vocab_size"],
             layers=hf["num_hidden_layers"],
-            hidden_size=hf["hidden_size"],
+            hidden_size=hidden_size,
             ffn_size=hf["intermediate_size"],
             heads=heads,
             kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            head_dim=head_dim,
             context_length=hf["max_position_embeddings"],
             rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
             rope_scaling=_rope_scaling(rope),

@@ -54,7 +54,8 @@ def test_a_hugging_face_directory_gives_its_shape(tmp_path: Path):
 def test_it_reads_what_transformers_writes_and_the_other_way_round(
     tmp_path: Path, family: str, scaling: RopeScaling | None
 ):
-    arch = architecture_of_hf(write_hf(tmp_path, model_type=family, head_dim=10, sliding_window=None))
+    head_dim = 10 if FAMILIES[family].free_head_size else 8
+    arch = architecture_of_hf(write_hf(tmp_path, model_type=family, head_dim=head_dim, sliding_window=None))
     arch = dataclasses.replace(arch, rope_scaling=scaling, context_length=16384)
     assert arch.family == family
     AutoConfig.for_model(**arch.to_hf(eos_token_id=2)).save_pretrained(tmp_path)
@@ -67,7 +68,7 @@ def test_it_reads_what_transformers_writes_and_the_other_way_round(
     assert theirs.rope_parameters["rope_theta"] == 5000.0
     assert theirs.rope_parameters["rope_type"] == ("llama3" if scaling else "default")
     assert theirs.rope_parameters.get("low_freq_factor") == (scaling and 1.0)
-    assert (theirs.head_dim, theirs.num_key_value_heads, theirs.rms_norm_eps) == (10, 2, 1e-4)
+    assert (theirs.head_dim, theirs.num_key_value_heads, theirs.rms_norm_eps) == (head_dim, 2, 1e-4)
     assert getattr(theirs, "sliding_window", None) is None
 
 
@@ -147,6 +148,7 @@ def test_a_mixture_of_experts_is_refused(tmp_path: Path, model_type: str, key: s
         (MISTRAL_7B_V0_3 | {"sliding_window": 4096}, ["sliding_window = 4096", "max_position_embeddings = 32768"]),
         (MISTRAL_7B_V0_3 | {"sliding_window": ...}, ["sliding_window = 4096", "max_position_embeddings = 32768"]),
         (QWEN_2_5_7B | {"use_sliding_window": True}, ["use_sliding_window", "only full attention"]),
+        (QWEN_2_5_7B | {"head_dim": 64}, ["head_dim = 64", "hidden_size / num_attention_heads = 128"]),
         (QWEN_3_8B | {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "plain weights"]),
         ({"intermediate_size": ...}, ["no intermediate_size"]),
