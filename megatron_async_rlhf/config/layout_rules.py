@@ -37,14 +37,12 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
         )
     if arch.head_dim not in _CPU_HEAD_SIZES:
         raise ConfigError(
-            f"the head size {arch.head_dim} (hidden_size / heads) is not one that vLLM runs on a CPU: "
+            f"the head size {arch.head_dim} (hidden_size / heads, or head_dim) is not one that vLLM runs on a CPU: "
             f"{', '.join(str(size) for size in _CPU_HEAD_SIZES)}; change model.heads"
         )
 
 
 def _check_shape(arch: Architecture) -> None:
-    if arch.hidden_size % arch.heads and arch.head_dim * arch.heads != arch.hidden_size:
-        raise ConfigError(f"model.hidden_size = {arch.hidden_size} must be a multiple of model.heads = {arch.heads}")
     if arch.head_dim % 2:
         raise ConfigError(f"the head size {arch.head_dim} must be even for rotary embeddings; change model.heads")
     if arch.heads % arch.kv_heads:

@@ -44,6 +44,7 @@ class Family:
     Attributes:
         model_type, hf_class: `model_type` and the one entry of `architectures` in its `config.json`.
         layer: the rows of every layer.
+        free_head_size: whether `head_dim` may differ from hidden size / heads; vLLM ignores the key for some families.
         config_defaults: what Transformers takes for a key that `config.json` leaves out, where families differ.
     """
 
@@ -53,6 +54,7 @@ class Family:
     embedding: Mapping
     final_norm: Mapping
     output: Mapping  # absent from a model with tied embeddings
+    free_head_size: bool = True
     config_defaults: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -177,14 +179,15 @@ def _families() -> Iterator[Family]:
         hf_class="Qwen2ForCausalLM",
         layer=(_INPUT_NORM, _QKV, _QKV_BIAS, _ATTENTION_OUTPUT, *_MLP),
         **_OUTER,
-        config_defaults={"num_key_value_heads": 32},
+        free_head_size=False,
+        config_defaults={"num_key_value_heads": 32, "use_sliding_window": False},
     )
     yield Family(
         model_type="qwen3",
         hf_class="Qwen3ForCausalLM",
         layer=(_INPUT_NORM, _QKV, _Q_NORM, _K_NORM, _ATTENTION_OUTPUT, *_MLP),
         **_OUTER,
-        config_defaults={"num_key_value_heads": 32, "head_dim": 128},
+        config_defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
     )
 
 

@@ -98,6 +98,20 @@ def test_a_bad_file(tmp_path, text, message):
     assert message in refused(subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8}, "model_type 'mixtral' is a mixture of experts"),
+        ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported, only llama, mistral, qwen2, qwen3 are"),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window = 4096 is below"),
+        ({"model_type": "qwen2", "rope_scaling": {"type": "yarn"}}, "rope scaling 'yarn' is not supported"),
+    ],
+)
+def test_a_model_that_cannot_be_trained(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert message in refused(train(tmp_path, {**BASE, "model": {"hf": str(tmp_path)}}))
+
+
 def test_a_missing_config(tmp_path):
     command = [sys.executable, "-m", "megatron_async_rlhf", "train", "nowhere.yaml"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 WORKER = Path(__file__).with_name("learner_worker.py")
 TIMEOUT_S = 200
@@ -49,40 +49,56 @@ class Layout:
         return f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}"
 
 
+# From Hugging Face directories. One key-value head on two ranks is where Megatron gathers what it has divided.
+ROPE = {"rope_type": "default", "rope_theta": 777.0}
+# With eight rotary dimensions: one wavelength below the smoothed band, one inside, two above; not Llama 3.1's numbers.
+SCALED_ROPE = ROPE | {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 2.5,
+    "original_max_position_embeddings": 20,
+}  # fmt: skip
+IMPORTED = {
+    "tied": {"family": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "wide": {"family": "llama", "num_key_value_heads": 2, "head_dim": 12, "shard_size": "20KB"},
+    "llama3": {"family": "llama", "num_key_value_heads": 2, "rope_parameters": SCALED_ROPE},
+    "mistral": {"family": "mistral", "num_key_value_heads": 2, "head_dim": 10, "sliding_window": None},
+    "qwen2": {"family": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2_one_kv": {"family": "qwen2", "num_key_value_heads": 1},
+    "qwen3": {"family": "qwen3", "num_key_value_heads": 2, "head_dim": 12},
+    "qwen3_one_kv": {"family": "qwen3", "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True},
+}
+MODELS = ["plain", *IMPORTED]
+
 LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(tensor=2, pipeline=2), Layout(data=2)]
 
 
 def models(root: Path) -> dict[str, dict]:
     """The policies every layout trains, one layer per stage in the pipelined ones.
 
-    plain: drawn by the learner. tied: tied embeddings, one key-value head, from a Hugging Face directory.
-    wide: heads larger than hidden size / heads, two key-value heads, from a sharded directory.
+    plain: drawn by the learner. tied: tied embeddings, one key-value head, trained with the other loss.
+    wide: heads larger than hidden size / heads, from a sharded directory. The others: a family or feature each.
     """
     plain = {
         "layers": 2, "hidden_size": 32, "ffn_size": 48, "heads": 4, "context_length": CONTEXT_LENGTH,
         "norm_eps": 1e-2, "rope_theta": 500.0, "init_std": 0.2,
     }  # fmt: skip
-    tied = write_hf_model(root / "tied", seed=1, num_key_value_heads=1, tie_word_embeddings=True)
-    wide = write_hf_model(root / "wide", seed=2, shard_size="20KB", num_key_value_heads=2, head_dim=12)
-    algorithm = {"algorithm": {"beta": BETA, "loss": "ipo"}}
-    return {
-        "plain": {"section": plain, "vocab_size": VOCAB_SIZE},
-        "tied": {"section": {"hf": str(tied)}, "config": algorithm},
-        "wide": {"section": {"hf": str(wide)}},
-    }
+    sources = {"plain": {"section": plain, "vocab_size": VOCAB_SIZE}}
+    for seed, (name, shape) in enumerate(IMPORTED.items(), start=1):
+        sources[name] = {"section": {"hf": str(write_hf_model(root / name, seed=seed, **shape))}}
+    sources["tied"]["config"] = {"algorithm": {"beta": BETA, "loss": "ipo"}}
+    return sources
 
 
-def write_hf_model(directory: Path, *, seed: int, shard_size: str = "1GB", **sizes) -> Path:
+def write_hf_model(directory: Path, *, seed: int, family: str, shard_size: str = "1GB", **sizes) -> Path:
     torch.manual_seed(seed)
     shape = {
         "vocab_size": VOCAB_SIZE, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48,
         "num_attention_heads": 4, "max_position_embeddings": CONTEXT_LENGTH, "rms_norm_eps": 1e-3,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}, "initializer_range": 0.2,
+        "rope_parameters": dict(ROPE), "initializer_range": 0.2,
     }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**shape | sizes))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape | sizes))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases, which would start as ones and zeros
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(directory, max_shard_size=shard_size)
     return directory

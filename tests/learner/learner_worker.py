@@ -106,6 +106,7 @@ def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
     result["preferences"] = [answer.metrics.values for answer in answers]
     result["preference logprobs"] = [answer.logprobs for answer in answers]
     result["version"] = learner.version
+    result["digests"] = digests_of(learner)
     learner.export_weights(ExportWeights(directory=str(directory / "final")))
     return result
 

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from learner_ranks import (
     BETA,
+    IMPORTED,
+    MODELS,
     REINFORCEMENT,
     RL_STEPS,
+    ROPE,
     SUPERVISED_STEPS,
     TEMPERATURE,
     WARM_START,
@@ -18,15 +21,13 @@ from learner_ranks import (
     make_sequences,
 )
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.sections import ModelSection
 
-MODELS = ["plain", "tied", "wide"]
 
-
-def transformers_model(run: LayoutRun, name: str, stage: str) -> LlamaForCausalLM:
+def transformers_model(run: LayoutRun, name: str, stage: str) -> PreTrainedModel:
     source = run.sources[name]
     hf = source["section"].get("hf")
     if hf:
@@ -36,10 +37,10 @@ def transformers_model(run: LayoutRun, name: str, stage: str) -> LlamaForCausalL
         config = arch.to_hf(eos_token_id=2)
     directory = run.directory / name / stage
     (directory / "config.json").write_text(json.dumps(config))
-    return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
-def completion_logprobs(model: LlamaForCausalLM, row: tuple[list[int], int], temperature: float) -> torch.Tensor:
+def completion_logprobs(model: PreTrainedModel, row: tuple[list[int], int], temperature: float) -> torch.Tensor:
     token_ids, prompt_length = torch.tensor(row[0]), row[1]
     logits_TV = model(token_ids.unsqueeze(0)).logits[0] / temperature
     logprobs_T = logits_TV.log_softmax(-1)[:-1].gather(-1, token_ids[1:, None]).squeeze(-1)
@@ -66,6 +67,17 @@ def test_logits(run: LayoutRun, name: str):
         assert (logits_TV - theirs_TV).abs().max() <= 1e-4
 
 
+@torch.no_grad()
+def test_rope_scaling_changes_the_logits(single: LayoutRun):
+    """Otherwise the test above could not tell whether the learner scales."""
+    scaled = transformers_model(single, "llama3", "initial")
+    assert scaled.config.rope_parameters["rope_type"] == "llama3"
+    config = AutoConfig.from_pretrained(single.directory / "llama3" / "initial", rope_parameters=dict(ROPE))
+    unscaled = AutoModelForCausalLM.from_pretrained(single.directory / "llama3" / "initial", config=config)
+    tokens_BT = torch.tensor([make_sequences()[1][0]])
+    assert (scaled(tokens_BT).logits - unscaled(tokens_BT).logits).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_completion_logprobs_of_any_length(run: LayoutRun, name: str):
@@ -84,7 +96,7 @@ def test_a_preference_step_answers_with_the_logprobs_before_it(run: LayoutRun, n
     assert_close_rows(run.result(name)["preference logprobs"][0], theirs)
 
 
-def adamw(model: LlamaForCausalLM, keys: dict) -> torch.optim.AdamW:
+def adamw(model: PreTrainedModel, keys: dict) -> torch.optim.AdamW:
     """Weight decay spares one-dimensional parameters, as in Megatron."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": keys["weight_decay"]},
@@ -93,9 +105,7 @@ def adamw(model: LlamaForCausalLM, keys: dict) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(keys["adam_beta1"], keys["adam_beta2"]), eps=keys["adam_eps"])
 
 
-def step(
-    model: LlamaForCausalLM, optimizer: torch.optim.AdamW, loss: torch.Tensor, keys: dict, progress: float
-) -> dict:
+def step(model: PreTrainedModel, optimizer: torch.optim.AdamW, loss: torch.Tensor, keys: dict, progress: float) -> dict:
     learning_rate = keys["min_learning_rate"] + (keys["learning_rate"] - keys["min_learning_rate"]) * (1 - progress)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -106,7 +116,7 @@ def step(
     return {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": learning_rate}
 
 
-def assert_same_training(ours: list[dict], theirs: list[dict], ours_after: dict, model: LlamaForCausalLM) -> None:
+def assert_same_training(ours: list[dict], theirs: list[dict], ours_after: dict, model: PreTrainedModel) -> None:
     for our_step, their_step in zip(ours, theirs, strict=True):
         assert {key: our_step[key] for key in their_step} == pytest.approx(their_step, rel=1e-4)
     assert set(ours_after) == {parameter_name for parameter_name, _ in model.named_parameters()}
@@ -145,7 +155,7 @@ def test_preference_steps(single: LayoutRun, name: str):
     assert_same_training(single.result(name)["preferences"], theirs, single.weights(name, "final"), model)
 
 
-@pytest.mark.parametrize("name", ["tied", "wide"])
+@pytest.mark.parametrize("name", IMPORTED)
 def test_an_imported_model_is_exported_byte_for_byte(run: LayoutRun, name: str):
     files = sorted(Path(run.sources[name]["section"]["hf"]).glob("*.safetensors"))
     assert (len(files) > 1) is (name == "wide")

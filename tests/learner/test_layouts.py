@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from learner_ranks import LayoutRun
-
-MODELS = ["plain", "tied", "wide"]
+from learner_ranks import MODELS, LayoutRun
 
 
 def test_fresh_weights_are_the_same_bits_in_every_layout(run: LayoutRun, single: LayoutRun):
@@ -42,3 +40,15 @@ def test_every_rank_reports_the_same_metrics(run: LayoutRun, name: str):
     for rank in run.ranks:
         assert rank[name]["supervised"] == run.result(name)["supervised"]
         assert rank[name]["preferences"] == run.result(name)["preferences"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_norms_stay_the_same_bits_on_all_ranks_of_a_stage(run: LayoutRun, name: str):
+    """Above only the exported copies are seen. A tensor-parallel rank has the gradients of its own heads only."""
+    ranks_per_stage = run.layout.tensor * run.layout.data
+    for stage in range(run.layout.pipeline):
+        first, *others = run.ranks[stage * ranks_per_stage : (stage + 1) * ranks_per_stage]
+        norms = {key: value for key, value in first[name]["digests"].items() if "norm" in key}
+        assert ("qwen3" in name) == any("k_layernorm" in key for key in norms)
+        for other in others:
+            assert norms.items() <= other[name]["digests"].items()

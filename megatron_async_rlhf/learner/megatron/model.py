@@ -2,16 +2,17 @@
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 
-from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.architecture import Architecture, RopeScaling
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 
 
 def transformer_config(arch: Architecture, placement: Placement) -> TransformerConfig:
-    """Megatron's description of a Llama decoder in float32 without dropout."""
+    """Megatron's description of a dense decoder in float32 without dropout."""
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden_size,
@@ -33,6 +34,8 @@ def transformer_config(arch: Architecture, placement: Placement) -> TransformerC
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,  # also has Megatron sum these norms' gradients over the ranks, each with its heads
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -53,9 +56,9 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 def build_model(arch: Architecture, placement: Placement, seed: int) -> GPTModel:
     """A freshly initialised model; the same seed gives the same weights in every layout that has them whole."""
     torch.manual_seed(seed)
-    return GPTModel(
+    model = GPTModel(
         config=transformer_config(arch, placement),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm),
         vocab_size=padded_vocab_size(arch.vocab_size, placement.tensor_parallel),
         max_sequence_length=arch.context_length,
         pre_process=placement.is_first_stage,
@@ -64,4 +67,22 @@ def build_model(arch: Architecture, placement: Placement, seed: int) -> GPTModel
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,
         parallel_output=True,
+    )
+    if arch.rope_scaling is not None:
+        scale_rotary_frequencies(model.rotary_pos_emb, arch.rope_scaling)
+    return model
+
+
+def scale_rotary_frequencies(rotary: RotaryEmbedding, scaling: RopeScaling) -> None:
+    """Slow the low frequencies down as Llama 3.1 does; before the first forward pass, which caches the angles.
+
+    Megatron's formula is the one of Transformers, but `GPTModel` passes it the factor only and leaves the other
+    numbers at those of Llama 3.1.
+    """
+    rotary.inv_freq = rotary._apply_scaling(
+        rotary.inv_freq,
+        factor=scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        original_max_position_embeddings=scaling.original_max_position_embeddings,
     )

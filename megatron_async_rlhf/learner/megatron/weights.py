@@ -12,6 +12,7 @@ from safetensors import safe_open
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import MappingError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.weights.families import Rule
 from megatron_async_rlhf.weights.hf_mapping import PlacedMapping, copies_of_tied_embedding, hf_shapes, model_mappings
 from megatron_async_rlhf.weights.reshard import merge, split
 
@@ -107,14 +108,17 @@ def random_weights(arch: Architecture, seed: int) -> HFTensorReader:
     Normal with `init_std`; projections back into the residual stream are scaled by 1/sqrt(2 x layers) (GPT-2).
     """
     shapes = hf_shapes(arch)
+    rules = {name: mapping.rule for mapping in model_mappings(arch, 1) for name in mapping.hf}
 
     def read(name: str) -> torch.Tensor:
-        if len(shapes[name]) == 1:
+        if rules[name] is Rule.REPLICATED:  # a norm
             return torch.ones(shapes[name])
+        if len(shapes[name]) == 1:  # a bias
+            return torch.zeros(shapes[name])
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         std = arch.init_std
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if rules[name] is Rule.ROW:
             std /= (2 * arch.layers) ** 0.5
         return torch.randn(shapes[name], generator=generator) * std
 
