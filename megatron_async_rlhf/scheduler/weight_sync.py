@@ -30,6 +30,7 @@ from megatron_async_rlhf.learner.protocol import (
     PushWeights,
 )
 from megatron_async_rlhf.types import Span
+from megatron_async_rlhf.weights.blame import root_cause
 
 # After the learner knows that a push has ended, generators hear of it at once unless they are dead.
 _GRACE_S = 5.0
@@ -152,7 +153,7 @@ class WeightSync:
         told += [error for task in done if isinstance(error := task.exception(), AsyncRLHFError)]
         gone = {task for task in done if isinstance(task.exception(), GeneratorGoneError)} | pending
         self.receivers = [receiver for task, receiver in tasks.items() if task not in gone]
-        return TransferError(f"push of version {version} failed: {min(told, key=_is_consequence)}")
+        return TransferError(f"push of version {version} failed: {root_cause([str(e) for e in told])}")
 
     async def _connect(self) -> None:
         """Rendezvous of all learner ranks and the workers of every generator that is alive."""
@@ -194,7 +195,7 @@ class WeightSync:
         if errors:
             gone = [isinstance(result, GeneratorGoneError) for result in results[1:]]
             self.receivers = [r for r, is_gone in zip(self.receivers, gone, strict=True) if not is_gone]
-            raise min(errors, key=_is_consequence)
+            raise TransferError(root_cause([str(error) for error in errors]))
         self._connected = True
 
 
@@ -205,8 +206,3 @@ def _mismatch(version: int, report: PushReport) -> MismatchError:
         compared=report.compared,
         mismatches=report.mismatches,
     )
-
-
-def _is_consequence(error: BaseException) -> int:
-    """Orders what several parties say of one failure: the cause before those who only saw a connection close."""
-    return 0 if isinstance(error, GeneratorGoneError) else 2 if "the connection is gone" in str(error) else 1

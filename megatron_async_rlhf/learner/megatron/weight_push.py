@@ -18,6 +18,7 @@ from megatron_async_rlhf.errors import LearnerError, TransferError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.protocol import JoinTransfer
 from megatron_async_rlhf.types import Span
+from megatron_async_rlhf.weights.blame import root_cause
 from megatron_async_rlhf.weights.layout import LearnerLayout
 from megatron_async_rlhf.weights.messages import agree
 from megatron_async_rlhf.weights.plan import plan_transfer
@@ -143,13 +144,13 @@ class WeightPush:
         self._sender = self._transport = None
 
     def _agree(self, error: str | None, when: float) -> None:
-        """One error for all ranks: whoever saw silence before whoever only saw a closed connection, then the earliest."""
+        """All ranks fail, with the same error, if one did."""
         gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (error, when), group=self._placement.control)
-        errors = [(message, at) for message, at in gathered if message]
+        dist.all_gather_object(gathered, (when, error), group=self._placement.control)
+        errors = [message for _, message in sorted(gathered, key=lambda pair: pair[0]) if message]
         if errors:
             self._leave()
-            raise TransferError(min(errors, key=lambda e: ("the connection is gone" in e[0], e[1]))[0])
+            raise TransferError(root_cause(errors))
 
 
 def learner_layout(config: RunConfig) -> LearnerLayout:

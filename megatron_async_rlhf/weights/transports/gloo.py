@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.weights.blame import CONNECTION_GONE, account
 from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.transports.rendezvous import first_line
 from megatron_async_rlhf.weights.transports.transport import Parcel
@@ -85,10 +86,10 @@ class _Works:
         self._works.clear()
 
     def failure(self, verb: str, parcel: Parcel, error: Exception) -> TransferError:
-        peer = f"{'from' if verb == 'receive' else 'to'} {self._roster.name(parcel.peer)}"
         cause = first_line(error)
         if "imed out" in cause:
             cause = f"nothing moved for {self._timeout_s:g} s (weights.timeout_s)"
         elif "onnection" in cause or "roken pipe" in cause:
-            cause = "the connection is gone: that process ended, or closed it because its own part failed"
-        return TransferError(f"{verb} of {parcel.what} {peer} failed on {self._roster.name(self._rank)}: {cause}")
+            cause = f"{CONNECTION_GONE}: that process ended, or closed it because its own part failed"
+        what = f"{verb} of {parcel.what} {'from' if verb == 'receive' else 'to'}"
+        return TransferError(account(what, self._roster.name(parcel.peer), self._roster.name(self._rank), cause))

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.weights.blame import account
 from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.transports.rendezvous import first_line
 from megatron_async_rlhf.weights.transports.transport import Parcel
@@ -67,5 +68,8 @@ class _Group:
         self.work = None
 
     def failure(self, error: Exception) -> TransferError:
-        moves = "; ".join(f"{verb} of {p.what}, peer {self._roster.name(p.peer)}" for verb, p in self._parcels)
-        return TransferError(f"{moves} failed on {self._roster.name(self._rank)}: {first_line(error)}")
+        # They complete together, so any of the peers may be the one that failed; the first stands for all.
+        verb, parcel = self._parcels[0]
+        what = f"{verb} of {parcel.what} {'from' if verb == 'receive' else 'to'}"
+        peer, witness = self._roster.name(parcel.peer), self._roster.name(self._rank)
+        return TransferError(account(what, peer, witness, first_line(error)))
