@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_async_rlhf.config.architecture import Architecture
-from megatron_async_rlhf.weights.families import Rule
 from megatron_async_rlhf.weights.hf_mapping import PlacedMapping, elements_held, hf_shapes, model_mappings
 from megatron_async_rlhf.weights.layout import LearnerLayout, generator_pieces, learner_pieces, parameter_shapes
 from megatron_async_rlhf.weights.plan import plan_transfer

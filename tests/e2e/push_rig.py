@@ -81,6 +81,36 @@ class PushRig:
         os.killpg(self.processes[name].pid, number)
 
 
+    def reset_memory_peaks(self) -> dict[str, int]:
+        """Resident bytes now of every process of learner and generators, whose peaks count from here."""
+        for pid in self._pids().values():
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+        return self._memory("VmRSS")
+
+    def memory_peaks(self) -> dict[str, int]:
+        return self._memory("VmHWM")
+
+    def _memory(self, key: str) -> dict[str, int]:
+        memory = {}
+        for who, pid in self._pids().items():
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            memory[who] = next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+        return memory
+
+    def _pids(self) -> dict[str, int]:
+        """`learner.0/1234` and the like: the started processes and all their children."""
+        leaders = {process.pid: name for name, process in self.processes.items()}
+        pids = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if (leader := int(fields[2])) in leaders and fields[0] != "Z":
+                pids[f"{leaders[leader]}/{stat.parent.name}"] = int(stat.parent.name)
+        return pids
+
+
 @torch.no_grad()
 def logprobs_of(model, prompt: list[int], completion: list[int]) -> list[float]:
     tokens = torch.tensor([prompt + completion])

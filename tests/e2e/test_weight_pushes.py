@@ -124,3 +124,28 @@ def test_a_generator_with_another_config_is_refused_by_name(tmp_path):
             assert report.mismatches == []
 
     asyncio.run(run())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("learner", "generator"), [((2, 2, 4), (1, 1)), ((1, 1, 1), (2, 1))], ids=["to-tp1", "to-tp2"])
+def test_a_push_takes_two_staging_buffers_of_memory_and_no_more(tmp_path, learner, generator):
+    """Of 280 MB of weights. What is measured is the growth of each process's resident set, buffers included."""
+    staging_mib = 64
+    shape = ["model.layers=6", "model.hidden_size=1024", "model.ffn_size=2816", "model.heads=16", "model.kv_heads=8"]
+    vocabulary = ["model.tokenizer=bytes", "model.vocab_size=null", "warm_start.steps=1"]
+
+    async def run():
+        settings = [*shape, *vocabulary, f"weights.staging_mib={staging_mib}", *overrides(learner, generator)]
+        async with push_rig(tmp_path, *settings) as rig:
+            assert 4 * rig.materials.architecture.num_parameters > 280e6
+            before = rig.reset_memory_peaks()
+            for _ in range(3):
+                report, _ = await rig.weights.push(0)
+                assert report.mismatches == []
+            growth = {who: (peak - before[who]) / 2**20 for who, peak in rig.memory_peaks().items() if who in before}
+            assert len(growth) >= learner[2] + generator[0]
+            print({who: round(mib, 1) for who, mib in growth.items()})
+            assert max(growth.values()) <= 2 * staging_mib * 1.1, growth
+
+    asyncio.run(run())
