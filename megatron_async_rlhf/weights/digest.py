@@ -3,7 +3,7 @@
 import torch
 import xxhash
 
-_BLOCK_BYTES = 2**20  # what is not contiguous is copied in blocks of this size
+_BLOCK_BYTES = 128 * 1024  # what is not contiguous is copied in blocks that stay in the cache
 
 
 def digest(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bytes:

@@ -80,7 +80,6 @@ class PushRig:
         """To every process of a generator or learner rank: vLLM's engine and workers are children of the server."""
         os.killpg(self.processes[name].pid, number)
 
-
     def reset_memory_peaks(self) -> dict[str, int]:
         """Resident bytes now of every process of learner and generators, whose peaks count from here."""
         for pid in self._pids().values():
