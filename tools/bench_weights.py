@@ -108,7 +108,7 @@ class Broadcast(Member):
     def push(self, verify: bool) -> int:
         if self.rank >= self.roster.senders:
             return self._receive()
-        sent = 0
+        sent = self.gathered = 0
         bucket: list[torch.Tensor] = []
         for mapping in model_mappings(self.arch, self.layout.pipeline_parallel):
             for tensor in self._gather(mapping):
@@ -116,7 +116,7 @@ class Broadcast(Member):
                     sent += self._send(bucket)
                     bucket = []
                 bucket.append(tensor)
-        return sent + (self._send(bucket) if self.rank == 0 else 0)
+        return sent + self._send(bucket) + self.gathered if self.rank == 0 else 0
 
     def _gather(self, mapping: PlacedMapping) -> list[torch.Tensor]:
         first = mapping.stage * self.layout.tensor_parallel * self.layout.data_parallel
@@ -133,6 +133,7 @@ class Broadcast(Member):
                 rows = parameter_shapes(p for p in learner_pieces_of(self, owner) if p.parameter == mapping.megatron)
                 shard = torch.empty(rows[mapping.megatron])
                 self.learner.recv([shard], owner, 0).wait()
+                self.gathered += shard.nbytes
             shards.append(shard)
         merged = merge(mapping.rule, shards, self.arch)
         return [tensor.reshape(self.shapes[name]) for name, tensor in zip(mapping.hf, merged, strict=True)]
