@@ -66,9 +66,9 @@ class PushRig:
         await self.learner.execute(ExportWeights(directory=str(directory)))
         return directory
 
-    async def largest_logprob_gap(self) -> float:
-        """Between every generator and Transformers on the learner's own weights, same tokens."""
-        model = AutoModelForCausalLM.from_pretrained(await self.export())
+    async def largest_logprob_gap(self, directory: Path | None = None) -> float:
+        """Between every generator and Transformers on the same tokens; default: on the learner's weights as they are."""
+        model = AutoModelForCausalLM.from_pretrained(directory or await self.export())
         gaps = []
         for generator in self.generators:
             for prompt, completion in await self.sample(generator):

@@ -58,6 +58,25 @@ def test_generators_hold_the_learners_weights_after_every_push(tmp_path, learner
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_training_during_a_push_does_not_change_what_arrives(tmp_path, snapshot):
+    async def run():
+        async with push_rig(tmp_path, *overrides((2, 1, 2), (1, 1)), f"weights.snapshot={snapshot}") as rig:
+            for version in range(5):
+                exported = await rig.export()
+                await rig.weights.start(version)
+                await rig.change_weights()  # the learner is told to train before it is told to finish the push
+                await rig.weights.arrived()
+                report, _ = await rig.weights.report()
+                assert report.mismatches == [] and report.compared > 0
+                assert rig.generators[0].version == version
+                assert await rig.largest_logprob_gap(exported) <= 1e-4
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fate", ["killed", "silent"])
 def test_a_generator_lost_in_a_push_costs_that_push_only(tmp_path, fate):

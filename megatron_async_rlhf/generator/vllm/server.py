@@ -35,6 +35,7 @@ def server_command(config: RunConfig, model_dir: Path, port: int, context_length
         *("--generation-config", "vllm"),
         *("--logprobs-mode", "processed_logprobs"),  # after temperature: what the sampler really used
         *("--scheduling-policy", "priority"),  # requests run in the controller's order, not the network's
+        *("--worker-extension-cls", "megatron_async_rlhf.generator.vllm.worker_extension.WeightInspection"),
         *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
         "--enable-scale-out",  # tokens in, tokens out, with the weight version of every token
         "--enable-server-load-tracking",
