@@ -7,6 +7,9 @@ parameters cut as vLLM's workers hold them. `broadcast` is how vLLM's own traine
 whole on learner rank 0, packed into buckets, broadcast to every worker, which keeps its part. Neither way is verified,
 and neither repacks; the third row is the first way with digests compared on both sides. Medians; memory is the
 largest growth of any learner rank's and any worker's resident set over its own parameters.
+
+On GPUs (`--transport ipc` with all processes on one, `--transport nccl` with one each) only the first way is measured,
+and memory is what the process allocated on its GPU.
 """
 
 import argparse
@@ -25,7 +28,7 @@ import torch.distributed as dist
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.weights.hf_mapping import PlacedMapping, elements_held, hf_shapes, model_mappings
 from megatron_async_rlhf.weights.layout import LearnerLayout, generator_pieces, learner_pieces, parameter_shapes
-from megatron_async_rlhf.weights.plan import plan_transfer
+from megatron_async_rlhf.weights.plan import ITEM_BYTES, plan_transfer
 from megatron_async_rlhf.weights.receive import Check, Receiver
 from megatron_async_rlhf.weights.reshard import merge
 from megatron_async_rlhf.weights.roster import Roster
@@ -49,19 +52,33 @@ class Member:
             pieces = learner_pieces(self.arch, self.layout, rank)
         else:
             pieces = generator_pieces(self.arch, options.generator, self.roster.place(rank)[1])
-        generator = torch.Generator().manual_seed(rank)
+        self.device = device(options, rank)
+        self.dtype = getattr(torch, options.dtype)
+        torch.manual_seed(rank)
         self.parameters = {
-            name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(pieces).items()
+            name: torch.randn(shape, dtype=self.dtype, device=self.device)
+            for name, shape in parameter_shapes(pieces).items()
         }
-        self.memory_before = resident_bytes("VmRSS")
+        self.memory_before = self._memory("VmRSS")
         self.store = (host_store if rank == 0 else join_store)(HOST, port, TIMEOUT_S)
         self.transport = open_transport(
-            "gloo", self.store, self.roster, rank, session="bench", timeout_s=TIMEOUT_S, device=torch.device("cpu")
+            options.transport,
+            self.store,
+            self.roster,
+            rank,
+            session="bench",
+            timeout_s=TIMEOUT_S,
+            device=self.device,
         )
         self.staging_bytes = options.staging_mib * 2**20
 
     def peak_bytes(self) -> int:
-        return resident_bytes("VmHWM") - self.memory_before
+        return self._memory("VmHWM") - self.memory_before
+
+    def _memory(self, key: str) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated() if key == "VmRSS" else torch.cuda.max_memory_allocated()
+        return resident_bytes(key)
 
 
 class Shards(Member):
@@ -70,7 +87,7 @@ class Shards(Member):
     def __init__(self, options: argparse.Namespace, port: int, rank: int) -> None:
         super().__init__(options, port, rank)
         self.plan = plan_transfer(
-            self.arch, self.layout, options.generator, dtype="float32", staging_bytes=self.staging_bytes
+            self.arch, self.layout, options.generator, dtype=options.dtype, staging_bytes=self.staging_bytes
         )
         make = Sender if rank < self.roster.senders else lambda *a: Receiver(*a, in_place=True)
         self.end = make(self.plan, self.roster, self.transport)
@@ -227,6 +244,14 @@ class Group:
             process.join(10)
 
 
+def device(options: argparse.Namespace, rank: int) -> torch.device:
+    if options.transport == "gloo":
+        return torch.device("cpu")
+    index = 0 if options.transport == "ipc" else rank
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
 def architecture(options: argparse.Namespace) -> Architecture:
     return Architecture(
         vocab_size=options.vocab,
@@ -263,14 +288,19 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=2816)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--staging-mib", type=int, default=64)
+    parser.add_argument("--transport", choices=["gloo", "ipc", "nccl"], default="gloo")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--port", type=int, default=29650)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    groups = {"shards": Group(Shards, options, options.port), "broadcast": Group(Broadcast, options, options.port + 1)}
-    runs: dict[str, list[dict]] = {way: [] for way in WAYS}
+    groups = {"shards": Group(Shards, options, options.port)}
+    if options.transport == "gloo" and options.dtype == "float32":
+        groups["broadcast"] = Group(Broadcast, options, options.port + 1)
+    ways = [way for way in WAYS if way.split(",")[0] in groups]
+    runs: dict[str, list[dict]] = {way: [] for way in ways}
     for repeat in range(options.repeats + 1):
-        for way in WAYS:
+        for way in ways:
             result = groups[way.split(",")[0]].push(verify="verified" in way)
             if repeat:  # the first round warms up
                 runs[way].append(result)
@@ -281,12 +311,12 @@ def main() -> None:
 
 def report(options: argparse.Namespace, medians: dict[str, dict[str, float]]) -> None:
     arch = architecture(options)
-    minimum = 4 * options.replicas * elements_held(arch, options.generator)
+    minimum = ITEM_BYTES[options.dtype] * options.replicas * elements_held(arch, options.generator)
     tensor, pipeline, data = options.learner
     print(
         f"{arch.num_parameters / 1e6:.0f} M parameters, learner TP{tensor} x PP{pipeline} x DP{data} -> "
-        f"{options.replicas} generator(s) of TP{options.generator}, staging {options.staging_mib} MiB, "
-        f"median of {options.repeats}"
+        f"{options.replicas} generator(s) of TP{options.generator}, {options.dtype} over {options.transport}, "
+        f"staging {options.staging_mib} MiB, median of {options.repeats}"
     )
     print(
         f"{'':18}{'seconds':>9}{'stall s':>9}{'MB on wire':>12}{'/ minimum':>10}{'learner MiB':>13}{'worker MiB':>12}"

@@ -5,7 +5,6 @@ for oneDNN and drops the original: there a new matrix is put together beside it 
 """
 
 import torch
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import TransferError
@@ -106,5 +105,7 @@ class WorkerModel:
         """Rows and columns as the model was loaded; a repacked matrix no longer knows its own."""
         live = self._parameters[parameter]
         if not live.numel():
+            from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
             live = get_layerwise_info(self._owner(parameter)).restore_metadata[0]["weight"]
         return live.shape[0], live.numel() // live.shape[0] if live.shape[0] else 1
