@@ -108,17 +108,29 @@ def test_every_family_arrives_in_vllm(tmp_path, family, changes, learner, genera
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("snapshot", [False, True])
 def test_training_during_a_push_does_not_change_what_arrives(tmp_path, snapshot):
+    """The generator is stopped in the middle of the push, long enough for an optimizer step to spoil the rest of it."""
+    shape = ["model.layers=4", "model.hidden_size=256", "model.ffn_size=512", "model.heads=4", "model.kv_heads=2"]
+
     async def run():
-        async with push_rig(tmp_path, *overrides((2, 1, 2), (1, 1)), f"weights.snapshot={snapshot}") as rig:
-            for version in range(5):
-                exported = await rig.export()
-                await rig.weights.start(version)
-                await rig.change_weights()  # the learner is told to train before it is told to finish the push
-                await rig.weights.arrived()
-                report, _ = await rig.weights.report()
-                assert report.mismatches == [] and report.compared > 0
-                assert rig.generators[0].version == version
-                assert await rig.largest_logprob_gap(exported) <= 1e-4
+        settings = [*shape, *overrides((2, 1, 2), (1, 1)), "weights.staging_mib=1", f"weights.snapshot={snapshot}"]
+        async with push_rig(tmp_path, *settings) as rig:
+            assert 4 * rig.materials.architecture.num_parameters > 8 * 2**20  # several rounds
+            await rig.weights.push(0)
+            await rig.change_weights()
+            exported = await rig.export()
+            await rig.weights.start(1)
+            rig.signal("generator.0", signal.SIGSTOP)
+            training = asyncio.create_task(rig.change_weights())
+            await asyncio.sleep(3)
+            assert training.done() is snapshot  # a snapshot frees the learner, otherwise its optimizer waits
+            rig.signal("generator.0", signal.SIGCONT)
+            await rig.weights.arrived()
+            await training
+            report, _ = await rig.weights.report()
+            assert report.mismatches == [] and report.compared > 0
+            assert rig.generators[0].version == 1 and rig.version == 2
+            assert await rig.largest_logprob_gap(exported) <= 1e-4
+            assert await rig.largest_logprob_gap() > 1e-3
 
     asyncio.run(run())
 
