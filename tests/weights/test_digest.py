@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_async_rlhf.weights.digest import differing, digest
+from megatron_async_rlhf.weights.digest import differing, digest, digest_blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
@@ -50,3 +50,10 @@ def test_differing_names_every_tensor_that_differs():
     theirs = [ours[0], ours[0], ours[2], ours[0]]
     assert differing(["a", "b", "c", "d"], b"".join(ours), b"".join(theirs)) == ["b", "d"]
     assert differing(["a", "b", "c", "d"], b"".join(ours), b"".join(ours)) == []
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_blocks_of_rows_give_the_digest_of_the_whole(rows: int):
+    tensor = torch.randn(7, 5)
+    assert digest_blocks(tensor.split(rows)) == digest(tensor)
+    assert digest_blocks(reversed(tensor.split(3))) != digest(tensor)

@@ -125,7 +125,7 @@ class MegatronLearner:
         with self._span("export"):
             stream = self.gathered_weights()
             if self.placement.rank == 0:
-                write_safetensors(Path(command.directory), stream)
+                write_safetensors(Path(command.directory), tensor_specs(self.arch), stream)
             else:
                 for _ in stream:
                     pass
