@@ -22,7 +22,7 @@ from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.optimizer import build_optimizer
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.steps import MicroLoss, Passes, gather_policy_logprobs
-from megatron_async_rlhf.learner.megatron.weights import gather_weights, load_weights, random_weights, read_safetensors
+from megatron_async_rlhf.learner.megatron.weights import gather_weights, load_weights, random_weights, stored_weights
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     ExportWeights,
@@ -51,7 +51,7 @@ class MegatronLearner:
         self._spans: list[Span] = []
         self._bare = build_model(arch, placement, config.run.seed)
         hf = config.model.hf
-        load_weights(self._bare, arch, placement, read_safetensors(hf) if hf else random_weights(arch, config.run.seed))
+        load_weights(self._bare, arch, placement, stored_weights(hf) if hf else random_weights(arch, config.run.seed))
         self._policy = DistributedDataParallel(
             self._bare.config, DistributedDataParallelConfig(overlap_grad_reduce=False), self._bare
         )
