@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError
+from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError, MismatchError
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, StartReinforcement, Stop
@@ -27,12 +27,13 @@ from megatron_async_rlhf.prepare import Materials, copy_template, load_materials
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.stages import evaluate, warm_start
-from megatron_async_rlhf.scheduler.weight_sync import WeightSync, require_equal
+from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Span
-from megatron_async_rlhf.weights.hf_mapping import bytes_held, tensor_specs
+from megatron_async_rlhf.weights.hf_mapping import elements_held
+from megatron_async_rlhf.weights.plan import ITEM_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Job:
         materials: Materials,
         learner: LearnerClient,
         generators: list[VLLMGenerator],
+        transfer: tuple[str, int],
     ) -> None:
         self._config = config
         self._run_dir = run_dir
@@ -56,9 +58,10 @@ class Job:
         self._learner = learner
         self._generators = generators
         self._pool = GeneratorPool(generators)
-        held = bytes_held(materials.architecture, config.generator.tensor_parallel) * len(generators)
+        elements = elements_held(materials.architecture, config.generator.tensor_parallel) * len(generators)
+        held = elements * ITEM_BYTES[config.generator.dtype]
         self.recorder = Recorder(config, run_dir, EventStream(), bytes_held_by_generators=held)
-        self._weight_sync = WeightSync(learner, generators, tensor_specs(materials.architecture), config.weights)
+        self._weight_sync = WeightSync(learner, generators, config, transfer)
         self._controller = Controller(
             config,
             learner=learner,
@@ -71,16 +74,13 @@ class Job:
         self.interrupted = False
         self._began = time.time()
 
-    async def run(self, transfer: tuple[str, int]) -> None:
+    async def run(self) -> None:
         """All stages; an interrupt ends the RL loop early and exports what there is."""
         self.recorder.stage("start")
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._start_learner())
             tasks.create_task(self._start_generators())
-        await self._weight_sync.connect(*transfer)
-        report, spans = await self._weight_sync.push(0)
-        self.recorder.pushed(report, spans)
-        require_equal(report, 0)
+        self.recorder.pushed(*await self._weight_sync.push(0))
         await self._evaluate("before")
         self.recorder.stage("train", steps=self._config.schedule.steps)
         self.recorder.loop_started(startup_s=time.time() - self._began)
@@ -163,12 +163,12 @@ async def run_job(run_dir: Path, learner_address: str, urls: list[str], transfer
     config = load_config(run_dir / RESOLVED_CONFIG)
     materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
     async with _connected(config, materials, learner_address, urls) as (learner, generators):
-        job = Job(config, run_dir, materials, learner, generators)
+        job = Job(config, run_dir, materials, learner, generators, transfer)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, lambda: loop.create_task(job.interrupt()))
         try:
-            await job.run(transfer)
+            await job.run()
         except BaseExceptionGroup as group:
             return _fail(job, _first_cause(group))
         except (AsyncRLHFError, OSError) as error:
@@ -181,6 +181,8 @@ async def run_job(run_dir: Path, learner_address: str, urls: list[str], transfer
 def _fail(job: Job, error: BaseException) -> int:
     line = str(error) if isinstance(error, AsyncRLHFError) else f"{type(error).__name__}: {error}"
     _log.error("run failed: %s", line, exc_info=error)
+    if isinstance(error, MismatchError):
+        job.recorder.mismatched(error.compared, len(error.mismatches))
     job.recorder.close("failed", line)
     return EXIT_FAILED
 

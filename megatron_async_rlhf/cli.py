@@ -122,6 +122,8 @@ def verify_weights(
 
     result = compare(*open_holders(Path(a), Path(b), config), cast)
     compared = f"{result.num_bytes} bytes in {result.boxes} pieces compared"
+    if not result.exact:
+        compared += ", negative zeros taken for positive ones"
     if not result.differing:
         typer.echo(f"equal: {result.tensors} tensors, {compared}")
         return

@@ -25,8 +25,25 @@ class TransferError(AsyncRLHFError, RuntimeError):
     """A weight push that failed or did not arrive byte for byte: names the phase, the peer and the tensor."""
 
 
+class MismatchError(TransferError):
+    """Weights arrived that are not the learner's, bit for bit.
+
+    Attributes:
+        compared: digests compared.
+        mismatches: `generator rank: tensor[rows, columns] from learner rank` of every slice that differs.
+    """
+
+    def __init__(self, message: str, *, compared: int, mismatches: list[str]) -> None:
+        super().__init__(message)
+        self.compared, self.mismatches = compared, mismatches
+
+
 class GeneratorError(AsyncRLHFError, RuntimeError):
     """A generator that is unreachable, too slow or answers nonsense: names the generator and the request."""
+
+
+class GeneratorGoneError(GeneratorError):
+    """A generator that did not answer at all: its process has ended, or it hangs."""
 
 
 class LearnerError(AsyncRLHFError, RuntimeError):

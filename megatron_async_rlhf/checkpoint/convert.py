@@ -13,17 +13,15 @@ from megatron_async_rlhf.checkpoint.writer import Chunk, SavedObject, write_torc
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.layout_rules import check_pipeline_parallel, check_shape, check_tensor_parallel
 from megatron_async_rlhf.errors import CheckpointError
-from megatron_async_rlhf.weights.buckets import TensorSpec
 from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory, write_safetensors
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
 from megatron_async_rlhf.weights.layout import Piece
 from megatron_async_rlhf.weights.stored import (
     DTYPES,
+    TensorSpec,
     WeightReader,
     find_tensor,
-    matrix_of,
     read_blocks,
-    spec_of,
 )
 
 # Layers of Transformer Engine keep scaling factors in an extra state; others save that they have none.
@@ -73,7 +71,7 @@ def export_hf(source: Path, out: Path, *, dtype: str | None, config: Path | None
     check_shape(arch)
     reader = open_weights(source, config)
     check_tensors(reader, arch)
-    specs = [spec_of(name, shape, dtype or reader.tensors[name].dtype) for name, shape in hf_shapes(arch).items()]
+    specs = [TensorSpec(name, shape, dtype or reader.tensors[name].dtype) for name, shape in hf_shapes(arch).items()]
     with new_directory(out) as directory:
         _describe(description, directory, specs[0].dtype)
         write_safetensors(directory, specs, _stream(reader, specs))
@@ -87,10 +85,8 @@ def check_tensors(reader: WeightReader, arch: Architecture) -> None:
     shapes = hf_shapes(arch)
     for name, shape in shapes.items():
         found = find_tensor(reader, name).shape
-        if tuple(found) != shape:
-            raise CheckpointError(
-                f"{reader.label}: {name} has shape {tuple(found)}, but config.json describes {tuple(shape)}"
-            )
+        if found != shape:
+            raise CheckpointError(f"{reader.label}: {name} has shape {found}, but config.json describes {shape}")
     for name in reader.tensors:
         if name not in shapes:
             raise CheckpointError(f"{reader.label}: {name} has no place in a {arch.family} model of this config.json")
@@ -145,7 +141,7 @@ def _extra_states(parameter: Parameter, arch: Architecture) -> Iterator[SavedObj
 
 def _stream(reader: WeightReader, specs: list[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
     for spec in specs:
-        rows, cols = matrix_of(spec)
+        rows, cols = spec.matrix
         for block in read_blocks(reader, spec.name, (0, rows), (0, cols), DTYPES[spec.dtype]):
             yield spec.name, block
 

@@ -1,7 +1,6 @@
 """A checkpoint's weights under their Hugging Face names."""
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
@@ -11,10 +10,9 @@ from megatron_async_rlhf.checkpoint.parameters import Parameter, model_parameter
 from megatron_async_rlhf.checkpoint.reader import TorchDistReader
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import CheckpointError
-from megatron_async_rlhf.weights.buckets import TensorSpec
 from megatron_async_rlhf.weights.families import Rule
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
-from megatron_async_rlhf.weights.stored import DTYPES, find_tensor, spec_of
+from megatron_async_rlhf.weights.stored import DTYPES, TensorSpec, find_tensor
 
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")  # the rest is the optimizer's and the schedule's
 
@@ -59,7 +57,7 @@ class CheckpointWeights:
                         dtypes[piece.tensor] = self._dtype_of(part.key)
         shapes = hf_shapes(arch)
         self.tensors: dict[str, TensorSpec] = {
-            name: spec_of(name, shape, dtypes[name]) for name, shape in shapes.items() if name in dtypes
+            name: TensorSpec(name, shape, dtypes[name]) for name, shape in shapes.items() if name in dtypes
         }
         self.tensors |= {spec.name: spec for spec in self._without_a_place()}
 
@@ -105,12 +103,7 @@ class CheckpointWeights:
 
     def _without_a_place(self) -> list[TensorSpec]:
         return [
-            TensorSpec(
-                name=key,
-                shape=list(entry.size),
-                dtype=_dtype_name(entry),
-                num_bytes=prod(entry.size) * entry.properties.dtype.itemsize,
-            )
+            TensorSpec(key, tuple(entry.size), _dtype_name(entry))
             for key, entry in self._reader.tensors.items()
             if key.startswith(_MODEL_KEYS) and "_extra_state" not in key and key not in self._keys
         ]

@@ -55,3 +55,17 @@ class RunConfig(Section):
                 f"{learner.tensor_parallel} x {learner.pipeline_parallel} = {model_ranks}"
             )
         return self
+
+    @model_validator(mode="after")
+    def check_weight_transfer(self) -> "RunConfig":
+        if self.weights.transport != "gloo":
+            raise ValueError(
+                f"weights.transport = {self.weights.transport} needs learner and generators on GPUs; the learner runs "
+                "on CPUs: set weights.transport = gloo"
+            )
+        if self.learner.timeout_s < 2 * self.weights.timeout_s:
+            raise ValueError(
+                f"learner.timeout_s = {self.learner.timeout_s:g} must be at least twice weights.timeout_s = "
+                f"{self.weights.timeout_s:g}, so that a push that hangs is reported by those who wait in it"
+            )
+        return self

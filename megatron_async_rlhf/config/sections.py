@@ -123,6 +123,7 @@ class GeneratorSection(Section):
     temperature: PositiveFloat = 0.7
     eval_temperature: float | None = Field(None, ge=0)  # of the held-out evaluation; default temperature, 0 is greedy
     max_new_tokens: PositiveInt = 128
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights it holds; the learner converts while packing
     max_concurrent: PositiveInt = 128  # sequences a replica decodes at once
     kv_cache_gib: PositiveInt = 1  # per replica
     port: int = Field(0, ge=0, le=65535)  # of the first replica, the next ones follow; 0 picks free ports
@@ -178,10 +179,11 @@ class RewardSection(Section):
 class WeightsSection(Section):
     """How the learner's weights reach the generators."""
 
-    transport: Literal["gloo"] = "gloo"
+    transport: Literal["gloo", "nccl", "ipc"] = "gloo"  # sockets | one GPU per rank | learner and generator share GPUs
     verify: Literal["every", "first", "off"] = "every"  # which pushes have both sides' digests compared
-    staging_mib: PositiveInt = 64  # largest buffer a rank packs before sending
-    timeout_s: PositiveFloat = 120.0  # each phase of a push
+    staging_mib: PositiveInt = 64  # a staging buffer; a rank has two (generators on CPU: one, see docs/weights.md)
+    snapshot: bool = False  # send from a copy, so that not even the optimizer's step waits; costs the copy's memory
+    timeout_s: PositiveFloat = 120.0  # how long nothing may move: rendezvous, each message, each verdict
 
 
 class WandbKeys(Section):

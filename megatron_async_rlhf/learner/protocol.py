@@ -52,22 +52,28 @@ class Score(Command, frozen=True, kw_only=True, tag=True):
 
 
 class JoinTransfer(Command, frozen=True, kw_only=True, tag=True):
-    """Rendezvous with the generators' workers for weight pushes; rank 0 listens on `host:port`.
+    """Rendezvous of every learner rank with the generators' workers; rank 0 listens on `host:port`.
 
     Attributes:
-        receivers: name of each worker, in group order: the first is group rank 1.
+        session: a name no earlier rendezvous of this run had; all members give the same.
+        generators: the replicas that take part, in the order weights travel along them.
     """
 
     host: str
     port: int
-    receivers: list[str]
+    session: str
+    generators: list[str]
 
 
 class PushWeights(Command, frozen=True, kw_only=True, tag=True):
-    """Send the policy to every generator worker; the answer carries both sides' digests when `verify`."""
+    """Start sending the policy to every generator; answered at once. Training may go on until it changes weights."""
 
     version: int
     verify: bool
+
+
+class FinishPush(Command, frozen=True, kw_only=True, tag=True):
+    """Wait for the push under way; the answer carries its report."""
 
 
 class ExportWeights(Command, frozen=True, kw_only=True, tag=True):
@@ -88,6 +94,7 @@ AnyCommand = (
     | Score
     | JoinTransfer
     | PushWeights
+    | FinishPush
     | ExportWeights
     | Stop
 )
@@ -97,9 +104,9 @@ class PushReport(Struct, frozen=True, kw_only=True):
     """What one push sent and proved.
 
     Attributes:
-        wire_bytes: bytes that reached receivers, all of them together.
-        compared: digests compared, receivers x tensors; 0 when not verified.
-        mismatches: `holder: tensor` of every digest that differs.
+        wire_bytes: bytes of weights that reached generator workers, all of them together.
+        compared: digests compared, one per slice and worker; 0 when not verified.
+        mismatches: `generator rank: tensor[rows, columns] from learner rank` of every slice that differs.
     """
 
     wire_bytes: int

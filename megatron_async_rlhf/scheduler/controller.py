@@ -6,8 +6,8 @@
 
 - generation loop: consumes prompts, produces scored batches into `_ready`; waits for `Pacer.may_submit`, which a
   push unblocks.
-- learning loop: consumes `_ready`, produces policy versions; pushes them whenever the generators are between
-  batches, trains otherwise; waits for either to be possible.
+- learning loop: consumes `_ready`, produces policy versions; starts pushing them whenever the generators are between
+  batches, trains otherwise, also while a push is under way; waits for either to be possible.
 
 Synchronous training is the same two loops with a staleness bound of 0, which leaves them no room to overlap.
 """
@@ -29,7 +29,7 @@ from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.pacing import Pacer
 from megatron_async_rlhf.scheduler.pool import GeneratorPool, request_seed
 from megatron_async_rlhf.scheduler.scoring import ScoredBatch, logprob_gaps, make_pairs, score_batch
-from megatron_async_rlhf.scheduler.weight_sync import WeightSync, require_equal
+from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.files import FAILED_BATCH
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Span
@@ -76,6 +76,7 @@ class Controller:
             ExceptionGroup: of whatever learner, generators, rewards or pacing raised first.
         """
         async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
             generation = tasks.create_task(self._generation_loop())
             await self._learning_loop()
             generation.cancel()
@@ -101,18 +102,21 @@ class Controller:
 
     async def _learning_loop(self) -> None:
         """Consumes `_ready`, produces versions; waits for a batch or idle generators; unblocked by generation."""
-        steps = self._config.schedule.steps
-        while not self._stopping and (self._pacer.trained < steps or self._pacer.pushed < steps):
-            await self._wait_until(lambda: self._stopping or self._pacer.may_push() or self._ready)
-            if self._stopping:
+        while True:
+            await self._wait_until(lambda: self._is_over() or self._pacer.may_push() or self._ready)
+            if self._is_over():
                 return
-            self._pacer.learner_busy = True
             if self._pacer.may_push():
-                await self._push()
-            else:
-                await self._train(self._ready.popleft())
+                await self._start_push()
+                continue
+            self._pacer.learner_busy = True
+            await self._train(self._ready.popleft())
             self._pacer.learner_busy = False
             await self._notify()
+
+    def _is_over(self) -> bool:
+        steps = self._config.schedule.steps
+        return self._stopping or self._pacer.trained == self._pacer.pushed == steps
 
     async def _generate(self, batch: int) -> ReadyBatch:
         config = self._config
@@ -151,6 +155,8 @@ class Controller:
             raise NonFiniteLossError(f"{error}; the batch is in {saved}") from None
         end = time.time()
         self._recorder.activity("learner", "idle")
+        # Generators get the version before this one first, however the two race: schedules do not depend on speed.
+        await self._wait_until(lambda: not self._pacer.pushing)
         self._pacer.trained = version + 1
         gaps = logprob_gaps(pairs.completions, answer.logprobs, version)
         span = Span(name=f"step {version}", start=start, end=end, process="learner")
@@ -172,14 +178,20 @@ class Controller:
         self._recorder.step(version, metrics)
         self._recorder.samples(version, groups)
 
-    async def _push(self) -> None:
+    async def _start_push(self) -> None:
+        """The learner has begun to send when this returns, so that a training command finds it at the next version."""
         version = self._pacer.trained
+        self._pacer.pushing = True
         self._recorder.activity("learner", f"push {version}")
-        report, spans = await self._weight_sync.push(version)
-        self._recorder.pushed(report, spans)
-        require_equal(report, version)
-        self._recorder.activity("learner", "idle")
+        await self._weight_sync.start(version)
+        self._tasks.create_task(self._finish_push(version))
+
+    async def _finish_push(self, version: int) -> None:
+        await self._weight_sync.arrived()
         self._pacer.pushed = version
+        self._pacer.pushing = False
+        await self._notify()
+        self._recorder.pushed(*await self._weight_sync.report())
 
     async def _wait_until(self, condition: Callable[[], object]) -> None:
         async with self._changed:

@@ -23,16 +23,17 @@ class Pacer:
         self.trained = 0  # policy version the learner is at
         self.pushed = 0  # policy version the generators hold
         self.generating = False
+        self.pushing = False
         self.learner_busy = False
 
     def may_submit(self, batch: int) -> bool:
         """A batch may start if the bound holds and no push is about to take the generators."""
         push_is_next = self.trained > self.pushed and not self.learner_busy
-        return batch - self.pushed <= self.bound and not push_is_next
+        return batch - self.pushed <= self.bound and not self.pushing and not push_is_next
 
     def may_push(self) -> bool:
         """Newer weights exist and the generators are between batches."""
-        return self.trained > self.pushed and not self.generating
+        return self.trained > self.pushed and not self.generating and not self.pushing
 
     def staleness(self, versions: Iterable[int]) -> list[int]:
         """Staleness of tokens if they are trained on now, in optimizer steps.

@@ -1,96 +1,208 @@
-"""A weight push as the controller sees it: the learner sends, every generator receives, digests are compared."""
+"""A weight push as the controller sees it: the learner sends, every generator receives, digests are compared.
+
+    start:   connect if need be -> pause the engines -> tell the learner to send, the generators to receive
+    arrived: every generator holds the version, verified; generation may go on
+    report:  the learner's account of it, when it has time to give one
+
+A push that fails leaves generators with parts of two versions: they stay at version -1, paused, until the next push,
+which connects anew to those that are still alive.
+"""
 
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-import msgspec
-
-from megatron_async_rlhf.config.sections import WeightsSection
-from megatron_async_rlhf.errors import TransferError
-from megatron_async_rlhf.learner.protocol import JoinTransfer, Learner, PushReport, PushWeights
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import (
+    AsyncRLHFError,
+    GeneratorError,
+    GeneratorGoneError,
+    MismatchError,
+    TransferError,
+)
+from megatron_async_rlhf.learner.protocol import (
+    Answer,
+    FinishPush,
+    JoinTransfer,
+    Learner,
+    PushReport,
+    PushWeights,
+)
 from megatron_async_rlhf.types import Span
-from megatron_async_rlhf.weights.buckets import TensorSpec
+from megatron_async_rlhf.weights.blame import root_cause
+
+# After the learner knows that a push has ended, generators hear of it at once unless they are dead.
+_GRACE_S = 5.0
 
 
 class Receiver(Protocol):
-    """A generator as a receiver of weights; raises GeneratorError or, inside its workers, TransferError."""
+    """A generator as a receiver of weights; raises GeneratorError."""
 
     name: str
-    tensor_parallel: int
+
+    async def is_ready(self) -> bool: ...
 
     async def pause(self) -> None: ...
 
-    async def join_transfer(
-        self, *, host: str, port: int, first_rank: int, world_size: int, timeout_s: float
-    ) -> None: ...
+    async def join_transfer(self, info: dict[str, Any], *, timeout_s: float) -> None: ...
 
-    async def receive_weights(self, update: dict, *, version: int, timeout_s: float) -> None: ...
+    async def receive_weights(self, *, version: int, verify: bool) -> None: ...
 
 
 class WeightSync:
-    """Connects once, then pushes version after version."""
+    """Pushes version after version; one push at a time.
+
+    Attributes:
+        receivers: the generators still taking part.
+    """
 
     def __init__(
-        self, learner: Learner, receivers: Sequence[Receiver], specs: Sequence[TensorSpec], config: WeightsSection
+        self, learner: Learner, receivers: Sequence[Receiver], config: RunConfig, address: tuple[str, int]
     ) -> None:
+        self.receivers = list(receivers)
         self._learner = learner
-        self._receivers = receivers
-        self._specs = msgspec.to_builtins(list(specs))
         self._config = config
-        self._pushes = 0
+        self._host, self._port = address
+        self._sessions = self._pushes = 0
+        self._connected = False
+        self._receiving: asyncio.Task | None = None
+        self._span: Span | None = None
+        self._answer: Answer | None = None  # of FinishPush, if it came before it was asked for
 
-    async def connect(self, host: str, port: int) -> None:
-        """Rendezvous of learner rank 0 and every generator worker."""
-        names = [f"{r.name} rank {t}" for r in self._receivers for t in range(r.tensor_parallel)]
-        first_rank = 1
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._learner.execute(JoinTransfer(host=host, port=port, receivers=names)))
-            for receiver in self._receivers:
-                tasks.create_task(
-                    receiver.join_transfer(
-                        host=host,
-                        port=port,
-                        first_rank=first_rank,
-                        world_size=1 + len(names),
-                        timeout_s=self._config.timeout_s,
-                    )
-                )
-                first_rank += receiver.tensor_parallel
-
-    async def push(self, version: int) -> tuple[PushReport, list[Span]]:
-        """Bring every generator to `version`. The engines stay paused; nothing may be generating.
+    async def start(self, version: int) -> None:
+        """Begin to bring every generator to `version`; nothing may be generating. Then await `arrived`.
 
         Raises:
-            TransferError: a phase failed or timed out. Digests that differ are in the report: see `require_equal`.
+            TransferError: nobody could be reached, or not all members met.
         """
-        verify = self._config.verify == "every" or (self._config.verify == "first" and self._pushes == 0)
-        update = {
-            "tensors": self._specs,
-            "staging_bytes": self._config.staging_mib * 2**20,
-            "verify": verify,
-        }
-        start = time.time()
-        await asyncio.gather(*(receiver.pause() for receiver in self._receivers))
-        async with asyncio.TaskGroup() as tasks:
-            sending = tasks.create_task(self._learner.execute(PushWeights(version=version, verify=verify)))
-            for receiver in self._receivers:
-                tasks.create_task(receiver.receive_weights(update, version=version, timeout_s=self._config.timeout_s))
+        weights = self._config.weights
+        verify = weights.verify == "every" or (weights.verify == "first" and self._pushes == 0)
+        started = time.time()
+        if not self._connected:
+            await self._connect()
+        await asyncio.gather(*(receiver.pause() for receiver in self.receivers))
+        self._answer = None
+        await self._learner.execute(PushWeights(version=version, verify=verify))
+        self._receiving = asyncio.create_task(self._receive(version, verify, started))
+
+    async def arrived(self) -> None:
+        """Return when every generator holds the version, verified if that was asked for; the engines stay paused.
+
+        Raises:
+            MismatchError: a generator holds other bytes than the learner.
+            TransferError: the push failed otherwise; says where first. There is no report then.
+        """
+        await self._receiving
+
+    async def report(self) -> tuple[PushReport, list[Span]]:
+        """What the push moved and proved, and its spans, the whole first. Waits for commands the learner got earlier."""
+        span = self._span
+        answer = self._answer or await self._learner.execute(FinishPush())
         self._pushes += 1
-        answer = sending.result()
-        whole = Span(name=f"push {version}", start=start, end=time.time(), process="weights")
-        return answer.push, [whole, *answer.spans]
+        return answer.push, [span, *answer.spans]
 
+    async def push(self, version: int) -> tuple[PushReport, list[Span]]:
+        """All three in one."""
+        await self.start(version)
+        await self.arrived()
+        return await self.report()
 
-def require_equal(report: PushReport, version: int) -> None:
-    """Stop the run if any generator worker holds other bytes than the learner sent.
+    async def _receive(self, version: int, verify: bool, started: float) -> None:
+        tasks = {
+            asyncio.create_task(receiver.receive_weights(version=version, verify=verify)): receiver
+            for receiver in self.receivers
+        }
+        try:
+            await self._all_done(tasks)
+        except AsyncRLHFError as error:
+            raise await self._failure(version, error, tasks) from None
+        finally:
+            self._span = Span(name=f"push {version}", start=started, end=time.time(), process="weights")
 
-    Raises:
-        TransferError: names the worker and the tensor.
-    """
-    if report.mismatches:
-        raise TransferError(
-            f"push of version {version}: {len(report.mismatches)} of {report.compared} digests differ, first "
-            f"{report.mismatches[0]}; that generator does not hold the learner's weights"
+    async def _all_done(self, tasks: dict[asyncio.Task, Receiver]) -> None:
+        """Raises what the first that failed raised."""
+        limit = self._config.weights.timeout_s
+        for attempt in range(2):
+            done, pending = await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            if not pending:
+                return
+            if attempt == 0:
+                # A long push, or a generator that hangs: the learner can tell, because it would have waited in vain.
+                self._answer = await self._learner.execute(FinishPush())
+        names = ", ".join(tasks[task].name for task in pending)
+        raise TransferError(f"{names} did not confirm the weights within {limit:g} s after all had been sent")
+
+    async def _failure(self, version: int, first: AsyncRLHFError, tasks: dict[asyncio.Task, Receiver]) -> TransferError:
+        """One error out of what everybody says. Afterwards nothing of this push is under way, and who is gone is out."""
+        self._connected = False
+        told: list[AsyncRLHFError] = [first]
+        if not isinstance(first, TransferError):  # else it is the learner's account already
+            try:
+                report = (await self._learner.execute(FinishPush())).push
+            except TransferError as error:
+                told.append(error)
+            else:
+                if report.mismatches:
+                    return _mismatch(version, report)
+        done, pending = await asyncio.wait(tasks, timeout=_GRACE_S)
+        for task in pending:
+            task.cancel()
+        told += [error for task in done if isinstance(error := task.exception(), AsyncRLHFError)]
+        gone = {task for task in done if isinstance(task.exception(), GeneratorGoneError)} | pending
+        self.receivers = [receiver for task, receiver in tasks.items() if task not in gone]
+        return TransferError(f"push of version {version} failed: {root_cause([str(e) for e in told])}")
+
+    async def _connect(self) -> None:
+        """Rendezvous of all learner ranks and the workers of every generator that is alive."""
+        alive = await asyncio.gather(*(receiver.is_ready() for receiver in self.receivers))
+        self.receivers = [receiver for receiver, ready in zip(self.receivers, alive, strict=True) if ready]
+        if not self.receivers:
+            raise GeneratorError("no generator is alive to receive weights; see their logs")
+        config, names = self._config, [receiver.name for receiver in self.receivers]
+        session = f"session-{self._sessions}"
+        self._sessions += 1
+        learner = config.learner
+        info = {
+            "host": self._host,
+            "port": self._port,
+            "session": session,
+            "generators": names,
+            "learner": {
+                "tensor_parallel": learner.tensor_parallel,
+                "pipeline_parallel": learner.pipeline_parallel,
+                "data_parallel": learner.data_parallel,
+            },
+            "dtype": config.generator.dtype,
+            "staging_bytes": config.weights.staging_mib * 2**20,
+            "transport": config.weights.transport,
+            "timeout_s": config.weights.timeout_s,
+        }
+        command = JoinTransfer(host=self._host, port=self._port, session=session, generators=names)
+        # Longer than the members themselves wait, so that they get to say who was missing.
+        limit = 2 * config.weights.timeout_s + _GRACE_S
+        results = await asyncio.gather(
+            self._learner.execute(command),
+            *(
+                receiver.join_transfer(info | {"replica": i}, timeout_s=limit)
+                for i, receiver in enumerate(self.receivers)
+            ),
+            return_exceptions=True,
         )
+        errors = [error for error in results if isinstance(error, BaseException)]
+        if errors:
+            gone = [isinstance(result, GeneratorGoneError) for result in results[1:]]
+            self.receivers = [r for r, is_gone in zip(self.receivers, gone, strict=True) if not is_gone]
+            raise TransferError(root_cause([str(error) for error in errors]))
+        self._connected = True
+
+
+def _mismatch(version: int, report: PushReport) -> MismatchError:
+    return MismatchError(
+        f"push of version {version}: {len(report.mismatches)} of {report.compared} digests differ, first "
+        f"{report.mismatches[0]}; that generator does not hold the learner's weights",
+        compared=report.compared,
+        mismatches=report.mismatches,
+    )

@@ -140,6 +140,11 @@ class Recorder:
                     }
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    def mismatched(self, compared: int, mismatches: int) -> None:
+        """A push whose weights were not the learner's."""
+        self.totals.digests_compared += compared
+        self.totals.mismatches += mismatches
+
     def pushed(self, report: PushReport, spans: Sequence[Span]) -> None:
         """A push took `spans[0]`."""
         self.totals.push_bytes.add(report.wire_bytes)
@@ -147,7 +152,6 @@ class Recorder:
         self.totals.push_s.add(spans[0].end - spans[0].start)
         self.totals.digests_compared += report.compared
         self.totals.pushes_verified += report.compared > 0
-        self.totals.mismatches += len(report.mismatches)
         self._spans += spans
 
     def logprob_gaps(self, gaps: Sequence[float]) -> None:

@@ -5,21 +5,33 @@ from collections.abc import Iterable
 import torch
 import xxhash
 
-
-def digest(tensor: torch.Tensor) -> bytes:
-    """xxh3-128 of the tensor's elements in row-major order, 16 bytes; name, shape and dtype are not part of it."""
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    return xxhash.xxh3_128_digest(flat.cpu().numpy())
+_BLOCK_BYTES = 128 * 1024  # what is not contiguous is copied in blocks that stay in the cache
 
 
-def differing(names: list[str], ours: bytes, theirs: bytes) -> list[str]:
-    """Names whose 16-byte digests differ between two concatenations in the order of `names`."""
-    return [name for i, name in enumerate(names) if ours[16 * i : 16 * i + 16] != theirs[16 * i : 16 * i + 16]]
+def digest(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bytes:
+    """xxh3-128 of the elements in row-major order, 16 bytes; name and shape are not part of it.
+
+    Args:
+        dtype: hash the elements as they are after conversion to this type.
+    """
+    tensor = tensor.detach()
+    dtype = dtype or tensor.dtype
+    if tensor.is_contiguous() and tensor.dtype == dtype:
+        return xxhash.xxh3_128_digest(_bytes_of(tensor))
+    hasher = xxhash.xxh3_128()
+    rows = max(1, _BLOCK_BYTES * tensor.shape[0] // max(1, tensor.numel() * dtype.itemsize)) if tensor.ndim else 1
+    for block in tensor.split(rows) if tensor.ndim else (tensor,):
+        hasher.update(_bytes_of(block.to(dtype).contiguous()))
+    return hasher.digest()
 
 
 def digest_blocks(blocks: Iterable[torch.Tensor]) -> bytes:
     """`digest` of consecutive blocks of rows put together, without putting them together."""
-    state = xxhash.xxh3_128()
+    hasher = xxhash.xxh3_128()
     for block in blocks:
-        state.update(block.contiguous().view(-1).view(torch.uint8).numpy())
-    return state.digest()
+        hasher.update(_bytes_of(block.contiguous()))
+    return hasher.digest()
+
+
+def _bytes_of(tensor: torch.Tensor):
+    return tensor.view(-1).view(torch.uint8).cpu().numpy()

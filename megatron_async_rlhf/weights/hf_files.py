@@ -9,16 +9,14 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_async_rlhf.errors import CheckpointError
-from megatron_async_rlhf.weights.buckets import TensorSpec, plan_buckets
 from megatron_async_rlhf.weights.digest import digest_blocks
 from megatron_async_rlhf.weights.stored import (
     DTYPES,
     StoredTensor,
+    TensorSpec,
     WeightReader,
     find_tensor,
-    matrix_of,
     read_blocks,
-    spec_of,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -57,10 +55,10 @@ class SafetensorsDirectory:
                 raise CheckpointError(f"{path} has tensor {name}, and so has {self._stored[name].path.name}")
             if code not in _CODES:
                 raise CheckpointError(f"{path}: {name} is {code}; only weights in {', '.join(_CODES)} can be read")
-            spec = spec_of(name, tuple(shape), _CODES[code])
+            spec = TensorSpec(name, tuple(shape), _CODES[code])
             if end - first != spec.num_bytes:
                 raise CheckpointError(f"{path}: {name} of shape {spec.shape} cannot lie in {end - first} bytes")
-            rows, cols = matrix_of(spec)
+            rows, cols = spec.matrix
             self._stored[name] = StoredTensor(path, start + first, rows, cols, DTYPES[spec.dtype])
             self.tensors[name] = spec
         return set(entries)
@@ -132,7 +130,7 @@ def _is_tied(directory: Path) -> bool:
 
 def _digest_of(reader: WeightReader, name: str) -> bytes:
     spec = reader.tensors[name]
-    rows, cols = matrix_of(spec)
+    rows, cols = spec.matrix
     return digest_blocks(read_blocks(reader, name, (0, rows), (0, cols), DTYPES[spec.dtype]))
 
 
@@ -154,7 +152,7 @@ def write_safetensors(
         CheckpointError: the stream does not bring what `specs` announce.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    shards = plan_buckets(specs, shard_bytes)
+    shards = _plan_shards(specs, shard_bytes)
     partial = [directory / f"shard-{index}.partial" for index in range(len(shards))]
     stream = iter(tensors)
     try:
@@ -171,6 +169,19 @@ def write_safetensors(
             path.unlink(missing_ok=True)
 
 
+def _plan_shards(specs: Sequence[TensorSpec], limit_bytes: int) -> list[list[TensorSpec]]:
+    """Consecutive tensors grouped so that a file stays within the limit; a larger tensor is alone in its own."""
+    shards: list[list[TensorSpec]] = []
+    filled = 0
+    for spec in specs:
+        if not shards or filled + spec.num_bytes > limit_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.num_bytes
+    return shards
+
+
 def _write_shard(file: BinaryIO, shard: Sequence[TensorSpec], stream: Iterable[tuple[str, torch.Tensor]]) -> None:
     codes = {name: code for code, name in _CODES.items()}
     offsets, end = {}, 0
@@ -181,7 +192,7 @@ def _write_shard(file: BinaryIO, shard: Sequence[TensorSpec], stream: Iterable[t
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for spec in shard:
         extent = [offsets[spec.name], offsets[spec.name] + spec.num_bytes]
-        header[spec.name] = {"dtype": codes[spec.dtype], "shape": spec.shape, "data_offsets": extent}
+        header[spec.name] = {"dtype": codes[spec.dtype], "shape": list(spec.shape), "data_offsets": extent}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_async_rlhf.config.architecture import Architecture
-from megatron_async_rlhf.weights.buckets import TensorSpec
 from megatron_async_rlhf.weights.families import FAMILIES, Mapping, Rule
 
 
@@ -79,24 +78,16 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     }
 
 
-def tensor_specs(arch: Architecture) -> list[TensorSpec]:
-    """What a push of the whole model puts on the wire, in sending order, in float32."""
-    return [
-        TensorSpec(name=name, shape=list(shape), dtype="float32", num_bytes=4 * prod(shape))
-        for name, shape in hf_shapes(arch).items()
-    ]
-
-
-def bytes_held(arch: Architecture, tensor_parallel: int) -> int:
-    """Bytes of all of one generator's shards together: what a push has to move at the least.
+def elements_held(arch: Architecture, tensor_parallel: int) -> int:
+    """Elements of all of one generator's shards together: what a push has to move at the least.
 
     Norms are whole on every rank; key and value heads repeat when there are fewer than ranks; all else is divided.
     """
-    num_bytes = {spec.name: spec.num_bytes for spec in tensor_specs(arch)}
+    sizes = {name: prod(shape) for name, shape in hf_shapes(arch).items()}
     copies_of_kv = max(1, tensor_parallel // arch.kv_heads)
     total = 0
     for mapping in model_mappings(arch, 1):
-        first, *others = (num_bytes[name] for name in mapping.hf)
+        first, *others = (sizes[name] for name in mapping.hf)
         total += first * (tensor_parallel if mapping.rule is Rule.REPLICATED else 1)
         total += sum(others) * (copies_of_kv if mapping.rule is Rule.QKV else 1)
     return total

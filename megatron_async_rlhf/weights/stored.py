@@ -14,10 +14,27 @@ from typing import Protocol
 import torch
 
 from megatron_async_rlhf.errors import CheckpointError
-from megatron_async_rlhf.weights.buckets import TensorSpec
 
 STAGING_BYTES = 4 * 2**20  # what reading or hashing a tensor of any size holds of it at a time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A Hugging Face tensor without its values. `dtype` is torch's name without the prefix: `float32`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns; a vector is one column wide."""
+        return (self.shape[0], prod(self.shape[1:])) if self.shape else (1, 1)
 
 
 class WeightReader(Protocol):
@@ -81,15 +98,6 @@ class StoredTensor:
             raise CheckpointError(f"{self.path} cannot be read ({error.strerror or error})") from None
 
 
-def spec_of(name: str, shape: tuple[int, ...], dtype: str) -> TensorSpec:
-    return TensorSpec(name=name, shape=list(shape), dtype=dtype, num_bytes=prod(shape) * DTYPES[dtype].itemsize)
-
-
-def matrix_of(spec: TensorSpec) -> tuple[int, int]:
-    """Rows and columns; a vector is one column wide."""
-    return (spec.shape[0], prod(spec.shape[1:])) if spec.shape else (1, 1)
-
-
 def find_tensor(reader: WeightReader, name: str) -> TensorSpec:
     """
     Raises:
@@ -104,7 +112,7 @@ def find_tensor(reader: WeightReader, name: str) -> TensorSpec:
 def read_tensor(reader: WeightReader, name: str, dtype: torch.dtype) -> torch.Tensor:
     """One whole tensor in its own shape."""
     spec = find_tensor(reader, name)
-    target = torch.empty(matrix_of(spec), dtype=dtype)
+    target = torch.empty(spec.matrix, dtype=dtype)
     reader.read_into(target, name, 0, 0)
     return target.view(spec.shape)
 

@@ -11,9 +11,8 @@ from math import prod
 from typing import NamedTuple, Protocol
 
 from megatron_async_rlhf.errors import CheckpointError
-from megatron_async_rlhf.weights.buckets import TensorSpec
 from megatron_async_rlhf.weights.digest import digest_blocks
-from megatron_async_rlhf.weights.stored import DTYPES, STAGING_BYTES, WeightReader, matrix_of, read_blocks
+from megatron_async_rlhf.weights.stored import DTYPES, STAGING_BYTES, TensorSpec, WeightReader, read_blocks
 
 
 class Box(NamedTuple):
@@ -41,26 +40,31 @@ class WeightHolder(Protocol):
         label: what messages call it.
         tensors: shape and dtype by name, in the order of the model.
         boxes: the only rectangles it can digest, together all it has; None if it can digest any.
+        exact: False if it digests values with zeros made positive, as a generator does that keeps matrices packed.
     """
 
     label: str
     tensors: Mapping[str, TensorSpec]
     boxes: Sequence[Box] | None
+    exact: bool
 
-    def digest(self, box: Box, dtype: str) -> bytes:
-        """xxh3-128 of the rectangle's elements in row-major order, as `dtype`."""
+    def digest(self, box: Box, dtype: str, *, exact: bool) -> bytes:
+        """xxh3-128 of the rectangle's elements in row-major order, as `dtype`; of `x + 0.0` unless `exact`."""
 
 
 class StoredWeights:
     """Weights in files as a `WeightHolder`."""
 
     boxes = None
+    exact = True
 
     def __init__(self, reader: WeightReader) -> None:
         self.label, self.tensors, self._reader = reader.label, reader.tensors, reader
 
-    def digest(self, box: Box, dtype: str) -> bytes:
-        return digest_blocks(read_blocks(self._reader, box.tensor, box.rows, box.cols, DTYPES[dtype]))
+    def digest(self, box: Box, dtype: str, *, exact: bool) -> bytes:
+        """As `WeightHolder.digest`."""
+        blocks = read_blocks(self._reader, box.tensor, box.rows, box.cols, DTYPES[dtype])
+        return digest_blocks(blocks if exact else (block + 0.0 for block in blocks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,7 @@ class Comparison:
         boxes, num_bytes: whose digests were compared; what several workers hold counts each time.
         differing: tensors that are not the same on both sides, in the order of the model.
         first: where the first of them differs, in one line; empty if none does.
+        exact: False if one side could not tell negative zeros from positive ones.
     """
 
     tensors: int
@@ -79,6 +84,7 @@ class Comparison:
     num_bytes: int
     differing: list[str]
     first: str
+    exact: bool
 
 
 def compare(ours: WeightHolder, theirs: WeightHolder, cast: str | None = None) -> Comparison:
@@ -114,6 +120,7 @@ def compare(ours: WeightHolder, theirs: WeightHolder, cast: str | None = None) -
         num_bytes=sum(box.size * DTYPES[dtypes[box.tensor]].itemsize for box in boxes),
         differing=differing,
         first=first,
+        exact=agree.exact,
     )
 
 
@@ -122,10 +129,11 @@ class _Agreement:
 
     def __init__(self, ours: WeightHolder, theirs: WeightHolder, pool: ThreadPoolExecutor) -> None:
         self._ours, self._theirs, self._pool = ours, theirs, pool
+        self.exact = ours.exact and theirs.exact
 
     def __call__(self, box: Box, dtype: str) -> bool:
-        theirs = self._pool.submit(self._theirs.digest, box, dtype)
-        return self._ours.digest(box, dtype) == theirs.result()
+        theirs = self._pool.submit(self._theirs.digest, box, dtype, exact=self.exact)
+        return self._ours.digest(box, dtype, exact=self.exact) == theirs.result()
 
 
 def _unlike(name: str, ours: WeightHolder, theirs: WeightHolder, cast: str | None) -> str:
@@ -150,7 +158,7 @@ def _boxes_to_compare(ours: WeightHolder, theirs: WeightHolder, dtypes: Mapping[
         return [box for box in dictated if box.tensor in dtypes]
     boxes = []
     for name, dtype in dtypes.items():
-        rows, cols = matrix_of(ours.tensors[name])
+        rows, cols = ours.tensors[name].matrix
         step = max(1, STAGING_BYTES // max(cols * DTYPES[dtype].itemsize, 1))
         boxes += [Box(name, (row, min(row + step, rows)), (0, cols)) for row in range(0, rows, step)]
     return boxes

@@ -19,7 +19,7 @@ ORDER = [
     ["types", "errors", "weights.families"],  # the families are plain data, read by the config too
     ["config"],
     ["algorithms", "rewards", "data", "weights", "telemetry", "learner.protocol", "generator.protocol"],
-    ["scheduler", "weights.transports", "weights.push"],
+    ["scheduler", "weights.transports", "weights.messages", "weights.proof", "weights.send", "weights.receive"],
     ["learner.client", "learner.megatron", "generator.vllm", "checkpoint"],
     ["simulate", "app", "prepare"],
     ["launch", "cli", "__main__"],
@@ -73,7 +73,7 @@ def own_imports_of(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def test_the_package_is_found():
-    assert {"types", "errors", "config.load", "learner.megatron.learner", "weights.push"} <= set(MODULES)
+    assert {"types", "errors", "config.load", "learner.megatron.learner", "weights.plan"} <= set(MODULES)
 
 
 def test_every_module_has_a_place_in_the_order():
@@ -156,7 +156,7 @@ def test_functions_and_files_stay_short():
 CONTROLLER = ("scheduler", "launch", "prepare", "app", "cli")
 WITHOUT_TORCH = [
     "types", "errors", "config.load", "config.layout_rules", "data.source", "rewards.registry", "learner.protocol",
-    "generator.protocol", *(name for name in MODULES if name.split(".")[0] in CONTROLLER),
+    "generator.protocol", "weights.plan", "weights.roster", *(name for name in MODULES if name.split(".")[0] in CONTROLLER),
 ]  # fmt: skip
 
 

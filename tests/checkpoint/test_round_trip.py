@@ -12,7 +12,9 @@ from megatron_async_rlhf.checkpoint.convert import export_hf, import_hf
 from megatron_async_rlhf.checkpoint.sources import open_holders
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.weights import stored
-from megatron_async_rlhf.weights.verify import compare
+from megatron_async_rlhf.weights.digest import digest
+from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory
+from megatron_async_rlhf.weights.verify import Box, StoredWeights, compare
 
 SIZES = [1, 2, 4]  # four stages: one layer each; four ranks: more than the two key-value heads
 
@@ -132,3 +134,18 @@ def test_a_run_directory_stands_for_its_last_policy(make_model, tmp_path: Path):
     export_hf(run, tmp_path / "exported", dtype=None)
     assert_same(read_directory(tmp_path / "exported"), read_directory(run / "checkpoints/final"))
     assert not compare(*open_holders(run, tmp_path / "exported")).differing
+
+
+def test_files_are_hashed_with_positive_zeros_where_the_other_side_has_no_others(make_model, tmp_path: Path):
+    model = make_model()
+    tensors = {name: tensor.float().nan_to_num().bfloat16() for name, tensor in model.tensors.items()}
+    holders = []
+    for zero in (0.0, -0.0):
+        tensors["model.norm.weight"][5] = zero
+        (tmp_path / str(zero)).mkdir()
+        write_shards(tmp_path / str(zero), tensors, 1)
+        holders.append(StoredWeights(SafetensorsDirectory(tmp_path / str(zero))))
+    box = Box("model.norm.weight", (0, 32), (0, 1))
+    assert holders[0].digest(box, "bfloat16", exact=True) != holders[1].digest(box, "bfloat16", exact=True)
+    digests = {holder.digest(box, "bfloat16", exact=False) for holder in holders}
+    assert digests == {digest(tensors["model.norm.weight"] + 0.0)}

@@ -4,7 +4,15 @@ import asyncio
 import random
 
 from megatron_async_rlhf.generator.protocol import SamplingRequest
-from megatron_async_rlhf.learner.protocol import Answer, Command, PushReport, PushWeights, TrainPreferences
+from megatron_async_rlhf.learner.protocol import (
+    Answer,
+    Command,
+    FinishPush,
+    JoinTransfer,
+    PushReport,
+    PushWeights,
+    TrainPreferences,
+)
 from megatron_async_rlhf.types import Completion, StepMetrics
 
 
@@ -19,9 +27,15 @@ class FakeLearner:
     async def execute(self, command: Command) -> Answer:
         self.commands.append(command)
         await asyncio.sleep(self._rng.random() * 0.004)
-        if isinstance(command, PushWeights):
-            assert command.version == self.version
-            return Answer(id=0, push=PushReport(wire_bytes=8, compared=1 if command.verify else 0))
+        match command:
+            case JoinTransfer():
+                return Answer(id=0)
+            case PushWeights():
+                assert command.version == self.version
+                self._verify = command.verify
+                return Answer(id=0)
+            case FinishPush():
+                return Answer(id=0, push=PushReport(wire_bytes=8, compared=1 if self._verify else 0))
         assert isinstance(command, TrainPreferences)
         assert command.version == self.version
         self.version += 1
@@ -74,7 +88,14 @@ class FakeGenerator:
     async def resume(self) -> None:
         self._running.set()
 
-    async def receive_weights(self, update: dict, *, version: int, timeout_s: float) -> None:
+    async def is_ready(self) -> bool:
+        return True
+
+    async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
+        pass
+
+    async def receive_weights(self, *, version: int, verify: bool) -> None:
         assert not self.sampling and not self._running.is_set()
-        await asyncio.sleep(self._rng.random() * 0.002)
+        await asyncio.sleep(self._rng.random() * 0.008)
+        assert not self.sampling and not self._running.is_set()
         self.version = version

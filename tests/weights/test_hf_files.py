@@ -11,10 +11,9 @@ from transformers import LlamaForCausalLM
 
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.weights import stored
-from megatron_async_rlhf.weights.buckets import TensorSpec
 from megatron_async_rlhf.weights.hf_files import INDEX, SafetensorsDirectory, write_safetensors
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
-from megatron_async_rlhf.weights.stored import read_tensor, spec_of
+from megatron_async_rlhf.weights.stored import TensorSpec, read_tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -25,7 +24,7 @@ def model_tensors(arch) -> list[tuple[str, torch.Tensor]]:
 
 
 def specs_of(tensors: list[tuple[str, torch.Tensor]]) -> list[TensorSpec]:
-    return [spec_of(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors]
+    return [TensorSpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors]
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -89,7 +88,7 @@ def test_views_of_a_reused_buffer_are_written_as_they_were(tmp_path: Path):
         for i in range(3):
             yield f"t{i}", buffer.fill_(i).t()
 
-    write_safetensors(tmp_path, [spec_of(f"t{i}", (3, 2), "float32") for i in range(3)], stream())
+    write_safetensors(tmp_path, [TensorSpec(f"t{i}", (3, 2), "float32") for i in range(3)], stream())
     loaded = load_file(tmp_path / "model.safetensors")
     assert [loaded[f"t{i}"].unique().tolist() for i in range(3)] == [[0.0], [1.0], [2.0]]
     assert loaded["t0"].shape == (3, 2)
@@ -167,7 +166,7 @@ def test_any_rectangle_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tensors = {"matrix": random_bits((7, 5), dtype, 1), "vector": random_bits((9,), dtype, 2)}
     save_file(tensors, tmp_path / "model.safetensors")
     reader = SafetensorsDirectory(tmp_path)
-    assert {name: spec.shape for name, spec in reader.tensors.items()} == {"matrix": [7, 5], "vector": [9]}
+    assert {name: spec.shape for name, spec in reader.tensors.items()} == {"matrix": (7, 5), "vector": (9,)}
     for name, tensor in tensors.items():
         whole = tensor.view(len(tensor), -1)
         for row, col, rows, cols in [(0, 0, *whole.shape), (2, 0, 4, whole.shape[1]), (3, whole.shape[1] - 1, 2, 1)]:

@@ -8,7 +8,7 @@ import torch
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.weights import verify
 from megatron_async_rlhf.weights.digest import digest
-from megatron_async_rlhf.weights.stored import DTYPES, matrix_of, spec_of
+from megatron_async_rlhf.weights.stored import DTYPES, TensorSpec
 from megatron_async_rlhf.weights.verify import Box, compare
 
 SHAPES = {"first": (9, 5), "norm": (7,), "big": (40, 8), "last": (2, 2)}
@@ -17,15 +17,20 @@ SHAPES = {"first": (9, 5), "norm": (7,), "big": (40, 8), "last": (2, 2)}
 class Memory:
     """Holds tensors; with `boxes` it answers for nothing else, as a generator's workers do."""
 
-    def __init__(self, label: str, tensors: dict[str, torch.Tensor], boxes: list[Box] | None = None) -> None:
-        self.label, self.boxes, self._values = label, boxes, tensors
-        self.tensors = {n: spec_of(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()}
+    def __init__(
+        self, label: str, tensors: dict[str, torch.Tensor], boxes: list[Box] | None = None, exact: bool = True
+    ) -> None:
+        self.label, self.boxes, self.exact, self._values = label, boxes, exact, tensors
+        self.tensors = {
+            n: TensorSpec(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()
+        }
 
-    def digest(self, box: Box, dtype: str) -> bytes:
+    def digest(self, box: Box, dtype: str, *, exact: bool) -> bytes:
         assert self.boxes is None or box in self.boxes
         (top, bottom), (left, right) = box.rows, box.cols
-        whole = self._values[box.tensor].view(matrix_of(self.tensors[box.tensor]))
-        return digest(whole[top:bottom, left:right].to(DTYPES[dtype]))
+        whole = self._values[box.tensor].view(self.tensors[box.tensor].matrix)
+        part = whole[top:bottom, left:right].to(DTYPES[dtype])
+        return digest(part if exact else part + 0.0)
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -80,7 +85,7 @@ def test_the_first_difference_in_model_order_is_told_and_all_are_counted():
     [
         (lambda t: t.pop("big"), "big: is in a, but not in b"),
         (lambda t: t.update(extra=torch.ones(1)), "extra: is in b, but not in a"),
-        (lambda t: t.update(big=t["big"].view(8, 40)), "big: has shape [40, 8] in a, but [8, 40] in b"),
+        (lambda t: t.update(big=t["big"].view(8, 40)), "big: has shape (40, 8) in a, but (8, 40) in b"),
         (lambda t: t.update(big=t["big"].bfloat16()), "big: is float32 in a, but bfloat16 in b"),
     ],
 )
@@ -132,6 +137,16 @@ def test_pieces_that_leave_something_out_are_a_difference():
     result = compare(Memory("files", weights()), Memory("generator", weights(), boxes))
     assert result.differing == ["first", "big"]
     assert result.first == "first: generator has only 25 of its 45 elements"
+
+
+def test_signs_of_zeros_count_only_if_both_sides_can_tell_them():
+    ours, theirs = weights(), weights()
+    ours["norm"][2], theirs["norm"][2] = 0.0, -0.0
+    assert compare(Memory("a", ours), Memory("b", theirs)).first == "norm: row 2, column 0"
+    result = compare(Memory("a", ours), Memory("b", theirs, exact=False))
+    assert (result.differing, result.exact) == ([], False)
+    flip(theirs["norm"], 3)
+    assert compare(Memory("a", ours, exact=False), Memory("b", theirs)).first == "norm: row 3, column 0"
 
 
 def test_two_holders_with_pieces_of_their_own_cannot_be_compared():

@@ -7,9 +7,11 @@ import aiohttp
 import msgspec
 
 from megatron_async_rlhf.data.tokenizer import Tokenizer
-from megatron_async_rlhf.errors import GeneratorError
+from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.types import Completion
+
+_NO_LIMIT = 0.0
 
 
 class VLLMGenerator:
@@ -94,17 +96,28 @@ class VLLMGenerator:
                 f"{self.name}: {count} requests were not queued within {self._timeout_s:g} s"
             ) from None
 
-    async def join_transfer(self, *, host: str, port: int, first_rank: int, world_size: int, timeout_s: float) -> None:
-        """Rendezvous of this server's workers with the learner; returns when all ranks have met."""
-        info = {"host": host, "port": port, "first_rank": first_rank, "world_size": world_size, "timeout_s": timeout_s}
-        await self._post("/init_weight_transfer_engine", {"init_info": info}, timeout_s=timeout_s + 10)
+    async def join_transfer(self, info: dict[str, Any], *, timeout_s: float) -> None:
+        """Rendezvous of this server's workers with the learner; returns when all ranks have met.
 
-    async def receive_weights(self, update: dict[str, Any], *, version: int, timeout_s: float) -> None:
-        """The server's half of a push. The engine must be paused; its prefix cache is empty afterwards."""
-        await self._post("/start_weight_update", timeout_s=timeout_s)
-        await self._post("/update_weights", {"update_info": update}, timeout_s=timeout_s)
-        await self._post("/finish_weight_update", {"weight_version": str(version)}, timeout_s=timeout_s)
-        await self._post("/reset_prefix_cache", timeout_s=timeout_s)
+        Args:
+            info: the fields of the sink's `SinkInit`.
+        """
+        await self._post("/init_weight_transfer_engine", {"init_info": info}, timeout_s=timeout_s)
+
+    async def receive_weights(self, *, version: int, verify: bool) -> None:
+        """The server's half of a push. The engine must be paused; its prefix cache is empty afterwards.
+
+        Returns when every worker holds the weights and, if `verify`, the learner has found them equal to its own. It
+        may take as long as weights keep moving: the workers themselves give up when nothing moves any more.
+
+        Raises:
+            GeneratorError: the push failed; `version` is -1 then, until one succeeds: parts of two versions may be mixed.
+        """
+        self.version = -1
+        await self._post("/start_weight_update")
+        await self._post("/update_weights", {"update_info": {"verify": verify}}, timeout_s=_NO_LIMIT)
+        await self._post("/finish_weight_update", {"weight_version": str(version)})
+        await self._post("/reset_prefix_cache")
         self.version = version
 
     async def is_ready(self) -> bool:
@@ -122,20 +135,22 @@ class VLLMGenerator:
         return await self._request("GET", path, None, self._timeout_s)
 
     async def _post(self, path: str, body: dict | None = None, timeout_s: float | None = None) -> dict[str, Any]:
-        return await self._request("POST", path, body, timeout_s or self._timeout_s)
+        return await self._request("POST", path, body, self._timeout_s if timeout_s is None else timeout_s)
 
     async def _request(self, method: str, path: str, body: dict | None, limit: float) -> dict[str, Any]:
         try:
             async with self._http.request(
-                method, path, json=body, timeout=aiohttp.ClientTimeout(total=limit)
+                method, path, json=body, timeout=aiohttp.ClientTimeout(total=limit or None)
             ) as response:
                 status, content = response.status, await response.read()
         except TimeoutError:
-            raise GeneratorError(
+            raise GeneratorGoneError(
                 f"{self.name}: no answer to {path} within {limit:g} s; see its log, or raise generator.request_timeout_s"
             ) from None
         except aiohttp.ClientError as error:
-            raise GeneratorError(f"{self.name}: {path} failed, the server is gone ({type(error).__name__})") from None
+            raise GeneratorGoneError(
+                f"{self.name}: {path} failed, the server is gone ({type(error).__name__})"
+            ) from None
         if status != 200:
             detail = " ".join(content.decode(errors="replace").split())[:300]
             raise GeneratorError(f"{self.name}: {path} answered {status}: {detail}")

@@ -24,7 +24,7 @@ def server_command(config: RunConfig, model_dir: Path, port: int, context_length
         *("--host", "127.0.0.1"),
         *("--port", str(port)),
         *("--load-format", "dummy"),  # the first push brings the weights
-        *("--dtype", "float32"),
+        *("--dtype", generator.dtype),
         *("--seed", str(config.run.seed)),
         *("--tensor-parallel-size", str(generator.tensor_parallel)),
         *("--max-model-len", str(context_length)),
@@ -35,6 +35,7 @@ def server_command(config: RunConfig, model_dir: Path, port: int, context_length
         *("--generation-config", "vllm"),
         *("--logprobs-mode", "processed_logprobs"),  # after temperature: what the sampler really used
         *("--scheduling-policy", "priority"),  # requests run in the controller's order, not the network's
+        *("--worker-extension-cls", "megatron_async_rlhf.generator.vllm.worker_extension.WeightInspection"),
         *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
         "--enable-scale-out",  # tokens in, tokens out, with the weight version of every token
         "--enable-server-load-tracking",
@@ -49,6 +50,8 @@ def server_environment(config: RunConfig, cores: list[int]) -> dict[str, str]:
         "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and weight-update routes
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores),
         "VLLM_CPU_KVCACHE_SPACE": str(config.generator.kv_cache_gib),
+        # Matrices are repacked with every push: without this glibc keeps holes of all their sizes (80 % more memory).
+        "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "INFO",

@@ -22,10 +22,12 @@ from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.optimizer import build_optimizer
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.steps import MicroLoss, Passes, gather_policy_logprobs
+from megatron_async_rlhf.learner.megatron.weight_push import WeightPush
 from megatron_async_rlhf.learner.megatron.weights import gather_weights, load_weights, random_weights, stored_weights
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     ExportWeights,
+    FinishPush,
     JoinTransfer,
     PushReport,
     PushWeights,
@@ -35,9 +37,8 @@ from megatron_async_rlhf.learner.protocol import (
 )
 from megatron_async_rlhf.types import Sequence, Span, StepMetrics
 from megatron_async_rlhf.weights.hf_files import write_safetensors
-from megatron_async_rlhf.weights.hf_mapping import tensor_specs
-from megatron_async_rlhf.weights.push import send_weights
-from megatron_async_rlhf.weights.transports.gloo import GlooGroup
+from megatron_async_rlhf.weights.hf_mapping import hf_shapes
+from megatron_async_rlhf.weights.stored import TensorSpec
 
 
 class MegatronLearner:
@@ -57,8 +58,7 @@ class MegatronLearner:
         )
         self._bare.config.finalize_model_grads_func = finalize_model_grads
         self._reference = None
-        self._transfer: GlooGroup | None = None
-        self._receivers: list[str] = []
+        self._push = WeightPush(config, arch, placement, self._bare)
         self._passes = Passes(placement, vocab_size=arch.vocab_size, temperature=config.generator.temperature)
         # The warm start imitates text; only RL sees the policy through the sampling temperature.
         self._warm_start_passes = Passes(placement, vocab_size=arch.vocab_size, temperature=1.0)
@@ -125,7 +125,8 @@ class MegatronLearner:
         with self._span("export"):
             stream = self.gathered_weights()
             if self.placement.rank == 0:
-                write_safetensors(Path(command.directory), tensor_specs(self.arch), stream)
+                specs = [TensorSpec(name, shape, "float32") for name, shape in hf_shapes(self.arch).items()]
+                write_safetensors(Path(command.directory), specs, stream)
             else:
                 for _ in stream:
                     pass
@@ -136,49 +137,24 @@ class MegatronLearner:
         return gather_weights(self._bare, self.arch, self.placement)
 
     def join_transfer(self, command: JoinTransfer) -> Answer:
-        """Meet the generators' workers; only rank 0 talks to them."""
-        if self.placement.rank == 0:
-            self._transfer = GlooGroup(
-                host=command.host,
-                port=command.port,
-                rank=0,
-                world_size=1 + len(command.receivers),
-                timeout_s=self.config.weights.timeout_s,
-            )
-            self._receivers = command.receivers
+        """Meet the generators' workers, every learner rank."""
+        self._push.join(command)
         return self._answer(command.id)
 
     def push_weights(self, command: PushWeights) -> Answer:
-        """Send the policy to every generator worker, which must be receiving by now."""
+        """Start sending the policy to every generator worker, which must be receiving by now."""
         if command.version != self.version:
             raise LearnerError(f"asked to push policy version {command.version}, but the learner is at {self.version}")
-        report = None
-        with self._span("push"):
-            stream = self.gathered_weights()
-            if self.placement.rank == 0:
-                report = self._push(stream, command.verify)
-            else:
-                for _ in stream:
-                    pass
-        return self._answer(command.id, push=report)
+        with self._span("start push"):
+            self._push.start(verify=command.verify)
+        return self._answer(command.id)
 
-    def _push(self, stream: Iterator[tuple[str, torch.Tensor]], verify: bool) -> PushReport:
-        if self._transfer is None:
-            raise LearnerError("PushWeights came before JoinTransfer: no generator is connected")
-        specs = tensor_specs(self.arch)
-        compared, mismatches = send_weights(
-            self._transfer,
-            specs,
-            stream,
-            staging_bytes=self.config.weights.staging_mib * 2**20,
-            verify=verify,
-            receiver_names=self._receivers,
-        )
-        return PushReport(
-            wire_bytes=len(self._receivers) * sum(spec.num_bytes for spec in specs),
-            compared=compared,
-            mismatches=mismatches,
-        )
+    def finish_push(self, command: FinishPush) -> Answer:
+        """Wait until every generator holds what was sent, or the push has failed."""
+        verdict, span = self._push.finish()
+        self._spans.append(span)
+        report = PushReport(wire_bytes=verdict.wire_bytes, compared=verdict.compared, mismatches=verdict.mismatches)
+        return self._answer(command.id, push=report)
 
     def _cut(self, sequences: list[Sequence], unit: int) -> list[MicroBatch]:
         return cut_micro_batches(sequences, unit, self.config.learner.micro_batch_tokens, self.placement)
@@ -217,6 +193,8 @@ class MegatronLearner:
         norm = self._optimizer.get_grad_norm()
         if not (torch.tensor(metrics["loss"]).isfinite() and torch.tensor(norm).isfinite()):
             raise NonFiniteLossError(f"{what}: loss {metrics['loss']}, gradient norm {norm}; lower the learning rate")
+        with self._span("wait for push"):
+            self._push.wait_until_weights_may_change()
         with self._span("optimizer"):
             self._optimizer.step()
             self._scheduler.step(increment=1)

@@ -28,6 +28,7 @@ from megatron_async_rlhf.learner.protocol import (
     Answer,
     AnyCommand,
     ExportWeights,
+    FinishPush,
     Hello,
     JoinTransfer,
     PushWeights,
@@ -126,6 +127,8 @@ def _execute(learner: MegatronLearner, command: AnyCommand) -> Answer:
             return learner.join_transfer(command)
         case PushWeights():
             return learner.push_weights(command)
+        case FinishPush():
+            return learner.finish_push(command)
         case ExportWeights():
             return learner.export_weights(command)
     raise LearnerError(f"no such command: {type(command).__name__}")

@@ -1,55 +1,95 @@
-"""A gloo process group of its own between learner rank 0 and all generator workers.
+"""Weights over sockets, through a gloo process group of the push's own.
 
 It never touches `torch.distributed`'s default group, so a learner and a vLLM worker, each with their own, can both
-hold one. Rank 0 is the learner and hosts the rendezvous store.
+be in one.
 """
 
+import weakref
+from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.weights.blame import CONNECTION_GONE, account
+from megatron_async_rlhf.weights.roster import Roster
+from megatron_async_rlhf.weights.transports.rendezvous import first_line
+from megatron_async_rlhf.weights.transports.transport import Parcel
 
 
-class GlooGroup:
-    """Broadcasts and point-to-point messages with a timeout on each.
+class GlooTransport:
+    """See `Transport`. The store must have been met in: every rank is there."""
 
-    Raises:
-        TransferError: from every method, naming the operation, this rank and the peer.
-    """
+    device = torch.device("cpu")
 
-    def __init__(self, *, host: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
-        self.rank, self.world_size = rank, world_size
-        timeout = timedelta(seconds=timeout_s)
+    def __init__(self, store: dist.Store, roster: Roster, rank: int, timeout_s: float) -> None:
+        self.rank, self.world_size, self.timeout_s = rank, roster.world_size, timeout_s
+        self._roster = roster
+        self._started: weakref.WeakSet[_Works] = weakref.WeakSet()
         try:
-            store = dist.TCPStore(host, port, world_size, rank == 0, timeout, wait_for_workers=False)
-            prefixed = dist.PrefixStore("weight-transfer", store)
-            self._group = dist.ProcessGroupGloo(prefixed, rank, world_size, timeout)
+            self._group = dist.ProcessGroupGloo(
+                dist.PrefixStore("gloo", store), rank, roster.world_size, timedelta(seconds=timeout_s)
+            )
         except (RuntimeError, dist.DistError) as error:
             raise TransferError(
-                f"rendezvous of {world_size} ranks at {host}:{port} failed on rank {rank} within {timeout_s:g} s: "
-                f"{_first_line(error)}"
+                f"rendezvous: {roster.name(rank)} could not connect to the other {roster.world_size - 1} ranks: "
+                f"{first_line(error)}"
             ) from error
 
-    def broadcast(self, tensor: torch.Tensor, what: str) -> None:
-        """From rank 0 to everyone, in place."""
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
-        self._wait(lambda: self._group.broadcast([tensor], options), f"broadcast of {what}")
+    def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = ()) -> "_Works":
+        if self._group is None:
+            raise TransferError("the connection of an earlier push was closed after it failed; connect again")
+        works = _Works(self._roster, self.rank, self.timeout_s)
+        self._started.add(works)
+        for verb, parcels in (("receive", receives), ("send", sends)):
+            for parcel in parcels:
+                works.append(verb, parcel, self._begin(verb, parcel, works))
+        return works
 
-    def send(self, tensor: torch.Tensor, peer: int, what: str) -> None:
-        self._wait(lambda: self._group.send([tensor], peer, 0), f"send of {what} to rank {peer}")
-
-    def receive(self, tensor: torch.Tensor, peer: int, what: str) -> None:
-        self._wait(lambda: self._group.recv([tensor], peer, 0), f"receive of {what} from rank {peer}")
-
-    def _wait(self, start, action: str) -> None:
+    def _begin(self, verb: str, parcel: Parcel, works: "_Works") -> dist.Work:
         try:
-            start().wait()
+            if verb == "receive":
+                return self._group.recv([parcel.buffer], parcel.peer, 0)
+            return self._group.send([parcel.buffer], parcel.peer, 0)
         except (RuntimeError, dist.DistError) as error:
-            raise TransferError(f"{action} failed on rank {self.rank}: {_first_line(error)}") from error
+            raise works.failure(verb, parcel, error) from error
+
+    def close(self) -> None:
+        # Sockets close, and peers notice, only once nothing refers to the group any more: neither abort() nor
+        # shutdown() of a gloo group closes them.
+        for works in self._started:
+            works.forget()
+        self._group = None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+class _Works:
+    """The started parcels, waited for in order."""
+
+    def __init__(self, roster: Roster, rank: int, timeout_s: float) -> None:
+        self._roster, self._rank, self._timeout_s = roster, rank, timeout_s
+        self._works: deque[tuple[str, Parcel, dist.Work]] = deque()
+
+    def append(self, verb: str, parcel: Parcel, work: dist.Work) -> None:
+        self._works.append((verb, parcel, work))
+
+    def wait(self) -> None:
+        while self._works:
+            try:
+                self._works[0][2].wait(timedelta(seconds=self._timeout_s))
+            except (RuntimeError, dist.DistError) as error:
+                raise self.failure(*self._works[0][:2], error) from error
+            self._works.popleft()
+
+    def forget(self) -> None:
+        self._works.clear()
+
+    def failure(self, verb: str, parcel: Parcel, error: Exception) -> TransferError:
+        cause = first_line(error)
+        if "imed out" in cause:
+            cause = f"nothing moved for {self._timeout_s:g} s (weights.timeout_s)"
+        elif "onnection" in cause or "roken pipe" in cause:
+            cause = f"{CONNECTION_GONE}: that process ended, or closed it because its own part failed"
+        what = f"{verb} of {parcel.what} {'from' if verb == 'receive' else 'to'}"
+        return TransferError(account(what, self._roster.name(parcel.peer), self._roster.name(self._rank), cause))

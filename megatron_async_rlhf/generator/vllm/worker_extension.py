@@ -1,0 +1,43 @@
+"""What every vLLM worker can tell about the weights it computes with (`--worker-extension-cls`)."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_async_rlhf.config.architecture import architecture_of_hf
+from megatron_async_rlhf.generator.vllm.worker_model import WorkerModel
+from megatron_async_rlhf.weights.digest import digest
+from megatron_async_rlhf.weights.layout import generator_pieces
+
+# Smaller rectangles name a difference more closely; a digest is 16 bytes of this many.
+_BOX_BYTES = 2**20
+
+
+class WeightInspection:
+    """Mixed into vLLM's worker class; called through `/collective_rpc`."""
+
+    def weight_digests(self) -> dict[str, Any]:
+        """Digests of everything this worker holds, in Hugging Face coordinates.
+
+        Returns:
+            `dtype`; `exact`: False if a matrix had to be read through its packed form, which loses the sign of zeros:
+            then all digests are of values with positive zeros; `boxes`: [tensor, first row, end row, first column,
+            end column, digest in hex] for each rectangle.
+        """
+        model = WorkerModel(self.get_model())
+        ranks, rank = self.parallel_config.tensor_parallel_size, self.parallel_config.rank
+        pieces = generator_pieces(architecture_of_hf(Path(self.model_config.model)), ranks, rank)
+        exact, boxes = model.in_place, []
+        by_parameter: dict[str, list] = {}
+        for piece in pieces:
+            by_parameter.setdefault(piece.parameter, []).append(piece)
+        for parameter, held in by_parameter.items():
+            matrix, _ = model.resident(parameter)
+            for piece in held:
+                (begin, end), (left, right) = piece.rows, piece.cols
+                part = matrix[piece.row : piece.row + end - begin, piece.col : piece.col + right - left]
+                step = max(1, _BOX_BYTES // ((right - left) * part.element_size()))
+                for i, block in enumerate(part.split(step)):
+                    first = begin + i * step
+                    value = digest(block if exact else block + 0.0)
+                    boxes.append([piece.tensor, first, first + block.shape[0], left, right, value.hex()])
+        return {"dtype": str(matrix.dtype).removeprefix("torch."), "exact": exact, "boxes": boxes}

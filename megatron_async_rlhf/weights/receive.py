@@ -1,0 +1,158 @@
+"""The generator's half of a push, in every worker of every replica.
+
+    first replica:  receive round k from the learner ─┬─> hand it to the next replica's same worker
+                                                      └─> copy its slices into my parameters
+    next replicas:  receive round k from the replica before, then the same
+
+A parameter is complete when its last slice is in; then it is hashed slice by slice and given to the engine. Nothing
+here knows vLLM: what a parameter is and what completing it means is the `Target`'s affair.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.weights.digest import digest
+from megatron_async_rlhf.weights.plan import Message, Slice, TransferPlan
+from megatron_async_rlhf.weights.proof import Verdict, conclude
+from megatron_async_rlhf.weights.roster import Roster
+from megatron_async_rlhf.weights.send import as_bytes, as_matrix, describe, num_elements
+from megatron_async_rlhf.weights.transports.transport import Parcel, Pending, Transport
+
+# Hashes what a parameter really holds; `None` when the push is not verified.
+Check = Callable[[torch.Tensor], None]
+
+
+class Target(Protocol):
+    """A worker's model as a place to put weights.
+
+    Attributes:
+        in_place: slices go straight into the engine's own memory, so that a second staging buffer can be afforded;
+            otherwise a parameter is put together outside of it first.
+    """
+
+    in_place: bool
+
+    def open(self, parameter: str) -> torch.Tensor:
+        """The memory to copy slices of a parameter into."""
+        ...
+
+    def complete(self, parameter: str, check: Check) -> None:
+        """All of it is there: call `check` with the bytes the engine will use (or is about to repack), then use it."""
+        ...
+
+
+class Receiver:
+    """Receives one worker's share of every push; its staging buffers live as long as the connection."""
+
+    def __init__(self, plan: TransferPlan, roster: Roster, transport: Transport, *, in_place: bool) -> None:
+        self._plan, self._roster, self._transport = plan, roster, transport
+        self._dtype = getattr(torch, plan.dtype)
+        self._replica, self._worker = roster.place(transport.rank)
+        self._rounds = plan.incoming(self._worker)
+        sizes = [sum(num_elements(message) for _, message in incoming) for incoming in self._rounds]
+        self._sizes = sizes
+        self._buffers = [
+            torch.empty(max(sizes, default=0), dtype=self._dtype, device=transport.device)
+            for _ in range(2 if in_place else 1)
+        ]
+        self._slices_of = Counter(moved.target for moved in plan.received_by(self._worker))
+
+    def receive(self, target: Target, *, verify: bool) -> Verdict:
+        """Receive a whole push. Collective over the transfer group.
+
+        Raises:
+            TransferError: a peer that is gone or silent, or weights that differ from the sender's; the target may hold
+                parts of two versions then and must not be used before a later push succeeds.
+        """
+        try:
+            verdict = self._receive(target, verify)
+        except BaseException:
+            self._transport.close()
+            raise
+        if verdict.mismatches:
+            raise TransferError(
+                f"verify: {len(verdict.mismatches)} of {verdict.compared} digests differ, first {verdict.mismatches[0]}"
+            )
+        return verdict
+
+    def _receive(self, target: Target, verify: bool) -> Verdict:
+        depth = len(self._buffers)
+        arriving = {k: self._start(k) for k in range(min(depth, len(self._rounds)))}
+        missing = Counter(self._slices_of)
+        digests: dict[Slice, bytes] = {}
+        arrived: dict[str, list[Slice]] = {}
+        for k, incoming in enumerate(self._rounds):
+            arriving.pop(k).wait()
+            handed_on = self._hand_on(k)
+            self._load(k, target, missing, arrived, digests if verify else None)
+            handed_on.wait()
+            if k + depth < len(self._rounds):
+                arriving[k + depth] = self._start(k + depth)
+        ordered = b"".join(digests[s] for s in self._plan.received_by(self._worker)) if verify else None
+        num_bytes = sum(self._sizes) * self._dtype.itemsize
+        return conclude(self._transport, self._roster, self._plan, received_bytes=num_bytes, digests=ordered)
+
+    def _start(self, k: int) -> Pending:
+        buffer = self._buffers[k % len(self._buffers)]
+        if self._replica:
+            source = self._roster.worker_rank(self._replica - 1, self._worker)
+            parcel = Parcel(source, as_bytes(buffer[: self._sizes[k]]), describe(self._whole_round(k), k))
+            return self._transport.start(receives=[parcel])
+        parcels, begin = [], 0
+        for sender, message in self._rounds[k]:
+            end = begin + num_elements(message)
+            parcels.append(Parcel(sender, as_bytes(buffer[begin:end]), describe(message, k)))
+            begin = end
+        return self._transport.start(receives=parcels)
+
+    def _hand_on(self, k: int) -> Pending:
+        if self._replica + 1 == len(self._roster.generators):
+            return self._transport.start()
+        peer = self._roster.worker_rank(self._replica + 1, self._worker)
+        buffer = self._buffers[k % len(self._buffers)]
+        parcel = Parcel(peer, as_bytes(buffer[: self._sizes[k]]), describe(self._whole_round(k), k))
+        return self._transport.start(sends=[parcel])
+
+    def _whole_round(self, k: int) -> Message:
+        return tuple(moved for _, message in self._rounds[k] for moved in message)
+
+    def _load(
+        self,
+        k: int,
+        target: Target,
+        missing: Counter,
+        arrived: dict[str, list[Slice]],
+        digests: dict[Slice, bytes] | None,
+    ) -> None:
+        buffer, begin = self._buffers[k % len(self._buffers)], 0
+        for moved in self._whole_round(k):
+            place(target.open(moved.target), moved).copy_(
+                buffer[begin : begin + moved.size].view(moved.height, moved.width)
+            )
+            begin += moved.size
+            arrived.setdefault(moved.target, []).append(moved)
+            missing[moved.target] -= 1
+            if not missing[moved.target]:
+                slices = arrived.pop(moved.target)
+
+                def check(parameter: torch.Tensor, slices: list[Slice] = slices) -> None:
+                    if digests is not None:
+                        digests.update((s, digest(place(parameter, s))) for s in slices)
+
+                target.complete(moved.target, check)
+
+
+def place(parameter: torch.Tensor, moved: Slice) -> torch.Tensor:
+    """Where a slice goes in a worker's parameter, [height, width], a view."""
+    row, col = moved.target_row, moved.target_col
+    view = as_matrix(parameter)[row : row + moved.height, col : col + moved.width]
+    if view.shape != (moved.height, moved.width):
+        raise TransferError(
+            f"load: {moved} should go to row {row}, column {col} of {moved.target}, which only is "
+            f"{list(parameter.shape)}; the generator's model is not the planned one"
+        )
+    return view

@@ -1,0 +1,109 @@
+"""The learner's half of a push, on every learner rank.
+
+round k:   pack slices of my parameters into a staging buffer ─> start sending it ─> hash the slices
+round k+1: the same with the other buffer, while the first is on its way ...
+then:      wait for the last two, compare digests with everyone (`proof`)
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.weights.digest import digest
+from megatron_async_rlhf.weights.plan import Message, Slice, TransferPlan
+from megatron_async_rlhf.weights.proof import Verdict, conclude
+from megatron_async_rlhf.weights.roster import Roster
+from megatron_async_rlhf.weights.transports.transport import Parcel, Transport
+
+ParameterReader = Callable[[str], torch.Tensor]
+
+
+class Sender:
+    """Sends one learner rank's share of every push; its two staging buffers live as long as the connection."""
+
+    def __init__(self, plan: TransferPlan, roster: Roster, transport: Transport) -> None:
+        self._plan, self._roster, self._transport = plan, roster, transport
+        self._dtype = getattr(torch, plan.dtype)
+        self._rounds = plan.outgoing(transport.rank)
+        largest = max((sum(num_elements(m) for _, m in outgoing) for outgoing in self._rounds), default=0)
+        self._buffers = [torch.empty(largest, dtype=self._dtype, device=transport.device) for _ in range(2)]
+
+    def push(self, read: ParameterReader, *, verify: bool) -> Verdict:
+        """Send every slice of the plan that is this rank's. Collective over the transfer group.
+
+        Args:
+            read: this rank's parameter by its name in the plan; must not change until this returns.
+
+        Raises:
+            TransferError: a parameter that does not fit the plan, or a peer that is gone or silent; the connection is
+                closed then, so that nobody waits for this rank.
+        """
+        try:
+            return self._push(read, verify)
+        except BaseException:
+            self._transport.close()
+            raise
+
+    def _push(self, read: ParameterReader, verify: bool) -> Verdict:
+        digests: dict[Slice, bytes] = {}
+        under_way = [self._transport.start(), self._transport.start()]
+        for k, outgoing in enumerate(self._rounds):
+            under_way[k % 2].wait()
+            parcels = self._pack(self._buffers[k % 2], outgoing, read, k)
+            under_way[k % 2] = self._transport.start(sends=parcels)
+            if verify:
+                for _, message in outgoing:
+                    digests |= {s: digest(cut(read, s), self._dtype) for s in message}
+        for pending in under_way:
+            pending.wait()
+        ordered = b"".join(digests[s] for s in self._plan.sent_by(self._transport.rank)) if verify else None
+        return conclude(self._transport, self._roster, self._plan, received_bytes=0, digests=ordered)
+
+    def _pack(
+        self, buffer: torch.Tensor, outgoing: list[tuple[int, Message]], read: ParameterReader, round_index: int
+    ) -> list[Parcel]:
+        parcels, begin = [], 0
+        for receiver, message in outgoing:
+            end = begin
+            for moved in message:
+                target = buffer[end : end + moved.size].view(moved.height, moved.width)
+                target.copy_(cut(read, moved))
+                end += moved.size
+            # Later replicas get theirs from the first, see `receive`.
+            peer = self._roster.worker_rank(0, receiver)
+            parcels.append(Parcel(peer, as_bytes(buffer[begin:end]), describe(message, round_index)))
+            begin = end
+        return parcels
+
+
+def cut(read: ParameterReader, moved: Slice) -> torch.Tensor:
+    """A slice as it lies in this rank's parameter, [height, width], a view."""
+    parameter = as_matrix(read(moved.source))
+    row, col = moved.source_row, moved.source_col
+    view = parameter[row : row + moved.height, col : col + moved.width]
+    if view.shape != (moved.height, moved.width):
+        raise TransferError(
+            f"pack: {moved} should lie at row {row}, column {col} of {moved.source}, which only is "
+            f"{list(parameter.shape)}; the learner's model is not the planned one"
+        )
+    return view
+
+
+def as_matrix(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter with two dimensions; a vector becomes one column."""
+    return parameter.detach().view(parameter.shape[0], -1)
+
+
+def as_bytes(buffer: torch.Tensor) -> torch.Tensor:
+    return buffer.view(torch.uint8)
+
+
+def num_elements(message: Message) -> int:
+    return sum(moved.size for moved in message)
+
+
+def describe(message: Message, round_index: int) -> str:
+    """What a parcel is called in messages."""
+    last = f" ... {message[-1]}" if len(message) > 1 else ""
+    return f"round {round_index} ({message[0]}{last})"

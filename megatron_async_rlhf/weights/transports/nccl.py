@@ -1,0 +1,75 @@
+"""Weights between GPUs, through an NCCL communicator of the push's own. Every round is one NCCL group call."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.weights.blame import account
+from megatron_async_rlhf.weights.roster import Roster
+from megatron_async_rlhf.weights.transports.rendezvous import first_line
+from megatron_async_rlhf.weights.transports.transport import Parcel
+
+
+class NcclTransport:
+    """See `Transport`. One GPU per rank: NCCL refuses two ranks on the same one (use `ipc` there)."""
+
+    def __init__(self, store: dist.Store, roster: Roster, rank: int, timeout_s: float, device: torch.device) -> None:
+        self.rank, self.world_size, self.timeout_s, self.device = rank, roster.world_size, timeout_s, device
+        self._roster = roster
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        try:
+            self._group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, roster.world_size, options)
+        except (RuntimeError, dist.DistError) as error:
+            raise TransferError(
+                f"rendezvous: {roster.name(rank)} could not make an NCCL communicator: {first_line(error)}"
+            ) from error
+
+    def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = ()) -> "_Group":
+        if self._group is None:
+            raise TransferError("the connection of an earlier push was closed after it failed; connect again")
+        parcels = [*(("receive", p) for p in receives), *(("send", p) for p in sends)]
+        group = _Group(self._roster, self.rank, self.timeout_s, parcels)
+        if not parcels:
+            return group
+        try:
+            self._group._start_coalescing()
+            for verb, parcel in parcels:
+                begin = self._group.recv if verb == "receive" else self._group.send
+                begin([parcel.buffer], parcel.peer, 0)
+            group.work = self._group._end_coalescing()
+        except (RuntimeError, dist.DistError) as error:
+            raise group.failure(error) from error
+        return group
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
+
+
+class _Group:
+    """All parcels of one NCCL group call; they complete together."""
+
+    def __init__(self, roster: Roster, rank: int, timeout_s: float, parcels: list[tuple[str, Parcel]]) -> None:
+        self._roster, self._rank, self._timeout_s, self._parcels = roster, rank, timeout_s, parcels
+        self.work: dist.Work | None = None
+
+    def wait(self) -> None:
+        if self.work is None:
+            return
+        try:
+            self.work.wait(timedelta(seconds=self._timeout_s))
+        except (RuntimeError, dist.DistError) as error:
+            raise self.failure(error) from error
+        self.work = None
+
+    def failure(self, error: Exception) -> TransferError:
+        # They complete together, so any of the peers may be the one that failed; the first stands for all.
+        verb, parcel = self._parcels[0]
+        what = f"{verb} of {parcel.what} {'from' if verb == 'receive' else 'to'}"
+        peer, witness = self._roster.name(parcel.peer), self._roster.name(self._rank)
+        return TransferError(account(what, peer, witness, first_line(error)))

@@ -1,0 +1,48 @@
+"""What a push needs of a network: start sending and receiving buffers, wait for them with a timeout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A contiguous byte buffer to or from one peer; `what` says in messages what is inside."""
+
+    peer: int
+    buffer: torch.Tensor
+    what: str
+
+
+class Pending(Protocol):
+    """Parcels under way."""
+
+    def wait(self) -> None:
+        """Return when all have left or arrived.
+
+        Raises:
+            TransferError: a peer is gone or silent for longer than the timeout; names the parcel and the peer.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """A group of learner ranks and generator workers. Parcels between two ranks arrive in the order they were started.
+
+    Attributes:
+        device: where buffers must be.
+        timeout_s: how long any one wait may take.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    timeout_s: float
+
+    def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = ()) -> Pending: ...
+
+    def close(self) -> None:
+        """Leave the group; peers that wait for this rank fail at once instead of at their timeout."""
+        ...

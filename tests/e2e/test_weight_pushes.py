@@ -1,0 +1,170 @@
+"""Pushes between real Megatron ranks and real vLLM servers: bytes, log-probabilities, and every way to fail."""
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+from push_rig import push_rig
+
+from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.learner.protocol import Hello
+from megatron_async_rlhf.weights.hf_mapping import elements_held
+
+PUSHES = int(os.environ.get("ASYNC_RLHF_TEST_PUSHES", "10"))
+
+LAYOUTS = [
+    pytest.param((2, 2, 4), (2, 1), id="tp2-pp2-to-tp2"),
+    pytest.param((2, 1, 2), (1, 1), id="tp2-to-tp1"),
+    pytest.param((1, 2, 2), (2, 1), id="pp2-to-tp2"),
+    pytest.param((1, 1, 2), (1, 2), id="dp2-to-two-replicas"),
+]
+
+
+def overrides(learner: tuple[int, int, int], generator: tuple[int, int]) -> list[str]:
+    return [
+        f"learner.tensor_parallel={learner[0]}",
+        f"learner.pipeline_parallel={learner[1]}",
+        f"learner.ranks={learner[2]}",
+        f"generator.tensor_parallel={generator[0]}",
+        f"generator.replicas={generator[1]}",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("learner", "generator"), LAYOUTS)
+def test_generators_hold_the_learners_weights_after_every_push(tmp_path, learner, generator):
+    async def run():
+        async with push_rig(
+            tmp_path, *overrides(learner, generator), "learner.learning_rate=0.003", "schedule.steps=100"
+        ) as rig:
+            previous = None
+            minimum = 4 * generator[1] * elements_held(rig.materials.architecture, generator[0])
+            for version in range(PUSHES):
+                report, _ = await rig.weights.push(version)
+                assert report.mismatches == []
+                assert report.compared > 0
+                assert report.wire_bytes == minimum
+                assert [g.version for g in rig.generators] == [version] * generator[1]
+                assert await rig.largest_logprob_gap() <= 1e-4
+                weights = (rig.run_dir / "export/model.safetensors").read_bytes()
+                assert weights != previous
+                previous = weights
+                await rig.change_weights()
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_training_during_a_push_does_not_change_what_arrives(tmp_path, snapshot):
+    async def run():
+        async with push_rig(tmp_path, *overrides((2, 1, 2), (1, 1)), f"weights.snapshot={snapshot}") as rig:
+            for version in range(5):
+                exported = await rig.export()
+                await rig.weights.start(version)
+                await rig.change_weights()  # the learner is told to train before it is told to finish the push
+                await rig.weights.arrived()
+                report, _ = await rig.weights.report()
+                assert report.mismatches == [] and report.compared > 0
+                assert rig.generators[0].version == version
+                assert await rig.largest_logprob_gap(exported) <= 1e-4
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fate", ["killed", "silent"])
+def test_a_generator_lost_in_a_push_costs_that_push_only(tmp_path, fate):
+    """Killed: noticed at once. Stopped (a cut link looks the same): noticed within the timeout."""
+    limit = 6.0
+    number = signal.SIGKILL if fate == "killed" else signal.SIGSTOP
+
+    async def run():
+        layout = overrides((2, 1, 2), (1, 2))
+        async with push_rig(tmp_path, *layout, f"weights.timeout_s={limit}", "weights.staging_mib=1") as rig:
+            await rig.weights.push(0)
+            await rig.change_weights()
+            # Lost once the push has begun: the learner is told to send, then the second replica goes.
+            await rig.weights.start(1)
+            rig.signal("generator.1", number)
+            began = time.monotonic()
+            with pytest.raises(TransferError) as error:
+                await rig.weights.arrived()
+            assert time.monotonic() - began < (5 if fate == "killed" else 2 * limit + 6)
+            assert "\n" not in str(error.value)
+            assert "generator.1" in str(error.value)
+            assert [receiver.name for receiver in rig.weights.receivers] == ["generator.0"]
+            assert rig.generators[0].version == -1 == rig.generators[1].version  # maybe parts of both: of no version
+
+            await rig.learner.execute(Hello())
+            await rig.change_weights()
+            report, _ = await rig.weights.push(2)
+            assert report.mismatches == [] and report.compared > 0
+            assert rig.generators[0].version == 2
+            await rig.generators.pop().close()
+            assert await rig.largest_logprob_gap() <= 1e-4
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_generator_with_another_config_is_refused_by_name(tmp_path):
+    async def run():
+        layout = overrides((1, 1, 1), (1, 2))
+        wider = {"generator.1": {"intermediate_size": 128}}
+        async with push_rig(tmp_path, *layout, "weights.timeout_s=10", alter=wider) as rig:
+            began = time.monotonic()
+            with pytest.raises(TransferError, match="generator.1 rank 0 planned another transfer than learner rank 0"):
+                await rig.weights.push(0)
+            assert time.monotonic() - began < 10
+            assert [generator.version for generator in rig.generators] == [-1, -1]
+
+            # What its operator would do; the learner and the other generator go on as if nothing had been.
+            rig.weights.receivers.pop()
+            report, _ = await rig.weights.push(0)
+            assert report.mismatches == [] and rig.generators[0].version == 0
+            await rig.generators.pop().close()
+            assert await rig.largest_logprob_gap() <= 1e-4
+
+            # The same server, told to expect another precision than it holds.
+            config = rig.weights._config
+            bfloat16 = config.generator.model_copy(update={"dtype": "bfloat16"})
+            rig.weights._connected, rig.weights._config = False, config.model_copy(update={"generator": bfloat16})
+            with pytest.raises(TransferError, match="generator.0 rank 0: .* set generator.dtype"):
+                await rig.weights.push(0)
+            rig.weights._config = config
+            report, _ = await rig.weights.push(0)
+            assert report.mismatches == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("learner", "generator"), [((2, 2, 4), (1, 1)), ((1, 1, 1), (2, 1))], ids=["to-tp1", "to-tp2"])
+def test_a_push_takes_two_staging_buffers_of_memory_and_no_more(tmp_path, learner, generator):
+    """Of 280 MB of weights. What is measured is the growth of each process's resident set, buffers included."""
+    staging_mib = 64
+    shape = ["model.layers=6", "model.hidden_size=1024", "model.ffn_size=2816", "model.heads=16", "model.kv_heads=8"]
+    vocabulary = ["model.tokenizer=bytes", "model.vocab_size=null", "warm_start.steps=1"]
+
+    async def run():
+        settings = [*shape, *vocabulary, f"weights.staging_mib={staging_mib}", *overrides(learner, generator)]
+        async with push_rig(tmp_path, *settings) as rig:
+            assert 4 * rig.materials.architecture.num_parameters > 280e6
+            before = rig.reset_memory_peaks()
+            for _ in range(3):
+                report, _ = await rig.weights.push(0)
+                assert report.mismatches == []
+            growth = {who: (peak - before[who]) / 2**20 for who, peak in rig.memory_peaks().items() if who in before}
+            assert len(growth) >= learner[2] + generator[0]
+            print({who: round(mib, 1) for who, mib in growth.items()})
+            assert max(growth.values()) <= 2 * staging_mib * 1.1, growth
+
+    asyncio.run(run())

@@ -1,0 +1,186 @@
+"""A push as the controller sees it, on fakes that fail in every way a push can."""
+
+import asyncio
+import time
+
+import pytest
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, MismatchError, TransferError
+from megatron_async_rlhf.learner.protocol import Answer, Command, FinishPush, JoinTransfer, PushReport, PushWeights
+from megatron_async_rlhf.scheduler import weight_sync
+from megatron_async_rlhf.scheduler.weight_sync import WeightSync
+
+SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
+REPORT = PushReport(wire_bytes=100, compared=4)
+
+
+class Learner:
+    """Answers from `finish`: a report or an error for each push, in order; joins from `joins`."""
+
+    def __init__(self, *finish: PushReport | Exception, joins: tuple = ()) -> None:
+        self.commands: list[Command] = []
+        self._finish, self._joins = list(finish), list(joins)
+
+    async def execute(self, command: Command) -> Answer:
+        self.commands.append(command)
+        answers = {FinishPush: self._finish, JoinTransfer: self._joins}.get(type(command))
+        answer = answers.pop(0) if answers else None
+        if isinstance(answer, Exception):
+            raise answer
+        return Answer(id=0, push=answer)
+
+    def sent(self, kind: type) -> list[Command]:
+        return [command for command in self.commands if isinstance(command, kind)]
+
+
+class Receiver:
+    """`fates`: what happens at each push: None arrives, an exception is raised, `hang` never returns."""
+
+    def __init__(self, name: str, *fates, alive: bool = True) -> None:
+        self.name, self.version, self.alive = name, -1, alive
+        self.joined: list[dict] = []
+        self.verified: list[bool] = []
+        self._fates = list(fates)
+
+    async def is_ready(self) -> bool:
+        return self.alive
+
+    async def pause(self) -> None:
+        assert self.alive
+
+    async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
+        self.joined.append(info)
+
+    async def receive_weights(self, *, version: int, verify: bool) -> None:
+        self.verified.append(verify)
+        fate = self._fates.pop(0) if self._fates else None
+        if fate == "hang":
+            await asyncio.sleep(3600)
+        if fate:
+            raise fate
+        self.version = version
+
+
+def make(learner: Learner, *receivers: Receiver, **weights) -> WeightSync:
+    config = RunConfig.model_validate({"model": SHAPE, "weights": {"timeout_s": 0.3, **weights}})
+    return WeightSync(learner, receivers, config, ("127.0.0.1", 7))
+
+
+def push(sync: WeightSync, *versions: int):
+    async def all_of_them():
+        async with asyncio.timeout(10):
+            return [await sync.push(version) for version in versions]
+
+    return asyncio.run(all_of_them())
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch):
+    monkeypatch.setattr(weight_sync, "_GRACE_S", 0.1)
+
+
+def test_pushes_share_one_rendezvous():
+    learner, receivers = Learner(REPORT, REPORT), [Receiver("generator.0"), Receiver("generator.1")]
+    results = push(make(learner, *receivers), 0, 1)
+    assert [report for report, _ in results] == [REPORT, REPORT]
+    assert [spans[0].name for _, spans in results] == ["push 0", "push 1"]
+    (join,) = learner.sent(JoinTransfer)
+    assert join.generators == ["generator.0", "generator.1"]
+    assert [r.joined[0]["replica"] for r in receivers] == [0, 1]
+    assert {r.joined[0]["session"] for r in receivers} == {join.session}
+    assert [command.version for command in learner.sent(PushWeights)] == [0, 1]
+    assert [receiver.version for receiver in receivers] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("verify", "expected"), [("every", [True, True, True]), ("first", [True, False, False]), ("off", [False] * 3)]
+)
+def test_both_sides_know_which_pushes_are_verified(verify, expected):
+    learner, receiver = Learner(REPORT, REPORT, REPORT), Receiver("generator.0")
+    push(make(learner, receiver, verify=verify), 0, 1, 2)
+    assert receiver.verified == expected == [command.verify for command in learner.sent(PushWeights)]
+
+
+def test_a_mismatch_is_an_error_that_carries_its_counts():
+    bad = PushReport(
+        wire_bytes=1, compared=9, mismatches=["generator.0 rank 1: lm_head.weight[0:4, 0:8] from learner rank 2"]
+    )
+    learner = Learner(bad)
+    receiver = Receiver("generator.0", GeneratorError("generator.0: /update_weights answered 500: verify: 1 of 9 ..."))
+    with pytest.raises(
+        MismatchError, match="version 3: 1 of 9 digests differ, first generator.0 rank 1: lm_head"
+    ) as error:
+        push(make(learner, receiver), 3)
+    assert (error.value.compared, error.value.mismatches) == (9, bad.mismatches)
+
+
+def test_who_is_gone_is_out_and_the_next_push_meets_anew():
+    learner = Learner(
+        TransferError("receive of the digests from generator.1 rank 0 failed on learner rank 0: ..."), REPORT
+    )
+    first = Receiver("generator.0", GeneratorError("generator.0: answered 500: the connection is gone"))
+    second = Receiver("generator.1", GeneratorGoneError("generator.1: /update_weights failed, the server is gone"))
+    sync = make(learner, first, second)
+    with pytest.raises(
+        TransferError, match="push of version 0 failed: generator.1: /update_weights failed, the server is gone"
+    ):
+        push(sync, 0)
+    assert sync.receivers == [first]
+    push(sync, 1)
+    assert [join.generators for join in learner.sent(JoinTransfer)] == [["generator.0", "generator.1"], ["generator.0"]]
+    sessions = [join.session for join in learner.sent(JoinTransfer)]
+    assert len(set(sessions)) == 2
+    assert first.version == 1
+
+
+def test_a_generator_that_hangs_is_found_out_through_the_learner():
+    silence = "receive of the digests from generator.1 rank 0 failed on learner rank 0: nothing moved for 0.3 s"
+    learner = Learner(TransferError(silence), REPORT)
+    first, second = Receiver("generator.0", "hang"), Receiver("generator.1", "hang")
+    sync = make(learner, first, second)
+    start = time.monotonic()
+    with pytest.raises(TransferError, match="generator.1 rank 0 failed on learner rank 0: nothing moved"):
+        push(sync, 0)
+    assert time.monotonic() - start < 2
+    assert sync.receivers == []
+    with pytest.raises(GeneratorError, match="no generator is alive"):
+        push(sync, 1)
+
+
+def test_a_push_may_take_longer_than_the_timeout_while_it_moves():
+    class Slow(Receiver):
+        async def receive_weights(self, *, version: int, verify: bool) -> None:
+            await asyncio.sleep(0.45)
+            self.version = version
+
+    learner, slow = Learner(REPORT), Slow("generator.0")
+    ((report, _),) = push(make(learner, slow), 0)
+    assert report == REPORT and slow.version == 0
+    assert len(learner.sent(FinishPush)) == 1
+
+
+def test_a_generator_that_never_confirms_is_an_error_too():
+    learner = Learner(REPORT)
+    with pytest.raises(TransferError, match="generator.0 did not confirm the weights within 0.3 s"):
+        push(make(learner, Receiver("generator.0", "hang")), 0)
+
+
+def test_who_does_not_answer_the_rendezvous_is_out():
+    class Deaf(Receiver):
+        async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
+            raise GeneratorGoneError(f"{self.name}: no answer to /init_weight_transfer_engine within 5.6 s")
+
+    learner = Learner(REPORT, joins=(TransferError("rendezvous: generator.1 rank 0 did not come within 0.3 s"),))
+    sync = make(learner, Receiver("generator.0"), Deaf("generator.1"))
+    with pytest.raises(TransferError, match="rendezvous: generator.1 rank 0 did not come"):
+        push(sync, 0)
+    push(sync, 0)
+    assert [receiver.name for receiver in sync.receivers] == ["generator.0"]
+
+
+def test_dead_generators_are_not_waited_for():
+    learner = Learner(REPORT)
+    sync = make(learner, Receiver("generator.0", alive=False), Receiver("generator.1"))
+    push(sync, 0)
+    assert [join.generators for join in learner.sent(JoinTransfer)] == [["generator.1"]]
