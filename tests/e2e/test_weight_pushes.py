@@ -6,8 +6,11 @@ import signal
 import time
 
 import pytest
+import torch
 from push_rig import push_rig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_async_rlhf.data.tokenizer import make_byte_tokenizer
 from megatron_async_rlhf.errors import TransferError
 from megatron_async_rlhf.learner.protocol import Hello
 from megatron_async_rlhf.weights.hf_mapping import elements_held
@@ -52,6 +55,50 @@ def test_generators_hold_the_learners_weights_after_every_push(tmp_path, learner
                 weights = (rig.run_dir / "export/model.safetensors").read_bytes()
                 assert weights != previous
                 previous = weights
+                await rig.change_weights()
+
+    asyncio.run(run())
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+FAMILIES = [
+    pytest.param("qwen2", {"tie_word_embeddings": True}, (2, 1, 2), (2, 1), id="qwen2-tied"),
+    pytest.param("qwen3", {"head_dim": 64}, (1, 2, 2), (1, 1), id="qwen3"),
+    pytest.param(
+        "llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}, (2, 2, 4), (2, 1), id="llama3.2"
+    ),
+    pytest.param("mistral", {"head_dim": 32, "sliding_window": None}, (1, 1, 1), (1, 1), id="mistral"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("family", "changes", "learner", "generator"), FAMILIES)
+def test_every_family_arrives_in_vllm(tmp_path, family, changes, learner, generator):
+    """Biases, query and key norms, tied embeddings and scaled rotary frequencies, against Transformers."""
+    shape = {
+        "vocab_size": 261, "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 96,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96, "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases would start as ones and zeros
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "hf")
+    make_byte_tokenizer(tmp_path / "hf")
+
+    async def run():
+        async with push_rig(tmp_path, f"model={{hf: {tmp_path / 'hf'}}}", *overrides(learner, generator)) as rig:
+            for version in range(3):
+                report, _ = await rig.weights.push(version)
+                assert report.mismatches == [] and report.compared > 0
+                assert await rig.largest_logprob_gap() <= 1e-4
                 await rig.change_weights()
 
     asyncio.run(run())

@@ -158,6 +158,7 @@ def run_layout(layout: Layout, directory: Path, sources: dict[str, dict]) -> Lay
         "warm_start": WARM_START,
         "generator": {"temperature": TEMPERATURE},
         "schedule": {"steps": RL_STEPS},
+        "weights": {"timeout_s": 30},
         "algorithm": {"beta": BETA, "loss": "sigmoid"},
     }  # fmt: skip
     job = {
