@@ -41,7 +41,7 @@ def import_hf(source: Path, out: Path, *, tensor_parallel: int, pipeline_paralle
     check_tensor_parallel("--tensor-parallel", tensor_parallel, arch)
     check_pipeline_parallel("--pipeline-parallel", pipeline_parallel, arch)
     reader = SafetensorsDirectory(source)
-    check_tensors(reader, arch)
+    _check_tensors(reader, arch)
     parameters = model_parameters(arch, pipeline_parallel)
     dtypes = _dtypes_of(parameters, reader, dtype)
     ranks: list[list[Chunk | SavedObject]] = [[] for _ in range(tensor_parallel * pipeline_parallel)]
@@ -70,14 +70,14 @@ def export_hf(source: Path, out: Path, *, dtype: str | None, config: Path | None
     arch = read_architecture(description)
     check_shape(arch)
     reader = open_weights(source, config)
-    check_tensors(reader, arch)
+    _check_tensors(reader, arch)
     specs = [TensorSpec(name, shape, dtype or reader.tensors[name].dtype) for name, shape in hf_shapes(arch).items()]
     with new_directory(out) as directory:
         _describe(description, directory, specs[0].dtype)
         write_safetensors(directory, specs, _stream(reader, specs))
 
 
-def check_tensors(reader: WeightReader, arch: Architecture) -> None:
+def _check_tensors(reader: WeightReader, arch: Architecture) -> None:
     """
     Raises:
         CheckpointError: a tensor is missing, has another shape, or has no place in the model.

@@ -35,7 +35,10 @@ HF_FILES = (
 
 def is_checkpoint(directory: Path) -> bool:
     """Whether this is a Megatron checkpoint, of whatever format."""
-    return (directory / FORMAT).is_file()
+    if not (directory / FORMAT).is_file():
+        return False
+    # Other programs write files of that name too; Megatron never beside safetensors.
+    return (directory / TENSORS).is_file() or not any(directory.glob("*.safetensors"))
 
 
 def check_format(directory: Path) -> None:

@@ -87,3 +87,6 @@ def read_architecture(directory: Path) -> Architecture:
         return architecture_of_hf(directory)
     except ConfigError as error:
         raise CheckpointError(str(error).removeprefix("model.hf = ")) from None
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{directory / 'config.json'} does not describe a model ({reason})") from None

@@ -162,6 +162,8 @@ def truncate(path: Path) -> None:
         (lambda m: shutil.rmtree(m.directory), [], "is not a directory"),
         (lambda m: (m.directory / "config.json").unlink(), [], "has no config.json"),
         (lambda m: (m.directory / "config.json").write_text("{"), [], "config.json cannot be read"),
+        (lambda m: (m.directory / "config.json").write_text("[1]"), [], "config.json does not describe a model"),
+        (lambda m: change_config(m, num_attention_heads=0), [], "config.json does not describe a model"),
         (lambda m: change_config(m, model_type="mixtral", num_local_experts=8), [], "is a mixture of experts"),
         (lambda m: change_config(m, model_type="gpt2"), [], "'gpt2' is not supported"),
         (lambda m: change_config(m, quantization_config={"bits": 4}), [], "quantization_config is not supported"),
@@ -239,6 +241,11 @@ def test_a_full_disk_leaves_nothing(run, make_model, tmp_path: Path, command: st
     assert result.returncode == 2
     assert re.fullmatch(rf"error: {tmp_path / 'out'} cannot be written \(.*\)\n", result.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_another_programs_metadata_does_not_make_a_checkpoint(run, model: HFModel):
+    (model.directory / "metadata.json").write_text('{"about": "something else"}')
+    assert run("verify-weights", model.directory, model.directory)[0] == 0
 
 
 def test_a_model_in_two_files_without_an_index(run, model: HFModel, tmp_path: Path):
