@@ -3,13 +3,13 @@
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError, DataError
+from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -17,6 +17,13 @@ _EXIT_BAD_INPUT = 2
 
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML configuration, such as examples/quickstart.yaml.")]
 SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value. Repeatable.")]
+
+Dtype = Literal["bfloat16", "float32"]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Round the weights to this; else they keep their dtype.")]
+ModelConfigOption = Annotated[
+    Path | None,
+    typer.Option(help="Hugging Face directory describing a checkpoint that Megatron saved without a description."),
+]
 
 
 @app.callback()
@@ -60,6 +67,71 @@ def train(
     raise typer.Exit(Supervisor(resolved, plan, run_dir, Display()).run())
 
 
+@app.command()
+def import_hf(
+    hf_dir: Annotated[Path, typer.Argument(help="Hugging Face directory: safetensors, config.json, tokenizer.")],
+    out: Annotated[Path, typer.Argument(help="The checkpoint to write; must not exist, or be empty.")],
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks the files are cut for.")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(min=1, help="Pipeline stages the files are cut for.")] = 1,
+    dtype: DtypeOption = None,
+) -> None:
+    """Make a Megatron distributed checkpoint (`torch_dist`) of a Hugging Face model.
+
+    Any number of ranks can load it, whatever it was cut for.
+
+    Example: async-rlhf import-hf models/Qwen2.5-0.5B checkpoints/qwen --tensor-parallel 2 --pipeline-parallel 2
+    """
+    from megatron_async_rlhf.checkpoint.convert import import_hf
+
+    import_hf(hf_dir, out, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, dtype=dtype)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def export_hf(
+    checkpoint: Annotated[Path, typer.Argument(help="A Megatron `torch_dist` checkpoint, or a run directory.")],
+    out: Annotated[Path, typer.Argument(help="The Hugging Face directory to write; must not exist, or be empty.")],
+    dtype: DtypeOption = None,
+    config: ModelConfigOption = None,
+) -> None:
+    """Make a Hugging Face directory of a Megatron checkpoint, or of the last policy of a run.
+
+    Example: async-rlhf export-hf checkpoints/qwen exported/qwen --dtype bfloat16
+    """
+    from megatron_async_rlhf.checkpoint.convert import export_hf
+
+    export_hf(checkpoint, out, dtype=dtype, config=config)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def verify_weights(
+    a: Annotated[str, typer.Argument(help="A Hugging Face directory, a Megatron checkpoint or a run directory.")],
+    b: Annotated[str, typer.Argument(help="What to compare it with; any of the three.")],
+    cast: Annotated[
+        Dtype | None, typer.Option(help="Compare after rounding both sides to this dtype; else dtypes must agree.")
+    ] = None,
+    config: ModelConfigOption = None,
+) -> None:
+    """Prove byte by byte that two holders of a model have the same weights; exit code 1 if they have not.
+
+    Example: async-rlhf verify-weights models/Qwen2.5-0.5B checkpoints/qwen
+    """
+    from megatron_async_rlhf.checkpoint.sources import open_holders
+    from megatron_async_rlhf.weights.verify import compare
+
+    result = compare(*open_holders(Path(a), Path(b), config), cast)
+    compared = f"{result.num_bytes} bytes in {result.boxes} pieces compared"
+    if not result.exact:
+        compared += ", negative zeros taken for positive ones"
+    if not result.differing:
+        typer.echo(f"equal: {result.tensors} tensors, {compared}")
+        return
+    typer.echo(f"different: {result.first}")
+    typer.echo(f"{len(result.differing)} of {result.tensors} tensors differ, {compared}")
+    raise typer.Exit(1)
+
+
 def _print_plan(config: RunConfig, plan, materials) -> None:
     typer.echo(dump_config(config))
     typer.echo(f"# policy: {materials.architecture.num_parameters / 1e6:.2f} M parameters")
@@ -73,7 +145,7 @@ def main() -> None:
     """Entry point; errors the user can mend are one line each on stderr, exit code 2 before anything started."""
     try:
         app(standalone_mode=True)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, CheckpointError, MappingError) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(_EXIT_BAD_INPUT) from None

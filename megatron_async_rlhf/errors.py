@@ -17,6 +17,10 @@ class MappingError(AsyncRLHFError, ValueError):
     """Weights that do not fit the architecture they are mapped to: names the tensor and both shapes."""
 
 
+class CheckpointError(AsyncRLHFError, ValueError):
+    """Weight files that cannot be read or written: names the file, and the tensor or the rule it breaks."""
+
+
 class TransferError(AsyncRLHFError, RuntimeError):
     """A weight push that failed or did not arrive byte for byte: names the phase, the peer and the tensor."""
 

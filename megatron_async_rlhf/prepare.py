@@ -10,6 +10,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from megatron_async_rlhf.checkpoint.directory import check_format, copy_hf_files, hf_files_of, is_checkpoint
 from megatron_async_rlhf.config.architecture import Architecture, architecture_of, architecture_of_hf
 from megatron_async_rlhf.config.layout_rules import check_layouts
 from megatron_async_rlhf.config.root import RunConfig
@@ -22,15 +23,6 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.types import Prompt, Sequence
-
-_TEMPLATE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 class Materials(Struct, frozen=True, kw_only=True):
@@ -112,12 +104,14 @@ def copy_template(template: Path, directory: Path) -> None:
 
 
 def _copy_template(source: Path, directory: Path) -> None:
-    architecture_of_hf(source)  # a clear error if it is no model we can train
-    if not any(source.glob("*.safetensors")):
+    """Config and tokenizer of a Hugging Face directory or of a checkpoint made from one."""
+    described = hf_files_of(source)
+    architecture_of_hf(described)  # a clear error if it is no model we can train
+    if is_checkpoint(source):
+        check_format(source)
+    elif not any(source.glob("*.safetensors")):
         raise ConfigError(f"model.hf = {source} holds no .safetensors file; save it with safe_serialization=True")
-    for name in _TEMPLATE_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, directory / name)
+    copy_hf_files(described, directory)
 
 
 def _texts(examples: list[Example]) -> list[str]:

@@ -14,17 +14,10 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
     Raises:
         ConfigError: one line naming key, value and rule.
     """
-    _check_shape(arch)
-    _check_tensor_parallel("learner.tensor_parallel", config.learner.tensor_parallel, arch)
-    _check_tensor_parallel("generator.tensor_parallel", config.generator.tensor_parallel, arch)
-    stages = config.learner.pipeline_parallel
-    if stages > arch.layers:
-        raise ConfigError(f"learner.pipeline_parallel = {stages} is above the {arch.layers} layers of the model")
-    if arch.layers % stages:
-        raise ConfigError(
-            f"learner.pipeline_parallel = {stages} must divide the model's {arch.layers} layers "
-            f"({arch.layers} / {stages} leaves {arch.layers % stages})"
-        )
+    check_shape(arch)
+    check_tensor_parallel("learner.tensor_parallel", config.learner.tensor_parallel, arch)
+    check_tensor_parallel("generator.tensor_parallel", config.generator.tensor_parallel, arch)
+    check_pipeline_parallel("learner.pipeline_parallel", config.learner.pipeline_parallel, arch)
     if config.generator.max_new_tokens >= arch.context_length:
         raise ConfigError(
             f"generator.max_new_tokens = {config.generator.max_new_tokens} leaves no room for a prompt in "
@@ -42,17 +35,42 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
         )
 
 
-def _check_shape(arch: Architecture) -> None:
+def check_shape(arch: Architecture) -> None:
+    """Refuse heads that cannot be grouped or rotated.
+
+    Raises:
+        ConfigError: one line naming key, value and rule.
+    """
     if arch.head_dim % 2:
         raise ConfigError(f"the head size {arch.head_dim} must be even for rotary embeddings; change model.heads")
     if arch.heads % arch.kv_heads:
         raise ConfigError(f"model.kv_heads = {arch.kv_heads} must divide model.heads = {arch.heads}")
 
 
-def _check_tensor_parallel(key: str, ranks: int, arch: Architecture) -> None:
+def check_tensor_parallel(key: str, ranks: int, arch: Architecture) -> None:
+    """Refuse ranks that do not divide the model's layers.
+
+    Raises:
+        ConfigError: one line naming `key`, value and rule.
+    """
     if arch.heads % ranks:
         raise ConfigError(f"{key} = {ranks} must divide the {arch.heads} attention heads")
     if arch.ffn_size % ranks:
         raise ConfigError(f"{key} = {ranks} must divide the feed-forward size {arch.ffn_size}")
     if arch.kv_heads % ranks and ranks % arch.kv_heads:
         raise ConfigError(f"{key} = {ranks} must divide, or be a multiple of, the {arch.kv_heads} key-value heads")
+
+
+def check_pipeline_parallel(key: str, stages: int, arch: Architecture) -> None:
+    """Refuse stages that would not have the same number of layers.
+
+    Raises:
+        ConfigError: one line naming `key`, value and rule.
+    """
+    if stages > arch.layers:
+        raise ConfigError(f"{key} = {stages} is above the {arch.layers} layers of the model")
+    if arch.layers % stages:
+        raise ConfigError(
+            f"{key} = {stages} must divide the model's {arch.layers} layers "
+            f"({arch.layers} / {stages} leaves {arch.layers % stages})"
+        )

@@ -29,9 +29,9 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    """The policy: either a Hugging Face directory, or a fresh Llama of the given shape."""
+    """The policy: a Hugging Face directory, a checkpoint that `import-hf` made of one, or a fresh Llama."""
 
-    hf: Path | None = None  # weights, config and tokenizer come from here; leave the shape keys below unset
+    hf: Path | None = None  # directory with weights, config and tokenizer; leave the shape keys below unset
     layers: PositiveInt | None = None
     hidden_size: PositiveInt | None = None
     ffn_size: PositiveInt | None = None

@@ -1,5 +1,7 @@
 """128-bit non-cryptographic digests of tensors: any flipped bit changes them, and hashing is as fast as memory."""
 
+from collections.abc import Iterable
+
 import torch
 import xxhash
 
@@ -20,6 +22,14 @@ def digest(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bytes:
     rows = max(1, _BLOCK_BYTES * tensor.shape[0] // max(1, tensor.numel() * dtype.itemsize)) if tensor.ndim else 1
     for block in tensor.split(rows) if tensor.ndim else (tensor,):
         hasher.update(_bytes_of(block.to(dtype).contiguous()))
+    return hasher.digest()
+
+
+def digest_blocks(blocks: Iterable[torch.Tensor]) -> bytes:
+    """`digest` of consecutive blocks of rows put together, without putting them together."""
+    hasher = xxhash.xxh3_128()
+    for block in blocks:
+        hasher.update(_bytes_of(block.contiguous()))
     return hasher.digest()
 
 

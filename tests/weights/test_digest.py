@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_async_rlhf.weights.digest import _BLOCK_BYTES, digest
+from megatron_async_rlhf.weights.digest import _BLOCK_BYTES, digest, digest_blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
@@ -52,3 +52,10 @@ def test_what_is_hashed_in_blocks_is_what_is_hashed_whole():
     assert digest(part) == digest(part.contiguous())
     assert digest(part, torch.bfloat16) == digest(part.bfloat16().contiguous()) != digest(part)
     assert digest(torch.randn(0, 5)) == digest(torch.randn(0, 7))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_blocks_of_rows_give_the_digest_of_the_whole(rows: int):
+    tensor = torch.randn(7, 5)
+    assert digest_blocks(tensor.split(rows)) == digest(tensor)
+    assert digest_blocks(reversed(tensor.split(3))) != digest(tensor)

@@ -23,7 +23,7 @@ from megatron_async_rlhf.learner.megatron.optimizer import build_optimizer
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.steps import MicroLoss, Passes, gather_policy_logprobs
 from megatron_async_rlhf.learner.megatron.weight_push import WeightPush
-from megatron_async_rlhf.learner.megatron.weights import gather_weights, load_weights, random_weights, read_safetensors
+from megatron_async_rlhf.learner.megatron.weights import gather_weights, load_weights, random_weights, stored_weights
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     ExportWeights,
@@ -37,6 +37,8 @@ from megatron_async_rlhf.learner.protocol import (
 )
 from megatron_async_rlhf.types import Sequence, Span, StepMetrics
 from megatron_async_rlhf.weights.hf_files import write_safetensors
+from megatron_async_rlhf.weights.hf_mapping import hf_shapes
+from megatron_async_rlhf.weights.stored import TensorSpec
 
 
 class MegatronLearner:
@@ -50,7 +52,7 @@ class MegatronLearner:
         self._spans: list[Span] = []
         self._bare = build_model(arch, placement, config.run.seed)
         hf = config.model.hf
-        load_weights(self._bare, arch, placement, read_safetensors(hf) if hf else random_weights(arch, config.run.seed))
+        load_weights(self._bare, arch, placement, stored_weights(hf) if hf else random_weights(arch, config.run.seed))
         self._policy = DistributedDataParallel(
             self._bare.config, DistributedDataParallelConfig(overlap_grad_reduce=False), self._bare
         )
@@ -123,7 +125,8 @@ class MegatronLearner:
         with self._span("export"):
             stream = self.gathered_weights()
             if self.placement.rank == 0:
-                write_safetensors(Path(command.directory), stream)
+                specs = [TensorSpec(name, shape, "float32") for name, shape in hf_shapes(self.arch).items()]
+                write_safetensors(Path(command.directory), specs, stream)
             else:
                 for _ in stream:
                     pass

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from safetensors import safe_open
 
+from megatron_async_rlhf.checkpoint.sources import open_weights
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import MappingError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.weights.families import Rule
 from megatron_async_rlhf.weights.hf_mapping import PlacedMapping, copies_of_tied_embedding, hf_shapes, model_mappings
 from megatron_async_rlhf.weights.reshard import merge, split
+from megatron_async_rlhf.weights.stored import read_tensor
 
 HFTensorReader = Callable[[str], torch.Tensor]
 
@@ -82,24 +83,14 @@ def _receive(
     return buffer
 
 
-def read_safetensors(directory: Path) -> HFTensorReader:
-    """Reads single tensors of a Hugging Face directory, in float32.
+def stored_weights(directory: Path) -> HFTensorReader:
+    """Reads single tensors of a Hugging Face directory or of an imported checkpoint, in float32.
 
     Raises:
-        MappingError: no safetensors files, or (when asked for) a tensor that is in none of them.
+        CheckpointError: nothing to read there, or (when asked for) a tensor that it does not have.
     """
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise MappingError(f"{directory} holds no .safetensors file; save the model with safe_serialization=True")
-    handles = [safe_open(path, framework="pt") for path in files]
-    where = {name: handle for handle in handles for name in handle.keys()}
-
-    def read(name: str) -> torch.Tensor:
-        if name not in where:
-            raise MappingError(f"{directory} has no tensor {name}")
-        return where[name].get_tensor(name).float()
-
-    return read
+    weights = open_weights(directory)
+    return lambda name: read_tensor(weights, name, torch.float32)
 
 
 def random_weights(arch: Architecture, seed: int) -> HFTensorReader:

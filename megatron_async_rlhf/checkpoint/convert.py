@@ -1,0 +1,156 @@
+"""Hugging Face directory to Megatron checkpoint and back, a tensor or a part of one at a time."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_async_rlhf.checkpoint.directory import HF_DIR, copy_hf_files, new_directory
+from megatron_async_rlhf.checkpoint.parameters import Parameter, Share, model_parameters, padded_rows, shares_of
+from megatron_async_rlhf.checkpoint.sources import description_of, open_weights, read_architecture, resolve
+from megatron_async_rlhf.checkpoint.writer import Chunk, SavedObject, write_torch_dist
+from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.layout_rules import check_pipeline_parallel, check_shape, check_tensor_parallel
+from megatron_async_rlhf.errors import CheckpointError
+from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory, write_safetensors
+from megatron_async_rlhf.weights.hf_mapping import hf_shapes
+from megatron_async_rlhf.weights.layout import Piece
+from megatron_async_rlhf.weights.stored import (
+    DTYPES,
+    TensorSpec,
+    WeightReader,
+    find_tensor,
+    read_blocks,
+)
+
+# Layers of Transformer Engine keep scaling factors in an extra state; others save that they have none.
+_WITH_EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def import_hf(source: Path, out: Path, *, tensor_parallel: int, pipeline_parallel: int, dtype: str | None) -> None:
+    """Write the checkpoint that so many ranks would write, in `dtype` or as the weights are. Memory: one chunk.
+
+    Raises:
+        CheckpointError, ConfigError: one line; no part of `out` is left then.
+    """
+    source = resolve(source)
+    description = description_of(source)
+    arch = read_architecture(description)
+    check_shape(arch)
+    check_tensor_parallel("--tensor-parallel", tensor_parallel, arch)
+    check_pipeline_parallel("--pipeline-parallel", pipeline_parallel, arch)
+    reader = SafetensorsDirectory(source)
+    _check_tensors(reader, arch)
+    parameters = model_parameters(arch, pipeline_parallel)
+    dtypes = _dtypes_of(parameters, reader, dtype)
+    ranks: list[list[Chunk | SavedObject]] = [[] for _ in range(tensor_parallel * pipeline_parallel)]
+    for parameter in parameters:
+        first_rank = parameter.stage * tensor_parallel  # Megatron's order of ranks: tensor, then pipeline
+        for share in shares_of(parameter, tensor_parallel):
+            chunk = _chunk_of(parameter, share, reader, arch, tensor_parallel, DTYPES[dtypes[parameter.key]])
+            ranks[first_rank + share.tensor_rank].append(chunk)
+        ranks[first_rank] += _extra_states(parameter, arch)
+    with new_directory(out) as directory:
+        write_torch_dist(directory, ranks)
+        _describe(description, directory / HF_DIR, dtypes[parameters[0].key])
+
+
+def export_hf(source: Path, out: Path, *, dtype: str | None, config: Path | None = None) -> None:
+    """Write a Hugging Face directory from a checkpoint, or from the last policy of a run. Memory: a few megabytes.
+
+    Args:
+        config: Hugging Face directory with config and tokenizer, for a checkpoint that Megatron saved by itself.
+
+    Raises:
+        CheckpointError: one line; no part of `out` is left then.
+    """
+    source = resolve(source)
+    description = description_of(source, config)
+    arch = read_architecture(description)
+    check_shape(arch)
+    reader = open_weights(source, config)
+    _check_tensors(reader, arch)
+    specs = [TensorSpec(name, shape, dtype or reader.tensors[name].dtype) for name, shape in hf_shapes(arch).items()]
+    with new_directory(out) as directory:
+        _describe(description, directory, specs[0].dtype)
+        write_safetensors(directory, specs, _stream(reader, specs))
+
+
+def _check_tensors(reader: WeightReader, arch: Architecture) -> None:
+    """
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or has no place in the model.
+    """
+    shapes = hf_shapes(arch)
+    for name, shape in shapes.items():
+        found = find_tensor(reader, name).shape
+        if found != shape:
+            raise CheckpointError(f"{reader.label}: {name} has shape {found}, but config.json describes {shape}")
+    for name in reader.tensors:
+        if name not in shapes:
+            raise CheckpointError(f"{reader.label}: {name} has no place in a {arch.family} model of this config.json")
+
+
+def _dtypes_of(parameters: list[Parameter], reader: WeightReader, dtype: str | None) -> dict[str, str]:
+    """Dtype of each key of the checkpoint. A key has one, though many Hugging Face tensors lie under it."""
+    found: dict[str, tuple[str, str]] = {}
+    for parameter in parameters:
+        for piece in parameter.pieces:
+            here = dtype or reader.tensors[piece.tensor].dtype
+            other, first = found.setdefault(parameter.key, (here, piece.tensor))
+            if here != other:
+                raise CheckpointError(
+                    f"{reader.label}: {first} is {other} and {piece.tensor} is {here}, but Megatron keeps both in one "
+                    f"tensor; give --dtype"
+                )
+    return {key: name for key, (name, _) in found.items()}
+
+
+def _chunk_of(
+    parameter: Parameter, share: Share, reader: WeightReader, arch: Architecture, ranks: int, dtype: torch.dtype
+) -> Chunk:
+    axes = slice(0, 1) if parameter.is_vector else slice(0, 2)
+    shape = (padded_rows(parameter, ranks), parameter.cols)[axes]
+    offsets, sizes = (share.row, share.col)[axes], (share.rows, share.cols)[axes]
+    if parameter.layer is not None:
+        shape, offsets, sizes = (arch.layers, *shape), (parameter.layer, *offsets), (1, *sizes)
+
+    def make() -> torch.Tensor:
+        values = torch.zeros(share.rows, share.cols, dtype=dtype)  # zero where the vocabulary is padded
+        for piece in parameter.pieces:
+            top, bottom = max(share.row, piece.row), min(share.row + share.rows, piece.row + _height(piece))
+            if top < bottom:
+                rows = values[top - share.row : bottom - share.row]
+                reader.read_into(rows, piece.tensor, piece.rows[0] + top - piece.row, piece.cols[0] + share.col)
+        return values.view(sizes)
+
+    return Chunk(key=parameter.key, shape=shape, dtype=dtype, offsets=offsets, sizes=sizes, make=make)
+
+
+def _height(piece: Piece) -> int:
+    return piece.rows[1] - piece.rows[0]
+
+
+def _extra_states(parameter: Parameter, arch: Architecture) -> Iterator[SavedObject]:
+    module, _, kind = parameter.key.rpartition(".")
+    if kind == "weight" and module.endswith(_WITH_EXTRA_STATE):
+        key = f"{module}._extra_state/shard_{parameter.layer}_{arch.layers}"
+        yield SavedObject(key=key, value=[None])
+
+
+def _stream(reader: WeightReader, specs: list[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
+    for spec in specs:
+        rows, cols = spec.matrix
+        for block in read_blocks(reader, spec.name, (0, rows), (0, cols), DTYPES[spec.dtype]):
+            yield spec.name, block
+
+
+def _describe(source: Path, target: Path, dtype: str) -> None:
+    """Copy config and tokenizer; the config names the dtype the weights have now."""
+    copy_hf_files(source, target)
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    if any(config.get(key) != dtype for key in keys):
+        path.write_text(json.dumps(config | dict.fromkeys(keys, dtype), indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""Finds the weights behind a path: a Hugging Face directory, a checkpoint, or a run."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_async_rlhf.checkpoint.directory import HF_DIR, hf_files_of, is_checkpoint
+from megatron_async_rlhf.checkpoint.weights import CheckpointWeights
+from megatron_async_rlhf.config.architecture import Architecture, architecture_of_hf
+from megatron_async_rlhf.errors import CheckpointError, ConfigError
+from megatron_async_rlhf.telemetry.files import EXPORT_DIR, RESOLVED_CONFIG
+from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory
+from megatron_async_rlhf.weights.hf_mapping import hf_shapes
+from megatron_async_rlhf.weights.stored import WeightReader
+from megatron_async_rlhf.weights.verify import StoredWeights, WeightHolder
+
+
+def resolve(path: Path) -> Path:
+    """The directory with the weights: `path`, or the last policy of the run that `path` is.
+
+    Raises:
+        CheckpointError: it is no directory, or a run without a finished policy.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory")
+    if not (path / RESOLVED_CONFIG).is_file():
+        return path
+    if not (path / EXPORT_DIR).is_dir():
+        raise CheckpointError(f"{path} is a run without {EXPORT_DIR}: it has not finished")
+    return path / EXPORT_DIR
+
+
+def open_weights(directory: Path, config: Path | None = None) -> WeightReader:
+    """
+    Args:
+        directory: as `resolve` gives it.
+        config: Hugging Face directory that describes the model, for a checkpoint that Megatron saved by itself.
+
+    Raises:
+        CheckpointError: nothing that weights can be read from.
+    """
+    if is_checkpoint(directory):
+        return CheckpointWeights(directory, read_architecture(description_of(directory, config)))
+    weights = SafetensorsDirectory(directory)
+    with suppress(CheckpointError):  # without a description that we know, the order of the files has to do
+        order = [name for name in hf_shapes(read_architecture(directory)) if name in weights.tensors]
+        weights.tensors = {name: weights.tensors[name] for name in (*order, *weights.tensors)}
+    return weights
+
+
+def open_holders(a: Path, b: Path, config: Path | None = None) -> tuple[WeightHolder, WeightHolder]:
+    """Two holders to compare. Either describes the model for a checkpoint on the other side that has no description.
+
+    Raises:
+        CheckpointError: one of them has nothing that weights can be read from.
+    """
+    paths = resolve(a), resolve(b)
+    described = [path for path in paths if (hf_files_of(path) / "config.json").is_file()]
+    borrowed = hf_files_of(described[0]) if described else None
+    ours, theirs = (
+        StoredWeights(open_weights(path, config or (None if path in described else borrowed))) for path in paths
+    )
+    return ours, theirs
+
+
+def description_of(directory: Path, config: Path | None = None) -> Path:
+    """Where the model's config and tokenizer are.
+
+    Raises:
+        CheckpointError: a checkpoint brings none and none are given.
+    """
+    found = config or hf_files_of(directory)
+    if not (found / "config.json").is_file():
+        if is_checkpoint(directory) and config is None:
+            raise CheckpointError(
+                f"{directory} has no {HF_DIR}/config.json; name the model's Hugging Face directory with --config"
+            )
+        raise CheckpointError(f"{found} has no config.json; give a Hugging Face model directory")
+    return found
+
+
+def read_architecture(directory: Path) -> Architecture:
+    """
+    Raises:
+        CheckpointError: a model that is not supported.
+    """
+    try:
+        return architecture_of_hf(directory)
+    except ConfigError as error:
+        raise CheckpointError(str(error).removeprefix("model.hf = ")) from None
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{directory / 'config.json'} does not describe a model ({reason})") from None
