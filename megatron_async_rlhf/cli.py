@@ -106,8 +106,11 @@ def export_hf(
 
 @app.command()
 def verify_weights(
-    a: Annotated[str, typer.Argument(help="A Hugging Face directory, a Megatron checkpoint or a run directory.")],
-    b: Annotated[str, typer.Argument(help="What to compare it with; any of the three.")],
+    a: Annotated[
+        str,
+        typer.Argument(help="A Hugging Face directory, a Megatron checkpoint, a run, or a running generator's URL."),
+    ],
+    b: Annotated[str, typer.Argument(help="What to compare it with; any of the four.")],
     cast: Annotated[
         Dtype | None, typer.Option(help="Compare after rounding both sides to this dtype; else dtypes must agree.")
     ] = None,
@@ -120,7 +123,7 @@ def verify_weights(
     from megatron_async_rlhf.checkpoint.sources import open_holders
     from megatron_async_rlhf.weights.verify import compare
 
-    result = compare(*open_holders(Path(a), Path(b), config), cast)
+    result = compare(*open_holders(a, b, config), cast)
     compared = f"{result.num_bytes} bytes in {result.boxes} pieces compared"
     if not result.exact:
         compared += ", negative zeros taken for positive ones"

@@ -1,4 +1,4 @@
-"""Finds the weights behind a path: a Hugging Face directory, a checkpoint, or a run."""
+"""Finds the weights behind a name: a Hugging Face directory, a checkpoint, a run, or a running generator."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -7,6 +7,7 @@ from megatron_async_rlhf.checkpoint.directory import HF_DIR, hf_files_of, is_che
 from megatron_async_rlhf.checkpoint.weights import CheckpointWeights
 from megatron_async_rlhf.config.architecture import Architecture, architecture_of_hf
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
+from megatron_async_rlhf.generator.vllm.live_weights import LiveWeights
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, RESOLVED_CONFIG
 from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
@@ -47,19 +48,29 @@ def open_weights(directory: Path, config: Path | None = None) -> WeightReader:
     return weights
 
 
-def open_holders(a: Path, b: Path, config: Path | None = None) -> tuple[WeightHolder, WeightHolder]:
-    """Two holders to compare. Either describes the model for a checkpoint on the other side that has no description.
+def open_holders(a: str, b: str, config: Path | None = None) -> tuple[WeightHolder, WeightHolder]:
+    """Two holders to compare: directories, or URLs of running generators.
+
+    Either describes the model for a checkpoint on the other side that has no description.
 
     Raises:
         CheckpointError: one of them has nothing that weights can be read from.
     """
-    paths = resolve(a), resolve(b)
-    described = [path for path in paths if (hf_files_of(path) / "config.json").is_file()]
+    paths = {source: resolve(Path(source)) for source in (a, b) if not is_url(source)}
+    described = [path for path in paths.values() if (hf_files_of(path) / "config.json").is_file()]
     borrowed = hf_files_of(described[0]) if described else None
-    ours, theirs = (
-        StoredWeights(open_weights(path, config or (None if path in described else borrowed))) for path in paths
-    )
-    return ours, theirs
+
+    def open_holder(source: str) -> WeightHolder:
+        if is_url(source):
+            return LiveWeights(source)
+        path = paths[source]
+        return StoredWeights(open_weights(path, config or (None if path in described else borrowed)))
+
+    return open_holder(a), open_holder(b)
+
+
+def is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))
 
 
 def description_of(directory: Path, config: Path | None = None) -> Path:

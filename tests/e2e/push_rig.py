@@ -36,6 +36,7 @@ class PushRig:
         self.run_dir, self.materials = run_dir, materials
         self.learner, self.generators, self.weights = learner, generators, weights
         self.processes: dict[str, Process] = processes
+        self.urls: list[str] = []
         self.version = 0
 
     async def change_weights(self) -> None:
@@ -150,7 +151,9 @@ async def push_rig(directory: Path, *overrides: str, alter: dict[str, dict] | No
     weights = WeightSync(learner, generators, config, (host, int(port)))
     try:
         await _started(processes, learner, generators)
-        yield PushRig(run_dir, materials, learner, generators, weights, processes)
+        rig = PushRig(run_dir, materials, learner, generators, weights, processes)
+        rig.urls = values["--generator"]
+        yield rig
     finally:
         learner.close()
         for generator in generators:

@@ -1,9 +1,13 @@
 """Pushes between real Megatron ranks and real vLLM servers: bytes, log-probabilities, and every way to fail."""
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +137,47 @@ def test_training_during_a_push_does_not_change_what_arrives(tmp_path, snapshot)
             assert await rig.largest_logprob_gap() > 1e-3
 
     asyncio.run(run())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_running_generator_is_compared_with_files(tmp_path):
+    """What vLLM computes with, read back through oneDNN's packed matrices, against the learner's export."""
+
+    def verify(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "megatron_async_rlhf", "verify-weights", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+    async def run():
+        async with push_rig(tmp_path, *overrides((2, 1, 2), (2, 1))) as rig:
+            await rig.weights.push(0)
+            exported, url = str(await rig.export()), rig.urls[0]
+            result = verify(exported, url)
+            assert result.returncode == 0, result.stdout + result.stderr
+            assert result.stdout.startswith("equal: ") and "negative zeros" in result.stdout
+            assert verify(url, exported).returncode == 0
+
+            spoil(Path(exported) / "model.safetensors", "model.layers.1.mlp.down_proj.weight")
+            result = verify(exported, url)
+            assert result.returncode == 1
+            assert result.stdout.startswith("different: model.layers.1.mlp.down_proj.weight: rows 0 to 63, columns 48")
+            assert f"{url} rank 1" in result.stdout
+
+            await rig.change_weights()
+            assert verify(str(await rig.export()), url).returncode == 1
+            result = verify("http://127.0.0.1:9", exported)
+            assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+
+    asyncio.run(run())
+
+
+def spoil(file: Path, name: str) -> None:
+    """Flip one bit of the tensor's last element."""
+    raw = bytearray(file.read_bytes())
+    size = int.from_bytes(raw[:8], "little")
+    end = json.loads(raw[8 : 8 + size])[name]["data_offsets"][1]
+    raw[8 + size + end - 2] ^= 1
+    file.write_bytes(raw)
 
 
 @pytest.mark.slow

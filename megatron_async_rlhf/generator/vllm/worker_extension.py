@@ -6,6 +6,7 @@ from typing import Any
 from megatron_async_rlhf.config.architecture import architecture_of_hf
 from megatron_async_rlhf.generator.vllm.worker_model import WorkerModel
 from megatron_async_rlhf.weights.digest import digest
+from megatron_async_rlhf.weights.hf_mapping import hf_shapes
 from megatron_async_rlhf.weights.layout import generator_pieces
 
 # Smaller rectangles name a difference more closely; a digest is 16 bytes of this many.
@@ -19,16 +20,16 @@ class WeightInspection:
         """Digests of everything this worker holds, in Hugging Face coordinates.
 
         Returns:
-            `dtype`; `exact`: False if a matrix had to be read through its packed form, which loses the sign of zeros:
+            `dtype`; `shapes`: [name, shape] of the whole model's tensors; `exact`: False if a matrix had to be read through its packed form, which loses the sign of zeros:
             then all digests are of values with positive zeros; `boxes`: [tensor, first row, end row, first column,
             end column, digest in hex] for each rectangle.
         """
         model = WorkerModel(self.get_model())
         ranks, rank = self.parallel_config.tensor_parallel_size, self.parallel_config.rank
-        pieces = generator_pieces(architecture_of_hf(Path(self.model_config.model)), ranks, rank)
+        arch = architecture_of_hf(Path(self.model_config.model))
         exact, boxes = model.in_place, []
         by_parameter: dict[str, list] = {}
-        for piece in pieces:
+        for piece in generator_pieces(arch, ranks, rank):
             by_parameter.setdefault(piece.parameter, []).append(piece)
         for parameter, held in by_parameter.items():
             matrix, _ = model.resident(parameter)
@@ -40,4 +41,5 @@ class WeightInspection:
                     first = begin + i * step
                     value = digest(block if exact else block + 0.0)
                     boxes.append([piece.tensor, first, first + block.shape[0], left, right, value.hex()])
-        return {"dtype": str(matrix.dtype).removeprefix("torch."), "exact": exact, "boxes": boxes}
+        dtype = str(matrix.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "exact": exact, "shapes": list(hf_shapes(arch).items()), "boxes": boxes}
