@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -27,10 +28,16 @@ import torch.distributed as dist
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.weights.hf_mapping import PlacedMapping, elements_held, hf_shapes, model_mappings
-from megatron_async_rlhf.weights.layout import LearnerLayout, generator_pieces, learner_pieces, parameter_shapes
+from megatron_async_rlhf.weights.layout import (
+    LearnerLayout,
+    Piece,
+    generator_pieces,
+    learner_pieces,
+    matrix_shape,
+    parameter_shapes,
+)
 from megatron_async_rlhf.weights.plan import ITEM_BYTES, plan_transfer
 from megatron_async_rlhf.weights.receive import Check, Receiver
-from megatron_async_rlhf.weights.reshard import merge
 from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.send import Sender
 from megatron_async_rlhf.weights.transports.open import open_transport
@@ -143,17 +150,22 @@ class Broadcast(Member):
             if mine is not None:
                 self.learner.send([mine], 0, 0).wait()
             return []
-        shards = []
+        whole = {name: torch.empty(matrix_shape(self.shapes[name])) for name in mapping.hf}
         for owner in owners:
+            pieces = [p for p in self.pieces_of(owner) if p.parameter == mapping.megatron]
             shard = mine
             if owner:
-                rows = parameter_shapes(p for p in learner_pieces_of(self, owner) if p.parameter == mapping.megatron)
-                shard = torch.empty(rows[mapping.megatron])
+                shard = torch.empty(parameter_shapes(pieces)[mapping.megatron])
                 self.learner.recv([shard], owner, 0).wait()
                 self.gathered += shard.nbytes
-            shards.append(shard)
-        merged = merge(mapping.rule, shards, self.arch)
-        return [tensor.reshape(self.shapes[name]) for name, tensor in zip(mapping.hf, merged, strict=True)]
+            for p in pieces:
+                rows, cols = p.rows[1] - p.rows[0], p.cols[1] - p.cols[0]
+                whole[p.tensor][slice(*p.rows), slice(*p.cols)] = shard[p.row : p.row + rows, p.col : p.col + cols]
+        return list(whole.values())
+
+    @cache
+    def pieces_of(self, rank: int) -> list[Piece]:
+        return learner_pieces(self.arch, self.layout, rank)
 
     def _send(self, bucket: list[torch.Tensor]) -> int:
         packed = torch.cat([tensor.reshape(-1) for tensor in bucket])
@@ -179,12 +191,6 @@ class Broadcast(Member):
                 source = whole[slice(*part.rows), slice(*part.cols)]
                 target[part.row : part.row + source.shape[0], part.col : part.col + source.shape[1]] = source
         return 0
-
-
-def learner_pieces_of(member: Member, rank: int):
-    if not hasattr(member, "pieces"):
-        member.pieces = {r: learner_pieces(member.arch, member.layout, r) for r in range(member.layout.ranks)}
-    return member.pieces[rank]
 
 
 def nbytes(shape: tuple[int, ...]) -> int:

@@ -16,7 +16,9 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
     """
     check_shape(arch)
     check_tensor_parallel("learner.tensor_parallel", config.learner.tensor_parallel, arch)
+    _check_interleaved_rows("learner.tensor_parallel", config.learner.tensor_parallel, arch)
     check_tensor_parallel("generator.tensor_parallel", config.generator.tensor_parallel, arch)
+    _check_padded_vocabulary("generator.tensor_parallel", config.generator.tensor_parallel, arch)
     check_pipeline_parallel("learner.pipeline_parallel", config.learner.pipeline_parallel, arch)
     if config.generator.max_new_tokens >= arch.context_length:
         raise ConfigError(
@@ -59,6 +61,23 @@ def check_tensor_parallel(key: str, ranks: int, arch: Architecture) -> None:
         raise ConfigError(f"{key} = {ranks} must divide the feed-forward size {arch.ffn_size}")
     if arch.kv_heads % ranks and ranks % arch.kv_heads:
         raise ConfigError(f"{key} = {ranks} must divide, or be a multiple of, the {arch.kv_heads} key-value heads")
+
+
+def _check_interleaved_rows(key: str, ranks: int, arch: Architecture) -> None:
+    """Megatron divides query, key and value rows together."""
+    rows = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
+    if rows % ranks:
+        raise ConfigError(
+            f"{key} = {ranks} must divide the rows of query, key and value together: ({arch.heads} + 2 x "
+            f"{arch.kv_heads}) heads x {arch.head_dim} = {rows}"
+        )
+
+
+def _check_padded_vocabulary(key: str, ranks: int, arch: Architecture) -> None:
+    """vLLM pads the vocabulary to a multiple of 64 and divides that."""
+    padded = -(-arch.vocab_size // 64) * 64
+    if padded % ranks:
+        raise ConfigError(f"{key} = {ranks} must divide the vocabulary as vLLM pads it: {padded} rows")
 
 
 def check_pipeline_parallel(key: str, stages: int, arch: Architecture) -> None:

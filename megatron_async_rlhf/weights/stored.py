@@ -109,14 +109,6 @@ def find_tensor(reader: WeightReader, name: str) -> TensorSpec:
         raise CheckpointError(f"{reader.label} has no tensor {name}") from None
 
 
-def read_tensor(reader: WeightReader, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """One whole tensor in its own shape."""
-    spec = find_tensor(reader, name)
-    target = torch.empty(spec.matrix, dtype=dtype)
-    reader.read_into(target, name, 0, 0)
-    return target.view(spec.shape)
-
-
 def read_blocks(
     reader: WeightReader, name: str, rows: tuple[int, int], cols: tuple[int, int], dtype: torch.dtype
 ) -> Iterator[torch.Tensor]:

@@ -19,10 +19,11 @@ def hold(directory: Path) -> None:
     import torch
 
     from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory
-    from megatron_async_rlhf.weights.stored import read_tensor
 
     reader = SafetensorsDirectory(directory)
-    _ = [read_tensor(reader, name, torch.bfloat16) for name in reader.tensors]
+    held = {name: torch.empty(spec.matrix, dtype=torch.bfloat16) for name, spec in reader.tensors.items()}
+    for name, tensor in held.items():
+        reader.read_into(tensor, name, 0, 0)
 
 
 def main() -> None:

@@ -18,14 +18,15 @@ def load(job: dict, arch, placement) -> tuple[object, list[str]]:
     from megatron.core import dist_checkpointing
     from safetensors.torch import load_file
 
+    from megatron_async_rlhf.checkpoint.sources import open_weights
     from megatron_async_rlhf.learner.megatron.model import build_model
-    from megatron_async_rlhf.learner.megatron.weights import load_weights, stored_weights
+    from megatron_async_rlhf.learner.megatron.weights import load_weights
 
     model, expected = (build_model(arch, placement, seed) for seed in (1, 2))
     state = dist_checkpointing.load(model.sharded_state_dict(), job["checkpoint"])
     model.load_state_dict(state)
     tensors = load_file(Path(job["hf"]) / "model.safetensors")
-    load_weights(expected, arch, placement, tensors.__getitem__)
+    load_weights(expected, arch, placement, open_weights(Path(job["hf"])))
     right = dict(expected.named_parameters())
 
     def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -33,8 +34,11 @@ def load(job: dict, arch, placement) -> tuple[object, list[str]]:
 
     wrong = [name for name, parameter in model.named_parameters() if differ(parameter, right[name])]
     for directory in job["readable"]:  # what `model.hf` may name
-        read = stored_weights(Path(directory))
-        wrong += [f"{directory}: {name}" for name, tensor in tensors.items() if differ(read(name), tensor)]
+        reader = open_weights(Path(directory))
+        for name, tensor in tensors.items():
+            matrix = torch.empty(reader.tensors[name].matrix)
+            reader.read_into(matrix, name, 0, 0)
+            wrong += [f"{directory}: {name}"] if differ(matrix.view(tensor.shape), tensor) else []
     return model, wrong
 
 

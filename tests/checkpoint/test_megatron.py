@@ -102,7 +102,7 @@ def test_what_ranks_saved_is_exported_byte_for_byte(ranks: Ranks, tmp_path: Path
 
 @pytest.mark.parametrize(("name", "kind"), SAVED)
 def test_a_checkpoint_without_description_is_verified_with_the_other_sides(ranks: Ranks, name: str, kind: str):
-    result = compare(*open_holders(ranks.saved(name, kind), ranks.imported(name)))
+    result = compare(*open_holders(str(ranks.saved(name, kind)), str(ranks.imported(name))))
     assert not result.differing
     assert result.tensors == len(ranks.models[name].tensors)
 

@@ -62,7 +62,7 @@ def test_the_layout_of_the_files_does_not_matter(make_model, tmp_path: Path):
     layouts = [(1, 1), (4, 1), (2, 4)]
     checkpoints = [import_model(model.directory, tmp_path / f"{t}x{p}", t, p) for t, p in layouts]
     for other in (*checkpoints[1:], model.directory):
-        assert not compare(*open_holders(checkpoints[0], other)).differing
+        assert not compare(*open_holders(str(checkpoints[0]), str(other))).differing
 
 
 def test_everything_beside_the_weights_comes_along(make_model, tmp_path: Path):
@@ -133,7 +133,7 @@ def test_a_run_directory_stands_for_its_last_policy(make_model, tmp_path: Path):
     model.directory.rename(run / "checkpoints/final")
     export_hf(run, tmp_path / "exported", dtype=None)
     assert_same(read_directory(tmp_path / "exported"), read_directory(run / "checkpoints/final"))
-    assert not compare(*open_holders(run, tmp_path / "exported")).differing
+    assert not compare(*open_holders(str(run), str(tmp_path / "exported"))).differing
 
 
 def test_files_are_hashed_with_positive_zeros_where_the_other_side_has_no_others(make_model, tmp_path: Path):

@@ -13,9 +13,16 @@ from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.weights import stored
 from megatron_async_rlhf.weights.hf_files import INDEX, SafetensorsDirectory, write_safetensors
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
-from megatron_async_rlhf.weights.stored import TensorSpec, read_tensor
+from megatron_async_rlhf.weights.stored import TensorSpec, WeightReader, find_tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def read_tensor(reader: WeightReader, name: str, dtype: torch.dtype) -> torch.Tensor:
+    spec = find_tensor(reader, name)
+    target = torch.empty(spec.matrix, dtype=dtype)
+    reader.read_into(target, name, 0, 0)
+    return target.view(spec.shape)
 
 
 def model_tensors(arch) -> list[tuple[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from whole_tensors import split
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import TransferError
@@ -18,7 +19,6 @@ from megatron_async_rlhf.weights.layout import LearnerLayout
 from megatron_async_rlhf.weights.plan import TransferPlan, plan_transfer
 from megatron_async_rlhf.weights.proof import Verdict
 from megatron_async_rlhf.weights.receive import Check, Receiver
-from megatron_async_rlhf.weights.reshard import split
 from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.send import Sender
 from megatron_async_rlhf.weights.transports.gloo import GlooTransport

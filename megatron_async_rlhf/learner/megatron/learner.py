@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from megatron_async_rlhf.algorithms.online_dpo import online_dpo_loss
 from megatron_async_rlhf.algorithms.supervised import supervised_loss
+from megatron_async_rlhf.checkpoint.sources import open_weights
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError
@@ -23,7 +24,7 @@ from megatron_async_rlhf.learner.megatron.optimizer import build_optimizer
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.steps import MicroLoss, Passes, gather_policy_logprobs
 from megatron_async_rlhf.learner.megatron.weight_push import WeightPush
-from megatron_async_rlhf.learner.megatron.weights import gather_weights, load_weights, random_weights, stored_weights
+from megatron_async_rlhf.learner.megatron.weights import RandomWeights, gather_weights, load_weights
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     ExportWeights,
@@ -52,7 +53,7 @@ class MegatronLearner:
         self._spans: list[Span] = []
         self._bare = build_model(arch, placement, config.run.seed)
         hf = config.model.hf
-        load_weights(self._bare, arch, placement, stored_weights(hf) if hf else random_weights(arch, config.run.seed))
+        load_weights(self._bare, arch, placement, open_weights(hf) if hf else RandomWeights(arch, config.run.seed))
         self._policy = DistributedDataParallel(
             self._bare.config, DistributedDataParallelConfig(overlap_grad_reduce=False), self._bare
         )

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 
 from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.learner.megatron.cpu_backend import enable_cpu_backend
+from megatron_async_rlhf.weights.layout import LearnerLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,15 @@ class Placement:
     data_rank: int
     data_parallel: int
     control: dist.ProcessGroup
+
+    @property
+    def layout(self) -> LearnerLayout:
+        """The whole learner's, as the weight planner sees it."""
+        return LearnerLayout(
+            tensor_parallel=self.tensor_parallel,
+            pipeline_parallel=self.pipeline_parallel,
+            data_parallel=self.data_parallel,
+        )
 
     @property
     def is_first_stage(self) -> bool:

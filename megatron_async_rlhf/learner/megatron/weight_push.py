@@ -19,7 +19,6 @@ from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.protocol import JoinTransfer
 from megatron_async_rlhf.types import Span
 from megatron_async_rlhf.weights.blame import root_cause
-from megatron_async_rlhf.weights.layout import LearnerLayout
 from megatron_async_rlhf.weights.messages import agree
 from megatron_async_rlhf.weights.plan import plan_transfer
 from megatron_async_rlhf.weights.proof import Verdict
@@ -101,7 +100,7 @@ class WeightPush:
     def _join(self, command: JoinTransfer) -> None:
         config, placement = self._config, self._placement
         roster = Roster(
-            senders=config.learner.world_size,
+            senders=placement.layout.ranks,
             generators=command.generators,
             tensor_parallel=config.generator.tensor_parallel,
         )
@@ -122,7 +121,7 @@ class WeightPush:
         )
         plan = plan_transfer(
             self._arch,
-            learner_layout(config),
+            placement.layout,
             config.generator.tensor_parallel,
             dtype=config.generator.dtype,
             staging_bytes=config.weights.staging_mib * 2**20,
@@ -151,13 +150,3 @@ class WeightPush:
         if errors:
             self._leave()
             raise TransferError(root_cause(errors))
-
-
-def learner_layout(config: RunConfig) -> LearnerLayout:
-    """The learner section as a layout of the planner."""
-    learner = config.learner
-    return LearnerLayout(
-        tensor_parallel=learner.tensor_parallel,
-        pipeline_parallel=learner.pipeline_parallel,
-        data_parallel=learner.data_parallel,
-    )

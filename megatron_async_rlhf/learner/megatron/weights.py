@@ -1,116 +1,122 @@
 """The policy's weights in Hugging Face coordinates: read into this rank's shards, or gathered whole on rank 0."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
-from megatron_async_rlhf.checkpoint.sources import open_weights
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import MappingError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.weights.families import Rule
-from megatron_async_rlhf.weights.hf_mapping import PlacedMapping, copies_of_tied_embedding, hf_shapes, model_mappings
-from megatron_async_rlhf.weights.reshard import merge, split
-from megatron_async_rlhf.weights.stored import read_tensor
-
-HFTensorReader = Callable[[str], torch.Tensor]
+from megatron_async_rlhf.weights.hf_mapping import copies_of_tied_embedding, hf_shapes, model_mappings
+from megatron_async_rlhf.weights.layout import Piece, learner_pieces, matrix_shape, parameter_shapes
+from megatron_async_rlhf.weights.send import as_matrix
+from megatron_async_rlhf.weights.stored import TensorSpec, WeightReader, find_tensor
 
 
 @torch.no_grad()
-def load_weights(model: GPTModel, arch: Architecture, placement: Placement, read: HFTensorReader) -> None:
-    """Fill this rank's parameters from whole Hugging Face tensors; only the tensors it needs are read.
+def load_weights(model: GPTModel, arch: Architecture, placement: Placement, reader: WeightReader) -> None:
+    """Fill this rank's parameters, reading only what belongs to them; padding of the vocabulary becomes zero.
 
     Raises:
+        CheckpointError: a tensor is missing.
         MappingError: a tensor whose shape does not fit the architecture.
     """
     parameters = dict(model.named_parameters())
-    shapes = hf_shapes(arch)
     stages = placement.pipeline_parallel
-    for mapping in (*model_mappings(arch, stages), *copies_of_tied_embedding(arch, stages)):
-        if mapping.stage != placement.pipeline_rank:
-            continue
-        tensors = [read(name) for name in mapping.hf]
-        for name, tensor in zip(mapping.hf, tensors, strict=True):
-            if tuple(tensor.shape) != shapes[name]:
-                raise MappingError(f"{name} has shape {tuple(tensor.shape)}, the configured model needs {shapes[name]}")
-        shard = split(mapping.rule, tensors, arch, placement.tensor_parallel, placement.tensor_rank)
-        parameters.pop(mapping.megatron).copy_(shard)
-    if parameters:
-        raise MappingError(f"no Hugging Face tensor is mapped to {sorted(parameters)[0]}; the family's table lacks it")
+    placed = (*model_mappings(arch, stages), *copies_of_tied_embedding(arch, stages))
+    mapped = {mapping.megatron for mapping in placed if mapping.stage == placement.pipeline_rank}
+    if unmapped := set(parameters) - mapped:
+        raise MappingError(f"no Hugging Face tensor is mapped to {min(unmapped)}; the family's table lacks it")
+    for parameter in parameters.values():
+        parameter.zero_()
+    shapes = hf_shapes(arch)
+    for piece in learner_pieces(arch, placement.layout, placement.rank):
+        found = find_tensor(reader, piece.tensor).shape
+        if found != shapes[piece.tensor]:
+            raise MappingError(f"{piece.tensor} has shape {found}, the configured model needs {shapes[piece.tensor]}")
+        reader.read_into(_place(parameters[piece.parameter], piece), piece.tensor, piece.rows[0], piece.cols[0])
 
 
 @torch.no_grad()
 def gather_weights(model: GPTModel, arch: Architecture, placement: Placement) -> Iterator[tuple[str, torch.Tensor]]:
     """Whole Hugging Face tensors, one mapping at a time, on rank 0; the other ranks send and yield nothing.
 
-    Collective: every rank of data-parallel replica 0 must exhaust it. Tensors are views or fresh copies and
-    stay valid only until the next one is asked for.
+    Collective: every rank of data-parallel replica 0 must exhaust it. Tensors stay valid only until the next one is
+    asked for.
     """
     if placement.data_rank:
         return
     parameters = dict(model.named_parameters())
-    shapes = hf_shapes(arch)
-    for mapping in model_mappings(arch, placement.pipeline_parallel):
-        owners = [_rank_of(placement, mapping.stage, t) for t in range(placement.tensor_parallel)]
-        mine = parameters[mapping.megatron].detach() if placement.rank in owners else None
-        if placement.rank != 0:
-            if mine is not None:
-                dist.send(mine.contiguous(), dst=0)
-            continue
-        shards = [mine if owner == 0 else _receive(owner, mapping, shapes, arch, placement) for owner in owners]
-        yield from zip(mapping.hf, merge(mapping.rule, shards, arch), strict=True)
+    layout, shapes = placement.layout, hf_shapes(arch)
+    pieces_of = [_by_parameter(learner_pieces(arch, layout, rank)) for rank in range(layout.ranks)]
+    for mapping in model_mappings(arch, layout.pipeline_parallel):
+        whole = {}
+        if placement.rank == 0:
+            whole = {name: torch.empty(matrix_shape(shapes[name])) for name in mapping.hf}
+        first = mapping.stage * layout.tensor_parallel * layout.data_parallel
+        for owner in range(first, first + layout.tensor_parallel):
+            pieces = pieces_of[owner].get(mapping.megatron, [])
+            if not pieces or placement.rank not in (0, owner):  # a share of the vocabulary may be all padding
+                continue
+            rows, cols = parameter_shapes(pieces)[mapping.megatron]
+            mine = as_matrix(parameters[mapping.megatron])[:rows] if placement.rank == owner else None
+            if placement.rank != 0:
+                dist.send(mine, dst=0)
+                continue
+            if owner != 0:
+                mine = torch.empty(rows, cols)
+                dist.recv(mine, src=owner)
+            for piece in pieces:
+                whole[piece.tensor][slice(*piece.rows), slice(*piece.cols)] = _place(mine, piece)
+        yield from ((name, tensor.view(shapes[name])) for name, tensor in whole.items())
 
 
-def _rank_of(placement: Placement, stage: int, tensor_rank: int) -> int:
-    """Global rank in data-parallel replica 0, in Megatron's order tp-cp-ep-dp-pp."""
-    return (stage * placement.data_parallel) * placement.tensor_parallel + tensor_rank
-
-
-def _receive(
-    source: int,
-    mapping: PlacedMapping,
-    shapes: dict[str, tuple[int, ...]],
-    arch: Architecture,
-    placement: Placement,
-) -> torch.Tensor:
-    whole = [torch.empty(shapes[name], device="meta") for name in mapping.hf]
-    buffer = torch.empty(split(mapping.rule, whole, arch, placement.tensor_parallel, 0).shape)
-    dist.recv(buffer, src=source)
-    return buffer
-
-
-def stored_weights(directory: Path) -> HFTensorReader:
-    """Reads single tensors of a Hugging Face directory or of an imported checkpoint, in float32.
-
-    Raises:
-        CheckpointError: nothing to read there, or (when asked for) a tensor that it does not have.
-    """
-    weights = open_weights(directory)
-    return lambda name: read_tensor(weights, name, torch.float32)
-
-
-def random_weights(arch: Architecture, seed: int) -> HFTensorReader:
-    """Fresh weights drawn per Hugging Face tensor, so every layout starts from the same bits.
+class RandomWeights:
+    """Fresh weights drawn per Hugging Face tensor, so that every layout starts from the same bits; a `WeightReader`.
 
     Normal with `init_std`; projections back into the residual stream are scaled by 1/sqrt(2 x layers) (GPT-2).
     """
-    shapes = hf_shapes(arch)
-    rules = {name: mapping.rule for mapping in model_mappings(arch, 1) for name in mapping.hf}
 
-    def read(name: str) -> torch.Tensor:
-        if rules[name] is Rule.REPLICATED:  # a norm
-            return torch.ones(shapes[name])
-        if len(shapes[name]) == 1:  # a bias
-            return torch.zeros(shapes[name])
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    label = "fresh weights"
+
+    def __init__(self, arch: Architecture, seed: int) -> None:
+        self.tensors = {name: TensorSpec(name, shape, "float32") for name, shape in hf_shapes(arch).items()}
+        self._arch, self._seed = arch, seed
+        self._rules = {name: mapping.rule for mapping in model_mappings(arch, 1) for name in mapping.hf}
+        self._draw = lru_cache(maxsize=4)(self._draw_tensor)  # query, key and value are asked for in turn
+
+    def read_into(self, target: torch.Tensor, name: str, row: int, col: int) -> None:
+        """As `WeightReader.read_into`."""
+        rows, cols = target.shape
+        target.copy_(self._draw(name)[row : row + rows, col : col + cols])
+
+    def _draw_tensor(self, name: str) -> torch.Tensor:
+        shape = matrix_shape(self.tensors[name].shape)
+        if self._rules[name] is Rule.REPLICATED:  # a norm
+            return torch.ones(shape)
+        if len(self.tensors[name].shape) == 1:  # a bias
+            return torch.zeros(shape)
+        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        std = arch.init_std
-        if rules[name] is Rule.ROW:
-            std /= (2 * arch.layers) ** 0.5
-        return torch.randn(shapes[name], generator=generator) * std
+        std = self._arch.init_std
+        if self._rules[name] is Rule.ROW:
+            std /= (2 * self._arch.layers) ** 0.5
+        return torch.randn(shape, generator=generator) * std
 
-    return read
+
+def _place(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """Where a piece lies in a parameter, [rows, columns], a view."""
+    rows, cols = piece.rows[1] - piece.rows[0], piece.cols[1] - piece.cols[0]
+    return as_matrix(parameter)[piece.row : piece.row + rows, piece.col : piece.col + cols]
+
+
+def _by_parameter(pieces: list[Piece]) -> dict[str, list[Piece]]:
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.parameter, []).append(piece)
+    return found

@@ -1,6 +1,5 @@
-"""Cuts Hugging Face tensors into a tensor-parallel rank's parameter, and puts all ranks' parameters together again.
-
-Pure functions on tensors; `merge(rule, [split(...) for every rank])` is the identity, bit for bit.
+"""The reference for layouts, written on whole tensors: cuts Hugging Face tensors into a tensor-parallel rank's Megatron
+parameter, and puts all ranks' parameters together again. `merge(rule, [split(...) for every rank])` is the identity.
 """
 
 from collections.abc import Sequence
