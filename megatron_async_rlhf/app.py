@@ -16,6 +16,7 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
@@ -23,7 +24,7 @@ from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError, MismatchE
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, StartReinforcement, Stop
-from megatron_async_rlhf.prepare import Materials, copy_template, load_materials
+from megatron_async_rlhf.prepare import Materials, load_materials
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.stages import evaluate, warm_start
@@ -133,7 +134,7 @@ class Job:
     async def _export(self) -> None:
         self.recorder.stage("export")
         directory = self._run_dir / EXPORT_DIR
-        copy_template(self._run_dir / POLICY_TEMPLATE_DIR, directory)
+        describe_weights(self._run_dir / POLICY_TEMPLATE_DIR, directory, "float32")  # as the learner holds them
         await self._learner.execute(ExportWeights(directory=str(directory)))
 
 

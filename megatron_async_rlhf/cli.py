@@ -139,6 +139,11 @@ def _print_plan(config: RunConfig, plan, materials) -> None:
     typer.echo(dump_config(config))
     typer.echo(f"# policy: {materials.architecture.num_parameters / 1e6:.2f} M parameters")
     typer.echo(f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out")
+    transfer = materials.transfer
+    slices = sum(len(message) for messages in transfer.streams.values() for message in messages)
+    rounds = max(len(messages) for messages in transfer.streams.values())
+    megabytes = transfer.num_bytes * config.generator.replicas / 1e6
+    typer.echo(f"# weights: {megabytes:.2f} MB a push: {slices} slices in {rounds} rounds to each generator")
     for process in plan.processes:
         cores = f"cores {process.cores}" if process.cores else "any core"
         typer.echo(f"# {process.name}: {cores}: {' '.join(process.arguments)}")

@@ -5,7 +5,6 @@ again to get the same objects.
 """
 
 import json
-import shutil
 from pathlib import Path
 
 from msgspec import Struct
@@ -23,6 +22,8 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.types import Prompt, Sequence
+from megatron_async_rlhf.weights.layout import LearnerLayout
+from megatron_async_rlhf.weights.plan import TransferPlan, plan_transfer
 
 
 class Materials(Struct, frozen=True, kw_only=True):
@@ -30,6 +31,7 @@ class Materials(Struct, frozen=True, kw_only=True):
 
     Attributes:
         solved: prompt and solution as one row by prompt index; empty without a warm start.
+        transfer: how a push moves the policy to one generator.
     """
 
     architecture: Architecture
@@ -38,6 +40,7 @@ class Materials(Struct, frozen=True, kw_only=True):
     eval: list[Prompt]
     solved: dict[int, Sequence]
     reward: Reward
+    transfer: TransferPlan
 
 
 def make_model_template(config: RunConfig, directory: Path) -> None:
@@ -76,6 +79,17 @@ def load_materials(config: RunConfig, template: Path) -> Materials:
             f"model.hf: the tokenizer has {tokenizer.vocab_size} tokens, the model only {architecture.vocab_size} embeddings"
         )
     check_layouts(config, architecture)
+    transfer = plan_transfer(
+        architecture,
+        LearnerLayout(
+            tensor_parallel=config.learner.tensor_parallel,
+            pipeline_parallel=config.learner.pipeline_parallel,
+            data_parallel=config.learner.data_parallel,
+        ),
+        config.generator.tensor_parallel,
+        dtype=config.generator.dtype,
+        staging_bytes=config.weights.staging_mib * 2**20,
+    )
     room = architecture.context_length - config.generator.max_new_tokens
     limit = config.data.max_prompt_tokens or room
     if limit > room:
@@ -93,14 +107,9 @@ def load_materials(config: RunConfig, template: Path) -> Materials:
     solved = {}
     if config.warm_start.steps:
         solved = solved_prompts(splits["train"], tokenizer, architecture.context_length)
-    return Materials(architecture=architecture, tokenizer=tokenizer, reward=reward, solved=solved, **splits)
-
-
-def copy_template(template: Path, directory: Path) -> None:
-    """Put config and tokenizer beside exported weights, so that they load as a Hugging Face model."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in template.iterdir():
-        shutil.copyfile(file, directory / file.name)
+    return Materials(
+        architecture=architecture, tokenizer=tokenizer, reward=reward, solved=solved, transfer=transfer, **splits
+    )
 
 
 def _copy_template(source: Path, directory: Path) -> None:

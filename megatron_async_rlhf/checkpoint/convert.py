@@ -1,12 +1,11 @@
 """Hugging Face directory to Megatron checkpoint and back, a tensor or a part of one at a time."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from megatron_async_rlhf.checkpoint.directory import HF_DIR, copy_hf_files, new_directory
+from megatron_async_rlhf.checkpoint.directory import HF_DIR, describe_weights, new_directory
 from megatron_async_rlhf.checkpoint.parameters import Parameter, Share, model_parameters, padded_rows, shares_of
 from megatron_async_rlhf.checkpoint.sources import description_of, open_weights, read_architecture, resolve
 from megatron_async_rlhf.checkpoint.writer import Chunk, SavedObject, write_torch_dist
@@ -53,7 +52,7 @@ def import_hf(source: Path, out: Path, *, tensor_parallel: int, pipeline_paralle
         ranks[first_rank] += _extra_states(parameter, arch)
     with new_directory(out) as directory:
         write_torch_dist(directory, ranks)
-        _describe(description, directory / HF_DIR, dtypes[parameters[0].key])
+        describe_weights(description, directory / HF_DIR, dtypes[parameters[0].key])
 
 
 def export_hf(source: Path, out: Path, *, dtype: str | None, config: Path | None = None) -> None:
@@ -73,7 +72,7 @@ def export_hf(source: Path, out: Path, *, dtype: str | None, config: Path | None
     _check_tensors(reader, arch)
     specs = [TensorSpec(name, shape, dtype or reader.tensors[name].dtype) for name, shape in hf_shapes(arch).items()]
     with new_directory(out) as directory:
-        _describe(description, directory, specs[0].dtype)
+        describe_weights(description, directory, specs[0].dtype)
         write_safetensors(directory, specs, _stream(reader, specs))
 
 
@@ -144,13 +143,3 @@ def _stream(reader: WeightReader, specs: list[TensorSpec]) -> Iterator[tuple[str
         rows, cols = spec.matrix
         for block in read_blocks(reader, spec.name, (0, rows), (0, cols), DTYPES[spec.dtype]):
             yield spec.name, block
-
-
-def _describe(source: Path, target: Path, dtype: str) -> None:
-    """Copy config and tokenizer; the config names the dtype the weights have now."""
-    copy_hf_files(source, target)
-    path = target / "config.json"
-    config = json.loads(path.read_text())
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    if any(config.get(key) != dtype for key in keys):
-        path.write_text(json.dumps(config | dict.fromkeys(keys, dtype), indent=2) + "\n")

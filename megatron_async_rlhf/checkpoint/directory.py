@@ -74,6 +74,16 @@ def copy_hf_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def describe_weights(source: Path, target: Path, dtype: str) -> None:
+    """Copy config and tokenizer to where the weights are; the config names the dtype they have there."""
+    copy_hf_files(source, target)
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    if any(config.get(key) != dtype for key in keys):
+        path.write_text(json.dumps(config | dict.fromkeys(keys, dtype), indent=2) + "\n")
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to write into that takes the name `path` only once everything is in it.

@@ -13,6 +13,7 @@ import msgspec
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
@@ -21,7 +22,7 @@ from megatron_async_rlhf.launch.process import Process
 from megatron_async_rlhf.launch.run_directory import create_run_directory
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, StartReinforcement, TrainPreferences
-from megatron_async_rlhf.prepare import Materials, copy_template, load_materials, make_model_template
+from megatron_async_rlhf.prepare import Materials, load_materials, make_model_template
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.types import Completion
 
@@ -63,7 +64,7 @@ class PushRig:
     async def export(self) -> Path:
         """The learner's weights as a Hugging Face directory."""
         directory = self.run_dir / "export"
-        copy_template(self.run_dir / "model", directory)
+        describe_weights(self.run_dir / "model", directory, "float32")
         await self.learner.execute(ExportWeights(directory=str(directory)))
         return directory
 
