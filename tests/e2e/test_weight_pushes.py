@@ -19,7 +19,7 @@ from megatron_async_rlhf.errors import TransferError
 from megatron_async_rlhf.learner.protocol import Hello
 from megatron_async_rlhf.weights.hf_mapping import elements_held
 
-PUSHES = int(os.environ.get("ASYNC_RLHF_TEST_PUSHES", "10"))
+PUSHES = int(os.environ.get("ASYNC_RLHF_TEST_PUSHES", "5"))
 
 LAYOUTS = [
     pytest.param((2, 2, 4), (2, 1), id="tp2-pp2-to-tp2"),
