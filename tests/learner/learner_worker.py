@@ -19,6 +19,7 @@ from megatron_async_rlhf.config.architecture import architecture_of, architectur
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
+from megatron_async_rlhf.learner.megatron.output import output_matrix
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.protocol import ExportWeights, Score, TrainPreferences, TrainSupervised
 from megatron_async_rlhf.types import Sequence
@@ -43,7 +44,10 @@ def logits_of(learner: MegatronLearner, sequences: list[Sequence]) -> list[torch
         tokens_BT = next(batches)
         positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
         output = model(input_ids=tokens_BT, position_ids=positions_BT, attention_mask=None)
-        return output, lambda logits, non_loss_data: gather_from_tensor_model_parallel_region(logits)
+        if not model.post_process:
+            return output, None
+        logits = output @ output_matrix(model).t()
+        return output, lambda hidden, non_loss_data: gather_from_tensor_model_parallel_region(logits)
 
     with torch.no_grad():
         collected = [

@@ -1,37 +1,100 @@
-"""Token log-probabilities from logits that are divided over tensor-parallel ranks by vocabulary.
+"""Token log-probabilities straight from hidden states, without the logits of a batch ever existing at once.
 
-Shape legend: B sequences, T tokens, V vocabulary entries of this rank.
+With a vocabulary of 128k the logits of 16k tokens take 8 GB in float32. Here the output matrix is applied to a block of
+tokens at a time, in the backward pass once more. The vocabulary is divided over tensor-parallel ranks.
+
+Shape legend: N tokens, H hidden, V vocabulary entries of this rank.
 """
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 
+_BLOCK_ELEMENTS = 2**24  # logits of one block: 64 MiB in float32
+
 
 def vocab_parallel_logprobs(
-    logits_BTV: torch.Tensor, targets_BT: torch.Tensor, *, vocab_size: int, temperature: float, placement: Placement
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    vocab_size: int,
+    temperature: float,
+    placement: Placement,
+    block_elements: int = _BLOCK_ELEMENTS,
 ) -> torch.Tensor:
-    """log softmax(logits / temperature)[target] in float32, [B, T]; differentiable, the same on all ranks.
+    """log softmax(hidden @ weight^T / temperature)[target] in float32, [N]; differentiable, the same on all ranks.
 
-    Entries that only pad the vocabulary to a multiple of the ranks take no probability, as in Transformers and
-    vLLM, which do not have them.
+    Entries that only pad the vocabulary to a multiple of the ranks take no probability, as in Transformers and vLLM,
+    which do not have them. Hidden states are whole on every rank, and so is their gradient.
     """
-    logits_BTV = logits_BTV.float() / temperature
-    local = logits_BTV.shape[-1]
-    first = placement.tensor_rank * local
-    if first + local > vocab_size:
-        padding = torch.arange(first, first + local, device=logits_BTV.device) >= vocab_size
-        logits_BTV = logits_BTV.masked_fill(padding, float("-inf"))
-    max_BT = logits_BTV.detach().amax(dim=-1)
-    if placement.tensor_parallel > 1:
-        dist.all_reduce(max_BT, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
-    shifted_BTV = logits_BTV - max_BT.unsqueeze(-1)
-    sum_exp_BT = reduce_from_tensor_model_parallel_region(shifted_BTV.exp().sum(dim=-1))
-    local_targets_BT = targets_BT - first
-    here_BT = (local_targets_BT >= 0) & (local_targets_BT < local)
-    safe_targets_BT = local_targets_BT.clamp(0, local - 1).unsqueeze(-1)
-    target_BT = shifted_BTV.gather(-1, safe_targets_BT).squeeze(-1).masked_fill(~here_BT, 0.0)
-    return reduce_from_tensor_model_parallel_region(target_BT) - sum_exp_BT.log()
+    first = placement.tensor_rank * weight_VH.shape[0]
+    own = max(0, min(weight_VH.shape[0], vocab_size - first))
+    group = parallel_state.get_tensor_model_parallel_group() if placement.tensor_parallel > 1 else None
+    rows = max(1, block_elements // weight_VH.shape[0])
+    return _LinearLogprobs.apply(hidden_NH, weight_VH, targets_N - first, own, 1.0 / temperature, group, rows)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Keeps one number per token between forward and backward: the log of the softmax's denominator."""
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, targets_N, own, scale, group, rows):
+        log_sum_N = hidden_NH.new_empty(len(hidden_NH), dtype=torch.float32)
+        logprobs_N = torch.empty_like(log_sum_N)
+        for begin in range(0, len(hidden_NH), rows):
+            block = slice(begin, begin + rows)
+            logits_BV = _logits(hidden_NH[block], weight_VH, own, scale)
+            target_B, here_B = _of_targets(logits_BV, targets_N[block], own)
+            max_B = logits_BV.amax(dim=-1) if own else torch.full_like(target_B, float("-inf"))
+            _all_reduce(max_B, dist.ReduceOp.MAX, group)
+            sums_2B = torch.stack([logits_BV.sub_(max_B.unsqueeze(-1)).exp_().sum(dim=-1), target_B * here_B])
+            _all_reduce(sums_2B, dist.ReduceOp.SUM, group)
+            log_sum_N[block] = max_B + sums_2B[0].log()
+            logprobs_N[block] = sums_2B[1] - log_sum_N[block]
+        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, log_sum_N)
+        ctx.own, ctx.scale, ctx.group, ctx.rows = own, scale, group, rows
+        return logprobs_N
+
+    @staticmethod
+    def backward(ctx, grad_N):
+        hidden_NH, weight_VH, targets_N, log_sum_N = ctx.saved_tensors
+        grad_hidden_NH = torch.empty_like(hidden_NH)
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        for begin in range(0, len(hidden_NH), ctx.rows):
+            block = slice(begin, begin + ctx.rows)
+            logits_BV = _logits(hidden_NH[block], weight_VH, ctx.own, ctx.scale)
+            # d logprob / d logit = 1 at the target - probability
+            grad_BV = logits_BV.sub_(log_sum_N[block].unsqueeze(-1)).exp_().neg_()
+            here_B = (targets_N[block] >= 0) & (targets_N[block] < ctx.own)
+            if ctx.own:
+                safe_B = targets_N[block].clamp(0, ctx.own - 1).unsqueeze(-1)
+                grad_BV.scatter_add_(-1, safe_B, here_B.to(grad_BV.dtype).unsqueeze(-1))
+            grad_BV.mul_((grad_N[block] * ctx.scale).unsqueeze(-1))
+            own_VH = weight_VH[: ctx.own]
+            grad_hidden_NH[block] = grad_BV.to(own_VH.dtype) @ own_VH
+            grad_weight_VH[: ctx.own].addmm_(grad_BV.t(), hidden_NH[block].to(grad_BV.dtype))
+        # Here and not by Megatron's `copy_to_tensor_model_parallel_region`, which sums a copy of a gradient that is not
+        # contiguous, and returns the gradient itself.
+        _all_reduce(grad_hidden_NH, dist.ReduceOp.SUM, ctx.group)
+        return grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None
+
+
+def _logits(hidden_BH: torch.Tensor, weight_VH: torch.Tensor, own: int, scale: float) -> torch.Tensor:
+    """Scaled logits of the entries that are not padding, [B, own], in float32."""
+    return (hidden_BH @ weight_VH[:own].t()).float().mul_(scale)
+
+
+def _of_targets(logits_BV: torch.Tensor, targets_B: torch.Tensor, own: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The target's logit where this rank has it (anything finite elsewhere), and whether it has, [B] each."""
+    here_B = (targets_B >= 0) & (targets_B < own)
+    if not own:
+        return torch.zeros(len(targets_B), device=logits_BV.device), here_B
+    return logits_BV.gather(-1, targets_B.clamp(0, own - 1).unsqueeze(-1)).squeeze(-1), here_B
+
+
+def _all_reduce(tensor: torch.Tensor, operation: dist.ReduceOp, group: dist.ProcessGroup | None) -> None:
+    if group is not None:
+        dist.all_reduce(tensor, op=operation, group=group)

@@ -8,6 +8,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 
 from megatron_async_rlhf.config.architecture import Architecture, RopeScaling
+from megatron_async_rlhf.learner.megatron.output import defer_output
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 
 
@@ -54,7 +55,10 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 
 
 def build_model(arch: Architecture, placement: Placement, seed: int) -> GPTModel:
-    """A freshly initialised model; the same seed gives the same weights in every layout that has them whole."""
+    """A freshly initialised model; the same seed gives the same weights in every layout that has them whole.
+
+    Its last stage returns hidden states, [B, T, H]: see `output`.
+    """
     torch.manual_seed(seed)
     model = GPTModel(
         config=transformer_config(arch, placement),
@@ -68,6 +72,7 @@ def build_model(arch: Architecture, placement: Placement, seed: int) -> GPTModel
         rotary_base=arch.rope_theta,
         parallel_output=True,
     )
+    defer_output(model)
     if arch.rope_scaling is not None:
         scale_rotary_frequencies(model.rotary_pos_emb, arch.rope_scaling)
     return model

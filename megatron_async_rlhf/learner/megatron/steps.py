@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch
 from megatron_async_rlhf.learner.megatron.logprobs import vocab_parallel_logprobs
+from megatron_async_rlhf.learner.megatron.output import output_matrix
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 
 # (micro-batch, its token log-probabilities [B, T]) -> (its share of the step's loss, its share of each metric)
@@ -32,8 +34,8 @@ class Passes:
     def train_pass(self, model: torch.nn.Module, batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
         """Gradients of the summed micro-losses, and the metrics summed over micro-batches and ranks."""
 
-        def megatron_loss(batch: MicroBatch, logits_BTV: torch.Tensor):
-            logprobs_BT = self._logprobs(logits_BTV, batch.targets_BT)
+        def megatron_loss(batch: MicroBatch, matrix_VH: torch.Tensor | None, hidden_BTH: torch.Tensor):
+            logprobs_BT = self._logprobs_of(batch, matrix_VH, hidden_BTH)
             batch.policy_BT = logprobs_BT.detach()
             share, metrics = loss(batch, logprobs_BT)
             # Megatron divides by micro-batches and averages gradients over data-parallel ranks; our losses come
@@ -47,17 +49,23 @@ class Passes:
     def logprob_pass(self, model: torch.nn.Module, batches: list[MicroBatch]) -> list[torch.Tensor]:
         """Token log-probabilities of each micro-batch, [B, T] each, on the last stage; empty elsewhere."""
 
-        def collect(batch: MicroBatch, logits_BTV: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            return self._logprobs(logits_BTV, batch.targets_BT)
+        def collect(
+            batch: MicroBatch, matrix_VH: torch.Tensor | None, hidden_BTH: torch.Tensor, non_loss_data: bool = True
+        ) -> torch.Tensor:
+            return self._logprobs_of(batch, matrix_VH, hidden_BTH)
 
         return self._run(model, batches, collect, forward_only=True)
 
+    def _logprobs_of(self, batch: MicroBatch, matrix_VH: torch.Tensor, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        logprobs_N = self._logprobs(hidden_BTH.flatten(0, 1), matrix_VH, batch.targets_BT.flatten())
+        return logprobs_N.view(batch.targets_BT.shape)
+
     def _run(
-        self, model: torch.nn.Module, batches: list[MicroBatch], on_logits: Callable, *, forward_only: bool
+        self, model: torch.nn.Module, batches: list[MicroBatch], on_hidden: Callable, *, forward_only: bool
     ) -> list:
         first = batches[0].tokens_BT
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward, on_logits=on_logits),
+            forward_step_func=partial(_forward, on_hidden=on_hidden),
             data_iterator=iter(batches),
             model=[model],
             num_microbatches=len(batches),
@@ -82,12 +90,14 @@ class Passes:
         return dict(zip(names[0], totals.tolist(), strict=True))
 
 
-def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_logits: Callable):
+def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_hidden: Callable):
     batch = next(batches)
     positions_BT = torch.arange(batch.tokens_BT.shape[1]).expand_as(batch.tokens_BT)
     # No mask: attention is causal and padding is on the right, so no real token ever sees it.
     output = model(input_ids=batch.tokens_BT, position_ids=positions_BT, attention_mask=None)
-    return output, partial(on_logits, batch)
+    # The last stage returns hidden states and leaves the multiplication with the vocabulary to `logprobs`.
+    matrix_VH = output_matrix(model) if get_attr_wrapped_model(model, "post_process") else None
+    return output, partial(on_hidden, batch, matrix_VH)
 
 
 def gather_policy_logprobs(batches: list[MicroBatch], placement: Placement, count: int) -> list[list[float]]:
