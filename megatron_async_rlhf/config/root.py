@@ -57,6 +57,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def check_sequence_parallel(self) -> "RunConfig":
+        if self.learner.sequence_parallel and self.learner.tensor_parallel == 1:
+            raise ValueError(
+                "learner.sequence_parallel divides tokens over the tensor-parallel ranks: learner.tensor_parallel = 1 "
+                "must be at least 2"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_weight_transfer(self) -> "RunConfig":
         if self.weights.transport != "gloo":
             raise ValueError(

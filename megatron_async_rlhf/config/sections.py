@@ -91,6 +91,7 @@ class LearnerSection(OptimizerKeys):
     tensor_parallel: PositiveInt = 1
     pipeline_parallel: PositiveInt = 1
     ranks: PositiveInt | None = None  # default tensor_parallel x pipeline_parallel; more ranks are data parallel
+    sequence_parallel: bool = False  # between layers, divide the tokens over the tensor-parallel ranks
     precision: Literal["fp32"] = "fp32"
     micro_batch_tokens: PositiveInt = 4096  # padded tokens of one forward-backward pass on one rank
     threads: PositiveInt = 1  # OpenMP threads per rank

@@ -35,18 +35,25 @@ BETA = 0.1
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks divide each layer, the layers, and the batch."""
+    """How many ranks divide each layer, the layers, and the batch; what else changes where the arithmetic happens."""
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    sequence_parallel: bool = False
 
     @property
     def ranks(self) -> int:
         return self.tensor * self.pipeline * self.data
 
+    @property
+    def keys(self) -> dict:
+        """Of the learner's section, beside the numbers of ranks."""
+        return {"sequence_parallel": self.sequence_parallel}
+
     def __str__(self) -> str:
-        return f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}"
+        flags = [name for name in self.keys if self.keys[name] not in (False, "none")]
+        return "-".join([f"tp{self.tensor}", f"pp{self.pipeline}", f"dp{self.data}", *flags])
 
 
 # From Hugging Face directories. One key-value head on two ranks is where Megatron gathers what it has divided.
@@ -68,7 +75,15 @@ IMPORTED = {
 }
 MODELS = ["plain", *IMPORTED]
 
-LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(tensor=2, pipeline=2), Layout(data=2)]
+LAYOUTS = [
+    Layout(),
+    Layout(tensor=2),
+    Layout(pipeline=2),
+    Layout(tensor=2, pipeline=2),
+    Layout(data=2),
+    Layout(tensor=2, sequence_parallel=True),
+    Layout(tensor=2, pipeline=2, sequence_parallel=True),
+]
 
 
 def models(root: Path) -> dict[str, dict]:
@@ -154,7 +169,7 @@ def run_layout(layout: Layout, directory: Path, sources: dict[str, dict]) -> Lay
         "learner": REINFORCEMENT | {
             "tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline, "ranks": layout.ranks,
             "micro_batch_tokens": 2 * CONTEXT_LENGTH, "timeout_s": 60,
-        },
+        } | layout.keys,
         "warm_start": WARM_START,
         "generator": {"temperature": TEMPERATURE},
         "schedule": {"steps": RL_STEPS},

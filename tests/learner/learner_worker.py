@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -40,8 +41,11 @@ def sequences_of(rows: list) -> list[Sequence]:
 def logits_of(learner: MegatronLearner, sequences: list[Sequence]) -> list[torch.Tensor]:
     """Raw logits of each sequence by itself, whole, on the last stage."""
 
+    def padded(tokens_BT):
+        return F.pad(tokens_BT, (0, -tokens_BT.shape[1] % learner.placement.width_multiple))
+
     def forward(batches, model):
-        tokens_BT = next(batches)
+        tokens_BT = padded(next(batches))
         positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
         output = model(input_ids=tokens_BT, position_ids=positions_BT, attention_mask=None)
         if not model.post_process:
@@ -63,7 +67,11 @@ def logits_of(learner: MegatronLearner, sequences: list[Sequence]) -> list[torch
             )
             for sequence in sequences
         ]
-    return [logits[0][0, :, : learner.arch.vocab_size] for logits in collected if logits]
+    return [
+        logits[0][0, : len(sequence.token_ids), : learner.arch.vocab_size]
+        for logits, sequence in zip(collected, sequences, strict=True)
+        if logits
+    ]
 
 
 def digests_of(learner: MegatronLearner) -> dict[str, str]:

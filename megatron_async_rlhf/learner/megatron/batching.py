@@ -53,12 +53,13 @@ def cut_micro_batches(sequences: Seq[Sequence], unit: int, budget: int, placemen
         groups[-1].append(u)
     batches = [[i for u in group for i in range(u * unit, (u + 1) * unit)] for group in groups]
     if not batches:
-        return [_pad([Sequence(token_ids=[0, 0], prompt_length=2)] * unit, [-1] * unit)]
-    return [_pad([sequences[i] for i in batch], batch) for batch in batches]
+        return [_pad([Sequence(token_ids=[0, 0], prompt_length=2)] * unit, [-1] * unit, placement)]
+    return [_pad([sequences[i] for i in batch], batch, placement) for batch in batches]
 
 
-def _pad(rows: Seq[Sequence], indices: list[int]) -> MicroBatch:
+def _pad(rows: Seq[Sequence], indices: list[int], placement: Placement) -> MicroBatch:
     width = max(len(row.token_ids) for row in rows) - 1
+    width += -width % placement.width_multiple
     tokens, targets = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width)
     for b, row in enumerate(rows):

@@ -5,11 +5,13 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_async_rlhf.config.architecture import Architecture, RopeScaling
 from megatron_async_rlhf.learner.megatron.output import defer_output
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
 
 
 def transformer_config(arch: Architecture, placement: Placement) -> TransformerConfig:
@@ -22,6 +24,7 @@ def transformer_config(arch: Architecture, placement: Placement) -> TransformerC
         num_query_groups=arch.kv_heads,
         kv_channels=arch.head_dim,
         tensor_model_parallel_size=placement.tensor_parallel,
+        sequence_parallel=placement.sequence_parallel,
         pipeline_model_parallel_size=placement.pipeline_parallel,
         pipeline_dtype=torch.float32,
         params_dtype=torch.float32,
@@ -49,6 +52,18 @@ def transformer_config(arch: Architecture, placement: Placement) -> TransformerC
     )
 
 
+def stage_spec(arch: Architecture, placement: Placement) -> TransformerBlockSubmodules:
+    """Megatron's layers without Transformer Engine for one pipeline stage, with our norm in place of its own."""
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if arch.qk_norm:
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * (arch.layers // placement.pipeline_parallel), layer_norm=RMSNorm
+    )
+
+
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     """Rows of the embedding so that every tensor-parallel rank holds the same number."""
     return -(-vocab_size // tensor_parallel) * tensor_parallel
@@ -62,7 +77,7 @@ def build_model(arch: Architecture, placement: Placement, seed: int) -> GPTModel
     torch.manual_seed(seed)
     model = GPTModel(
         config=transformer_config(arch, placement),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm),
+        transformer_layer_spec=stage_spec(arch, placement),
         vocab_size=padded_vocab_size(arch.vocab_size, placement.tensor_parallel),
         max_sequence_length=arch.context_length,
         pre_process=placement.is_first_stage,

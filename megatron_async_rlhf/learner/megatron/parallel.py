@@ -18,6 +18,7 @@ class Placement:
     """Where this rank sits in the learner.
 
     Attributes:
+        sequence_parallel: between layers a tensor-parallel rank keeps its share of the tokens only.
         control: gloo group of all ranks, in rank order; carries commands and small results on any device.
     """
 
@@ -28,6 +29,7 @@ class Placement:
     pipeline_parallel: int
     data_rank: int
     data_parallel: int
+    sequence_parallel: bool
     control: dist.ProcessGroup
 
     @property
@@ -38,6 +40,11 @@ class Placement:
             pipeline_parallel=self.pipeline_parallel,
             data_parallel=self.data_parallel,
         )
+
+    @property
+    def width_multiple(self) -> int:
+        """What a micro-batch's tokens per row must be a multiple of, so that ranks can divide them."""
+        return self.tensor_parallel if self.sequence_parallel else 1
 
     @property
     def is_first_stage(self) -> bool:
@@ -74,5 +81,6 @@ def join_learner(config: LearnerSection) -> Placement:
         pipeline_parallel=config.pipeline_parallel,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_parallel=parallel_state.get_data_parallel_world_size(),
+        sequence_parallel=config.sequence_parallel,
         control=dist.new_group(backend="gloo", timeout=timeout),
     )
