@@ -93,7 +93,8 @@ class LearnerSection(OptimizerKeys):
     ranks: PositiveInt | None = None  # default tensor_parallel x pipeline_parallel; more ranks are data parallel
     sequence_parallel: bool = False  # between layers, divide the tokens over the tensor-parallel ranks
     precision: Literal["fp32"] = "fp32"
-    micro_batch_tokens: PositiveInt = 4096  # padded tokens of one forward-backward pass on one rank
+    micro_batch_tokens: PositiveInt = 4096  # of one forward-backward pass on one rank; with padding unless packing
+    packing: bool = False  # several sequences in a row, balanced over data-parallel ranks, instead of padding
     threads: PositiveInt = 1  # OpenMP threads per rank
     timeout_s: PositiveFloat = 600.0  # any collective, and any one command of the controller
 

@@ -155,7 +155,7 @@ def test_functions_and_files_stay_short():
 
 CONTROLLER = ("scheduler", "launch", "prepare", "app", "cli")
 WITHOUT_TORCH = [
-    "types", "errors", "config.load", "config.layout_rules", "data.source", "rewards.registry", "learner.protocol",
+    "types", "errors", "config.load", "config.layout_rules", "data.source", "data.packing", "rewards.registry", "learner.protocol",
     "generator.protocol", "weights.plan", "weights.roster", *(name for name in MODULES if name.split(".")[0] in CONTROLLER),
 ]  # fmt: skip
 

@@ -73,7 +73,9 @@ IMPORTED = {
     "qwen3": {"family": "qwen3", "num_key_value_heads": 2, "head_dim": 12},
     "qwen3_one_kv": {"family": "qwen3", "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True},
 }
-MODELS = ["plain", *IMPORTED]
+# The same models once more, trained on packed rows: each loss, and angles that must restart within a row.
+PACKED = {"plain-packed": "plain", "tied-packed": "tied", "llama3-packed": "llama3"}
+MODELS = ["plain", *IMPORTED, *PACKED]
 
 LAYOUTS = [
     Layout(),
@@ -90,7 +92,8 @@ def models(root: Path) -> dict[str, dict]:
     """The policies every layout trains, one layer per stage in the pipelined ones.
 
     plain: drawn by the learner. tied: tied embeddings, one key-value head, trained with the other loss.
-    wide: heads larger than hidden size / heads, from a sharded directory. The others: a family or feature each.
+    wide: heads larger than hidden size / heads, from a sharded directory. The others: a family or feature each, or
+    one of these with packed rows.
     """
     plain = {
         "layers": 2, "hidden_size": 32, "ffn_size": 48, "heads": 4, "context_length": CONTEXT_LENGTH,
@@ -99,7 +102,9 @@ def models(root: Path) -> dict[str, dict]:
     sources = {"plain": {"section": plain, "vocab_size": VOCAB_SIZE}}
     for seed, (name, shape) in enumerate(IMPORTED.items(), start=1):
         sources[name] = {"section": {"hf": str(write_hf_model(root / name, seed=seed, **shape))}}
-    sources["tied"]["config"] = {"algorithm": {"beta": BETA, "loss": "ipo"}}
+    sources["tied"]["config"] = {"algorithm": {"loss": "ipo"}}
+    for name, twin in PACKED.items():
+        sources[name] = sources[twin] | {"config": sources[twin].get("config", {}) | {"learner": {"packing": True}}}
     return sources
 
 

@@ -28,7 +28,8 @@ from megatron_async_rlhf.weights.digest import digest
 
 
 def make_learner(job: dict, model: dict, placement: Placement) -> MegatronLearner:
-    config = RunConfig.model_validate(job["config"] | {"model": model["section"]} | model.get("config", {}))
+    changed = {name: job["config"][name] | keys for name, keys in model.get("config", {}).items()}
+    config = RunConfig.model_validate(job["config"] | {"model": model["section"]} | changed)
     hf = config.model.hf
     arch = architecture_of_hf(hf) if hf else architecture_of(config.model, model["vocab_size"])
     return MegatronLearner(config, arch, placement)
@@ -147,7 +148,7 @@ def run_rank(rank: int, path: Path, job: dict) -> None:
         directory.mkdir(exist_ok=True)
         results[name] = train(make_learner(job, model, placement), job, directory)
     absurd = {"learning_rate": 1e30, "clip_grad": 0.0}
-    sections = {key: job["config"][key] | absurd for key in ("warm_start", "learner")}
+    sections = {"warm_start": absurd, "learner": absurd}
     results["blow up"] = blow_up(make_learner(job, job["models"]["plain"] | {"config": sections}, placement), job)
     (path.parent / f"rank{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

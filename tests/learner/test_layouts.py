@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from learner_ranks import MODELS, LayoutRun
+from learner_ranks import MODELS, PACKED, LayoutRun, make_pairs
 
 
 def test_fresh_weights_are_the_same_bits_in_every_layout(run: LayoutRun, single: LayoutRun):
@@ -33,6 +33,30 @@ def test_the_same_weights_after_training(run: LayoutRun, single: LayoutRun, name
         assert moved > 0, key
         assert gap <= 1e-4 * tensor.abs().max(), key
         assert gap <= 0.05 * moved, key  # the bound above would miss a tensor that training left alone
+
+
+@pytest.mark.parametrize(("packed", "padded"), PACKED.items())
+def test_packed_rows_train_as_padded_ones_do(run: LayoutRun, packed: str, padded: str):
+    ours, theirs = run.result(packed), run.result(padded)
+    for stage in ("supervised", "preferences"):
+        for our_step, their_step in zip(ours[stage], theirs[stage], strict=True):
+            for key in ("loss", "grad_norm", "tokens"):
+                assert our_step[key] == pytest.approx(their_step[key], rel=1e-5), (stage, key)
+    for key in ("logprobs", "preference logprobs"):
+        ours_flat, theirs_flat = flat(ours[key]), flat(theirs[key])
+        assert len(ours_flat) == len(theirs_flat) > 90
+        assert ours_flat == pytest.approx(theirs_flat, rel=1e-5, abs=1e-5)
+
+
+def flat(values: list | float) -> list[float]:
+    return [number for value in values for number in flat(value)] if isinstance(values, list) else [values]
+
+
+def test_packing_pads_less(single: LayoutRun):
+    ours, theirs = (single.result(name)["preferences"][0] for name in ("plain-packed", "plain"))
+    rows = make_pairs()[0]
+    assert ours["tokens"] == theirs["tokens"] == sum(len(token_ids) - 1 for token_ids, _ in rows)
+    assert 0 <= ours["padding"] < 0.1 < theirs["padding"] < 0.5
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -41,6 +41,10 @@ from megatron_async_rlhf.weights.hf_files import write_safetensors
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
 from megatron_async_rlhf.weights.stored import TensorSpec
 
+# Row width, in hidden sizes, at which attention costs as much as the rest of a layer (see `data.packing`). A layer
+# multiplies each token by 12 hidden x hidden weights, and each position with 2 x width hidden numbers.
+_FREE_WIDTH = 6
+
 
 class MegatronLearner:
     """Model, optimizer and policy version of one rank."""
@@ -158,19 +162,27 @@ class MegatronLearner:
         return self._answer(command.id, push=report)
 
     def _cut(self, sequences: list[Sequence], unit: int) -> list[MicroBatch]:
-        return cut_micro_batches(sequences, unit, self.config.learner.micro_batch_tokens, self.placement)
+        config = self.config.learner
+        return cut_micro_batches(
+            sequences,
+            unit,
+            config.micro_batch_tokens,
+            self.placement,
+            packing=config.packing,
+            free_width=_FREE_WIDTH * self.arch.hidden_size,
+        )
 
     def _preference_loss(self, num_pairs: int) -> MicroLoss:
         algorithm = self.config.algorithm
 
         def loss(batch: MicroBatch, logprobs_BT: torch.Tensor):
-            policy_B = (logprobs_BT * batch.mask_BT).sum(-1)
-            reference_B = (batch.reference_BT * batch.mask_BT).sum(-1)
+            policy_S = batch.sum_completions(logprobs_BT)
+            reference_S = batch.sum_completions(batch.reference_BT)
             return online_dpo_loss(
-                policy_B[0::2],
-                policy_B[1::2],
-                reference_B[0::2],
-                reference_B[1::2],
+                policy_S[0::2],
+                policy_S[1::2],
+                reference_S[0::2],
+                reference_S[1::2],
                 torch.tensor([float(index >= 0) for index in batch.indices[0::2]]),
                 beta=algorithm.beta,
                 loss=algorithm.loss,

@@ -5,6 +5,7 @@ micro-batches the same way, so a reference pass lines up with the policy pass th
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -32,7 +33,10 @@ class Passes:
         )
 
     def train_pass(self, model: torch.nn.Module, batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
-        """Gradients of the summed micro-losses, and the metrics summed over micro-batches and ranks."""
+        """Gradients of the summed micro-losses, and the metrics summed over micro-batches and ranks.
+
+        Metrics are those of `loss`, `tokens`, and `padding`: the share of computed positions that held no token.
+        """
 
         def megatron_loss(batch: MicroBatch, matrix_VH: torch.Tensor | None, hidden_BTH: torch.Tensor):
             logprobs_BT = self._logprobs_of(batch, matrix_VH, hidden_BTH)
@@ -40,10 +44,16 @@ class Passes:
             share, metrics = loss(batch, logprobs_BT)
             # Megatron divides by micro-batches and averages gradients over data-parallel ranks; our losses come
             # with the whole step's denominator in them already, so undo both.
-            return share * len(batches) * self._placement.data_parallel, metrics
+            counts = {
+                "tokens": torch.tensor(batch.num_tokens),
+                "positions": torch.tensor(batch.tokens_BT.numel()),
+            }
+            return share * len(batches) * self._placement.data_parallel, metrics | counts
 
         reports = self._run(model, batches, megatron_loss, forward_only=False)
-        return self._sum_over_ranks(reports)
+        metrics = self._sum_over_ranks(reports)
+        positions = metrics.pop("positions")
+        return metrics | {"padding": 1 - metrics["tokens"] / positions}
 
     @torch.no_grad()
     def logprob_pass(self, model: torch.nn.Module, batches: list[MicroBatch]) -> list[torch.Tensor]:
@@ -92,12 +102,35 @@ class Passes:
 
 def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_hidden: Callable):
     batch = next(batches)
-    positions_BT = torch.arange(batch.tokens_BT.shape[1]).expand_as(batch.tokens_BT)
-    # No mask: attention is causal and padding is on the right, so no real token ever sees it.
-    output = model(input_ids=batch.tokens_BT, position_ids=positions_BT, attention_mask=None)
+    with _positions_restart(model, batch):
+        output = model(
+            input_ids=batch.tokens_BT, position_ids=batch.positions_BT, attention_mask=batch.attention_mask()
+        )
     # The last stage returns hidden states and leaves the multiplication with the vocabulary to `logprobs`.
     matrix_VH = output_matrix(model) if get_attr_wrapped_model(model, "post_process") else None
     return output, partial(on_hidden, batch, matrix_VH)
+
+
+@contextmanager
+def _positions_restart(model: torch.nn.Module, batch: MicroBatch) -> Iterator[None]:
+    """Give each packed sequence the rotary angles it has by itself.
+
+    `GPTModel` ignores `position_ids` with rotary embeddings and counts along the row, on every stage. Attention only
+    sees differences of positions, so counting on would be right too, but rounded more coarsely the longer the row.
+    """
+    if not batch.has_packed_rows:
+        yield
+        return
+    rotary = get_attr_wrapped_model(model, "rotary_pos_emb")
+
+    def pick(module: torch.nn.Module, args: tuple, angles_T11D: torch.Tensor) -> torch.Tensor:
+        return angles_T11D[batch.positions_BT.T].squeeze(2)  # [T, B, 1, D], which Megatron broadcasts over heads
+
+    hook = rotary.register_forward_hook(pick)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def gather_policy_logprobs(batches: list[MicroBatch], placement: Placement, count: int) -> list[list[float]]:
@@ -105,9 +138,7 @@ def gather_policy_logprobs(batches: list[MicroBatch], placement: Placement, coun
     rows: dict[int, list[float]] = {}
     if placement.reports_loss:
         for batch in batches:
-            for index, row, mask in zip(batch.indices, batch.policy_BT, batch.mask_BT, strict=True):
-                if index >= 0:
-                    rows[index] = row[mask.bool()].tolist()
+            rows |= batch.split_completions(batch.policy_BT)
     everyone: list = [None] * dist.get_world_size()
     dist.gather_object(rows, everyone if placement.rank == 0 else None, dst=0, group=placement.control)
     if placement.rank != 0:

@@ -1,0 +1,161 @@
+"""Which units share a micro-batch, and which sequences share a row of it. Plain integers: no torch here.
+
+A *unit* is what a loss needs together: one sequence, or a preference pair. A *bin* is one micro-batch of one
+data-parallel rank; its tokens stay within a budget. All ranks get the same number of bins, because pipeline
+schedules and collectives run in step.
+"""
+
+from collections.abc import Sequence
+
+
+def plan_bins(lengths: Sequence[int], budget: int, ranks: int) -> list[list[list[int]]]:
+    """Unit indices by rank and bin, the same for the same input; at least one bin a rank, empty ones where units lack.
+
+    First as few bins as best-fit decreasing finds, then bins and ranks as even as they get.
+
+    Args:
+        lengths: tokens of each unit.
+        budget: most tokens of a bin; a longer unit has a bin to itself.
+    """
+    order = sorted(range(len(lengths)), key=lambda u: (-lengths[u], u))
+    alone = [[u] for u in order if lengths[u] > budget]
+    order = order[len(alone) :]
+    total = sum(lengths[u] for u in order)
+    num_bins = ranks * max(1, -(-(len(alone) + -(-total // budget)) // ranks))
+    while (bins := _best_fit(order, lengths, budget, num_bins - len(alone))) is None:
+        num_bins += ranks
+    candidates = [
+        _least_loaded(order, lengths, budget, num_bins - len(alone)),
+        _lowest_ceiling(order, lengths, budget, num_bins - len(alone)),
+        bins,
+    ]
+    plans = [_balance(_deal(alone + bins, lengths, ranks), lengths, budget) for bins in candidates if bins is not None]
+    return min(plans, key=lambda plan: _heaviest(plan, lengths))
+
+
+def lay_in_rows(lengths: Sequence[int], free_width: int) -> list[list[int]]:
+    """Sequence indices by row, in the number of rows that costs least.
+
+    Rows are as wide as the widest, so many rows pad more; attention pays every row's width squared, so few rows
+    compute more.
+
+    Args:
+        lengths: tokens of each sequence of one bin.
+        free_width: row width at which attention costs as much as all the rest of the model.
+    """
+    order = sorted(range(len(lengths)), key=lambda s: (-lengths[s], s))
+    total, longest = sum(lengths), lengths[order[0]]
+    best, best_cost = [order], total * (total + free_width)
+    for count in range(2, -(-total // longest) + 1):
+        rows = _least_loaded(order, lengths, total, count)
+        width = max(_load(row, lengths) for row in rows)
+        cost = count * width * (width + free_width)
+        if cost < best_cost:
+            best, best_cost = rows, cost
+    return [sorted(row) for row in best]
+
+
+def _best_fit(order: list[int], lengths: Sequence[int], ceiling: int, num_bins: int) -> list[list[int]] | None:
+    """Each unit into the fullest bin that has room; None if they do not all fit."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    room = [ceiling] * num_bins
+    for u in order:
+        fitting = [b for b in range(num_bins) if room[b] >= lengths[u]]
+        if not fitting:
+            return None
+        b = min(fitting, key=room.__getitem__)
+        bins[b].append(u)
+        room[b] -= lengths[u]
+    return bins
+
+
+def _lowest_ceiling(order: list[int], lengths: Sequence[int], budget: int, num_bins: int) -> list[list[int]] | None:
+    """Best fit below the lowest ceiling that bisection finds, so that no bin is left nearly empty (MULTIFIT)."""
+    if not order:
+        return None
+    low = max(lengths[order[0]], -(-sum(lengths[u] for u in order) // num_bins))
+    high, found = budget, None
+    while low < high:
+        middle = (low + high) // 2
+        bins = _best_fit(order, lengths, middle, num_bins)
+        if bins is None:
+            low = middle + 1
+        else:
+            high, found = middle, bins
+    return found
+
+
+def _least_loaded(order: list[int], lengths: Sequence[int], budget: int, num_bins: int) -> list[list[int]] | None:
+    """Each unit into the emptiest bin, which levels best when there are many units; None if a bin overflows."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads = [0] * num_bins
+    for u in order:
+        b = min(range(num_bins), key=loads.__getitem__)
+        bins[b].append(u)
+        loads[b] += lengths[u]
+        if loads[b] > budget:
+            return None
+    return bins
+
+
+def _deal(bins: list[list[int]], lengths: Sequence[int], ranks: int) -> list[list[list[int]]]:
+    """The same number of bins for every rank: the heaviest left goes to the lightest rank that still takes one."""
+    per_rank = len(bins) // ranks
+    plan: list[list[list[int]]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for one in sorted(bins, key=lambda one: (-_load(one, lengths), one)):
+        rank = min((r for r in range(ranks) if len(plan[r]) < per_rank), key=loads.__getitem__)
+        plan[rank].append(one)
+        loads[rank] += _load(one, lengths)
+    return plan
+
+
+def _balance(plan: list[list[list[int]]], lengths: Sequence[int], budget: int) -> list[list[list[int]]]:
+    """Move or exchange single units between the heaviest and the lightest rank while that brings them closer."""
+    # Each round closes the gap between two ranks by at least one token; a few rounds a rank do nearly all of it.
+    for _ in range(8 * len(plan)):
+        loads = [sum(_load(one, lengths) for one in bins) for bins in plan]
+        heavy, light = loads.index(max(loads)), loads.index(min(loads))
+        exchange = _closest_exchange(plan[heavy], plan[light], loads[heavy] - loads[light], lengths, budget)
+        if exchange is None:
+            break
+        give, take, units = exchange
+        for source, target, u in ((give, take, units[0]), (take, give, units[1])):
+            if u is not None:
+                source.remove(u)
+                target.append(u)
+    return plan
+
+
+def _closest_exchange(
+    heavy: list[list[int]], light: list[list[int]], gap: int, lengths: Sequence[int], budget: int
+) -> tuple[list[int], list[int], tuple[int, int | None]] | None:
+    """(bin that gives, bin that takes, (unit given, unit taken back or None)) that leaves the smallest gap.
+
+    Only the gap counts, so of units with the same length one stands for all.
+    """
+    best, best_gap = None, gap
+    for take in light:
+        spare = budget - _load(take, lengths)
+        back: dict[int, int | None] = {0: None} | {lengths[u]: u for u in take}
+        for give in heavy:
+            room = budget - _load(give, lengths)
+            for length, u in {lengths[u]: u for u in give}.items():
+                for back_length, v in back.items():
+                    moved = length - back_length
+                    left = abs(gap - 2 * moved)
+                    if left < best_gap and 0 < moved <= spare and room + moved >= 0:
+                        best, best_gap = (give, take, (u, v)), left
+        if best_gap <= 1:
+            break
+    return best
+
+
+def _load(units: Sequence[int], lengths: Sequence[int]) -> int:
+    return sum(lengths[u] for u in units)
+
+
+def _heaviest(plan: list[list[list[int]]], lengths: Sequence[int]) -> tuple[int, int]:
+    """(tokens of the heaviest rank, of the heaviest bin): what the other ranks and stages wait for."""
+    loads = [[_load(one, lengths) for one in bins] for bins in plan]
+    return max(sum(bins) for bins in loads), max(max(bins) for bins in loads)
