@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+Recompute = Literal["none", "selective", "full"]
+
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values never change after loading."""
@@ -92,6 +94,7 @@ class LearnerSection(OptimizerKeys):
     pipeline_parallel: PositiveInt = 1
     ranks: PositiveInt | None = None  # default tensor_parallel x pipeline_parallel; more ranks are data parallel
     sequence_parallel: bool = False  # between layers, divide the tokens over the tensor-parallel ranks
+    recompute: Recompute = "none"  # in backward, instead of keeping it: selective = attention scores, full = layers
     precision: Literal["fp32"] = "fp32"
     micro_batch_tokens: PositiveInt = 4096  # of one forward-backward pass on one rank; with padding unless packing
     packing: bool = False  # several sequences in a row, balanced over data-parallel ranks, instead of padding

@@ -41,6 +41,7 @@ class Layout:
     pipeline: int = 1
     data: int = 1
     sequence_parallel: bool = False
+    recompute: str = "none"
 
     @property
     def ranks(self) -> int:
@@ -49,10 +50,14 @@ class Layout:
     @property
     def keys(self) -> dict:
         """Of the learner's section, beside the numbers of ranks."""
-        return {"sequence_parallel": self.sequence_parallel}
+        return {"sequence_parallel": self.sequence_parallel, "recompute": self.recompute}
 
     def __str__(self) -> str:
-        flags = [name for name in self.keys if self.keys[name] not in (False, "none")]
+        flags = [
+            name if value is True else f"{name}_{value}"
+            for name, value in self.keys.items()
+            if value not in (False, "none")
+        ]
         return "-".join([f"tp{self.tensor}", f"pp{self.pipeline}", f"dp{self.data}", *flags])
 
 
@@ -84,7 +89,8 @@ LAYOUTS = [
     Layout(tensor=2, pipeline=2),
     Layout(data=2),
     Layout(tensor=2, sequence_parallel=True),
-    Layout(tensor=2, pipeline=2, sequence_parallel=True),
+    Layout(recompute="full"),
+    Layout(tensor=2, pipeline=2, sequence_parallel=True, recompute="selective"),
 ]
 
 

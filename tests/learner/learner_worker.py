@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -80,6 +81,15 @@ def digests_of(learner: MegatronLearner) -> dict[str, str]:
     return {name: digest(parameter).hex() for name, parameter in learner._bare.named_parameters()}
 
 
+def count_runs(learner: MegatronLearner) -> Counter:
+    """From now on, how often the parts of this rank's first layer run."""
+    runs = Counter()
+    layer = learner._bare.decoder.layers[0]
+    for name, part in (("attention", layer.self_attention.core_attention), ("mlp", layer.mlp)):
+        part.register_forward_hook(lambda *_, name=name: runs.update([name]))
+    return runs
+
+
 def error_of(act, *args) -> dict | None:
     try:
         act(*args)
@@ -96,10 +106,13 @@ def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
     if learner.placement.reports_loss and learner.placement.data_rank == 0:
         torch.save(logits, directory / "logits.pt")
     learner.export_weights(ExportWeights(directory=str(directory / "initial")))
+    runs = count_runs(learner)
     result["supervised"] = [
         learner.train_supervised(TrainSupervised(step=step, sequences=sequences)).metrics.values
         for step in range(job["supervised_steps"])
     ]
+    micro_batches = len(learner._cut(sequences, unit=1)) * job["supervised_steps"]
+    result["runs"] = {part: number / micro_batches for part, number in runs.items()}
     learner.export_weights(ExportWeights(directory=str(directory / "warm")))
 
     pair_lists = [sequences_of(rows) for rows in job["pairs"]]

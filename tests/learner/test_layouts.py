@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from learner_ranks import MODELS, PACKED, LayoutRun, make_pairs
+from learner_ranks import MODELS, PACKED, Layout, LayoutRun, make_pairs
 
 
 def test_fresh_weights_are_the_same_bits_in_every_layout(run: LayoutRun, single: LayoutRun):
@@ -76,3 +76,19 @@ def test_norms_stay_the_same_bits_on_all_ranks_of_a_stage(run: LayoutRun, name: 
         assert ("qwen3" in name) == any("k_layernorm" in key for key in norms)
         for other in others:
             assert norms.items() <= other[name]["digests"].items()
+
+
+def test_recomputation_runs_what_it_says_a_second_time(run: LayoutRun):
+    twice = {"none": [], "selective": ["attention"], "full": ["attention", "mlp"]}[run.layout.recompute]
+    for rank in run.ranks:
+        for name in MODELS:
+            assert rank[name]["runs"] == {part: 2 if part in twice else 1 for part in ("attention", "mlp")}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recomputation_changes_no_bit(run_of, single: LayoutRun, name: str):
+    recomputed = run_of(Layout(recompute="full"))
+    for stage in ("supervised", "preferences", "preference logprobs"):
+        assert recomputed.result(name)[stage] == single.result(name)[stage]
+    ours, theirs = recomputed.weights(name, "final"), single.weights(name, "final")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

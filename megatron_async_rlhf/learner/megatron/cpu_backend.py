@@ -3,9 +3,13 @@
 megatron-core 0.16 to 0.19 names the device `cuda` in about a hundred places. Three things turn them into the
 CPU without changing megatron's source: a `TorchFunctionMode` that rewrites `device="cuda"` in every torch call,
 `torch.cuda` queries that answer for the CPU, and megatron's own inference RNG tracker, whose fork is a no-op
-(weights are initialised on the CPU and dropout is 0, so no CUDA generator is ever needed).
+(weights are initialised on the CPU and dropout is 0, so no CUDA generator is ever needed). Recomputation needs
+more, see `_enable_recomputation`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,6 +46,23 @@ def enable_cpu_backend() -> None:
     torch.cuda.current_device = lambda: _CPU
     torch.cuda.synchronize = lambda device=None: None
     _CudaMeansCpu().__enter__()  # for the life of the process
-    from megatron.core.tensor_parallel.random import initialize_rng_tracker
+    from megatron.core.tensor_parallel import random
 
-    initialize_rng_tracker(inference_rng_tracker=True)
+    random.initialize_rng_tracker(inference_rng_tracker=True)
+    _enable_recomputation(random)
+
+
+def _enable_recomputation(random: ModuleType) -> None:
+    """Let `megatron.core.tensor_parallel.random` run a layer's forward pass again inside backward."""
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
+    # Megatron's own would not fail without CUDA: torch queues it, with a stack trace, for the day CUDA starts.
+    random._set_cuda_rng_state = lambda *args, **kwargs: None
+    fork_rng = random._fork_rng
+
+    @contextmanager
+    def fork_rng_on_cpu() -> Iterator[None]:
+        # Autograd calls backward outside all function modes.
+        with fork_rng(), _CudaMeansCpu():
+            yield
+
+    random._fork_rng = fork_rng_on_cpu

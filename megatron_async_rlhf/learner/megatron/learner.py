@@ -55,7 +55,7 @@ class MegatronLearner:
         self.placement = placement
         self.version = 0
         self._spans: list[Span] = []
-        self._bare = build_model(arch, placement, config.run.seed)
+        self._bare = build_model(arch, placement, config.run.seed, config.learner.recompute)
         hf = config.model.hf
         load_weights(self._bare, arch, placement, open_weights(hf) if hf else RandomWeights(arch, config.run.seed))
         self._policy = DistributedDataParallel(

@@ -9,12 +9,20 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_async_rlhf.config.architecture import Architecture, RopeScaling
+from megatron_async_rlhf.config.sections import Recompute
 from megatron_async_rlhf.learner.megatron.output import defer_output
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
 
+# What backward computes again instead of keeping it: attention scores, or all inside a layer.
+_RECOMPUTE: dict[Recompute, dict] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
-def transformer_config(arch: Architecture, placement: Placement) -> TransformerConfig:
+
+def transformer_config(arch: Architecture, placement: Placement, recompute: Recompute) -> TransformerConfig:
     """Megatron's description of a dense decoder in float32 without dropout."""
     return TransformerConfig(
         num_layers=arch.layers,
@@ -49,6 +57,7 @@ def transformer_config(arch: Architecture, placement: Placement) -> TransformerC
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **_RECOMPUTE[recompute],
     )
 
 
@@ -69,14 +78,14 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     return -(-vocab_size // tensor_parallel) * tensor_parallel
 
 
-def build_model(arch: Architecture, placement: Placement, seed: int) -> GPTModel:
+def build_model(arch: Architecture, placement: Placement, seed: int, recompute: Recompute = "none") -> GPTModel:
     """A freshly initialised model; the same seed gives the same weights in every layout that has them whole.
 
     Its last stage returns hidden states, [B, T, H]: see `output`.
     """
     torch.manual_seed(seed)
     model = GPTModel(
-        config=transformer_config(arch, placement),
+        config=transformer_config(arch, placement, recompute),
         transformer_layer_spec=stage_spec(arch, placement),
         vocab_size=padded_vocab_size(arch.vocab_size, placement.tensor_parallel),
         max_sequence_length=arch.context_length,
