@@ -66,6 +66,17 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def check_distributed_optimizer(self) -> "RunConfig":
+        learner = self.learner
+        if learner.distributed_optimizer and learner.data_parallel == 1:
+            raise ValueError(
+                f"learner.distributed_optimizer divides Adam's state over data-parallel ranks: learner.ranks = "
+                f"{learner.world_size} / (tensor_parallel x pipeline_parallel = {learner.tensor_parallel} x "
+                f"{learner.pipeline_parallel}) = 1 must be at least 2"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_weight_transfer(self) -> "RunConfig":
         if self.weights.transport != "gloo":
             raise ValueError(

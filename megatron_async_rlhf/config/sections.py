@@ -95,6 +95,7 @@ class LearnerSection(OptimizerKeys):
     ranks: PositiveInt | None = None  # default tensor_parallel x pipeline_parallel; more ranks are data parallel
     sequence_parallel: bool = False  # between layers, divide the tokens over the tensor-parallel ranks
     recompute: Recompute = "none"  # in backward, instead of keeping it: selective = attention scores, full = layers
+    distributed_optimizer: bool = False  # each data-parallel rank keeps and updates its share of the Adam state
     precision: Literal["fp32"] = "fp32"
     micro_batch_tokens: PositiveInt = 4096  # of one forward-backward pass on one rank; with padding unless packing
     packing: bool = False  # several sequences in a row, balanced over data-parallel ranks, instead of padding

@@ -49,6 +49,10 @@ def refused(result: subprocess.CompletedProcess) -> str:
         (["learner.ranks=3", "learner.tensor_parallel=2"], "learner.ranks = 3 is not a multiple"),
         (["learner.sequence_parallel=true"], "learner.tensor_parallel = 1 must be at least 2"),
         (["learner.recompute=layers"], "learner.recompute = layers"),
+        (
+            ["learner.distributed_optimizer=true"],
+            "learner.ranks = 1 / (tensor_parallel x pipeline_parallel = 1 x 1) = 1",
+        ),
         (["model.heads=3"], "model.hidden_size = 64 must be a multiple of model.heads = 3"),
         (["model.hf=/nowhere"], "model.hf brings shape and tokenizer"),
         (["generator.max_new_tokens=96"], "leaves no room for a prompt"),

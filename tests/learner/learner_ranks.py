@@ -42,6 +42,7 @@ class Layout:
     data: int = 1
     sequence_parallel: bool = False
     recompute: str = "none"
+    distributed_optimizer: bool = False
 
     @property
     def ranks(self) -> int:
@@ -50,7 +51,11 @@ class Layout:
     @property
     def keys(self) -> dict:
         """Of the learner's section, beside the numbers of ranks."""
-        return {"sequence_parallel": self.sequence_parallel, "recompute": self.recompute}
+        return {
+            "sequence_parallel": self.sequence_parallel,
+            "recompute": self.recompute,
+            "distributed_optimizer": self.distributed_optimizer,
+        }
 
     def __str__(self) -> str:
         flags = [
@@ -91,6 +96,7 @@ LAYOUTS = [
     Layout(tensor=2, sequence_parallel=True),
     Layout(recompute="full"),
     Layout(tensor=2, pipeline=2, sequence_parallel=True, recompute="selective"),
+    Layout(data=2, distributed_optimizer=True),
 ]
 
 

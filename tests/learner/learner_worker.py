@@ -133,6 +133,7 @@ def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
     result["preference logprobs"] = [answer.logprobs for answer in answers]
     result["version"] = learner.version
     result["digests"] = digests_of(learner)
+    result["adam state"] = sum(state["exp_avg"].numel() for _, state in learner._optimizer.state.items())
     learner.export_weights(ExportWeights(directory=str(directory / "final")))
     return result
 

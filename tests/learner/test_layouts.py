@@ -92,3 +92,12 @@ def test_recomputation_changes_no_bit(run_of, single: LayoutRun, name: str):
         assert recomputed.result(name)[stage] == single.result(name)[stage]
     ours, theirs = recomputed.weights(name, "final"), single.weights(name, "final")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_data_parallel_ranks_hold_the_same_bits_after_each_updated_its_share(run_of, single: LayoutRun, name: str):
+    first, second = run_of(Layout(data=2, distributed_optimizer=True)).ranks
+    assert first[name]["digests"] == second[name]["digests"]
+    whole = single.result(name)["adam state"]
+    assert first[name]["adam state"] + second[name]["adam state"] == whole
+    assert max(first[name]["adam state"], second[name]["adam state"]) <= 0.55 * whole  # padding lies at the end

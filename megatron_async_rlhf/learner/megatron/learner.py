@@ -59,10 +59,15 @@ class MegatronLearner:
         hf = config.model.hf
         load_weights(self._bare, arch, placement, open_weights(hf) if hf else RandomWeights(arch, config.run.seed))
         self._policy = DistributedDataParallel(
-            self._bare.config, DistributedDataParallelConfig(overlap_grad_reduce=False), self._bare
+            self._bare.config,
+            DistributedDataParallelConfig(
+                overlap_grad_reduce=False, use_distributed_optimizer=config.learner.distributed_optimizer
+            ),
+            self._bare,
         )
         self._bare.config.finalize_model_grads_func = finalize_model_grads
         self._reference = None
+        # After the wrapper, which moves the parameters into its own buffer if it shards the optimizer.
         self._push = WeightPush(config, arch, placement, self._bare)
         self._passes = Passes(placement, vocab_size=arch.vocab_size, temperature=config.generator.temperature)
         # The warm start imitates text; only RL sees the policy through the sampling temperature.

@@ -25,6 +25,7 @@ def build_optimizer(
             adam_beta2=keys.adam_beta2,
             adam_eps=keys.adam_eps,
             clip_grad=keys.clip_grad,
+            use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
         ),
         [model],
         use_gloo_process_groups=False,  # separate gloo groups only matter beside NCCL ones
