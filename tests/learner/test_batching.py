@@ -5,6 +5,7 @@ import torch
 
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.steps import positions_restart
 from megatron_async_rlhf.types import Sequence
 
 LENGTHS = [5, 3, 8, 2, 4, 6, 9, 7, 3, 3]
@@ -86,3 +87,27 @@ def test_a_rank_without_sequences_takes_part_without_weight():
     assert batch.indices == [-1, -1]
     assert batch.num_tokens == 0
     assert torch.equal(batch.sum_completions(torch.ones_like(batch.mask_BT)), torch.zeros(2))
+
+
+class Rotary(torch.nn.Module):
+    def forward(self, length: int) -> torch.Tensor:
+        return torch.arange(float(length)).view(-1, 1, 1, 1)
+
+
+class Model(torch.nn.Module):
+    """Megatron's names, and an angle that is the position itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rotary_pos_emb = Rotary()
+
+
+def test_angles_restart_with_each_packed_sequence_and_only_then():
+    """Logits cannot tell: attention sees differences of positions only."""
+    model = Model()
+    batch = cut(packing=True, budget=40, free_width=1)[0]
+    width = batch.tokens_BT.shape[1]
+    with positions_restart(model, batch):
+        angles_TB1D = model.rotary_pos_emb(width)
+    assert torch.equal(angles_TB1D[:, :, 0, 0].T, batch.positions_BT.float())
+    assert torch.equal(model.rotary_pos_emb(width).flatten(), torch.arange(float(width)))

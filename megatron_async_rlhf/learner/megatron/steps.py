@@ -102,7 +102,7 @@ class Passes:
 
 def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_hidden: Callable):
     batch = next(batches)
-    with _positions_restart(model, batch):
+    with positions_restart(model, batch):
         output = model(
             input_ids=batch.tokens_BT, position_ids=batch.positions_BT, attention_mask=batch.attention_mask()
         )
@@ -112,7 +112,7 @@ def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_hidden: Calla
 
 
 @contextmanager
-def _positions_restart(model: torch.nn.Module, batch: MicroBatch) -> Iterator[None]:
+def positions_restart(model: torch.nn.Module, batch: MicroBatch) -> Iterator[None]:
     """Give each packed sequence the rotary angles it has by itself.
 
     `GPTModel` ignores `position_ids` with rotary embeddings and counts along the row, on every stage. Attention only
@@ -124,7 +124,7 @@ def _positions_restart(model: torch.nn.Module, batch: MicroBatch) -> Iterator[No
     rotary = get_attr_wrapped_model(model, "rotary_pos_emb")
 
     def pick(module: torch.nn.Module, args: tuple, angles_T11D: torch.Tensor) -> torch.Tensor:
-        return angles_T11D[batch.positions_BT.T].squeeze(2)  # [T, B, 1, D], which Megatron broadcasts over heads
+        return angles_T11D[batch.positions_BT.T].squeeze(2)  # [T, B, 1, D]; Megatron broadcasts it over heads
 
     hook = rotary.register_forward_hook(pick)
     try:
