@@ -22,8 +22,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.types import Prompt, Sequence
-from megatron_async_rlhf.weights.layout import LearnerLayout
-from megatron_async_rlhf.weights.plan import TransferPlan, plan_transfer
+from megatron_async_rlhf.weights.plan import TransferPlan, configured_transfer
 
 
 class Materials(Struct, frozen=True, kw_only=True):
@@ -79,17 +78,7 @@ def load_materials(config: RunConfig, template: Path) -> Materials:
             f"model.hf: the tokenizer has {tokenizer.vocab_size} tokens, the model only {architecture.vocab_size} embeddings"
         )
     check_layouts(config, architecture)
-    transfer = plan_transfer(
-        architecture,
-        LearnerLayout(
-            tensor_parallel=config.learner.tensor_parallel,
-            pipeline_parallel=config.learner.pipeline_parallel,
-            data_parallel=config.learner.data_parallel,
-        ),
-        config.generator.tensor_parallel,
-        dtype=config.generator.dtype,
-        staging_bytes=config.weights.staging_mib * 2**20,
-    )
+    transfer = configured_transfer(config, architecture)
     room = architecture.context_length - config.generator.max_new_tokens
     limit = config.data.max_prompt_tokens or room
     if limit > room:

@@ -81,3 +81,17 @@ class Span(Struct, frozen=True, kw_only=True):
     start: float
     end: float
     process: str = ""
+
+
+class PushReport(Struct, frozen=True, kw_only=True):
+    """What a weight push moved and proved; the same on every rank that took part.
+
+    Attributes:
+        wire_bytes: bytes of weights that arrived at generator workers, all together.
+        compared: digests compared, one per slice and worker; 0 when not verified.
+        mismatches: `generator rank: tensor[rows, columns] from learner rank` of every slice that differs.
+    """
+
+    wire_bytes: int
+    compared: int = 0
+    mismatches: list[str] = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.weights.families import Rule
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes, model_mappings
-from megatron_async_rlhf.weights.layout import LearnerLayout, Piece, learner_pieces, parameter_shapes
+from megatron_async_rlhf.weights.layout import LearnerLayout, Piece, by_parameter, learner_pieces, parameter_shapes
 
 # Saved under the name the norm has inside Transformer Engine's fused layers, even by a model without them.
 _SAVED_AS = {
@@ -56,10 +56,8 @@ class Share:
 
 def model_parameters(arch: Architecture, pipeline_parallel: int = 1) -> list[Parameter]:
     """Every parameter once, in model order. A tied embedding is saved by the first stage alone."""
-    pieces: dict[str, list[Piece]] = {}
-    for piece in learner_pieces(arch, LearnerLayout(), 0):
-        pieces.setdefault(piece.parameter, []).append(piece)
-    sizes = parameter_shapes(piece for parts in pieces.values() for piece in parts)
+    held = learner_pieces(arch, LearnerLayout(), 0)
+    pieces, sizes = by_parameter(held), parameter_shapes(held)
     shapes = hf_shapes(arch)
     return [
         Parameter(

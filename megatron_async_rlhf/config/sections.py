@@ -193,6 +193,10 @@ class WeightsSection(Section):
     snapshot: bool = False  # send from a copy, so that not even the optimizer's step waits; costs the copy's memory
     timeout_s: PositiveFloat = 120.0  # how long nothing may move: rendezvous, each message, each verdict
 
+    @property
+    def staging_bytes(self) -> int:
+        return self.staging_mib * 2**20
+
 
 class WandbKeys(Section):
     """Weights & Biases; `offline` writes into the run directory only."""

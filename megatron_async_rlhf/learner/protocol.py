@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 from msgspec import Struct
 
-from megatron_async_rlhf.types import Sequence, Span, StepMetrics
+from megatron_async_rlhf.types import PushReport, Sequence, Span, StepMetrics
 
 
 class Command(Struct, frozen=True, kw_only=True, tag=True):
@@ -98,20 +98,6 @@ AnyCommand = (
     | ExportWeights
     | Stop
 )
-
-
-class PushReport(Struct, frozen=True, kw_only=True):
-    """What one push sent and proved.
-
-    Attributes:
-        wire_bytes: bytes of weights that reached generator workers, all of them together.
-        compared: digests compared, one per slice and worker; 0 when not verified.
-        mismatches: `generator rank: tensor[rows, columns] from learner rank` of every slice that differs.
-    """
-
-    wire_bytes: int
-    compared: int = 0
-    mismatches: list[str] = []
 
 
 class Answer(Struct, frozen=True, kw_only=True):

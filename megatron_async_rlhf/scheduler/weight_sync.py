@@ -11,6 +11,7 @@ which connects anew to those that are still alive.
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from megatron_async_rlhf.config.root import RunConfig
@@ -26,11 +27,11 @@ from megatron_async_rlhf.learner.protocol import (
     FinishPush,
     JoinTransfer,
     Learner,
-    PushReport,
     PushWeights,
 )
-from megatron_async_rlhf.types import Span
+from megatron_async_rlhf.types import PushReport, Span
 from megatron_async_rlhf.weights.blame import root_cause
+from megatron_async_rlhf.weights.layout import LearnerLayout
 
 # After the learner knows that a push has ended, generators hear of it at once unless they are dead.
 _GRACE_S = 5.0
@@ -164,19 +165,14 @@ class WeightSync:
         config, names = self._config, [receiver.name for receiver in self.receivers]
         session = f"session-{self._sessions}"
         self._sessions += 1
-        learner = config.learner
         info = {
             "host": self._host,
             "port": self._port,
             "session": session,
             "generators": names,
-            "learner": {
-                "tensor_parallel": learner.tensor_parallel,
-                "pipeline_parallel": learner.pipeline_parallel,
-                "data_parallel": learner.data_parallel,
-            },
+            "learner": asdict(LearnerLayout.of(config.learner)),
             "dtype": config.generator.dtype,
-            "staging_bytes": config.weights.staging_mib * 2**20,
+            "staging_bytes": config.weights.staging_bytes,
             "transport": config.weights.transport,
             "timeout_s": config.weights.timeout_s,
         }

@@ -11,13 +11,12 @@ from typing import Any
 import msgspec
 
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.learner.protocol import PushReport
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE
 from megatron_async_rlhf.telemetry.summary import RunTotals
 from megatron_async_rlhf.telemetry.trace import write_trace
 from megatron_async_rlhf.telemetry.wandb_log import WandbLog
-from megatron_async_rlhf.types import Completion, RolloutGroup, Span
+from megatron_async_rlhf.types import Completion, PushReport, RolloutGroup, Span
 
 _log = logging.getLogger(__name__)
 

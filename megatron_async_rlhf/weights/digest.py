@@ -18,11 +18,8 @@ def digest(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bytes:
     dtype = dtype or tensor.dtype
     if tensor.is_contiguous() and tensor.dtype == dtype:
         return xxhash.xxh3_128_digest(_bytes_of(tensor))
-    hasher = xxhash.xxh3_128()
     rows = max(1, _BLOCK_BYTES * tensor.shape[0] // max(1, tensor.numel() * dtype.itemsize)) if tensor.ndim else 1
-    for block in tensor.split(rows) if tensor.ndim else (tensor,):
-        hasher.update(_bytes_of(block.to(dtype).contiguous()))
-    return hasher.digest()
+    return digest_blocks(block.to(dtype) for block in (tensor.split(rows) if tensor.ndim else (tensor,)))
 
 
 def digest_blocks(blocks: Iterable[torch.Tensor]) -> bytes:

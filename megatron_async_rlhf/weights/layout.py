@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.errors import MappingError
 from megatron_async_rlhf.weights.families import Rule
 from megatron_async_rlhf.weights.hf_mapping import (
@@ -59,6 +60,15 @@ class LearnerLayout:
     def ranks(self) -> int:
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
+    @classmethod
+    def of(cls, learner: LearnerSection) -> "LearnerLayout":
+        """The layout a configuration asks for."""
+        return cls(
+            tensor_parallel=learner.tensor_parallel,
+            pipeline_parallel=learner.pipeline_parallel,
+            data_parallel=learner.data_parallel,
+        )
+
     def place(self, rank: int) -> tuple[int, int]:
         """Tensor-parallel rank and pipeline stage of a global rank."""
         return rank % self.tensor_parallel, rank // (self.tensor_parallel * self.data_parallel)
@@ -102,6 +112,14 @@ def generator_pieces(arch: Architecture, tensor_parallel: int, rank: int) -> lis
         for mapping in model_mappings(arch, 1)
         for piece in _vllm_parameter(mapping, shapes, arch, tensor_parallel, rank)
     ]
+
+
+def by_parameter(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+    """The pieces of each parameter, both in the order given."""
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.parameter, []).append(piece)
+    return found
 
 
 def parameter_shapes(pieces: Iterable[Piece]) -> dict[str, tuple[int, int]]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError, MappingError
 from megatron_async_rlhf.weights.layout import LearnerLayout, Piece, generator_pieces, learner_pieces
 
@@ -78,7 +79,7 @@ class TransferPlan:
     """All messages of one push.
 
     Attributes:
-        streams: (learner rank, generator worker) -> messages; the k-th message of every stream moves in round k.
+        streams: (learner rank, generator worker) -> messages, in that order of pairs; the k-th message of every stream moves in round k.
         dtype: of every element on the wire, torch's name without the prefix.
         senders, receivers: number of learner ranks, and of workers of one replica.
     """
@@ -100,24 +101,24 @@ class TransferPlan:
 
     def outgoing(self, sender: int) -> list[list[tuple[int, Message]]]:
         """A sender's rounds, each (receiver, message) by receiver."""
-        return _by_round({r: messages for (s, r), messages in sorted(self.streams.items()) if s == sender})
+        return _by_round({r: messages for (s, r), messages in self.streams.items() if s == sender})
 
     def incoming(self, receiver: int) -> list[list[tuple[int, Message]]]:
         """A receiver's rounds, each (sender, message) by sender: the order in its buffer."""
-        return _by_round({s: messages for (s, r), messages in sorted(self.streams.items()) if r == receiver})
+        return _by_round({s: messages for (s, r), messages in self.streams.items() if r == receiver})
 
     def sent_by(self, sender: int) -> list[Slice]:
         """All slices of a sender: receiver by receiver, in sending order."""
-        return [s for (a, _), messages in sorted(self.streams.items()) if a == sender for m in messages for s in m]
+        return [s for (a, _), messages in self.streams.items() if a == sender for m in messages for s in m]
 
     def received_by(self, receiver: int) -> list[Slice]:
         """All slices of a receiver: sender by sender, in sending order."""
-        return [s for (_, b), messages in sorted(self.streams.items()) if b == receiver for m in messages for s in m]
+        return [s for (_, b), messages in self.streams.items() if b == receiver for m in messages for s in m]
 
     @cached_property
     def fingerprint(self) -> str:
         """Equal on two ranks only if they would move the same bytes to the same places."""
-        text = repr((self.dtype, self.senders, self.receivers, sorted(self.streams.items())))
+        text = repr((self.dtype, self.senders, self.receivers, self.streams))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -143,6 +144,17 @@ def plan_transfer(
         dtype=dtype,
         senders=learner.ranks,
         receivers=tensor_parallel,
+    )
+
+
+def configured_transfer(config: RunConfig, arch: Architecture) -> TransferPlan:
+    """The plan of a run; raises what `plan_transfer` does."""
+    return plan_transfer(
+        arch,
+        LearnerLayout.of(config.learner),
+        config.generator.tensor_parallel,
+        dtype=config.generator.dtype,
+        staging_bytes=config.weights.staging_bytes,
     )
 
 

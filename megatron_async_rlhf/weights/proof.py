@@ -7,8 +7,8 @@ that flipped in a staging buffer, on the wire or in the receiver's memory shows.
 from collections.abc import Iterator
 
 import msgspec
-from msgspec import Struct
 
+from megatron_async_rlhf.types import PushReport
 from megatron_async_rlhf.weights.messages import receive_message, send_message
 from megatron_async_rlhf.weights.plan import TransferPlan
 from megatron_async_rlhf.weights.roster import Roster
@@ -17,23 +17,9 @@ from megatron_async_rlhf.weights.transports.transport import Transport
 DIGEST_BYTES = 16
 
 
-class Verdict(Struct, frozen=True, kw_only=True):
-    """What a push moved and proved; the same on every rank.
-
-    Attributes:
-        wire_bytes: bytes of weights that arrived at generator workers, all together.
-        compared: digests compared; 0 when the push was not verified.
-        mismatches: `generator rank: tensor[rows, cols] from learner rank` of every slice that differs.
-    """
-
-    wire_bytes: int
-    compared: int
-    mismatches: list[str]
-
-
 def conclude(
     transport: Transport, roster: Roster, plan: TransferPlan, *, received_bytes: int, digests: bytes | None
-) -> Verdict:
+) -> PushReport:
     """Collective over the transfer group.
 
     Args:
@@ -51,13 +37,13 @@ def conclude(
         send_message(transport, msgspec.msgpack.encode(verdict), peers, "the verdict")
         return verdict
     send_message(transport, report, [0], "the digests")
-    return msgspec.msgpack.decode(receive_message(transport, 0, "the verdict"), type=Verdict)
+    return msgspec.msgpack.decode(receive_message(transport, 0, "the verdict"), type=PushReport)
 
 
-def _judge(roster: Roster, plan: TransferPlan, reports: list[bytes], *, verify: bool) -> Verdict:
+def _judge(roster: Roster, plan: TransferPlan, reports: list[bytes], *, verify: bool) -> PushReport:
     wire_bytes = sum(int.from_bytes(report[:8], "little") for report in reports)
     if not verify:
-        return Verdict(wire_bytes=wire_bytes, compared=0, mismatches=[])
+        return PushReport(wire_bytes=wire_bytes)
     sent = {
         (sender, receiver): digests
         for sender in range(roster.senders)
@@ -76,7 +62,7 @@ def _judge(roster: Roster, plan: TransferPlan, reports: list[bytes], *, verify: 
                     for moved, theirs, ours in pairs
                     if theirs != ours
                 ]
-    return Verdict(wire_bytes=wire_bytes, compared=compared, mismatches=mismatches)
+    return PushReport(wire_bytes=wire_bytes, compared=compared, mismatches=mismatches)
 
 
 def _by_peer(
@@ -84,7 +70,7 @@ def _by_peer(
 ) -> Iterator[tuple[int, bytes]]:
     """One rank's digests cut by the stream they belong to: (the other end, its part)."""
     offset = 0
-    for (a, b), messages in sorted(plan.streams.items()):
+    for (a, b), messages in plan.streams.items():
         if sender in (None, a) and receiver in (None, b):
             size = DIGEST_BYTES * sum(len(message) for message in messages)
             yield (a if sender is None else b), digests[offset : offset + size]

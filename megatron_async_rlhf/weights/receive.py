@@ -8,21 +8,23 @@ A parameter is complete when its last slice is in; then it is hashed slice by sl
 here knows vLLM: what a parameter is and what completing it means is the `Target`'s affair.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.types import PushReport
 from megatron_async_rlhf.weights.digest import digest
 from megatron_async_rlhf.weights.plan import Message, Slice, TransferPlan
-from megatron_async_rlhf.weights.proof import Verdict, conclude
+from megatron_async_rlhf.weights.proof import conclude
 from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.send import as_bytes, as_matrix, describe, num_elements
 from megatron_async_rlhf.weights.transports.transport import Parcel, Pending, Transport
 
-# Hashes what a parameter really holds; `None` when the push is not verified.
+# Hashes what a parameter really holds, if the push is verified.
 Check = Callable[[torch.Tensor], None]
 
 
@@ -59,9 +61,11 @@ class Receiver:
             torch.empty(max(sizes, default=0), dtype=self._dtype, device=transport.device)
             for _ in range(2 if in_place else 1)
         ]
-        self._slices_of = Counter(moved.target for moved in plan.received_by(self._worker))
+        self._slices_of: dict[str, list[Slice]] = defaultdict(list)
+        for moved in plan.received_by(self._worker):
+            self._slices_of[moved.target].append(moved)
 
-    def receive(self, target: Target, *, verify: bool) -> Verdict:
+    def receive(self, target: Target, *, verify: bool) -> PushReport:
         """Receive a whole push. Collective over the transfer group.
 
         Raises:
@@ -79,20 +83,19 @@ class Receiver:
             )
         return verdict
 
-    def _receive(self, target: Target, verify: bool) -> Verdict:
+    def _receive(self, target: Target, verify: bool) -> PushReport:
         depth = len(self._buffers)
         arriving = {k: self._start(k) for k in range(min(depth, len(self._rounds)))}
-        missing = Counter(self._slices_of)
-        digests: dict[Slice, bytes] = {}
-        arrived: dict[str, list[Slice]] = {}
-        for k, incoming in enumerate(self._rounds):
+        missing = {parameter: len(slices) for parameter, slices in self._slices_of.items()}
+        digests: dict[Slice, bytes] | None = {} if verify else None
+        for k in range(len(self._rounds)):
             arriving.pop(k).wait()
             handed_on = self._hand_on(k)
-            self._load(k, target, missing, arrived, digests if verify else None)
+            self._load(k, target, missing, digests)
             handed_on.wait()
             if k + depth < len(self._rounds):
                 arriving[k + depth] = self._start(k + depth)
-        ordered = b"".join(digests[s] for s in self._plan.received_by(self._worker)) if verify else None
+        ordered = None if digests is None else b"".join(digests[s] for s in self._plan.received_by(self._worker))
         num_bytes = sum(self._sizes) * self._dtype.itemsize
         return conclude(self._transport, self._roster, self._plan, received_bytes=num_bytes, digests=ordered)
 
@@ -120,30 +123,20 @@ class Receiver:
     def _whole_round(self, k: int) -> Message:
         return tuple(moved for _, message in self._rounds[k] for moved in message)
 
-    def _load(
-        self,
-        k: int,
-        target: Target,
-        missing: Counter,
-        arrived: dict[str, list[Slice]],
-        digests: dict[Slice, bytes] | None,
-    ) -> None:
+    def _load(self, k: int, target: Target, missing: dict[str, int], digests: dict[Slice, bytes] | None) -> None:
         buffer, begin = self._buffers[k % len(self._buffers)], 0
         for moved in self._whole_round(k):
-            place(target.open(moved.target), moved).copy_(
-                buffer[begin : begin + moved.size].view(moved.height, moved.width)
-            )
+            values = buffer[begin : begin + moved.size].view(moved.height, moved.width)
+            place(target.open(moved.target), moved).copy_(values)
             begin += moved.size
-            arrived.setdefault(moved.target, []).append(moved)
             missing[moved.target] -= 1
             if not missing[moved.target]:
-                slices = arrived.pop(moved.target)
+                target.complete(moved.target, partial(self._hash, self._slices_of[moved.target], digests))
 
-                def check(parameter: torch.Tensor, slices: list[Slice] = slices) -> None:
-                    if digests is not None:
-                        digests.update((s, digest(place(parameter, s))) for s in slices)
-
-                target.complete(moved.target, check)
+    def _hash(self, slices: list[Slice], digests: dict[Slice, bytes] | None, parameter: torch.Tensor) -> None:
+        """As the sender does, in the type that was sent: an engine may keep a vector in a wider one."""
+        if digests is not None:
+            digests.update((s, digest(place(parameter, s), self._dtype)) for s in slices)
 
 
 def place(parameter: torch.Tensor, moved: Slice) -> torch.Tensor:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 
 from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.types import PushReport
 from megatron_async_rlhf.weights.digest import digest
 from megatron_async_rlhf.weights.plan import Message, Slice, TransferPlan
-from megatron_async_rlhf.weights.proof import Verdict, conclude
+from megatron_async_rlhf.weights.proof import conclude
 from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.transports.transport import Parcel, Transport
 
@@ -29,7 +30,7 @@ class Sender:
         largest = max((sum(num_elements(m) for _, m in outgoing) for outgoing in self._rounds), default=0)
         self._buffers = [torch.empty(largest, dtype=self._dtype, device=transport.device) for _ in range(2)]
 
-    def push(self, read: ParameterReader, *, verify: bool) -> Verdict:
+    def push(self, read: ParameterReader, *, verify: bool) -> PushReport:
         """Send every slice of the plan that is this rank's. Collective over the transfer group.
 
         Args:
@@ -45,7 +46,7 @@ class Sender:
             self._transport.close()
             raise
 
-    def _push(self, read: ParameterReader, verify: bool) -> Verdict:
+    def _push(self, read: ParameterReader, verify: bool) -> PushReport:
         digests: dict[Slice, bytes] = {}
         under_way = [self._transport.start(), self._transport.start()]
         for k, outgoing in enumerate(self._rounds):

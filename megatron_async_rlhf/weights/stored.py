@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from megatron_async_rlhf.errors import CheckpointError
+from megatron_async_rlhf.weights.layout import matrix_shape
 
 STAGING_BYTES = 4 * 2**20  # what reading or hashing a tensor of any size holds of it at a time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,7 +35,7 @@ class TensorSpec:
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns; a vector is one column wide."""
-        return (self.shape[0], prod(self.shape[1:])) if self.shape else (1, 1)
+        return matrix_shape(self.shape) if self.shape else (1, 1)
 
 
 class WeightReader(Protocol):

@@ -8,9 +8,9 @@ import torch
 from transfer_group import TransferGroup, assert_holds, random_weights
 
 from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.types import PushReport
 from megatron_async_rlhf.weights.hf_mapping import elements_held
 from megatron_async_rlhf.weights.layout import LearnerLayout
-from megatron_async_rlhf.weights.proof import Verdict
 
 LAYOUTS = [
     pytest.param(LearnerLayout(), 1, 1, id="tp1-to-tp1"),
@@ -279,4 +279,4 @@ def test_a_parameter_that_is_not_the_planned_one_is_refused_by_name(connect):
 def test_the_verdict_is_a_plain_message(connect):
     group = connect(LearnerLayout(), 1)
     weights = random_weights(group.arch, torch.float32)
-    assert isinstance(group.push(weights, group.targets(weights))[1], Verdict)
+    assert isinstance(group.push(weights, group.targets(weights))[1], PushReport)

@@ -13,11 +13,11 @@ from whole_tensors import split
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.types import PushReport
 from megatron_async_rlhf.weights.families import Rule
 from megatron_async_rlhf.weights.hf_mapping import copies_of_tied_embedding, hf_shapes, model_mappings
 from megatron_async_rlhf.weights.layout import LearnerLayout
 from megatron_async_rlhf.weights.plan import TransferPlan, plan_transfer
-from megatron_async_rlhf.weights.proof import Verdict
 from megatron_async_rlhf.weights.receive import Check, Receiver
 from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.send import Sender
@@ -162,7 +162,7 @@ class TransferGroup:
 
     def push(
         self, weights: Weights, targets: dict[int, DictTarget], *, verify: bool = True, without: tuple[int, ...] = ()
-    ) -> list[Verdict | TransferError | None]:
+    ) -> list[PushReport | TransferError | None]:
         """What every rank returned or raised; ranks in `without` do nothing at all."""
         parameters = {
             rank: learner_parameters(weights, self.arch, self.layout, rank) for rank in range(self.layout.ranks)

@@ -119,8 +119,3 @@ class WeightSink(WeightTransferEngine[SinkInit, SinkUpdate]):
         if self._transport is not None:
             self._transport.close()
         self._transport = self._receiver = None
-
-    @staticmethod
-    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-        """Abstract in vLLM before 0.30, so it must be here for the class to be made; our learner sends by itself."""
-        raise NotImplementedError("weights are sent by weights.send.Sender")

@@ -7,7 +7,7 @@ from megatron_async_rlhf.config.architecture import architecture_of_hf
 from megatron_async_rlhf.generator.vllm.worker_model import WorkerModel
 from megatron_async_rlhf.weights.digest import digest
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
-from megatron_async_rlhf.weights.layout import generator_pieces
+from megatron_async_rlhf.weights.layout import by_parameter, generator_pieces
 
 # Smaller rectangles name a difference more closely; a digest is 16 bytes of this many.
 _BOX_BYTES = 2**20
@@ -28,10 +28,7 @@ class WeightInspection:
         ranks, rank = self.parallel_config.tensor_parallel_size, self.parallel_config.rank
         arch = architecture_of_hf(Path(self.model_config.model))
         exact, boxes = model.in_place, []
-        by_parameter: dict[str, list] = {}
-        for piece in generator_pieces(arch, ranks, rank):
-            by_parameter.setdefault(piece.parameter, []).append(piece)
-        for parameter, held in by_parameter.items():
+        for parameter, held in by_parameter(generator_pieces(arch, ranks, rank)).items():
             matrix, _ = model.resident(parameter)
             for piece in held:
                 (begin, end), (left, right) = piece.rows, piece.cols

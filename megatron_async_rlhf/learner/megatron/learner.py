@@ -30,7 +30,6 @@ from megatron_async_rlhf.learner.protocol import (
     ExportWeights,
     FinishPush,
     JoinTransfer,
-    PushReport,
     PushWeights,
     Score,
     TrainPreferences,
@@ -161,9 +160,8 @@ class MegatronLearner:
 
     def finish_push(self, command: FinishPush) -> Answer:
         """Wait until every generator holds what was sent, or the push has failed."""
-        verdict, span = self._push.finish()
+        report, span = self._push.finish()
         self._spans.append(span)
-        report = PushReport(wire_bytes=verdict.wire_bytes, compared=verdict.compared, mismatches=verdict.mismatches)
         return self._answer(command.id, push=report)
 
     def _cut(self, sequences: list[Sequence], unit: int) -> list[MicroBatch]:

@@ -17,11 +17,10 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, TransferError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.protocol import JoinTransfer
-from megatron_async_rlhf.types import Span
+from megatron_async_rlhf.types import PushReport, Span
 from megatron_async_rlhf.weights.blame import root_cause
 from megatron_async_rlhf.weights.messages import agree
-from megatron_async_rlhf.weights.plan import plan_transfer
-from megatron_async_rlhf.weights.proof import Verdict
+from megatron_async_rlhf.weights.plan import configured_transfer
 from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.send import Sender
 from megatron_async_rlhf.weights.transports.open import open_transport
@@ -29,9 +28,9 @@ from megatron_async_rlhf.weights.transports.rendezvous import host_store, join_s
 
 
 class _Ending(Struct, frozen=True):
-    """How a push ended on one rank: a verdict or an error, and when."""
+    """How a push ended on one rank: a report or an error, and when."""
 
-    verdict: Verdict | None
+    report: PushReport | None
     error: str | None
     start: float
     end: float
@@ -84,7 +83,7 @@ class WeightPush:
         if self._under_way is not None and not self._config.weights.snapshot:
             self._under_way.exception()
 
-    def finish(self) -> tuple[Verdict, Span]:
+    def finish(self) -> tuple[PushReport, Span]:
         """The push under way, once it has ended.
 
         Raises:
@@ -95,7 +94,7 @@ class WeightPush:
         ending, self._under_way = self._under_way.result(), None
         self._agree(ending.error, ending.end)
         process = f"learner.{self._placement.rank}"
-        return ending.verdict, Span(name="push", start=ending.start, end=ending.end, process=process)
+        return ending.report, Span(name="push", start=ending.start, end=ending.end, process=process)
 
     def _join(self, command: JoinTransfer) -> None:
         config, placement = self._config, self._placement
@@ -119,23 +118,17 @@ class WeightPush:
             timeout_s=timeout_s,
             device=next(iter(self._parameters.values())).device,
         )
-        plan = plan_transfer(
-            self._arch,
-            placement.layout,
-            config.generator.tensor_parallel,
-            dtype=config.generator.dtype,
-            staging_bytes=config.weights.staging_mib * 2**20,
-        )
+        plan = configured_transfer(config, self._arch)
         agree(self._transport, roster, plan.fingerprint)
         self._sender = Sender(plan, roster, self._transport)
 
     def _send(self, weights: dict[str, torch.Tensor], verify: bool) -> _Ending:
         start = time.time()
         try:
-            verdict, error = self._sender.push(weights.__getitem__, verify=verify), None
+            report, error = self._sender.push(weights.__getitem__, verify=verify), None
         except TransferError as failure:
-            verdict, error = None, str(failure)
-        return _Ending(verdict, error, start, time.time())
+            report, error = None, str(failure)
+        return _Ending(report, error, start, time.time())
 
     def _leave(self) -> None:
         if self._transport is not None:

@@ -13,7 +13,7 @@ from megatron_async_rlhf.errors import MappingError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.weights.families import Rule
 from megatron_async_rlhf.weights.hf_mapping import copies_of_tied_embedding, hf_shapes, model_mappings
-from megatron_async_rlhf.weights.layout import Piece, learner_pieces, matrix_shape, parameter_shapes
+from megatron_async_rlhf.weights.layout import Piece, by_parameter, learner_pieces, matrix_shape, parameter_shapes
 from megatron_async_rlhf.weights.send import as_matrix
 from megatron_async_rlhf.weights.stored import TensorSpec, WeightReader, find_tensor
 
@@ -53,7 +53,7 @@ def gather_weights(model: GPTModel, arch: Architecture, placement: Placement) ->
         return
     parameters = dict(model.named_parameters())
     layout, shapes = placement.layout, hf_shapes(arch)
-    pieces_of = [_by_parameter(learner_pieces(arch, layout, rank)) for rank in range(layout.ranks)]
+    pieces_of = [by_parameter(learner_pieces(arch, layout, rank)) for rank in range(layout.ranks)]
     for mapping in model_mappings(arch, layout.pipeline_parallel):
         whole = {}
         if placement.rank == 0:
@@ -113,10 +113,3 @@ def _place(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
     """Where a piece lies in a parameter, [rows, columns], a view."""
     rows, cols = piece.rows[1] - piece.rows[0], piece.cols[1] - piece.cols[0]
     return as_matrix(parameter)[piece.row : piece.row + rows, piece.col : piece.col + cols]
-
-
-def _by_parameter(pieces: list[Piece]) -> dict[str, list[Piece]]:
-    found: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        found.setdefault(piece.parameter, []).append(piece)
-    return found
