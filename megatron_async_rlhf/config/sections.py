@@ -147,6 +147,11 @@ class LearnerSection(OptimizerKeys):
         return self.world_size // self.model_ranks
 
     @property
+    def weights_dtype(self) -> str:
+        """Of the weights it trains and exports, by torch's name."""
+        return "float32" if self.precision == "fp32" else "bfloat16"
+
+    @property
     def copies(self) -> int:
         """Ranks that hold the same weights: context parallelism divides tokens only."""
         return self.data_parallel * self.context_parallel

@@ -96,6 +96,7 @@ def cut_micro_batches(
         groups = plan_bins(totals, budget, placement.data_parallel)[placement.data_rank]
     else:
         groups = _group_like_lengths(lengths, unit, budget, placement) or [[]]
+    groups += [[]] * (-len(groups) % placement.batch_multiple)
     batches = []
     for group in groups:
         indices = [i for u in sorted(group) for i in range(u * unit, (u + 1) * unit)]

@@ -1,4 +1,4 @@
-"""Process groups of one learner rank: Megatron's own, and a gloo group for commands and results."""
+"""Device and process groups of one learner rank: Megatron's own, and a gloo group for commands and results."""
 
 import os
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_async_rlhf.config.sections import LearnerSection
+from megatron_async_rlhf.config.sections import Device, LearnerSection
 from megatron_async_rlhf.learner.megatron.cpu_backend import enable_cpu_backend
 from megatron_async_rlhf.weights.layout import LearnerLayout
 
@@ -18,6 +19,7 @@ class Placement:
     """Where this rank sits in the learner.
 
     Attributes:
+        virtual_stages: chunks of layers this rank has; chunk c of pipeline rank p is stage c x pipeline_parallel + p.
         sequence_parallel: between layers a tensor-parallel rank keeps its share of the tokens only.
         control: gloo group of all ranks, in rank order; carries commands and small results on any device.
     """
@@ -27,9 +29,11 @@ class Placement:
     tensor_parallel: int
     pipeline_rank: int
     pipeline_parallel: int
+    virtual_stages: int = 1
     data_rank: int
     data_parallel: int
     sequence_parallel: bool
+    device: torch.device
     control: dist.ProcessGroup
 
     @property
@@ -39,6 +43,7 @@ class Placement:
             tensor_parallel=self.tensor_parallel,
             pipeline_parallel=self.pipeline_parallel,
             data_parallel=self.data_parallel,
+            virtual_stages=self.virtual_stages,
         )
 
     @property
@@ -47,12 +52,17 @@ class Placement:
         return self.tensor_parallel if self.sequence_parallel else 1
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline_rank == 0
+    def batch_multiple(self) -> int:
+        """What the number of micro-batches must be a multiple of: the interleaved schedule takes them in groups."""
+        return self.pipeline_parallel if self.virtual_stages > 1 else 1
 
     @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.pipeline_parallel - 1
+
+    @property
+    def has_embedding(self) -> bool:
+        return self.pipeline_rank == 0
 
     @property
     def reports_loss(self) -> bool:
@@ -60,27 +70,38 @@ class Placement:
         return self.is_last_stage and self.tensor_rank == 0
 
 
-def join_learner(config: LearnerSection) -> Placement:
-    """Join the learner's process groups; reads the environment `torchrun` sets (RANK, WORLD_SIZE, MASTER_*)."""
-    enable_cpu_backend()
+def join_learner(config: LearnerSection, device: Device) -> Placement:
+    """Join the learner's process groups; reads the environment `torchrun` sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*)."""
     torch.set_num_threads(config.threads)
     timeout = timedelta(seconds=config.timeout_s)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+    if device == "cpu":
+        enable_cpu_backend()
+        where, backend = torch.device("cpu"), "gloo"
+    else:
+        where, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
+        torch.cuda.set_device(where)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_parallel,
         pipeline_model_parallel_size=config.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=config.virtual_stages if config.virtual_stages > 1 else None,
+        context_parallel_size=config.context_parallel,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(config.timeout_s / 60)),
     )
+    if device == "cuda":
+        model_parallel_cuda_manual_seed(0)  # nothing is drawn: weights are read and dropout is off
     return Placement(
         rank=rank,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel=config.tensor_parallel,
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_parallel=config.pipeline_parallel,
+        virtual_stages=config.virtual_stages,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_parallel=parallel_state.get_data_parallel_world_size(),
         sequence_parallel=config.sequence_parallel,
+        device=where,
         control=dist.new_group(backend="gloo", timeout=timeout),
     )

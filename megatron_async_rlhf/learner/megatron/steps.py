@@ -32,7 +32,7 @@ class Passes:
             vocab_parallel_logprobs, vocab_size=vocab_size, temperature=temperature, placement=placement
         )
 
-    def train_pass(self, model: torch.nn.Module, batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
+    def train_pass(self, chunks: list[torch.nn.Module], batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
         """Gradients of the summed micro-losses, and the metrics summed over micro-batches and ranks.
 
         Metrics are those of `loss`, `tokens`, and `padding`: the share of computed positions that held no token.
@@ -50,13 +50,13 @@ class Passes:
             }
             return share * len(batches) * self._placement.data_parallel, metrics | counts
 
-        reports = self._run(model, batches, megatron_loss, forward_only=False)
+        reports = self._run(chunks, batches, megatron_loss, forward_only=False)
         metrics = self._sum_over_ranks(reports)
         positions = metrics.pop("positions")
         return metrics | {"padding": 1 - metrics["tokens"] / positions}
 
     @torch.no_grad()
-    def logprob_pass(self, model: torch.nn.Module, batches: list[MicroBatch]) -> list[torch.Tensor]:
+    def logprob_pass(self, chunks: list[GPTModel], batches: list[MicroBatch]) -> list[torch.Tensor]:
         """Token log-probabilities of each micro-batch, [B, T] each, on the last stage; empty elsewhere."""
 
         def collect(
@@ -64,20 +64,21 @@ class Passes:
         ) -> torch.Tensor:
             return self._logprobs_of(batch, matrix_VH, hidden_BTH)
 
-        return self._run(model, batches, collect, forward_only=True)
+        return self._run(chunks, batches, collect, forward_only=True)
 
     def _logprobs_of(self, batch: MicroBatch, matrix_VH: torch.Tensor, hidden_BTH: torch.Tensor) -> torch.Tensor:
         logprobs_N = self._logprobs(hidden_BTH.flatten(0, 1), matrix_VH, batch.targets_BT.flatten())
         return logprobs_N.view(batch.targets_BT.shape)
 
     def _run(
-        self, model: torch.nn.Module, batches: list[MicroBatch], on_hidden: Callable, *, forward_only: bool
+        self, chunks: list[torch.nn.Module], batches: list[MicroBatch], on_hidden: Callable, *, forward_only: bool
     ) -> list:
         first = batches[0].tokens_BT
         return get_forward_backward_func()(
             forward_step_func=partial(_forward, on_hidden=on_hidden),
-            data_iterator=iter(batches),
-            model=[model],
+            # Every chunk sees the micro-batches in the same order.
+            data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+            model=chunks,
             num_microbatches=len(batches),
             seq_length=first.shape[1],
             micro_batch_size=first.shape[0],

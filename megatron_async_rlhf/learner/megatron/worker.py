@@ -143,7 +143,7 @@ def main() -> None:
     start = time.monotonic()
     config = load_config(arguments.run_dir / RESOLVED_CONFIG)
     arch = policy_architecture(config.model, arguments.run_dir / POLICY_TEMPLATE_DIR)
-    placement = join_learner(config.learner)
+    placement = join_learner(config.learner, config.run.device)
     learner = MegatronLearner(config, arch, placement)
     _log.info("rank %d of %d ready after %.1f s", placement.rank, dist.get_world_size(), time.monotonic() - start)
     channel = CommandChannel(placement, arguments.listen)

@@ -1,0 +1,51 @@
+"""Which modules make up a layer on which device, and what is fused there.
+
+cpu:  Megatron's own linear layers, our norm and attention
+cuda: Transformer Engine's, which also run in FP8; norms are fused into the linear layers behind them
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
+
+
+def stage_spec(arch: Architecture, layers: int, device: torch.device) -> TransformerBlockSubmodules:
+    """So many of Megatron's transformer layers and the norm behind the last stage's."""
+    if device.type == "cuda":
+        from megatron.core.extensions.transformer_engine import TENorm  # cannot be imported without the library
+
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if arch.qk_norm:
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def device_keys(device: torch.device) -> dict[str, Any]:
+    """What Megatron's `TransformerConfig` needs to know about the device."""
+    fused = device.type == "cuda"
+    return {
+        "use_cpu_initialization": not fused,
+        "bias_activation_fusion": fused,  # SwiGLU in one kernel
+        "bias_dropout_fusion": fused,  # the residual sum
+        "apply_rope_fusion": fused,
+        "gradient_accumulation_fusion": fused and has_apex_accumulation(),
+    }
+
+
+def has_apex_accumulation() -> bool:
+    """Whether NVIDIA apex is here with the kernel that adds a weight's gradient straight into the buffer."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
