@@ -3,7 +3,6 @@
 from typing import Any
 
 from megatron_async_rlhf.config.sections import Fp8Keys, Fp8Recipe
-from megatron_async_rlhf.errors import ConfigError
 
 # Tokens of a micro-batch must be a multiple: products of matrices come in tiles, and each block has one scale.
 TOKEN_MULTIPLE: dict[Fp8Recipe, int] = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
@@ -31,21 +30,21 @@ def fp8_keys(fp8: Fp8Keys) -> dict[str, Any]:
     }
 
 
-def check_fp8(recipe: Fp8Recipe, capability: tuple[int, int], device: str) -> None:
-    """
+def fp8_problem(recipe: Fp8Recipe, capability: tuple[int, int], device: str) -> str | None:
+    """Why a GPU cannot run a recipe, with the nearest one that it can; None if it can.
+
     Args:
         capability: compute capability of the GPU.
         device: its name.
-
-    Raises:
-        ConfigError: the GPU cannot run the recipe; names the nearest one it can.
     """
     if capability >= _SINCE[recipe]:
-        return
+        return None
     possible = [other for other in ("blockwise", "tensorwise") if capability >= _SINCE[other]]
     way_out = f"set learner.fp8.recipe = {possible[0]}" if possible else "remove learner.fp8 to train in bf16"
-    needed = "{}.{}".format(*_SINCE[recipe])
-    raise ConfigError(
-        f"learner.fp8.recipe = {recipe} needs compute capability {needed}, and {device} has "
-        f"{capability[0]}.{capability[1]}: {way_out}"
-    )
+    needed, found = (".".join(str(number) for number in version) for version in (_SINCE[recipe], capability))
+    return f"learner.fp8.recipe = {recipe} needs compute capability {needed}, and {device} has {found}: {way_out}"
+
+
+def possible_recipes(capability: tuple[int, int]) -> list[Fp8Recipe]:
+    """What a GPU of this compute capability can run."""
+    return [recipe for recipe, since in _SINCE.items() if capability >= since]

@@ -21,7 +21,7 @@ from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
 
 def stage_spec(arch: Architecture, layers: int, device: torch.device) -> TransformerBlockSubmodules:
     """So many of Megatron's transformer layers and the norm behind the last stage's."""
-    if device.type == "cuda":
+    if has_transformer_engine(device):
         from megatron.core.extensions.transformer_engine import TENorm  # cannot be imported without the library
 
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
@@ -36,16 +36,32 @@ def stage_spec(arch: Architecture, layers: int, device: torch.device) -> Transfo
 
 def device_keys(device: torch.device) -> dict[str, Any]:
     """What Megatron's `TransformerConfig` needs to know about the device."""
-    fused = device.type == "cuda"
+    on_gpu = device.type == "cuda"
     return {
-        "use_cpu_initialization": not fused,
-        "bias_activation_fusion": fused,  # SwiGLU in one kernel
-        "bias_dropout_fusion": fused,  # the residual sum
-        "apply_rope_fusion": fused,
-        "gradient_accumulation_fusion": fused and has_apex_accumulation(),
+        "use_cpu_initialization": not on_gpu,
+        "bias_activation_fusion": on_gpu,  # SwiGLU in one kernel
+        "bias_dropout_fusion": on_gpu,  # the residual sum
+        "apply_rope_fusion": has_transformer_engine(device),
+        "gradient_accumulation_fusion": on_gpu and has_apex_accumulation(),
     }
+
+
+def has_transformer_engine(device: torch.device) -> bool:
+    """Whether layers on this device come from Transformer Engine."""
+    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
 
 
 def has_apex_accumulation() -> bool:
     """Whether NVIDIA apex is here with the kernel that adds a weight's gradient straight into the buffer."""
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def fused_parts(device: torch.device) -> dict[str, str]:
+    """What a run on this device uses, in words, for the log and for `async-rlhf doctor`."""
+    from megatron.core.optimizer import Adam
+
+    return {
+        "layers": "Transformer Engine" if has_transformer_engine(device) else "local (Megatron-core and torch)",
+        "Adam": f"{Adam.__module__.partition('.')[0]} {Adam.__name__}",
+        "gradient accumulation": "apex" if device.type == "cuda" and has_apex_accumulation() else "torch",
+    }
