@@ -97,10 +97,7 @@ class LearnerSection(OptimizerKeys):
     recompute: Recompute = "none"  # in backward, instead of keeping it: selective = attention scores, full = layers
     distributed_optimizer: bool = False  # each data-parallel rank keeps and updates its share of the Adam state
     precision: Literal["fp32"] = "fp32"
-    micro_batch_tokens: PositiveInt = 4096  # of one forward-backward pass on one rank; with padding unless packing
-    # Several sequences in a row, evenly over data-parallel ranks, instead of padding. Off by default: for
-    # hidden sizes of 64 to 256 on a CPU, attention over longer rows takes back about what padding cost.
-    packing: bool = False
+    micro_batch_tokens: PositiveInt = 4096  # most tokens of one forward-backward pass on one rank
     threads: PositiveInt = 1  # OpenMP threads per rank
     timeout_s: PositiveFloat = 600.0  # any collective, and any one command of the controller
 

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_async_rlhf.config.architecture import Architecture, RopeScaling
 from megatron_async_rlhf.config.sections import Recompute
+from megatron_async_rlhf.learner.megatron.attention import PackedAttention
 from megatron_async_rlhf.learner.megatron.output import defer_output
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
@@ -62,11 +63,12 @@ def transformer_config(arch: Architecture, placement: Placement, recompute: Reco
 
 
 def stage_spec(arch: Architecture, placement: Placement) -> TransformerBlockSubmodules:
-    """Megatron's layers without Transformer Engine for one pipeline stage, with our norm in place of its own."""
+    """Megatron's layers without Transformer Engine for one pipeline stage, with our attention and norm for its own."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
     if arch.qk_norm:
-        attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(
         layer_specs=[layer] * (arch.layers // placement.pipeline_parallel), layer_norm=RMSNorm
