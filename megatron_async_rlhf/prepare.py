@@ -10,7 +10,12 @@ from pathlib import Path
 from msgspec import Struct
 
 from megatron_async_rlhf.checkpoint.directory import check_format, copy_hf_files, hf_files_of, is_checkpoint
-from megatron_async_rlhf.config.architecture import Architecture, architecture_of, architecture_of_hf
+from megatron_async_rlhf.config.architecture import (
+    Architecture,
+    architecture_of,
+    architecture_of_hf,
+    policy_architecture,
+)
 from megatron_async_rlhf.config.layout_rules import check_layouts
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.example import Example
@@ -72,7 +77,7 @@ def load_materials(config: RunConfig, template: Path) -> Materials:
         ConfigError, DataError: one line.
     """
     tokenizer = Tokenizer.load(template)
-    architecture = architecture_of_hf(template)
+    architecture = policy_architecture(config.model, template)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ConfigError(
             f"model.hf: the tokenizer has {tokenizer.vocab_size} tokens, the model only {architecture.vocab_size} embeddings"

@@ -1,7 +1,7 @@
 """The shape of the policy in plain numbers, read from the config section or from a Hugging Face `config.json`."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,21 @@ def architecture_of(model: ModelSection, vocab_size: int) -> Architecture:
         tie_embeddings=bool(model.tie_embeddings),
         init_std=model.init_std or 0.02,
     )
+
+
+def policy_architecture(model: ModelSection, template: Path) -> Architecture:
+    """Shape of a run's policy, from the Hugging Face files in `template`; a shorter context is the config's.
+
+    Raises:
+        ConfigError: see `architecture_of_hf`; or a context beyond what the model was made for.
+    """
+    arch = architecture_of_hf(template)
+    asked = model.context_length or arch.context_length
+    if asked > arch.context_length:
+        raise ConfigError(
+            f"model.context_length = {asked} is above the {arch.context_length} positions of {model.hf}; lower it"
+        )
+    return replace(arch, context_length=asked)
 
 
 def read_hf_config(directory: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.errors import ConfigError
 
 # What vLLM's attention on CPU can run; another size only fails once the first request arrives.
@@ -20,6 +21,8 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
     check_tensor_parallel("generator.tensor_parallel", config.generator.tensor_parallel, arch)
     _check_padded_vocabulary("generator.tensor_parallel", config.generator.tensor_parallel, arch)
     check_pipeline_parallel("learner.pipeline_parallel", config.learner.pipeline_parallel, arch)
+    _check_virtual_stages(config.learner, arch)
+    _check_bf16_layers(config.learner, arch)
     if config.generator.max_new_tokens >= arch.context_length:
         raise ConfigError(
             f"generator.max_new_tokens = {config.generator.max_new_tokens} leaves no room for a prompt in "
@@ -30,7 +33,7 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
             f"learner.micro_batch_tokens = {config.learner.micro_batch_tokens} must hold a preference pair of the "
             f"longest sequences: at least 2 x {arch.context_length} = {2 * arch.context_length}"
         )
-    if arch.head_dim not in _CPU_HEAD_SIZES:
+    if config.run.device == "cpu" and arch.head_dim not in _CPU_HEAD_SIZES:
         raise ConfigError(
             f"the head size {arch.head_dim} (hidden_size / heads, or head_dim) is not one that vLLM runs on a CPU: "
             f"{', '.join(str(size) for size in _CPU_HEAD_SIZES)}; change model.heads"
@@ -92,4 +95,21 @@ def check_pipeline_parallel(key: str, stages: int, arch: Architecture) -> None:
         raise ConfigError(
             f"{key} = {stages} must divide the model's {arch.layers} layers "
             f"({arch.layers} / {stages} leaves {arch.layers % stages})"
+        )
+
+
+def _check_virtual_stages(learner: LearnerSection, arch: Architecture) -> None:
+    chunks = learner.pipeline_parallel * learner.virtual_stages
+    if learner.virtual_stages > 1 and arch.layers % chunks:
+        raise ConfigError(
+            f"learner.virtual_stages = {learner.virtual_stages} on learner.pipeline_parallel = "
+            f"{learner.pipeline_parallel} makes {chunks} chunks, which do not divide the model's {arch.layers} layers"
+        )
+
+
+def _check_bf16_layers(learner: LearnerSection, arch: Architecture) -> None:
+    if learner.fp8 is not None and 2 * learner.fp8.bf16_layers >= arch.layers:
+        raise ConfigError(
+            f"learner.fp8.bf16_layers = {learner.fp8.bf16_layers} at both ends leave none of the {arch.layers} layers "
+            "in FP8; lower it, or remove learner.fp8"
         )

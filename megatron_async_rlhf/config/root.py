@@ -2,6 +2,7 @@
 
 from pydantic import Field, model_validator
 
+from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
 from megatron_async_rlhf.config.sections import (
     AlgorithmSection,
     DataSection,
@@ -46,46 +47,40 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def check_ranks(self) -> "RunConfig":
-        learner = self.learner
-        model_ranks = learner.tensor_parallel * learner.pipeline_parallel
-        if learner.world_size % model_ranks:
-            raise ValueError(
-                f"learner.ranks = {learner.world_size} is not a multiple of tensor_parallel x pipeline_parallel = "
-                f"{learner.tensor_parallel} x {learner.pipeline_parallel} = {model_ranks}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def check_sequence_parallel(self) -> "RunConfig":
-        if self.learner.sequence_parallel and self.learner.tensor_parallel == 1:
-            raise ValueError(
-                "learner.sequence_parallel divides tokens over the tensor-parallel ranks: learner.tensor_parallel = 1 "
-                "must be at least 2"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def check_distributed_optimizer(self) -> "RunConfig":
-        learner = self.learner
-        if learner.distributed_optimizer and learner.data_parallel == 1:
-            raise ValueError(
-                f"learner.distributed_optimizer divides Adam's state over data-parallel ranks: learner.ranks = "
-                f"{learner.world_size} / (tensor_parallel x pipeline_parallel = {learner.tensor_parallel} x "
-                f"{learner.pipeline_parallel}) = 1 must be at least 2"
-            )
+    def check_learner(self) -> "RunConfig":
+        check_parallelism(self.learner)
+        check_device(self.run.device, self.learner)
         return self
 
     @model_validator(mode="after")
     def check_weight_transfer(self) -> "RunConfig":
-        if self.weights.transport != "gloo":
+        transport, device = self.weights.transport, self.run.device
+        if (transport == "gloo") != (device == "cpu"):
+            fitting = "gloo" if device == "cpu" else "nccl, or ipc where learner and generator share one GPU"
             raise ValueError(
-                f"weights.transport = {self.weights.transport} needs learner and generators on GPUs; the learner runs "
-                "on CPUs: set weights.transport = gloo"
+                f"weights.transport = {transport} does not go with run.device = {device}: set weights.transport = {fitting}"
             )
         if self.learner.timeout_s < 2 * self.weights.timeout_s:
             raise ValueError(
                 f"learner.timeout_s = {self.learner.timeout_s:g} must be at least twice weights.timeout_s = "
                 f"{self.weights.timeout_s:g}, so that a push that hangs is reported by those who wait in it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_gpus(self) -> "RunConfig":
+        if self.run.device == "cpu":
+            return self
+        learners, workers = self.learner.world_size, self.generator.replicas * self.generator.tensor_parallel
+        if self.weights.transport == "ipc":
+            if (learners, workers) != (1, 1):
+                raise ValueError(
+                    f"weights.transport = ipc is for one learner rank and one generator on the same GPU, not learner.ranks = "
+                    f"{learners} and generator.replicas x tensor_parallel = {workers}; set weights.transport = nccl"
+                )
+        elif learners + workers > self.launch.gpus_per_node:
+            raise ValueError(
+                f"learner.ranks = {learners} and generator.replicas x tensor_parallel = {workers} need "
+                f"{learners + workers} GPUs, above launch.gpus_per_node = {self.launch.gpus_per_node}"
             )
         return self

@@ -9,6 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+Device = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "bf16"]
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -19,11 +22,12 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """Name, place and seed of the run."""
+    """Name, place, seed and device of the run."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: Path | None = None  # default: runs/<name>; an earlier run found there is set aside, never overwritten
     seed: int = Field(0, ge=0)
+    device: Device = "cpu"  # what learner and generators compute on
 
     @property
     def path(self) -> Path:
@@ -33,13 +37,13 @@ class RunSection(Section):
 class ModelSection(Section):
     """The policy: a Hugging Face directory, a checkpoint that `import-hf` made of one, or a fresh Llama."""
 
-    hf: Path | None = None  # directory with weights, config and tokenizer; leave the shape keys below unset
+    hf: Path | None = None  # directory with weights, config and tokenizer; of the keys below only context_length goes
     layers: PositiveInt | None = None
     hidden_size: PositiveInt | None = None
     ffn_size: PositiveInt | None = None
     heads: PositiveInt | None = None
     kv_heads: PositiveInt | None = None  # default: heads
-    context_length: PositiveInt | None = None  # tokens of prompt and completion together
+    context_length: PositiveInt | None = None  # tokens of prompt and completion together; with hf at most its own
     rope_theta: PositiveFloat | None = None  # default 10000
     norm_eps: PositiveFloat | None = None  # default 1e-5
     tie_embeddings: bool | None = None  # default false
@@ -50,7 +54,7 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def check_one_source(self) -> "ModelSection":
         shape = {name: getattr(self, name) for name in type(self).model_fields if name != "hf"}
-        given = sorted(name for name, value in shape.items() if value is not None)
+        given = sorted(name for name, value in shape.items() if value is not None and name != "context_length")
         if self.hf is not None and given:
             raise ValueError(f"model.hf brings shape and tokenizer; remove model.{given[0]}")
         required = ("layers", "hidden_size", "ffn_size", "heads", "context_length")
@@ -86,28 +90,63 @@ class OptimizerKeys(Section):
         return self
 
 
+class Fp8Keys(Section):
+    """Matrix products of the layers in 8-bit floats, through Transformer Engine."""
+
+    # How scales are chosen: from earlier steps | from the tensor | per block of 128 (Hopper) | per 32 (Blackwell)
+    recipe: Fp8Recipe = "tensorwise"
+    parameters: bool = False  # keep layer weights in FP8 too, instead of casting bf16 ones at every use
+    bf16_layers: int = Field(0, ge=0)  # so many first and so many last layers stay in bf16
+
+    @model_validator(mode="after")
+    def check_bf16_layers(self) -> "Fp8Keys":
+        if self.bf16_layers and self.recipe == "delayed":
+            raise ValueError(
+                f"fp8.bf16_layers = {self.bf16_layers} does not go with fp8.recipe = delayed, whose scales are agreed on "
+                "once for all layers; set fp8.recipe = tensorwise"
+            )
+        return self
+
+
 class LearnerSection(OptimizerKeys):
     """The Megatron-core learner: parallelism, precision, optimizer of the RL stage."""
 
     learning_rate: PositiveFloat = 3e-6
     tensor_parallel: PositiveInt = 1
     pipeline_parallel: PositiveInt = 1
-    ranks: PositiveInt | None = None  # default tensor_parallel x pipeline_parallel; more ranks are data parallel
+    virtual_stages: PositiveInt = 1  # chunks of layers per pipeline rank, interleaved: shorter pipeline bubbles
+    context_parallel: PositiveInt = 1  # ranks that divide each sequence; cuda only
+    ranks: PositiveInt | None = None  # default: the product of the parallel sizes; more ranks are data parallel
     sequence_parallel: bool = False  # between layers, divide the tokens over the tensor-parallel ranks
     recompute: Recompute = "none"  # in backward, instead of keeping it: selective = attention scores, full = layers
     distributed_optimizer: bool = False  # each data-parallel rank keeps and updates its share of the Adam state
-    precision: Literal["fp32"] = "fp32"
+    overlap_grad_reduce: bool = False  # reduce gradients over data-parallel ranks while backward goes on
+    overlap_param_gather: bool = False  # gather updated parameters while the next forward pass goes on
+    optimizer_offload: float = Field(0.0, ge=0, le=1)  # share of the Adam state kept and updated on the host; cuda only
+    reference: Literal["resident", "swapped"] = "resident"  # its copy on the device, or swapped in from host memory
+    precision: Precision = "fp32"  # of weights and activations; with bf16 Adam keeps float32 weights of its own
+    fp8: Fp8Keys | None = None
     micro_batch_tokens: PositiveInt = 4096  # most tokens of one forward-backward pass on one rank
     threads: PositiveInt = 1  # OpenMP threads per rank
     timeout_s: PositiveFloat = 600.0  # any collective, and any one command of the controller
 
     @property
+    def model_ranks(self) -> int:
+        """Ranks that work on one sequence together."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    @property
     def world_size(self) -> int:
-        return self.ranks if self.ranks is not None else self.tensor_parallel * self.pipeline_parallel
+        return self.ranks if self.ranks is not None else self.model_ranks
 
     @property
     def data_parallel(self) -> int:
-        return self.world_size // (self.tensor_parallel * self.pipeline_parallel)
+        return self.world_size // self.model_ranks
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same weights: context parallelism divides tokens only."""
+        return self.data_parallel * self.context_parallel
 
 
 class WarmStartSection(OptimizerKeys):
@@ -130,7 +169,9 @@ class GeneratorSection(Section):
     max_new_tokens: PositiveInt = 128
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights it holds; the learner converts while packing
     max_concurrent: PositiveInt = 128  # sequences a replica decodes at once
-    kv_cache_gib: PositiveInt = 1  # per replica
+    kv_cache_gib: PositiveInt = 1  # per replica; cpu only
+    gpu_memory_share: float = Field(0.85, gt=0, lt=1)  # of each GPU for weights, activations and cache; cuda only
+    cuda_graphs: bool = True  # capture decoding steps; cuda only
     port: int = Field(0, ge=0, le=65535)  # of the first replica, the next ones follow; 0 picks free ports
     start_timeout_s: PositiveFloat = 300.0
     request_timeout_s: PositiveFloat = 300.0
@@ -213,6 +254,9 @@ class TelemetrySection(Section):
 
 class LaunchSection(Section):
     """How the processes of a run on one machine are placed and watched."""
+
+    gpus_per_node: PositiveInt = 8
+    gpu_memory_gib: PositiveFloat = 80.0  # of one GPU; the estimate of a dry run compares with it
 
     pin_cores: bool = True  # a core per learner rank and generator worker, shared only when there are too few
     shutdown_grace_s: PositiveFloat = 10.0  # between SIGTERM and SIGKILL

@@ -49,7 +49,11 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerLayout:
-    """How the learner's ranks divide the model, in Megatron's rank order: tensor, then data, then pipeline."""
+    """How the learner's ranks divide the model, in Megatron's rank order: tensor, then context and data, then pipeline.
+
+    Attributes:
+        data_parallel: ranks that hold the same; context-parallel ranks are among them, as they only divide tokens.
+    """
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -66,7 +70,8 @@ class LearnerLayout:
         return cls(
             tensor_parallel=learner.tensor_parallel,
             pipeline_parallel=learner.pipeline_parallel,
-            data_parallel=learner.data_parallel,
+            data_parallel=learner.copies,
+            virtual_stages=learner.virtual_stages,
         )
 
     def place(self, rank: int) -> tuple[int, int]:

@@ -51,7 +51,7 @@ def refused(result: subprocess.CompletedProcess) -> str:
         (["learner.recompute=layers"], "learner.recompute = layers"),
         (
             ["learner.distributed_optimizer=true"],
-            "learner.ranks = 1 / (tensor_parallel x pipeline_parallel = 1 x 1) = 1",
+            "x context_parallel = 1 x 1 x 1 = 1) = 1 must be at least 2",
         ),
         (["model.heads=3"], "model.hidden_size = 64 must be a multiple of model.heads = 3"),
         (["model.hf=/nowhere"], "model.hf brings shape and tokenizer"),
@@ -63,7 +63,10 @@ def refused(result: subprocess.CompletedProcess) -> str:
         (["reward.type=gsm8k"], "reward.type = gsm8k needs data.train"),
         (["data.train=nowhere.jsonl", "reward.type=gsm8k", "data.solution_field=answer"], "nowhere.jsonl"),
         (["weights.transport=pigeon"], "weights.transport = pigeon"),
-        (["weights.transport=nccl"], "weights.transport = nccl needs learner and generators on GPUs"),
+        (
+            ["weights.transport=nccl"],
+            "weights.transport = nccl does not go with run.device = cpu: set weights.transport = gloo",
+        ),
         (["weights.timeout_s=400"], "learner.timeout_s = 600 must be at least twice weights.timeout_s = 400"),
         (["model.heads=6", "model.hidden_size=192", "generator.tensor_parallel=3"], "as vLLM pads it: 320 rows"),
         (["generator.temperature=0"], "generator.temperature = 0"),

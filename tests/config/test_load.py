@@ -133,7 +133,7 @@ BAD_VALUES = [
     ("model", {"layers": 0}, ["model.layers = 0", "greater than 0"]),
     ("model", {"layers": 2.5}, ["model.layers = 2.5", "integer"]),
     ("model", {"layers": None}, ["model.layers is missing", "context_length"]),
-    ("model", {"hf": "/some/dir"}, ["model.hf", "remove model.context_length"]),
+    ("model", {"hf": "/some/dir"}, ["model.hf", "remove model.ffn_size"]),
     ("model", {"tokenizer": "bpe"}, ["model.tokenizer = bpe", "model.vocab_size"]),
     ("model", {"vocab_size": 300}, ["model.vocab_size", "model.tokenizer = bpe"]),
     ("model", {"tokenizer": "words"}, ["model.tokenizer = words", "'bytes' or 'bpe'"]),
@@ -143,13 +143,21 @@ BAD_VALUES = [
     ("schedule", {"max_staleness": -1}, ["schedule.max_staleness = -1", "greater than or equal to 0"]),
     ("schedule", {"mode": "offline"}, ["schedule.mode = offline", "'sync' or 'async'"]),
     ("schedule", {"steps": 0}, ["schedule.steps = 0", "greater than 0"]),
-    ("learner", {"ranks": 3, "tensor_parallel": 2}, ["learner.ranks = 3", "multiple", "2 x 1 = 2"]),
-    ("learner", {"ranks": 2, "pipeline_parallel": 4}, ["learner.ranks = 2", "multiple", "1 x 4 = 4"]),
+    ("learner", {"ranks": 3, "tensor_parallel": 2}, ["learner.ranks = 3", "multiple", "2 x 1 x 1 = 2"]),
+    ("learner", {"ranks": 2, "pipeline_parallel": 4}, ["learner.ranks = 2", "multiple", "1 x 4 x 1 = 4"]),
     ("learner", {"learning_rate": 1e-6, "min_learning_rate": 1e-5}, ["learner", "min_learning_rate = 1e-05", "above"]),
     ("warm_start", {"min_learning_rate": 1}, ["warm_start", "min_learning_rate = 1.0", "above learning_rate = 0.001"]),
     ("learner", {"adam_beta2": 1.0}, ["learner.adam_beta2 = 1.0", "less than 1"]),
     ("learner", {"learning_rate": math.inf}, ["learner.learning_rate = inf", "finite"]),
-    ("learner", {"precision": "bf16"}, ["learner.precision = bf16", "'fp32'"]),
+    ("learner", {"precision": "fp16"}, ["learner.precision = fp16", "'fp32' or 'bf16'"]),
+    ("learner", {"virtual_stages": 2}, ["learner.virtual_stages = 2", "pipeline_parallel = 1 must be at least 2"]),
+    ("learner", {"context_parallel": 2}, ["learner.context_parallel = 2", "run.device = cuda"]),
+    ("learner", {"optimizer_offload": 0.5}, ["learner.optimizer_offload = 0.5", "run.device = cuda"]),
+    ("learner", {"overlap_grad_reduce": True}, ["learner.overlap_grad_reduce", "1 must be at least 2"]),
+    ("learner", {"ranks": 2, "overlap_param_gather": True}, ["overlap_param_gather", "distributed_optimizer"]),
+    ("learner", {"precision": "bf16", "fp8": {"recipe": "mxfp8"}}, ["learner.fp8 = mxfp8", "run.device = cuda"]),
+    ("learner", {"fp8": {"recipe": "e4m3"}}, ["learner.fp8.recipe = e4m3", "'tensorwise'"]),
+    ("learner", {"fp8": {"recipe": "delayed", "bf16_layers": 1}}, ["bf16_layers = 1", "tensorwise"]),
     ("learner", [], ["learner = []", "dictionary"]),
     ("learner", None, ["learner = None", "dictionary"]),
     ("generator", {"temperature": 0}, ["generator.temperature = 0", "greater than 0"]),
@@ -175,6 +183,24 @@ def test_a_verifier_or_warm_start_without_solutions_is_refused(load):
     refused(lambda: load(data=data, reward=reward), "data.solution_field")
     refused(lambda: load(data=data, reward=reward, warm_start={"steps": 5}), "data.solution_field")
     assert load(data=data | {"solution_field": "answer"}, reward=reward, warm_start={"steps": 5}).warm_start.steps == 5
+
+
+BAD_ON_GPUS = [
+    ({"weights": {"transport": "gloo"}}, ["weights.transport = gloo", "run.device = cuda", "nccl"]),
+    ({"learner": {"ranks": 6}, "generator": {"replicas": 3}}, ["need 9 GPUs", "launch.gpus_per_node = 8"]),
+    ({"learner": {"ranks": 2}, "weights": {"transport": "ipc"}}, ["learner.ranks = 2", "weights.transport = nccl"]),
+    ({"learner": {"precision": "fp32", "fp8": {}}}, ["learner.precision = bf16, not fp32"]),
+    ({"learner": {"fp8": {"parameters": True}, "reference": "swapped"}}, ["reference = resident"]),
+    ({"learner": {"fp8": {"parameters": True}, "optimizer_offload": 1.0}}, ["optimizer_offload = 0"]),
+]
+
+
+@pytest.mark.parametrize(("sections", "named"), BAD_ON_GPUS, ids=[str(s) for s, _ in BAD_ON_GPUS])
+def test_a_bad_value_on_gpus(load, sections: dict, named: list[str]):
+    defaults = {"run": {"device": "cuda"}, "learner": {"precision": "bf16"}, "weights": {"transport": "nccl"}}
+    merged = defaults | {name: defaults.get(name, {}) | keys for name, keys in sections.items()}
+    load(**defaults)
+    refused(lambda: load(**merged), *named)
 
 
 def test_each_problem_has_its_own_line(load):

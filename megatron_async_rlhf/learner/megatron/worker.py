@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import zmq
 
-from megatron_async_rlhf.config.architecture import architecture_of_hf
+from megatron_async_rlhf.config.architecture import policy_architecture
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
@@ -142,7 +142,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     start = time.monotonic()
     config = load_config(arguments.run_dir / RESOLVED_CONFIG)
-    arch = architecture_of_hf(arguments.run_dir / POLICY_TEMPLATE_DIR)
+    arch = policy_architecture(config.model, arguments.run_dir / POLICY_TEMPLATE_DIR)
     placement = join_learner(config.learner)
     learner = MegatronLearner(config, arch, placement)
     _log.info("rank %d of %d ready after %.1f s", placement.rank, dist.get_world_size(), time.monotonic() - start)

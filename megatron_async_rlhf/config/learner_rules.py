@@ -1,0 +1,64 @@
+"""Rules inside the learner's section that need no model, with the arithmetic in the message.
+
+Pydantic turns the `ValueError`s into the one line a user sees.
+"""
+
+from megatron_async_rlhf.config.sections import Device, LearnerSection
+
+
+def check_parallelism(learner: LearnerSection) -> None:
+    """Refuse ranks that cannot be arranged, and switches that have nothing to act on."""
+    product = (
+        f"tensor_parallel x pipeline_parallel x context_parallel = {learner.tensor_parallel} x "
+        f"{learner.pipeline_parallel} x {learner.context_parallel} = {learner.model_ranks}"
+    )
+    if learner.world_size % learner.model_ranks:
+        raise ValueError(f"learner.ranks = {learner.world_size} is not a multiple of {product}")
+    if learner.sequence_parallel and learner.tensor_parallel == 1:
+        raise ValueError(
+            "learner.sequence_parallel divides tokens over the tensor-parallel ranks: learner.tensor_parallel = 1 "
+            "must be at least 2"
+        )
+    if learner.virtual_stages > 1 and learner.pipeline_parallel == 1:
+        raise ValueError(
+            f"learner.virtual_stages = {learner.virtual_stages} interleaves chunks of pipeline stages: "
+            "learner.pipeline_parallel = 1 must be at least 2"
+        )
+    if learner.copies == 1:
+        for key, purpose in (
+            ("distributed_optimizer", "divides Adam's state over data-parallel ranks"),
+            ("overlap_grad_reduce", "hides the reduction over data-parallel ranks"),
+        ):
+            if getattr(learner, key):
+                raise ValueError(
+                    f"learner.{key} {purpose}: learner.ranks = {learner.world_size} / ({product}) = 1 must be at least 2"
+                )
+    if learner.overlap_param_gather and not (learner.distributed_optimizer and learner.overlap_grad_reduce):
+        raise ValueError(
+            "learner.overlap_param_gather hides what learner.distributed_optimizer has to gather: set that and "
+            "learner.overlap_grad_reduce too"
+        )
+
+
+def check_device(device: Device, learner: LearnerSection) -> None:
+    """Refuse what only a GPU can do, and what does not go together on one."""
+    if device == "cpu":
+        for key, value, off in (
+            ("context_parallel", learner.context_parallel, 1),
+            ("optimizer_offload", learner.optimizer_offload, 0),
+            ("fp8", learner.fp8, None),
+        ):
+            if value != off:
+                what = value.recipe if key == "fp8" else value
+                raise ValueError(f"learner.{key} = {what} needs GPUs: set run.device = cuda, or remove it")
+    if learner.fp8 is None:
+        return
+    if learner.precision != "bf16":
+        raise ValueError(f"learner.fp8 goes with learner.precision = bf16, not {learner.precision}")
+    if learner.fp8.parameters and learner.reference == "swapped":
+        raise ValueError(
+            "learner.fp8.parameters has scales that a swap would mix up: set learner.reference = resident, or "
+            "fp8.parameters = false"
+        )
+    if learner.fp8.parameters and learner.optimizer_offload:
+        raise ValueError("learner.fp8.parameters are written by the optimizer on the GPU: set optimizer_offload = 0")
