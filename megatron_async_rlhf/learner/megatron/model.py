@@ -14,6 +14,7 @@ from megatron_async_rlhf.learner.megatron.attention import PackedAttention
 from megatron_async_rlhf.learner.megatron.output import defer_output
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
+from megatron_async_rlhf.learner.megatron.swiglu import SwiGLU
 
 # What backward computes again instead of keeping it: attention scores, or all inside a layer.
 _RECOMPUTE: dict[Recompute, dict] = {
@@ -55,7 +56,8 @@ def transformer_config(arch: Architecture, placement: Placement, recompute: Reco
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=True,  # `rotary` on a CPU
+        use_te_activation_func=True,  # `swiglu` on a CPU
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **_RECOMPUTE[recompute],
@@ -63,11 +65,12 @@ def transformer_config(arch: Architecture, placement: Placement, recompute: Reco
 
 
 def stage_spec(arch: Architecture, placement: Placement) -> TransformerBlockSubmodules:
-    """Megatron's layers without Transformer Engine for one pipeline stage, with our attention and norm for its own."""
+    """Megatron's layers without Transformer Engine for one pipeline stage, with our attention, norm and activation."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
+    layer.submodules.mlp.submodules.activation_func = SwiGLU
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(
