@@ -79,10 +79,8 @@ def problems(config: RunConfig) -> list[str]:
     if count < needed:
         found.append(f"the run needs {needed} GPUs (learner.ranks and generators), this machine has {count}")
     learner = config.learner
-    if not has_transformer_engine(torch.device("cuda")):
-        for key, wanted in (("fp8", learner.fp8 is not None), ("context_parallel", learner.context_parallel > 1)):
-            if wanted:
-                found.append(f"learner.{key} needs Transformer Engine, which is not installed: {_GPU_EXTRA}")
+    if learner.fp8 is not None and not has_transformer_engine(torch.device("cuda")):
+        found.append(f"learner.fp8 needs Transformer Engine, which is not installed: {_GPU_EXTRA}")
     if learner.fp8 is not None:
         properties = torch.cuda.get_device_properties(0)
         problem = fp8_problem(learner.fp8.recipe, (properties.major, properties.minor), properties.name)

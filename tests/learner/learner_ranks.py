@@ -44,13 +44,14 @@ class Layout:
     recompute: str = "none"
     distributed_optimizer: bool = False
     virtual_stages: int = 1
+    context: int = 1
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     reference: str = "resident"
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def keys(self) -> dict:
@@ -63,6 +64,7 @@ class Layout:
             "overlap_grad_reduce": self.overlap_grad_reduce,
             "overlap_param_gather": self.overlap_param_gather,
             "reference": self.reference,
+            "context_parallel": self.context,
         }
 
     def __str__(self) -> str:

@@ -16,7 +16,9 @@ from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.learner.megatron.attention import PackedAttention
 from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
+from megatron_async_rlhf.learner.megatron.swiglu import SwiGLU
 
 
 def stage_spec(arch: Architecture, layers: int, device: torch.device) -> TransformerBlockSubmodules:
@@ -28,20 +30,23 @@ def stage_spec(arch: Architecture, layers: int, device: torch.device) -> Transfo
         return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.mlp.submodules.activation_func = SwiGLU
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
     if arch.qk_norm:
-        attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
 def device_keys(device: torch.device) -> dict[str, Any]:
     """What Megatron's `TransformerConfig` needs to know about the device."""
-    on_gpu = device.type == "cuda"
+    on_gpu, fused = device.type == "cuda", has_transformer_engine(device)
     return {
         "use_cpu_initialization": not on_gpu,
-        "bias_activation_fusion": on_gpu,  # SwiGLU in one kernel
+        "use_te_activation_func": not fused,  # as a module of its own: `SwiGLU` takes its place
+        "bias_activation_fusion": fused,  # SwiGLU in one kernel
         "bias_dropout_fusion": on_gpu,  # the residual sum
-        "apply_rope_fusion": has_transformer_engine(device),
+        "apply_rope_fusion": fused or not on_gpu,  # on a CPU `rotary` takes its place
         "gradient_accumulation_fusion": on_gpu and has_apex_accumulation(),
     }
 

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from math import lcm
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_async_rlhf.config.sections import Device, LearnerSection
 from megatron_async_rlhf.learner.megatron.cpu_backend import enable_cpu_backend
+from megatron_async_rlhf.learner.megatron.fp8 import TOKEN_MULTIPLE
 from megatron_async_rlhf.weights.layout import LearnerLayout
 
 
@@ -20,7 +22,9 @@ class Placement:
 
     Attributes:
         virtual_stages: chunks of layers this rank has; chunk c of pipeline rank p is stage c x pipeline_parallel + p.
+        context_rank, context_parallel: of the ranks that divide each sequence.
         sequence_parallel: between layers a tensor-parallel rank keeps its share of the tokens only.
+        tile: what the tokens of a rank must be a multiple of for its matrix products.
         control: gloo group of all ranks, in rank order; carries commands and small results on any device.
     """
 
@@ -32,7 +36,10 @@ class Placement:
     virtual_stages: int = 1
     data_rank: int
     data_parallel: int
+    context_rank: int = 0
+    context_parallel: int = 1
     sequence_parallel: bool
+    tile: int = 1
     device: torch.device
     control: dist.ProcessGroup
 
@@ -42,14 +49,20 @@ class Placement:
         return LearnerLayout(
             tensor_parallel=self.tensor_parallel,
             pipeline_parallel=self.pipeline_parallel,
-            data_parallel=self.data_parallel,
+            data_parallel=self.data_parallel * self.context_parallel,
             virtual_stages=self.virtual_stages,
         )
 
     @property
+    def sequence_multiple(self) -> int:
+        """What a sequence's positions must be a multiple of: each rank takes one part from its front, one from its end."""
+        return 2 * self.context_parallel if self.context_parallel > 1 else 1
+
+    @property
     def width_multiple(self) -> int:
-        """What a micro-batch's tokens per row must be a multiple of, so that ranks can divide them."""
-        return self.tensor_parallel if self.sequence_parallel else 1
+        """What a micro-batch's positions must be a multiple of, so that ranks can divide them."""
+        shares = self.context_parallel * (self.tensor_parallel if self.sequence_parallel else 1)
+        return lcm(self.sequence_multiple, shares * self.tile)
 
     @property
     def batch_multiple(self) -> int:
@@ -67,7 +80,7 @@ class Placement:
     @property
     def reports_loss(self) -> bool:
         """True on the one rank per data-parallel replica whose loss sums are counted."""
-        return self.is_last_stage and self.tensor_rank == 0
+        return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
 
 def join_learner(config: LearnerSection, device: Device) -> Placement:
@@ -101,7 +114,10 @@ def join_learner(config: LearnerSection, device: Device) -> Placement:
         virtual_stages=config.virtual_stages,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_parallel=parallel_state.get_data_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_parallel=config.context_parallel,
         sequence_parallel=config.sequence_parallel,
+        tile=TOKEN_MULTIPLE[config.fp8.recipe] if config.fp8 else 1,
         device=where,
         control=dist.new_group(backend="gloo", timeout=timeout),
     )
