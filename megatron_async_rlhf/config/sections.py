@@ -127,6 +127,9 @@ class LearnerSection(OptimizerKeys):
     precision: Precision = "fp32"  # of weights and activations; with bf16 Adam keeps float32 weights of its own
     fp8: Fp8Keys | None = None
     micro_batch_tokens: PositiveInt = 4096  # most tokens of one forward-backward pass on one rank
+    # TFLOP/s one rank's device could do, dense, at this precision: model_flops_utilisation is a share of it. Default: of
+    # known GPUs, none for a CPU
+    peak_tflops: PositiveFloat | None = None
     threads: PositiveInt = 1  # OpenMP threads per rank
     timeout_s: PositiveFloat = 600.0  # any collective, and any one command of the controller
 
