@@ -118,7 +118,7 @@ class LearnerSection(OptimizerKeys):
     context_parallel: PositiveInt = 1  # ranks that divide each sequence; cuda only
     ranks: PositiveInt | None = None  # default: the product of the parallel sizes; more ranks are data parallel
     sequence_parallel: bool = False  # between layers, divide the tokens over the tensor-parallel ranks
-    recompute: Recompute = "none"  # in backward, instead of keeping it: selective = attention scores, full = layers
+    recompute: Recompute = "none"  # in backward, instead of keeping it: selective = attention, full = layers
     distributed_optimizer: bool = False  # each data-parallel rank keeps and updates its share of the Adam state
     overlap_grad_reduce: bool = False  # reduce gradients over data-parallel ranks while backward goes on
     overlap_param_gather: bool = False  # gather updated parameters while the next forward pass goes on

@@ -16,7 +16,7 @@ from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
 from megatron_async_rlhf.learner.megatron.swiglu import SwiGLU
 
-# What backward computes again instead of keeping it: attention scores, or all inside a layer.
+# What backward computes again instead of keeping it: attention, or all inside a layer.
 _RECOMPUTE: dict[Recompute, dict] = {
     "none": {},
     "selective": {"recompute_granularity": "selective"},
