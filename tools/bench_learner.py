@@ -83,7 +83,7 @@ class Learner:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        self._learner = MegatronLearner(config, arch, join_learner(config.learner))
+        self._learner = MegatronLearner(config, arch, join_learner(config.learner, config.run.device))
         self._learner.export_weights(ExportWeights(directory=str(directory)))
         (directory / "config.json").write_text(json.dumps(arch.to_hf(eos_token_id=1)))
 

@@ -118,7 +118,7 @@ class LearnerSection(OptimizerKeys):
     context_parallel: PositiveInt = 1  # ranks that divide each sequence
     ranks: PositiveInt | None = None  # default: the product of the parallel sizes; more ranks are data parallel
     sequence_parallel: bool = False  # between layers, divide the tokens over the tensor-parallel ranks
-    recompute: Recompute = "none"  # in backward, instead of keeping it: selective = attention scores, full = layers
+    recompute: Recompute = "none"  # in backward, instead of keeping it: selective = attention, full = layers
     distributed_optimizer: bool = False  # each data-parallel rank keeps and updates its share of the Adam state
     overlap_grad_reduce: bool = False  # reduce gradients over data-parallel ranks while backward goes on
     overlap_param_gather: bool = False  # gather updated parameters while the next forward pass goes on
@@ -127,6 +127,9 @@ class LearnerSection(OptimizerKeys):
     precision: Precision = "fp32"  # of weights and activations; with bf16 Adam keeps float32 weights of its own
     fp8: Fp8Keys | None = None
     micro_batch_tokens: PositiveInt = 4096  # most tokens of one forward-backward pass on one rank
+    # TFLOP/s one rank's device could do, dense, at this precision: model_flops_utilisation is a share of it. Default: of
+    # known GPUs, none for a CPU
+    peak_tflops: PositiveFloat | None = None
     threads: PositiveInt = 1  # OpenMP threads per rank
     timeout_s: PositiveFloat = 600.0  # any collective, and any one command of the controller
 

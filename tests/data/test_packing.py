@@ -1,4 +1,4 @@
-"""Micro-batches and rows from lengths: rules for any lengths, and how full and even they are on real ones."""
+"""Micro-batches from lengths: rules for any lengths, and how full and even they are on real ones."""
 
 import json
 import random
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_async_rlhf.data.packing import lay_in_rows, plan_bins
+from megatron_async_rlhf.data.packing import plan_bins
 
 GSM8K = Path(__file__).parents[2].parent / "shared/data/gsm8k/train.jsonl"
 BUDGET, UNITS = 4096, 512
@@ -38,21 +38,6 @@ def test_no_more_bins_than_half_full_ones_would_be(lengths: list[int], budget: i
     assert bins < 2 * sum(min(length, budget) for length in lengths) / budget + 1 + ranks
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 2000))
-def test_rows_hold_each_sequence_once_and_never_cost_more_than_one_row(lengths: list[int], free_width: int):
-    rows = lay_in_rows(lengths, free_width)
-    assert sorted(sequence for row in rows for sequence in row) == list(range(len(lengths)))
-    assert all(rows)
-    width = max(sum(lengths[sequence] for sequence in row) for row in rows)
-    assert len(rows) * width * (width + free_width) <= sum(lengths) * (sum(lengths) + free_width)
-
-
-def test_expensive_attention_makes_rows_as_short_as_the_longest_sequence():
-    assert sorted(map(len, lay_in_rows([6, 1, 2, 3, 2, 4], free_width=1))) == [1, 2, 3]
-    assert lay_in_rows([6, 1, 2, 3, 2, 5], free_width=10**6) == [[0, 1, 2, 3, 4, 5]]
-
-
 def gsm8k() -> list[int]:
     """A quarter of the bytes of question and answer: about the tokens of each problem."""
     if not GSM8K.is_file():
@@ -72,11 +57,12 @@ def long_tailed() -> list[int]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("units", [64, 512])
 @pytest.mark.parametrize("source", [gsm8k, gsm8k_pairs, long_tailed])
-def test_real_lengths_fill_bins_and_balance_ranks(source, ranks: int):
+def test_real_lengths_fill_bins_and_balance_ranks(source, units: int, ranks: int):
     """Full: at least 97 % of what the fewest bins that could hold the tokens, equally many a rank, would be."""
     dice = random.Random(1)
-    lengths_by_step = [dice.sample(source(), UNITS) for _ in range(4)]
+    lengths_by_step = [dice.sample(source(), units) for _ in range(4)]
     bins = fewest = 0
     for lengths in lengths_by_step:
         plan = plan_bins(lengths, BUDGET, ranks)
@@ -87,10 +73,10 @@ def test_real_lengths_fill_bins_and_balance_ranks(source, ranks: int):
     assert fewest >= 0.97 * bins
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("source", [gsm8k, gsm8k_pairs, long_tailed])
 def test_bins_can_be_filled_to_the_brim(source, ranks: int):
-    """With a budget that the tokens all but exhaust, the last bin counted too."""
+    """With a budget that the tokens all but exhaust, the last bin counted too: 97 % full on every number of ranks."""
     lengths = random.Random(2).sample(source(), UNITS)
     budget = int(sum(lengths) / (16 * 0.985))
     plan = plan_bins(lengths, budget, ranks)

@@ -30,7 +30,10 @@ REINFORCEMENT = {
     "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-4, "clip_grad": 2.0,
 }  # fmt: skip
 RL_STEPS = 5
+LONG_STEPS = 20
+LONG_RUN = REINFORCEMENT | {"learning_rate": 1e-3, "clip_grad": 1.0, "weight_decay": 0.1}
 BETA = 0.1
+PEAK_TFLOPS = 0.5
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,10 @@ IMPORTED = {
     "qwen3": {"family": "qwen3", "num_key_value_heads": 2, "head_dim": 12},
     "qwen3_one_kv": {"family": "qwen3", "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True},
 }
-# The same models once more, trained on packed rows: each loss, and angles that must restart within a row.
-PACKED = {"plain-packed": "plain", "tied-packed": "tied", "llama3-packed": "llama3"}
-MODELS = ["plain", *IMPORTED, *PACKED]
+# The same models once more, with a budget that no unit fits in, so that each has a micro-batch to itself: each loss, and
+# angles that must restart with every packed sequence.
+ALONE = {"plain-alone": "plain", "tied-alone": "tied", "llama3-alone": "llama3"}
+MODELS = ["plain", *IMPORTED, *ALONE]
 
 LAYOUTS = [
     Layout(),
@@ -119,7 +123,7 @@ def models(root: Path) -> dict[str, dict]:
 
     plain: drawn by the learner. tied: tied embeddings, one key-value head, trained with the other loss.
     wide: heads larger than hidden size / heads, from a sharded directory. The others: a family or feature each, or
-    one of these with packed rows.
+    one of these with every unit alone.
     """
     plain = {
         "layers": 2, "hidden_size": 32, "ffn_size": 48, "heads": 4, "context_length": CONTEXT_LENGTH,
@@ -129,8 +133,9 @@ def models(root: Path) -> dict[str, dict]:
     for seed, (name, shape) in enumerate(IMPORTED.items(), start=1):
         sources[name] = {"section": {"hf": str(write_hf_model(root / name, seed=seed, **shape))}}
     sources["tied"]["config"] = {"algorithm": {"loss": "ipo"}}
-    for name, twin in PACKED.items():
-        sources[name] = sources[twin] | {"config": sources[twin].get("config", {}) | {"learner": {"packing": True}}}
+    for name, twin in ALONE.items():
+        alone = {"learner": {"micro_batch_tokens": 1}}
+        sources[name] = sources[twin] | {"config": sources[twin].get("config", {}) | alone}
     return sources
 
 
@@ -177,6 +182,21 @@ def make_pairs() -> list[list[tuple[list[int], int]]]:
     return [*steps, steps[0]]
 
 
+def make_long_run() -> list[list[tuple[list[int], int]]]:
+    """The pairs of `LONG_STEPS` optimizer steps, three to six a step."""
+    dice = random.Random(2)
+    steps = []
+    for _ in range(LONG_STEPS):
+        rows = []
+        for _ in range(dice.randrange(3, 7)):
+            prompt = [dice.randrange(VOCAB_SIZE) for _ in range(dice.randrange(1, 6))]
+            for _ in range(2):
+                length = dice.randrange(1, CONTEXT_LENGTH - len(prompt) + 1)
+                rows.append((prompt + [dice.randrange(VOCAB_SIZE) for _ in range(length)], len(prompt)))
+        steps.append(rows)
+    return steps
+
+
 class LayoutRun:
     """What the ranks of one layout wrote."""
 
@@ -190,6 +210,10 @@ class LayoutRun:
     def weights(self, model: str, stage: str) -> dict[str, torch.Tensor]:
         return load_file(self.directory / model / stage / "model.safetensors")
 
+    def gradients(self, model: str, rank: int) -> dict[str, torch.Tensor]:
+        """As they were before the first supervised step clipped them, of a rank's own shards."""
+        return torch.load(self.directory / model / f"gradients{rank}.pt")
+
     def logits(self, model: str) -> list[torch.Tensor]:
         return torch.load(self.directory / model / "logits.pt")
 
@@ -199,7 +223,7 @@ def run_layout(layout: Layout, directory: Path, sources: dict[str, dict]) -> Lay
     config = {
         "learner": REINFORCEMENT | {
             "tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline, "ranks": layout.ranks,
-            "micro_batch_tokens": 2 * CONTEXT_LENGTH, "timeout_s": 60,
+            "micro_batch_tokens": 2 * CONTEXT_LENGTH, "timeout_s": 60, "peak_tflops": PEAK_TFLOPS,
         } | layout.keys,
         "warm_start": WARM_START,
         "generator": {"temperature": TEMPERATURE},
@@ -209,7 +233,7 @@ def run_layout(layout: Layout, directory: Path, sources: dict[str, dict]) -> Lay
     }  # fmt: skip
     job = {
         "config": config, "models": sources, "sequences": make_sequences(), "pairs": make_pairs(),
-        "supervised_steps": SUPERVISED_STEPS,
+        "supervised_steps": SUPERVISED_STEPS, "long run": make_long_run(), "long run config": LONG_RUN,
     }  # fmt: skip
     (directory / "job.json").write_text(json.dumps(job))
     with socket.socket() as probe:

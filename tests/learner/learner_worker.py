@@ -5,6 +5,7 @@ and `rank<r>.log` from every rank, weights and logits once. Ranks are forked, be
 longer than all they do.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -13,19 +14,20 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+from megatron_async_rlhf.algorithms.supervised import supervised_loss
 from megatron_async_rlhf.config.architecture import architecture_of, architecture_of_hf
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError
+from megatron_async_rlhf.learner.megatron.batching import cut_micro_batches
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.output import output_matrix
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.megatron.weights import named_parameters
 from megatron_async_rlhf.learner.protocol import ExportWeights, Score, TrainPreferences, TrainSupervised
-from megatron_async_rlhf.types import Sequence
+from megatron_async_rlhf.types import Sequence, StepMetrics
 from megatron_async_rlhf.weights.digest import digest
 
 
@@ -42,40 +44,60 @@ def sequences_of(rows: list) -> list[Sequence]:
 
 
 def logits_of(learner: MegatronLearner, sequences: list[Sequence]) -> list[torch.Tensor]:
-    """Raw logits of each sequence by itself, whole, on the last stage."""
-
-    def padded(tokens_BT):
-        return F.pad(tokens_BT, (0, -tokens_BT.shape[1] % learner.placement.width_multiple))
+    """Raw logits of each sequence by itself, whole, on the last stage; none where ranks divide sequences."""
+    if learner.placement.context_parallel > 1:
+        return []
 
     def forward(batches, model):
-        tokens_BT = padded(next(batches))
-        positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
-        output = model(input_ids=tokens_BT, position_ids=positions_BT, attention_mask=None)
+        batch = next(batches)
+        output = model(
+            input_ids=batch.tokens_T.unsqueeze(0),
+            position_ids=None,
+            attention_mask=None,
+            packed_seq_params=batch.packed,
+        )
         if not model.post_process:
             return output, None
         logits = output @ output_matrix(model).t()
         return output, lambda hidden, non_loss_data: gather_from_tensor_model_parallel_region(logits)
 
     repeats = learner.placement.batch_multiple
+
+    def run(sequence: Sequence) -> list[torch.Tensor]:
+        # One more token, because the last one's logits are not computed otherwise.
+        longer = Sequence(token_ids=[*sequence.token_ids, 0], prompt_length=1)
+        everywhere = dataclasses.replace(learner.placement, data_rank=0, data_parallel=1)
+        batch, *_ = cut_micro_batches([longer], 1, 1, everywhere)
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter([batch] * repeats) for _ in learner.chunks],
+            model=learner.chunks,
+            num_microbatches=repeats,
+            seq_length=len(batch.tokens_T),
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
     with torch.no_grad():
-        collected = [
-            get_forward_backward_func()(
-                forward_step_func=forward,
-                data_iterator=[iter([torch.tensor([sequence.token_ids])] * repeats) for _ in learner.chunks],
-                model=learner.chunks,
-                num_microbatches=repeats,
-                seq_length=len(sequence.token_ids),
-                micro_batch_size=1,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
-            for sequence in sequences
-        ]
+        collected = [run(sequence) for sequence in sequences]
     return [
         logits[0][0, : len(sequence.token_ids), : learner.arch.vocab_size]
         for logits, sequence in zip(collected, sequences, strict=True)
         if logits
     ]
+
+
+def gradients_of(learner: MegatronLearner, sequences: list[Sequence]) -> dict[str, torch.Tensor]:
+    """Of the supervised loss, reduced over data-parallel ranks; changes nothing."""
+    learner._policy.begin_step()
+    count = sum(len(sequence.token_ids) - sequence.prompt_length for sequence in sequences)
+
+    def loss(batch, logprobs_T):
+        return supervised_loss(logprobs_T, batch.mask_T, num_tokens=count)
+
+    learner._warm_start_passes.train_pass(learner._policy.chunks, learner._cut(sequences, unit=1), loss)
+    return {name: parameter.main_grad.clone() for name, parameter in named_parameters(learner.chunks).items()}
 
 
 def digests_of(learner: MegatronLearner) -> dict[str, str]:
@@ -91,6 +113,12 @@ def count_runs(learner: MegatronLearner) -> Counter:
     for name, part in (("attention", layer.self_attention.core_attention), ("mlp", layer.mlp)):
         part.register_forward_hook(lambda *_, name=name: runs.update([name]))
     return runs
+
+
+def counted(metrics: StepMetrics) -> dict[str, float]:
+    """Without what was measured with a clock, which differs from rank to rank."""
+    measured = ("time/", "tokens_per_s", "model_flops_utilisation")
+    return {name: value for name, value in metrics.values.items() if not name.startswith(measured)}
 
 
 def error_of(act, *args) -> dict | None:
@@ -109,9 +137,10 @@ def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
     if learner.placement.reports_loss and learner.placement.data_rank == 0:
         torch.save(logits, directory / "logits.pt")
     learner.export_weights(ExportWeights(directory=str(directory / "initial")))
+    torch.save(gradients_of(learner, sequences), directory / f"gradients{learner.placement.rank}.pt")
     runs = count_runs(learner)
     result["supervised"] = [
-        learner.train_supervised(TrainSupervised(step=step, sequences=sequences)).metrics.values
+        counted(learner.train_supervised(TrainSupervised(step=step, sequences=sequences)).metrics)
         for step in range(job["supervised_steps"])
     ]
     micro_batches = len(learner._cut(sequences, unit=1)) * job["supervised_steps"]
@@ -132,13 +161,24 @@ def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
         learner.train_preferences(TrainPreferences(version=version, pairs=pairs))
         for version, pairs in enumerate(pair_lists, start=1)
     ]
-    result["preferences"] = [answer.metrics.values for answer in answers]
+    result["preferences"] = [counted(answer.metrics) for answer in answers]
+    result["measured"] = answers[0].metrics.values
+    result["span names"] = sorted(span.name for span in answers[0].spans)
     result["preference logprobs"] = [answer.logprobs for answer in answers]
     result["version"] = learner.version
     result["digests"] = digests_of(learner)
     result["adam state"] = sum(state["exp_avg"].numel() for _, state in learner._optimizer.state.items())
     learner.export_weights(ExportWeights(directory=str(directory / "final")))
     return result
+
+
+def train_long(learner: MegatronLearner, job: dict) -> list[dict[str, float]]:
+    """RL from the initial weights; every step's metrics."""
+    learner.start_reinforcement()
+    return [
+        counted(learner.train_preferences(TrainPreferences(version=version, pairs=sequences_of(rows))).metrics)
+        for version, rows in enumerate(job["long run"])
+    ]
 
 
 def blow_up(learner: MegatronLearner, job: dict) -> dict:
@@ -164,6 +204,8 @@ def run_rank(rank: int, path: Path, job: dict) -> None:
         directory = path.parent / name
         directory.mkdir(exist_ok=True)
         results[name] = train(make_learner(job, model, placement), job, directory)
+    sections = {"learner": job["long run config"], "schedule": {"steps": len(job["long run"])}}
+    results["long run"] = train_long(make_learner(job, job["models"]["plain"] | {"config": sections}, placement), job)
     absurd = {"learning_rate": 1e30, "clip_grad": 0.0}
     sections = {"warm_start": absurd, "learner": absurd}
     results["blow up"] = blow_up(make_learner(job, job["models"]["plain"] | {"config": sections}, placement), job)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from learner_ranks import (
     BETA,
     IMPORTED,
+    LONG_RUN,
+    LONG_STEPS,
     MODELS,
     REINFORCEMENT,
     RL_STEPS,
@@ -17,6 +19,7 @@ from learner_ranks import (
     TEMPERATURE,
     WARM_START,
     LayoutRun,
+    make_long_run,
     make_pairs,
     make_sequences,
 )
@@ -153,6 +156,27 @@ def test_preference_steps(single: LayoutRun, name: str):
         losses_P = (h_P - 1 / (2 * BETA)) ** 2 if name.startswith("tied") else -F.logsigmoid(BETA * h_P)
         theirs.append(step(model, optimizer, losses_P.mean(), REINFORCEMENT, index / RL_STEPS))
     assert_same_training(single.result(name)["preferences"], theirs, single.weights(name, "final"), model)
+
+
+def test_many_preference_steps(single: LayoutRun):
+    """What every layout is compared with in `test_layouts.py`, beside a loop without Megatron."""
+    model = transformers_model(single, "plain", "initial")
+    reference = transformers_model(single, "plain", "initial").requires_grad_(False)
+    optimizer = adamw(model, LONG_RUN)
+    norms = []
+    for index, rows in enumerate(make_long_run()):
+        ratios = [
+            completion_logprobs(model, row, TEMPERATURE).sum() - completion_logprobs(reference, row, TEMPERATURE).sum()
+            for row in rows
+        ]
+        h_P = torch.stack(ratios[0::2]) - torch.stack(ratios[1::2])
+        loss = -F.logsigmoid(BETA * h_P).mean()
+        theirs = step(model, optimizer, loss, LONG_RUN, index / LONG_STEPS)
+        ours = single.ranks[0]["long run"][index]
+        assert {key: ours[key] for key in theirs} == pytest.approx(theirs, rel=1e-4), index
+        norms.append(theirs["grad_norm"])
+    assert len(norms) == LONG_STEPS
+    assert min(norms) < LONG_RUN["clip_grad"] < max(norms)  # clipped in some steps, not in others
 
 
 @pytest.mark.parametrize("name", IMPORTED)

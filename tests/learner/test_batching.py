@@ -4,110 +4,130 @@ import pytest
 import torch
 
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
+from megatron_async_rlhf.learner.megatron.context import share_of_rank
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-from megatron_async_rlhf.learner.megatron.steps import positions_restart
 from megatron_async_rlhf.types import Sequence
 
-LENGTHS = [5, 3, 8, 2, 4, 6, 9, 7, 3, 3]
+LENGTHS = [5, 3, 8, 2, 4, 6, 9, 7, 3, 1]
 
 
 def sequences() -> list[Sequence]:
     """Token ids tell sequence and position apart: 100 x sequence + position."""
     return [
-        Sequence(token_ids=[100 * i + t for t in range(length)], prompt_length=1 + i % 2)
+        Sequence(token_ids=[100 * i + t for t in range(length)], prompt_length=min(length, 1 + i % 2))
         for i, length in enumerate(LENGTHS)
     ]
 
 
 def cut(
-    *, packing: bool, unit: int = 2, budget: int = 24, rank: int = 0, ranks: int = 1, free_width: int = 10**6
+    *, unit: int = 2, budget: int = 24, rank: int = 0, ranks: int = 1, sequence_parallel: int = 1
 ) -> list[MicroBatch]:
     placement = Placement(
-        rank=rank, tensor_parallel=1, pipeline_parallel=1, data_parallel=ranks, tensor_rank=0, pipeline_rank=0,
-        data_rank=rank, sequence_parallel=False, control=None,
+        rank=rank, tensor_parallel=sequence_parallel, pipeline_parallel=1, data_parallel=ranks, tensor_rank=0,
+        pipeline_rank=0, data_rank=rank, sequence_parallel=sequence_parallel > 1,
+        device=torch.device("cpu"), control=None,
     )  # fmt: skip
-    return cut_micro_batches(sequences(), unit, budget, placement, packing=packing, free_width=free_width)
+    return cut_micro_batches(sequences(), unit, budget, placement)
 
 
-@pytest.mark.parametrize("packing", [False, True])
+def spans(batch: MicroBatch) -> list[slice]:
+    ends = batch.packed.cu_seqlens_q.tolist()
+    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+@pytest.mark.parametrize("unit", [1, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 7])
-def test_every_sequence_is_there_once_whole_and_beside_its_partner(packing: bool, ranks: int):
-    batches = [batch for rank in range(ranks) for batch in cut(packing=packing, rank=rank, ranks=ranks)]
+def test_every_sequence_is_there_once_whole_and_beside_its_partner(unit: int, ranks: int):
+    batches = [batch for rank in range(ranks) for batch in cut(unit=unit, rank=rank, ranks=ranks)]
     assert sorted(i for batch in batches for i in batch.indices if i >= 0) == list(range(len(LENGTHS)))
-    assert sum(batch.num_tokens for batch in batches) == sum(LENGTHS) - len(LENGTHS)
+    assert sum(batch.num_tokens for batch in batches) == sum(max(1, length - 1) for length in LENGTHS)
     for batch in batches:
-        assert all(b == a + 1 or a == b == -1 for a, b in zip(batch.indices[0::2], batch.indices[1::2], strict=True))
+        if unit == 2:
+            assert all(
+                b == a + 1 or a == b == -1 for a, b in zip(batch.indices[0::2], batch.indices[1::2], strict=True)
+            )
         for segment, index in enumerate(batch.indices):
             if index < 0:
                 continue
-            here_BT = batch.segments_BT == segment
+            here_T = batch.segments_T == segment
             ids = sequences()[index].token_ids
-            assert batch.tokens_BT[here_BT].tolist() == ids[:-1]
-            assert batch.targets_BT[here_BT].tolist() == ids[1:]
-            assert batch.positions_BT[here_BT].tolist() == list(range(len(ids) - 1))
-            assert batch.split_completions(batch.targets_BT)[index] == ids[sequences()[index].prompt_length :]
+            assert batch.tokens_T[here_T].tolist() == (ids[:-1] or ids)
+            assert batch.targets_T[here_T].tolist() == (ids[1:] or [0])
+            assert batch.split_completions(batch.targets_T)[index] == ids[sequences()[index].prompt_length :]
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_completions_are_summed_by_sequence(packing: bool):
-    for batch in cut(packing=packing):
-        sums_S = batch.sum_completions(batch.targets_BT.float())
-        rows = batch.split_completions(batch.targets_BT)
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_the_packed_form_names_the_same_sequences_and_padding_apart(multiple: int):
+    for batch in cut(sequence_parallel=multiple):
+        tokens = len(batch.tokens_T)
+        assert tokens % multiple == 0
+        assert spans(batch)[-1].stop == tokens
+        owners = [set(batch.segments_T[span].tolist()) for span in spans(batch)]
+        assert all(len(owner) == 1 for owner in owners)
+        assert len(set().union(*owners)) == len(owners), "no owner lies in two places"
+        assert batch.packed.max_seqlen_q == max(span.stop - span.start for span in spans(batch))
+        padding_T = batch.segments_T == len(batch.indices)
+        assert padding_T.sum() == tokens - batch.num_tokens < multiple
+        assert not batch.mask_T[padding_T].any()
+
+
+def test_completions_are_summed_by_sequence():
+    for batch in cut(sequence_parallel=4):
+        sums_S = batch.sum_completions(batch.targets_T.float())
+        rows = batch.split_completions(batch.targets_T)
         assert sums_S.tolist() == [sum(rows[index]) for index in batch.indices]
 
 
-@pytest.mark.parametrize("free_width", [10**6, 1])
-def test_a_packed_position_sees_its_own_sequence_up_to_itself(free_width: int):
-    batches = cut(packing=True, budget=40, free_width=free_width)
-    assert any(batch.has_packed_rows for batch in batches)
-    for batch in batches:
-        hidden_BTT = batch.attention_mask().squeeze(1)
-        for b, row in enumerate(batch.segments_BT.tolist()):
-            for query, segment in enumerate(row):
-                seen = [key for key in range(query + 1) if row[key] == segment]
-                assert (~hidden_BTT[b, query]).nonzero().flatten().tolist() == seen
-                assert seen, "softmax over nothing is not a number"
+def test_sequences_of_one_length_are_neighbours():
+    (batch,) = cut(budget=1000)
+    lengths = [span.stop - span.start for span in spans(batch)]
+    assert lengths == sorted(lengths, reverse=True)
 
 
-def test_padded_rows_need_no_mask():
-    assert all(batch.attention_mask() is None for batch in cut(packing=False))
+def test_ranks_stay_in_step():
+    assert len({len(cut(rank=rank, ranks=3)) for rank in range(3)}) == 1
 
 
-def test_ranks_stay_in_step_when_packed():
-    counts = {len(cut(packing=True, rank=rank, ranks=3)) for rank in range(3)}
-    assert len(counts) == 1
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_a_micro_batch_stays_within_the_budget(multiple: int):
+    batches = cut(sequence_parallel=multiple)
+    assert len(batches) > 1
+    assert all(batch.num_tokens <= 24 for batch in batches)
+    assert all(len(batch.tokens_T) < 24 + multiple for batch in batches)
 
 
-def test_a_packed_micro_batch_stays_within_the_budget():
-    assert all(batch.num_tokens <= 24 for batch in cut(packing=True))
+def test_a_unit_above_the_budget_goes_alone():
+    assert [len(batch.indices) for batch in cut(budget=1)] == [2] * (len(LENGTHS) // 2)
 
 
 def test_a_rank_without_sequences_takes_part_without_weight():
-    (batch,) = cut(packing=True, rank=6, ranks=7)
+    (batch,) = cut(rank=6, ranks=7)
     assert batch.indices == [-1, -1]
     assert batch.num_tokens == 0
-    assert torch.equal(batch.sum_completions(torch.ones_like(batch.mask_BT)), torch.zeros(2))
+    assert torch.equal(batch.sum_completions(torch.ones(len(batch.tokens_T))), torch.zeros(2))
 
 
-class Rotary(torch.nn.Module):
-    def forward(self, length: int) -> torch.Tensor:
-        return torch.arange(float(length)).view(-1, 1, 1, 1)
+def test_interleaved_stages_get_rows_of_one_width_and_as_many_as_go_round():
+    placement = Placement(
+        rank=0, tensor_parallel=1, pipeline_parallel=2, virtual_stages=2, data_parallel=1, tensor_rank=0,
+        pipeline_rank=0, data_rank=0, sequence_parallel=False, device=torch.device("cpu"), control=None,
+    )  # fmt: skip
+    batches = cut_micro_batches(sequences(), 1, 24, placement)
+    assert len({len(batch.tokens_T) for batch in batches}) == 1
+    assert len(batches) % 2 == 0
+    assert sorted(i for batch in batches for i in batch.indices if i >= 0) == list(range(len(LENGTHS)))
 
 
-class Model(torch.nn.Module):
-    """Megatron's names, and an angle that is the position itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rotary_pos_emb = Rotary()
-
-
-def test_angles_restart_with_each_packed_sequence_and_only_then():
-    """Logits cannot tell: attention sees differences of positions only."""
-    model = Model()
-    batch = cut(packing=True, budget=40, free_width=1)[0]
-    width = batch.tokens_BT.shape[1]
-    with positions_restart(model, batch):
-        angles_TB1D = model.rotary_pos_emb(width)
-    assert torch.equal(angles_TB1D[:, :, 0, 0].T, batch.positions_BT.float())
-    assert torch.equal(model.rotary_pos_emb(width).flatten(), torch.arange(float(width)))
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_context_parallel_ranks_divide_every_sequence_evenly(ranks: int):
+    placement = Placement(
+        rank=0, tensor_parallel=1, pipeline_parallel=1, data_parallel=1, context_parallel=ranks, tensor_rank=0,
+        pipeline_rank=0, data_rank=0, sequence_parallel=False, device=torch.device("cpu"), control=None,
+    )  # fmt: skip
+    for batch in cut_micro_batches(sequences(), 1, 24, placement):
+        ends = batch.packed.cu_seqlens_q.tolist()
+        assert all((end - start) % (2 * ranks) == 0 for start, end in zip(ends, ends[1:], strict=False))
+        shares = [share_of_rank(ends, rank, ranks) for rank in range(ranks)]
+        assert len({len(share) for share in shares}) == 1
+        assert sorted(torch.cat(shares).tolist()) == list(range(ends[-1]))
+        assert batch.num_tokens == sum(max(1, len(sequences()[i].token_ids) - 1) for i in batch.indices)

@@ -2,7 +2,20 @@
 
 import pytest
 import torch
-from learner_ranks import MODELS, PACKED, Layout, LayoutRun, make_pairs
+from learner_ranks import (
+    ALONE,
+    LONG_STEPS,
+    MODELS,
+    PEAK_TFLOPS,
+    VOCAB_SIZE,
+    Layout,
+    LayoutRun,
+    make_pairs,
+)
+
+from megatron_async_rlhf.config.architecture import architecture_of
+from megatron_async_rlhf.config.sections import ModelSection
+from megatron_async_rlhf.learner.flops import forward_flops
 
 
 def test_fresh_weights_are_the_same_bits_in_every_layout(run: LayoutRun, single: LayoutRun):
@@ -35,28 +48,51 @@ def test_the_same_weights_after_training(run: LayoutRun, single: LayoutRun, name
         assert gap <= 0.05 * moved, key  # the bound above would miss a tensor that training left alone
 
 
-@pytest.mark.parametrize(("packed", "padded"), PACKED.items())
-def test_packed_rows_train_as_padded_ones_do(run: LayoutRun, packed: str, padded: str):
-    ours, theirs = run.result(packed), run.result(padded)
-    for stage in ("supervised", "preferences"):
-        for our_step, their_step in zip(ours[stage], theirs[stage], strict=True):
-            for key in ("loss", "grad_norm", "tokens"):
-                assert our_step[key] == pytest.approx(their_step[key], rel=1e-5), (stage, key)
-    for key in ("logprobs", "preference logprobs"):
+def test_the_same_loss_and_gradient_norm_over_many_steps(run: LayoutRun, single: LayoutRun):
+    ours, theirs = run.ranks[0]["long run"], single.ranks[0]["long run"]
+    assert len(ours) == LONG_STEPS
+    for our_step, their_step in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm", "learning_rate"):
+            assert our_step[key] == pytest.approx(their_step[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize(("alone", "packed"), ALONE.items())
+def test_packed_sequences_train_as_each_does_alone(run: LayoutRun, alone: str, packed: str):
+    """To float32's last digits from the same weights; what training makes of those digits is bounded more widely."""
+    ours, theirs = run.result(packed), run.result(alone)
+    for key in ("loss", "grad_norm", "tokens"):
+        assert ours["supervised"][0][key] == pytest.approx(theirs["supervised"][0][key], rel=1e-5), key
+        for stage in ("supervised", "preferences"):
+            for our_step, their_step in zip(ours[stage], theirs[stage], strict=True):
+                assert our_step[key] == pytest.approx(their_step[key], rel=1e-4), (stage, key)
+    for key, tolerance in (("logprobs", 1e-5), ("preference logprobs", 1e-4)):
         ours_flat, theirs_flat = flat(ours[key]), flat(theirs[key])
         assert len(ours_flat) == len(theirs_flat) > 90
-        assert ours_flat == pytest.approx(theirs_flat, rel=1e-5, abs=1e-5)
+        assert ours_flat == pytest.approx(theirs_flat, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize(("alone", "packed"), ALONE.items())
+def test_packed_sequences_have_the_gradients_of_each_alone(run: LayoutRun, alone: str, packed: str):
+    if run.layout.distributed_optimizer:
+        pytest.skip("a rank's buffer holds whole gradients of its share of the parameters only")
+    for rank in range(run.layout.ranks):
+        ours, theirs = run.gradients(packed, rank), run.gradients(alone, rank)
+        assert set(ours) == set(theirs)
+        for name, gradient in theirs.items():
+            assert gradient.abs().max() > 0, name
+            assert (ours[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
 def flat(values: list | float) -> list[float]:
     return [number for value in values for number in flat(value)] if isinstance(values, list) else [values]
 
 
-def test_packing_pads_less(single: LayoutRun):
-    ours, theirs = (single.result(name)["preferences"][0] for name in ("plain-packed", "plain"))
+def test_only_what_ranks_must_divide_is_padded(run: LayoutRun):
+    step = run.result("plain")["preferences"][0]
     rows = make_pairs()[0]
-    assert ours["tokens"] == theirs["tokens"] == sum(len(token_ids) - 1 for token_ids, _ in rows)
-    assert 0 <= ours["padding"] < 0.1 < theirs["padding"] < 0.5
+    assert step["tokens"] == sum(len(token_ids) - 1 for token_ids, _ in rows)
+    # Beside the tokens that keep a rank without a pair in step, at most one for each of these micro-batches.
+    assert step["padding"] <= (0.1 if run.layout.sequence_parallel else 0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -76,6 +112,21 @@ def test_norms_stay_the_same_bits_on_all_ranks_of_a_stage(run: LayoutRun, name: 
         assert ("qwen3" in name) == any("k_layernorm" in key for key in norms)
         for other in others:
             assert norms.items() <= other[name]["digests"].items()
+
+
+def test_a_step_says_where_its_time_went(run: LayoutRun):
+    result = run.result("plain")
+    measured, rows = result["measured"], make_pairs()[0]
+    for name in ("reference", "gradient reduction", "gradient norm", "optimizer"):
+        assert name in result["span names"]
+    working = sum(measured[f"time/{part}_s"] for part in ("reference", "forward_backward", "optimizer"))
+    assert 0 < measured["time/gradient_reduction_s"] < measured["time/forward_backward_s"] < working
+    assert measured["tokens_per_s"] * working == pytest.approx(measured["tokens"])
+    arch = architecture_of(ModelSection.model_validate(run.sources["plain"]["section"]), VOCAB_SIZE)
+    lengths, outputs = [len(ids) - 1 for ids, _ in rows], sum(len(ids) - prompt for ids, prompt in rows)
+    # Forward, backward twice that, and the reference's forward, as a share of what all ranks could do.
+    share = 4 * forward_flops(arch, lengths, outputs) / (working * PEAK_TFLOPS * 1e12 * run.layout.ranks)
+    assert measured["model_flops_utilisation"] == pytest.approx(share)
 
 
 def test_recomputation_runs_what_it_says_a_second_time(run: LayoutRun):

@@ -4,11 +4,14 @@ With `overlap_param_gather` a rank's parameters are whole only during the forwar
 reads them at another time asks for it with `gather_parameters`.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 
 from megatron_async_rlhf.config.sections import LearnerSection
+from megatron_async_rlhf.learner.meter import Meter
 
 
 class ReplicatedPolicy:
@@ -18,7 +21,8 @@ class ReplicatedPolicy:
         chunks: one wrapper per virtual stage, in order.
     """
 
-    def __init__(self, chunks: list[GPTModel], learner: LearnerSection) -> None:
+    def __init__(self, chunks: list[GPTModel], learner: LearnerSection, meter: Meter) -> None:
+        self._meter = meter
         config = chunks[0].config
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -32,7 +36,7 @@ class ReplicatedPolicy:
             DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(chunks)
         ]
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = self._reduce_gradients
         if learner.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -56,3 +60,8 @@ class ReplicatedPolicy:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
         self._is_gathered = True
+
+    def _reduce_gradients(self, *arguments: Any, **named: Any) -> None:
+        """Called by the schedule after the last backward pass."""
+        with self._meter.span("gradient reduction"):
+            finalize_model_grads(*arguments, **named)

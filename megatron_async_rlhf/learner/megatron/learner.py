@@ -3,9 +3,7 @@
 All ranks run the same methods in the same order; what differs by rank is decided by `Placement`.
 """
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from megatron_async_rlhf.checkpoint.sources import open_weights
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError
+from megatron_async_rlhf.learner.flops import forward_flops, known_peak_tflops
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
 from megatron_async_rlhf.learner.megatron.data_parallel import ReplicatedPolicy
 from megatron_async_rlhf.learner.megatron.model import build_model
@@ -26,6 +25,7 @@ from megatron_async_rlhf.learner.megatron.reference import Reference, ResidentRe
 from megatron_async_rlhf.learner.megatron.steps import MicroLoss, Passes, gather_policy_logprobs
 from megatron_async_rlhf.learner.megatron.weight_push import WeightPush
 from megatron_async_rlhf.learner.megatron.weights import RandomWeights, gather_weights, load_weights, named_parameters
+from megatron_async_rlhf.learner.meter import Meter
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     ExportWeights,
@@ -36,7 +36,7 @@ from megatron_async_rlhf.learner.protocol import (
     TrainPreferences,
     TrainSupervised,
 )
-from megatron_async_rlhf.types import Sequence, Span, StepMetrics
+from megatron_async_rlhf.types import Sequence, StepMetrics
 from megatron_async_rlhf.weights.hf_files import write_safetensors
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
 from megatron_async_rlhf.weights.stored import TensorSpec
@@ -50,12 +50,13 @@ class MegatronLearner:
         self.arch = arch
         self.placement = placement
         self.version = 0
-        self._spans: list[Span] = []
+        self._meter = Meter(f"learner.{placement.rank}", placement.synchronize)
         self.chunks = build_model(arch, placement, config.learner)
         hf = config.model.hf
         load_weights(self.chunks, arch, placement, open_weights(hf) if hf else RandomWeights(arch, config.run.seed))
-        self._policy = ReplicatedPolicy(self.chunks, config.learner)
+        self._policy = ReplicatedPolicy(self.chunks, config.learner, self._meter)
         self._reference: Reference | None = None
+        self._peak_flops = _peak_flops(config)
         # After the wrapper, which moves the parameters into its own buffer if it shards the optimizer.
         self._push = WeightPush(config, arch, placement, named_parameters(self.chunks))
         self._passes = Passes(placement, vocab_size=arch.vocab_size, temperature=config.generator.temperature)
@@ -76,6 +77,7 @@ class MegatronLearner:
             return supervised_loss(logprobs_T, batch.mask_T, num_tokens=num_tokens)
 
         metrics = self._optimize(self._warm_start_passes, batches, loss, f"warm start step {command.step}")
+        metrics |= self._measured(command.sequences, passes=3)
         return self._answer(command.id, metrics)
 
     def start_reinforcement(self) -> None:
@@ -102,6 +104,7 @@ class MegatronLearner:
             self._score_by_reference(batches)
             loss = self._preference_loss(num_pairs=len(command.pairs) // 2)
             metrics |= self._optimize(self._passes, batches, loss, f"step {command.version}")
+            metrics |= self._measured(command.pairs, passes=4)
             logprobs = gather_policy_logprobs(batches, self.placement, len(command.pairs))
         self.version += 1
         return self._answer(command.id, metrics, logprobs=logprobs)
@@ -110,7 +113,7 @@ class MegatronLearner:
         """Policy log-probabilities of each sequence's completion tokens."""
         batches = self._cut(command.sequences, unit=1)
         self.gather_parameters()
-        with self._span("score"):
+        with self._meter.span("score"):
             for batch, logprobs_T in zip(batches, self._passes.logprob_pass(self.chunks, batches), strict=False):
                 batch.policy_T = logprobs_T
         return self._answer(
@@ -119,7 +122,7 @@ class MegatronLearner:
 
     def export_weights(self, command: ExportWeights) -> Answer:
         """Write safetensors shards and their index from rank 0; the other ranks send their parts."""
-        with self._span("export"):
+        with self._meter.span("export"):
             stream = self.gathered_weights()
             if self.placement.rank == 0:
                 dtype = self.config.learner.weights_dtype
@@ -148,7 +151,7 @@ class MegatronLearner:
         """Start sending the policy to every generator worker, which must be receiving by now."""
         if command.version != self.version:
             raise LearnerError(f"asked to push policy version {command.version}, but the learner is at {self.version}")
-        with self._span("start push"):
+        with self._meter.span("start push"):
             self.gather_parameters()
             self._push.start(verify=command.verify)
         return self._answer(command.id)
@@ -156,7 +159,7 @@ class MegatronLearner:
     def finish_push(self, command: FinishPush) -> Answer:
         """Wait until every generator holds what was sent, or the push has failed."""
         report, span = self._push.finish()
-        self._spans.append(span)
+        self._meter.add(span)
         return self._answer(command.id, push=report)
 
     def _cut(self, sequences: list[Sequence], unit: int) -> list[MicroBatch]:
@@ -184,9 +187,9 @@ class MegatronLearner:
     def _score_by_reference(self, batches: list[MicroBatch]) -> None:
         if isinstance(self._reference, SwappedReference):
             self.gather_parameters()
-            with self._span("wait for push"):
+            with self._meter.span("wait for push"):
                 self._push.wait_until_weights_may_change()
-        with self._span("reference"), self._reference.model() as chunks:
+        with self._meter.span("reference"), self._reference.model() as chunks:
             for batch, logprobs_T in zip(batches, self._passes.logprob_pass(chunks, batches), strict=False):
                 batch.reference_T = logprobs_T
 
@@ -198,29 +201,42 @@ class MegatronLearner:
         """
         self._policy.begin_step()
         self._optimizer.zero_grad()
-        with self._span("forward-backward"):
+        with self._meter.span("forward-backward"):
             metrics = passes.train_pass(self._policy.chunks, batches, loss)
         learning_rate = self._optimizer.param_groups[0]["lr"]
-        self._optimizer.prepare_grads()
-        norm = self._optimizer.get_grad_norm()
+        with self._meter.span("gradient norm"):
+            self._optimizer.prepare_grads()
+            norm = self._optimizer.get_grad_norm()
         if not (torch.tensor(metrics["loss"]).isfinite() and torch.tensor(norm).isfinite()):
             raise NonFiniteLossError(f"{what}: loss {metrics['loss']}, gradient norm {norm}; lower the learning rate")
-        with self._span("wait for push"):
+        with self._meter.span("wait for push"):
             self._push.wait_until_weights_may_change()
-        with self._span("optimizer"):
+        with self._meter.span("optimizer"):
             self._optimizer.step()
             self._policy.parameters_changed()
             self._scheduler.step(increment=1)
         return metrics | {"grad_norm": norm, "learning_rate": learning_rate}
 
+    def _measured(self, sequences: list[Sequence], passes: int) -> dict[str, float]:
+        """Times and rates of the step over `sequences`; backward counts as two passes, the reference's as one."""
+        lengths = [len(s.token_ids) - 1 for s in sequences]
+        outputs = sum(len(s.token_ids) - s.prompt_length for s in sequences)
+        flops = passes * forward_flops(self.arch, lengths, outputs)
+        return self._meter.step_metrics(sum(lengths), flops, self._peak_flops)
+
     def _answer(self, command_id: int, metrics: dict[str, float] | None = None, **fields: Any) -> Answer:
-        spans, self._spans = self._spans, []
         return Answer(
-            id=command_id, metrics=None if metrics is None else StepMetrics(values=metrics), spans=spans, **fields
+            id=command_id,
+            metrics=None if metrics is None else StepMetrics(values=metrics),
+            spans=self._meter.take(),
+            **fields,
         )
 
-    @contextmanager
-    def _span(self, name: str) -> Iterator[None]:
-        start = time.time()
-        yield
-        self._spans.append(Span(name=name, start=start, end=time.time(), process=f"learner.{self.placement.rank}"))
+
+def _peak_flops(config: RunConfig) -> float | None:
+    """What all ranks' devices could do in a second, if that is known."""
+    learner = config.learner
+    peak = learner.peak_tflops
+    if peak is None and config.run.device == "cuda":
+        peak = known_peak_tflops(torch.cuda.get_device_name(), "fp8" if learner.fp8 else learner.precision)
+    return None if peak is None else peak * 1e12 * learner.world_size

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 
-_BLOCK_ELEMENTS = 2**24  # logits of one block: 64 MiB in float32
+_BLOCK_ELEMENTS = 2**25  # logits of one block: 128 MiB in float32
 
 
 def vocab_parallel_logprobs(

@@ -15,7 +15,7 @@ from megatron_async_rlhf.learner.megatron.parallel import Placement
 
 TORCH_DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# What backward computes again instead of keeping it: attention scores, or all inside a layer.
+# What backward computes again instead of keeping it: attention, or all inside a layer.
 _RECOMPUTE: dict[Recompute, dict] = {
     "none": {},
     "selective": {"recompute_granularity": "selective"},

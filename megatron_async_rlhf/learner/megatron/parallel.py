@@ -53,6 +53,11 @@ class Placement:
             virtual_stages=self.virtual_stages,
         )
 
+    def synchronize(self) -> None:
+        """Wait for the work queued on the device's current stream; a push has a stream of its own."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     @property
     def sequence_multiple(self) -> int:
         """What a sequence's positions must be a multiple of: each rank takes one part from its front, one from its end."""

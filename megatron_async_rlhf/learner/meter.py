@@ -1,0 +1,63 @@
+"""Where a learner rank's time goes: spans for the timeline, and seconds and rates of a step for the metrics."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from megatron_async_rlhf.types import Span
+
+# The metrics of an optimizer step and the spans each sums; the reduction is part of forward-backward.
+_STEP_METRICS = {
+    "time/reference_s": ("reference",),
+    "time/forward_backward_s": ("forward-backward",),
+    "time/gradient_reduction_s": ("gradient reduction",),
+    "time/optimizer_s": ("gradient norm", "optimizer"),
+}
+_WORK = ("time/reference_s", "time/forward_backward_s", "time/optimizer_s")
+
+
+class Meter:
+    """Of one rank; spans are kept until `take`."""
+
+    def __init__(self, process: str, synchronize: Callable[[], None]) -> None:
+        """`synchronize` waits for a device that works asynchronously, so that a span ends when its work does."""
+        self._process = process
+        self._synchronize = synchronize
+        self._spans: list[Span] = []
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Time what happens inside."""
+        start = time.time()
+        yield
+        self._synchronize()
+        self.add(Span(name=name, start=start, end=time.time(), process=self._process))
+
+    def add(self, span: Span) -> None:
+        """A span measured elsewhere."""
+        self._spans.append(span)
+
+    def take(self) -> list[Span]:
+        """All spans since the last call."""
+        spans, self._spans = self._spans, []
+        return spans
+
+    def step_metrics(self, tokens: float, flops: float, peak_flops: float | None) -> dict[str, float]:
+        """Seconds, `tokens_per_s` and, if the peak is known, `model_flops_utilisation` of the step since `take`.
+
+        Rates are over the time the learner works; waiting for a weight push is not counted.
+
+        Args:
+            tokens: of the step, on all ranks.
+            flops: model FLOPs of the step, on all ranks.
+            peak_flops: that all ranks' devices together could do in a second.
+        """
+        seconds = {
+            metric: sum(span.end - span.start for span in self._spans if span.name in names)
+            for metric, names in _STEP_METRICS.items()
+        }
+        working = sum(seconds[metric] for metric in _WORK)
+        rates = {"tokens_per_s": tokens / working}
+        if peak_flops is not None:
+            rates["model_flops_utilisation"] = flops / (working * peak_flops)
+        return seconds | rates
