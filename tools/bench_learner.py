@@ -13,7 +13,8 @@ that no weight changes, so every step of either must report the same loss and gr
 
 The lengths: `equal`, all of one length, every token learned; `gsm8k`, those of GSM8K problems with solutions, every
 token learned; `answers`, the same, but only the solutions learned, as in a warm start. Without `--gsm8k` they are
-drawn from log-normal distributions with its means and deviations. Medians over the rounds.
+drawn from log-normal distributions with its means and deviations. Medians over the rounds; ratios by the wall clock and
+by processor time, which other load on the machine disturbs less.
 """
 
 import json
@@ -26,7 +27,7 @@ import time
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Annotated
 
 import typer
@@ -39,6 +40,7 @@ TIMEOUT_S = 600.0
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8, "weight_decay": 0.0, "clip_grad": 1.0}
 LEARNING_RATE = 1e-30
 LENGTHS = ("equal", "gsm8k", "answers")
+WAYS, CLOCKS = ("padded", "sorted"), ("wall", "cpu")
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,9 @@ def serve(way: str, model: Model, budget: int, threads: int, directory: Path, pi
         trainer = Transformers(config, arch, directory, by_length=way == "sorted")
     pipe.send("ready")
     while (sequences := pipe.recv()) is not None:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         metrics = trainer.step(sequences)
-        pipe.send((time.perf_counter() - start, metrics))
+        pipe.send(({"wall": time.perf_counter() - start, "cpu": time.process_time() - start_cpu}, metrics))
 
 
 class Trainer:
@@ -172,7 +174,8 @@ class Trainer:
         there.close()
         self._pipe.recv()
 
-    def step(self, sequences: list[Sequence]) -> tuple[float, dict[str, float]]:
+    def step(self, sequences: list[Sequence]) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds by clock, and metrics."""
         self._pipe.send(sequences)
         if not self._pipe.poll(TIMEOUT_S):
             raise TimeoutError(f"no step within {TIMEOUT_S:g} s")
@@ -215,43 +218,49 @@ def measure(model: Model, kinds: list[str], options: dict) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         trainers: dict[str, Trainer] = {}
-        for way in ("learner", "padded", "sorted"):  # the learner first: it writes the weights that the others read
+        for way in ("learner", *WAYS):  # the learner first: it writes the weights that the others read
             trainers[way] = Trainer(way, model, options["budget"], options["threads"], Path(directory))
         for kind in kinds:
-            seconds: dict[str, list[float]] = {way: [] for way in trainers}
-            padding: dict[str, float] = {}
+            taken: dict[str, list[dict[str, float]]] = {way: [] for way in trainers}
             for turn in range(options["rounds"] + 1):
                 sequences = draw_step(kind, options["tokens"], model.vocab, problems, seed=turn)
                 results = {way: trainer.step(sequences) for way, trainer in trainers.items()}
                 expected = results["learner"][1]
-                for way, (wall, metrics) in results.items():
+                for way, (seconds, metrics) in results.items():
                     for key in ("loss", "grad_norm"):
                         if abs(metrics[key] - expected[key]) > 1e-4 * abs(expected[key]):
                             raise SystemExit(f"{model} {kind}: {key} is {expected[key]} and {metrics[key]} ({way})")
                     if turn:  # the first warms up
-                        seconds[way].append(wall / sum(len(s.token_ids) - 1 for s in sequences))
-                        padding[way] = metrics["padding"]
-            rates = {way: 1 / median(walls) for way, walls in seconds.items()}
-            ratios = {
-                way: median(theirs / ours for theirs, ours in zip(seconds[way], seconds["learner"], strict=True))
-                for way in ("padded", "sorted")
-            }
-            rows.append(
-                asdict(model) | {"lengths": kind, "tokens_per_s": rates, "padding": padding, "times_as_fast": ratios}
-            )
+                        tokens = sum(len(s.token_ids) - 1 for s in sequences)
+                        taken[way].append(
+                            {clock: seconds[clock] / tokens for clock in CLOCKS} | {"padding": metrics["padding"]}
+                        )
+            rows.append(asdict(model) | {"lengths": kind} | summary(taken))
             show(model, rows[-1])
         for trainer in trainers.values():
             trainer.end()
     return rows
 
 
+def summary(taken: dict[str, list[dict[str, float]]]) -> dict[str, dict]:
+    """Medians of what each way took for a token in each round, and of the ratios within a round."""
+    ratios = {
+        f"{way}, {clock}": median(t[clock] / o[clock] for t, o in zip(taken[way], taken["learner"], strict=True))
+        for clock in CLOCKS
+        for way in WAYS
+    }
+    return {
+        "tokens_per_s": {way: 1 / median(one["wall"] for one in rounds) for way, rounds in taken.items()},
+        "padding": {way: fmean(one["padding"] for one in rounds) for way, rounds in taken.items()},
+        "times_as_fast": ratios,
+    }
+
+
 def show(model: Model, row: dict) -> None:
-    rates, padding, ratios = row["tokens_per_s"], row["padding"], row["times_as_fast"]
-    cells = [f"{rates[way]:9.0f} ({padding[way]:4.0%})" for way in ("learner", "padded", "sorted")]
-    print(
-        f"{model!s:>14} {row['lengths']:>8} {'  '.join(cells)}   {ratios['padded']:6.2f} {ratios['sorted']:6.2f}",
-        flush=True,
-    )
+    rates, padding = row["tokens_per_s"], row["padding"]
+    cells = [f"{rates[way]:9.0f} ({padding[way]:4.0%})" for way in ("learner", *WAYS)]
+    ratios = "".join(f"{ratio:14.2f}" for ratio in row["times_as_fast"].values())
+    print(f"{model!s:>14} {row['lengths']:>8} {'  '.join(cells)} {ratios}", flush=True)
 
 
 def main(
@@ -265,8 +274,9 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the rows there")] = None,
 ) -> None:
     """Tokens per second of learner and Transformers on the same steps."""
-    print(f"{'':>14} {'':>8} {'tokens/s (padding)':>52} {'':10} learner is x times as fast as")
-    print(f"{'model':>14} {'lengths':>8} {'learner':>16}  {'padded':>16}  {'sorted':>16}   {'padded':>6} {'sorted':>6}")
+    print(f"{'':>23} {'tokens/s by the wall clock (padding)':>52} {'learner is x times as fast as':>57}")
+    ways = "".join(f"{way:>16}  " for way in ("learner", *WAYS))
+    print(f"{'model':>14} {'lengths':>8} {ways}" + "".join(f"{w + ', ' + c:>14}" for c in CLOCKS for w in WAYS))
     options = {"gsm8k": gsm8k, "tokens": tokens, "budget": budget, "rounds": rounds, "threads": threads}
     rows = []
     for text in models or ["128x4/2048", "256x8/8192", "512x4/8192"]:

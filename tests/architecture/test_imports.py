@@ -18,7 +18,17 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = [
     ["types", "errors", "weights.families"],  # the families are plain data, read by the config too
     ["config"],
-    ["algorithms", "rewards", "data", "weights", "telemetry", "learner.protocol", "generator.protocol"],
+    [
+        "algorithms",
+        "rewards",
+        "data",
+        "weights",
+        "telemetry",
+        "learner.protocol",
+        "generator.protocol",
+        "learner.flops",
+        "learner.meter",
+    ],
     ["scheduler", "weights.transports", "weights.messages", "weights.proof", "weights.send", "weights.receive"],
     ["learner.client", "learner.megatron", "generator.vllm", "checkpoint"],
     ["simulate", "app", "prepare", "doctor"],
@@ -155,7 +165,7 @@ def test_functions_and_files_stay_short():
 
 CONTROLLER = ("scheduler", "launch", "prepare", "app", "cli")
 WITHOUT_TORCH = [
-    "types", "errors", "config.load", "config.layout_rules", "data.source", "data.packing", "rewards.registry", "learner.protocol",
+    "types", "errors", "config.load", "config.layout_rules", "data.source", "data.packing", "rewards.registry", "learner.protocol", "learner.flops",
     "generator.protocol", "weights.plan", "weights.roster", *(name for name in MODULES if name.split(".")[0] in CONTROLLER),
 ]  # fmt: skip
 

@@ -31,7 +31,7 @@ REINFORCEMENT = {
 }  # fmt: skip
 RL_STEPS = 5
 LONG_STEPS = 20
-LONG_RUN = REINFORCEMENT | {"learning_rate": 1e-3, "clip_grad": 1.0, "weight_decay": 0.1}
+LONG_RUN = REINFORCEMENT | {"learning_rate": 1e-3, "clip_grad": 5.5, "weight_decay": 0.1}
 BETA = 0.1
 PEAK_TFLOPS = 0.5
 

@@ -120,7 +120,7 @@ def test_a_step_says_where_its_time_went(run: LayoutRun):
     for name in ("reference", "gradient reduction", "gradient norm", "optimizer"):
         assert name in result["span names"]
     working = sum(measured[f"time/{part}_s"] for part in ("reference", "forward_backward", "optimizer"))
-    assert 0 < measured["time/gradient_reduction_s"] < measured["time/forward_backward_s"] < working
+    assert 0 <= measured["time/gradient_reduction_s"] <= measured["time/forward_backward_s"] <= working
     assert measured["tokens_per_s"] * working == pytest.approx(measured["tokens"])
     arch = architecture_of(ModelSection.model_validate(run.sources["plain"]["section"]), VOCAB_SIZE)
     lengths, outputs = [len(ids) - 1 for ids, _ in rows], sum(len(ids) - prompt for ids, prompt in rows)
