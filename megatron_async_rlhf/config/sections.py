@@ -126,10 +126,7 @@ class LearnerSection(OptimizerKeys):
     reference: Literal["resident", "swapped"] = "resident"  # its copy on the device, or swapped in from host memory
     precision: Precision = "fp32"  # of weights and activations; with bf16 Adam keeps float32 weights of its own
     fp8: Fp8Keys | None = None
-    micro_batch_tokens: PositiveInt = 4096  # of one forward-backward pass on one rank; with padding unless packing
-    # Several sequences in a row, evenly over data-parallel ranks, instead of padding. Off by default: for
-    # hidden sizes of 64 to 256 on a CPU, attention over longer rows takes back about what padding cost.
-    packing: bool = False
+    micro_batch_tokens: PositiveInt = 4096  # most tokens of one forward-backward pass on one rank
     threads: PositiveInt = 1  # OpenMP threads per rank
     timeout_s: PositiveFloat = 600.0  # any collective, and any one command of the controller
 

@@ -40,10 +40,6 @@ from megatron_async_rlhf.weights.hf_files import write_safetensors
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
 from megatron_async_rlhf.weights.stored import TensorSpec
 
-# Row width, in hidden sizes, at which attention costs as much as the rest of a layer (see `data.packing`). A layer
-# multiplies each token by 12 hidden x hidden weights, and each position with 2 x width hidden numbers.
-_FREE_WIDTH = 6
-
 
 class MegatronLearner:
     """Model, optimizer and policy version of one rank."""
@@ -82,8 +78,8 @@ class MegatronLearner:
         if not num_tokens:
             raise LearnerError(f"warm start step {command.step}: no sequence has a completion to learn from")
 
-        def loss(batch: MicroBatch, logprobs_BT: torch.Tensor):
-            return supervised_loss(logprobs_BT, batch.mask_BT, num_tokens=num_tokens)
+        def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
+            return supervised_loss(logprobs_T, batch.mask_T, num_tokens=num_tokens)
 
         metrics = self._optimize(self._warm_start_passes, batches, loss, f"warm start step {command.step}")
         return self._answer(command.id, metrics)
@@ -109,10 +105,10 @@ class MegatronLearner:
         if command.pairs:
             batches = self._cut(command.pairs, unit=2)
             with self._span("reference"):
-                for batch, logprobs_BT in zip(
+                for batch, logprobs_T in zip(
                     batches, self._passes.logprob_pass(self._reference, batches), strict=False
                 ):
-                    batch.reference_BT = logprobs_BT
+                    batch.reference_T = logprobs_T
             loss = self._preference_loss(num_pairs=len(command.pairs) // 2)
             metrics |= self._optimize(self._passes, batches, loss, f"step {command.version}")
             logprobs = gather_policy_logprobs(batches, self.placement, len(command.pairs))
@@ -123,8 +119,8 @@ class MegatronLearner:
         """Policy log-probabilities of each sequence's completion tokens."""
         batches = self._cut(command.sequences, unit=1)
         with self._span("score"):
-            for batch, logprobs_BT in zip(batches, self._passes.logprob_pass(self._bare, batches), strict=False):
-                batch.policy_BT = logprobs_BT
+            for batch, logprobs_T in zip(batches, self._passes.logprob_pass(self._bare, batches), strict=False):
+                batch.policy_T = logprobs_T
         return self._answer(
             command.id, logprobs=gather_policy_logprobs(batches, self.placement, len(command.sequences))
         )
@@ -165,22 +161,14 @@ class MegatronLearner:
         return self._answer(command.id, push=report)
 
     def _cut(self, sequences: list[Sequence], unit: int) -> list[MicroBatch]:
-        config = self.config.learner
-        return cut_micro_batches(
-            sequences,
-            unit,
-            config.micro_batch_tokens,
-            self.placement,
-            packing=config.packing,
-            free_width=_FREE_WIDTH * self.arch.hidden_size,
-        )
+        return cut_micro_batches(sequences, unit, self.config.learner.micro_batch_tokens, self.placement)
 
     def _preference_loss(self, num_pairs: int) -> MicroLoss:
         algorithm = self.config.algorithm
 
-        def loss(batch: MicroBatch, logprobs_BT: torch.Tensor):
-            policy_S = batch.sum_completions(logprobs_BT)
-            reference_S = batch.sum_completions(batch.reference_BT)
+        def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
+            policy_S = batch.sum_completions(logprobs_T)
+            reference_S = batch.sum_completions(batch.reference_T)
             return online_dpo_loss(
                 policy_S[0::2],
                 policy_S[1::2],

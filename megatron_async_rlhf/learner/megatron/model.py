@@ -10,9 +10,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_async_rlhf.config.architecture import Architecture, RopeScaling
 from megatron_async_rlhf.config.sections import Recompute
+from megatron_async_rlhf.learner.megatron.attention import PackedAttention
 from megatron_async_rlhf.learner.megatron.output import defer_output
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
+from megatron_async_rlhf.learner.megatron.swiglu import SwiGLU
 
 # What backward computes again instead of keeping it: attention scores, or all inside a layer.
 _RECOMPUTE: dict[Recompute, dict] = {
@@ -54,7 +56,8 @@ def transformer_config(arch: Architecture, placement: Placement, recompute: Reco
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=True,  # `rotary` on a CPU
+        use_te_activation_func=True,  # `swiglu` on a CPU
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **_RECOMPUTE[recompute],
@@ -62,11 +65,13 @@ def transformer_config(arch: Architecture, placement: Placement, recompute: Reco
 
 
 def stage_spec(arch: Architecture, placement: Placement) -> TransformerBlockSubmodules:
-    """Megatron's layers without Transformer Engine for one pipeline stage, with our norm in place of its own."""
+    """Megatron's layers without Transformer Engine for one pipeline stage, with our attention, norm and activation."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    layer.submodules.mlp.submodules.activation_func = SwiGLU
     if arch.qk_norm:
-        attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(
         layer_specs=[layer] * (arch.layers // placement.pipeline_parallel), layer_norm=RMSNorm

@@ -5,7 +5,6 @@ micro-batches the same way, so a reference pass lines up with the policy pass th
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -19,7 +18,7 @@ from megatron_async_rlhf.learner.megatron.logprobs import vocab_parallel_logprob
 from megatron_async_rlhf.learner.megatron.output import output_matrix
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 
-# (micro-batch, its token log-probabilities [B, T]) -> (its share of the step's loss, its share of each metric)
+# (micro-batch, its token log-probabilities [T]) -> (its share of the step's loss, its share of each metric)
 MicroLoss = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -38,15 +37,15 @@ class Passes:
         Metrics are those of `loss`, `tokens`, and `padding`: the share of computed positions that held no token.
         """
 
-        def megatron_loss(batch: MicroBatch, matrix_VH: torch.Tensor | None, hidden_BTH: torch.Tensor):
-            logprobs_BT = self._logprobs_of(batch, matrix_VH, hidden_BTH)
-            batch.policy_BT = logprobs_BT.detach()
-            share, metrics = loss(batch, logprobs_BT)
+        def megatron_loss(batch: MicroBatch, matrix_VH: torch.Tensor | None, hidden_1TH: torch.Tensor):
+            logprobs_T = self._logprobs_of(batch, matrix_VH, hidden_1TH)
+            batch.policy_T = logprobs_T.detach()
+            share, metrics = loss(batch, logprobs_T)
             # Megatron divides by micro-batches and averages gradients over data-parallel ranks; our losses come
             # with the whole step's denominator in them already, so undo both.
             counts = {
                 "tokens": torch.tensor(batch.num_tokens),
-                "positions": torch.tensor(batch.tokens_BT.numel()),
+                "positions": torch.tensor(batch.tokens_T.numel()),
             }
             return share * len(batches) * self._placement.data_parallel, metrics | counts
 
@@ -57,30 +56,32 @@ class Passes:
 
     @torch.no_grad()
     def logprob_pass(self, model: torch.nn.Module, batches: list[MicroBatch]) -> list[torch.Tensor]:
-        """Token log-probabilities of each micro-batch, [B, T] each, on the last stage; empty elsewhere."""
+        """Token log-probabilities of each micro-batch, [T] each, on the last stage; empty elsewhere."""
 
         def collect(
-            batch: MicroBatch, matrix_VH: torch.Tensor | None, hidden_BTH: torch.Tensor, non_loss_data: bool = True
+            batch: MicroBatch, matrix_VH: torch.Tensor | None, hidden_1TH: torch.Tensor, non_loss_data: bool = True
         ) -> torch.Tensor:
-            return self._logprobs_of(batch, matrix_VH, hidden_BTH)
+            return self._logprobs_of(batch, matrix_VH, hidden_1TH)
 
         return self._run(model, batches, collect, forward_only=True)
 
-    def _logprobs_of(self, batch: MicroBatch, matrix_VH: torch.Tensor, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        logprobs_N = self._logprobs(hidden_BTH.flatten(0, 1), matrix_VH, batch.targets_BT.flatten())
-        return logprobs_N.view(batch.targets_BT.shape)
+    def _logprobs_of(self, batch: MicroBatch, matrix_VH: torch.Tensor, hidden_1TH: torch.Tensor) -> torch.Tensor:
+        """[T]; 0 where the target is no completion token: no loss reads those, so nothing is computed for them."""
+        positions_N = batch.mask_T.nonzero().squeeze(1)
+        hidden_NH = hidden_1TH.squeeze(0).index_select(0, positions_N)
+        logprobs_N = self._logprobs(hidden_NH, matrix_VH, batch.targets_T[positions_N])
+        return logprobs_N.new_zeros(len(batch.mask_T)).index_put((positions_N,), logprobs_N)
 
     def _run(
         self, model: torch.nn.Module, batches: list[MicroBatch], on_hidden: Callable, *, forward_only: bool
     ) -> list:
-        first = batches[0].tokens_BT
         return get_forward_backward_func()(
             forward_step_func=partial(_forward, on_hidden=on_hidden),
             data_iterator=iter(batches),
             model=[model],
             num_microbatches=len(batches),
-            seq_length=first.shape[1],
-            micro_batch_size=first.shape[0],
+            seq_length=len(batches[0].tokens_T),
+            micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
@@ -102,43 +103,23 @@ class Passes:
 
 def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_hidden: Callable):
     batch = next(batches)
-    with positions_restart(model, batch):
-        output = model(
-            input_ids=batch.tokens_BT, position_ids=batch.positions_BT, attention_mask=batch.attention_mask()
-        )
+    output = model(
+        input_ids=batch.tokens_T.unsqueeze(0),
+        position_ids=None,  # rotary angles come from `packed`
+        attention_mask=None,
+        packed_seq_params=batch.packed,
+    )
     # The last stage returns hidden states and leaves the multiplication with the vocabulary to `logprobs`.
     matrix_VH = output_matrix(model) if get_attr_wrapped_model(model, "post_process") else None
     return output, partial(on_hidden, batch, matrix_VH)
 
 
-@contextmanager
-def positions_restart(model: torch.nn.Module, batch: MicroBatch) -> Iterator[None]:
-    """Give each packed sequence the rotary angles it has by itself.
-
-    `GPTModel` ignores `position_ids` with rotary embeddings and counts along the row, on every stage. Attention only
-    sees differences of positions, so counting on would be right too, but rounded more coarsely the longer the row.
-    """
-    if not batch.has_packed_rows:
-        yield
-        return
-    rotary = get_attr_wrapped_model(model, "rotary_pos_emb")
-
-    def pick(module: torch.nn.Module, args: tuple, angles_T11D: torch.Tensor) -> torch.Tensor:
-        return angles_T11D[batch.positions_BT.T].squeeze(2)  # [T, B, 1, D]; Megatron broadcasts it over heads
-
-    hook = rotary.register_forward_hook(pick)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def gather_policy_logprobs(batches: list[MicroBatch], placement: Placement, count: int) -> list[list[float]]:
-    """Each sequence's completion log-probabilities from `policy_BT`, on rank 0; an empty list on other ranks."""
+    """Each sequence's completion log-probabilities from `policy_T`, on rank 0; an empty list on other ranks."""
     rows: dict[int, list[float]] = {}
     if placement.reports_loss:
         for batch in batches:
-            rows |= batch.split_completions(batch.policy_BT)
+            rows |= batch.split_completions(batch.policy_T)
     everyone: list = [None] * dist.get_world_size()
     dist.gather_object(rows, everyone if placement.rank == 0 else None, dst=0, group=placement.control)
     if placement.rank != 0:
