@@ -43,20 +43,22 @@ def train(
 
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
+    from megatron_async_rlhf.estimate.report import refuse_too_large
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory
     from megatron_async_rlhf.prepare import load_materials, make_model_template
 
     resolved = load_config(config, set)
     check_writable(resolved)
+    if dry_run:
+        _print_plan(resolved)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         template = Path(scratch) / "model"
         make_model_template(resolved, template)
-        materials = load_materials(resolved, template)
-        plan = plan_processes(resolved, resolved.run.path.absolute(), materials.architecture.context_length)
-        if dry_run:
-            _print_plan(resolved, plan, materials)
-            return
+        architecture = load_materials(resolved, template).architecture
+        refuse_too_large(resolved, architecture)
+        plan = plan_processes(resolved, resolved.run.path.absolute(), architecture.context_length)
         run_dir, aside = create_run_directory(resolved, template)
     if aside is not None:
         typer.echo(f"an earlier run is now in {aside}")
@@ -135,18 +137,36 @@ def verify_weights(
     raise typer.Exit(1)
 
 
-def _print_plan(config: RunConfig, plan, materials) -> None:
+def _print_plan(config: RunConfig) -> None:
+    """All that can be said without starting anything: of a model that is not here, what follows from its shape."""
+    from megatron_async_rlhf.estimate.report import describe
+    from megatron_async_rlhf.launch.plan import plan_processes
+    from megatron_async_rlhf.prepare import load_materials, make_model_template, missing_inputs, outline
+
+    missing = missing_inputs(config)
+    if missing:
+        architecture, transfer = outline(config, config.model.hf)
+        prompts = "# prompts: not checked"
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            make_model_template(config, Path(scratch))
+            materials = load_materials(config, Path(scratch))
+        architecture, transfer = materials.architecture, materials.transfer
+        prompts = f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out"
     typer.echo(dump_config(config))
-    typer.echo(f"# policy: {materials.architecture.num_parameters / 1e6:.2f} M parameters")
-    typer.echo(f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out")
-    transfer = materials.transfer
+    typer.echo(f"# policy: {architecture.num_parameters / 1e6:.2f} M parameters")
+    typer.echo(prompts)
     slices = sum(len(message) for messages in transfer.streams.values() for message in messages)
     rounds = max(len(messages) for messages in transfer.streams.values())
     megabytes = transfer.num_bytes * config.generator.replicas / 1e6
     typer.echo(f"# weights: {megabytes:.2f} MB a push: {slices} slices in {rounds} rounds to each generator")
-    for process in plan.processes:
+    for line in describe(config, architecture):
+        typer.echo(f"# {line}")
+    for process in plan_processes(config, config.run.path.absolute(), architecture.context_length).processes:
         cores = f"cores {process.cores}" if process.cores else "any core"
         typer.echo(f"# {process.name}: {cores}: {' '.join(process.arguments)}")
+    for line in missing:
+        typer.echo(f"# not checked, and needed for a start: {line}")
 
 
 def main() -> None:

@@ -56,11 +56,12 @@ class LayerShare:
 
 
 def norm_bytes(share: LayerShare, numbers: int, vectors: int = 1) -> int:
-    """`torch.nn.RMSNorm` of `numbers` in `vectors`, without its input if that is float32 and so kept by others.
+    """An RMSNorm of `numbers` in `vectors`: 1/rms of each vector and the normalised numbers, in float32.
 
-    It computes in float32 (a copy of a bf16 input), keeps its input, the normalised input, and 1/rms per vector.
+    A bf16 input goes to torch's own norm, which keeps a float32 copy of it too.
     """
-    return FLOAT32 * (2 * numbers + vectors)
+    copies = 1 if share.item == FLOAT32 else 2
+    return FLOAT32 * (copies * numbers + vectors)
 
 
 def attention_kernel_bytes(share: LayerShare) -> int:
@@ -83,21 +84,22 @@ def _layer_bytes(share: LayerShare) -> int:
     """Megatron's layers on torch alone (`learner/megatron/model.py`)."""
     e, h = share.item, share.hidden_kept
     norms = 2 * (norm_bytes(share, h) + e * h)  # each with its output, which the matrix after it keeps
-    # Rotary angles are turned into cosines and sines for queries and for keys, in each layer; rotated queries and
-    # keys are new tensors, values are a view that keeps all of query, key and value alive.
+    # Cosines and sines of each position, for queries and for keys; rotated queries and keys are new tensors, values
+    # are a view that keeps all of query, key and value alive.
     rotary = e * 4 * share.head_dim
     qkv = e * (share.qkv + share.query + share.key)
-    if share.qk_norm:  # the norm of keys works on a view of query, key and value, that of queries on a copy
+    if share.qk_norm:
         qkv += norm_bytes(share, share.query, share.heads) + norm_bytes(share, share.key, share.kv_heads)
-        qkv -= FLOAT32 * share.key if e == FLOAT32 else 0
     projection = e * share.query  # sequences put back into one row: the input of the output projection
-    # gate and up in one; silu(gate); up + Megatron's offset of 0; their product
-    mlp = e * 5 * share.ffn
+    mlp = e * 3 * share.ffn  # gate and up, and silu(gate) x up
     return norms + rotary + qkv + attention_kernel_bytes(share) + projection + mlp
 
 
 def _fused_layer_bytes(share: LayerShare) -> int:
-    """Transformer Engine's layers with FP8: norms and SwiGLU keep their inputs only, matrices theirs in one byte."""
+    """Transformer Engine's layers with FP8: norms keep their inputs, matrices theirs in one byte.
+
+    Read off its source; not yet compared with a GPU.
+    """
     e, h = share.item, share.hidden_kept
     norms = 2 * (e * h + FLOAT32 + h)  # input, 1/rms, output in FP8
     qkv = e * (share.qkv + share.query + share.key + 4 * share.head_dim)
@@ -113,9 +115,9 @@ def backward_bytes(share: LayerShare, tokens: int) -> int:
     """
     f, h, t = share.ffn, share.hidden, tokens
     candidates = (
-        2 * f * t,  # where gate and up meet: the gradients of silu(gate) and up; the product's replaces the product
+        3 * f * t,  # at silu(gate) x up: its gradient (the product itself is gone), those of gate and up, silu(gate)
         f * t + f * h,  # at the second matrix: gradients of its input and of itself
-        2 * f * h - 3 * f * t,  # at the first: of itself, 2 F per token of its output, and the 5 F kept are gone
+        2 * f * h + (h - f) * t,  # at the first: of itself and its input; of the 3 F kept and 3 F above, 2 F are left
     )
     return share.item * (max(candidates) + share.hidden_kept * t)
 

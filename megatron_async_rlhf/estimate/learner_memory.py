@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.estimate.activations import (
     FLOAT32,
     PRECISION_BYTES,
@@ -25,8 +26,7 @@ from megatron_async_rlhf.weights.layout import LearnerLayout
 
 LOGITS_BLOCK = 2**24  # elements of a block of logits, as in `learner/megatron/logprobs.py`
 MIB = 2**20
-# A process with torch, Megatron and its process groups, before it has a model; see docs/estimate.md.
-FIXED_CPU = 360 * MIB
+FIXED_CPU = 350 * MIB  # a process with torch, Megatron and its process groups before it has a model, measured
 # CUDA context with torch's kernels, cuBLAS workspaces, and NCCL's buffers of the tensor, data, pipeline, control and
 # transfer groups. An assumption, not yet measured.
 FIXED_CUDA = 2048 * MIB
@@ -76,10 +76,7 @@ def micro_batches(config: RunConfig, arch: Architecture) -> int:
 
 def _stage_memory(config: RunConfig, arch: Architecture, stage: int, holding: Holding) -> LearnerMemory:
     learner = config.learner
-    item = PRECISION_BYTES[learner.precision]
-    weights = holding.total * item
-    if learner.fp8 is not None and learner.fp8.parameters:
-        weights = _fp8_weights(arch, learner, holding)
+    weights = _weights(learner, arch, stage, holding)
     resident = learner.reference == "resident"
     optimizer, optimizer_on_host = _optimizer(config, holding)
     activations, backward = _forward_backward(config, arch, stage, holding)
@@ -100,9 +97,18 @@ def _stage_memory(config: RunConfig, arch: Architecture, stage: int, holding: Ho
     )
 
 
-def _fp8_weights(arch: Architecture, learner, holding: Holding) -> int:
-    """Matrices of layers in one byte (two layouts of them on Hopper), all else in the learner's precision."""
-    raise NotImplementedError
+def _weights(learner: LearnerSection, arch: Architecture, stage: int, holding: Holding) -> int:
+    """Weights in the learner's precision, or of layers in FP8: rows and columns first, which Transformer Engine keeps
+    beside the bf16 ones it casts them from, unless `fp8.parameters`."""
+    item = PRECISION_BYTES[learner.precision]
+    if learner.fp8 is None:
+        return item * holding.total
+    share = LayerShare.of(arch, learner)
+    matrices = share.hidden * (share.qkv + share.query + 3 * share.ffn)
+    layers = arch.layers // learner.pipeline_parallel
+    at_ends = (stage == 0) + (stage == learner.pipeline_parallel - 1)
+    in_fp8 = matrices * max(0, layers - at_ends * learner.fp8.bf16_layers)
+    return item * (holding.total - (in_fp8 if learner.fp8.parameters else 0)) + 2 * in_fp8
 
 
 def _optimizer(config: RunConfig, holding: Holding) -> tuple[int, int]:
@@ -125,7 +131,7 @@ def _adam_temporaries(config: RunConfig, holding: Holding) -> int:
     learner = config.learner
     shared_by = learner.copies if learner.distributed_optimizer else 1
     if config.run.device == "cpu":
-        return 2 * FLOAT32 * -(-holding.largest // (1 if shared_by == 1 else 1))
+        return 2 * FLOAT32 * min(holding.largest, -(-holding.total // shared_by))
     return 0 if learner.fp8 is not None else FLOAT32 * -(-holding.total // shared_by)
 
 
@@ -139,8 +145,8 @@ def _forward_backward(config: RunConfig, arch: Architecture, stage: int, holding
     layers = arch.layers // (stages * learner.virtual_stages)
     row = share.item * share.hidden_kept * tokens
     kept = chunks * layers * layer_bytes(share, learner.recompute) * tokens
-    if stages > 1:
-        kept += chunks * row * (0 if is_last else 1)  # outputs stay until their gradients come
+    if stages > 1:  # what came from the stage before and what went to the next stay until their gradients
+        kept += chunks * row * ((stage > 0) + (not is_last))
     at_layer = backward_bytes(share, tokens)
     if learner.recompute == "full":
         at_layer += layer_bytes(share, "none") * tokens
@@ -156,9 +162,11 @@ def _forward_backward(config: RunConfig, arch: Architecture, stage: int, holding
 
 
 def _head_backward(share: LayerShare, holding: Holding, tokens: int) -> int:
-    """Gradients of hidden states and output matrix (float32), and a block of logits or the matrix's cast."""
+    """Gradients of hidden states and output matrix (float32), and a block of logits or the matrix's cast; or, when
+    those are gone, the gradients of the completions' hidden states and of all."""
     rows = min(tokens, max(1, LOGITS_BLOCK // holding.vocabulary))
     cast = 0 if share.item == FLOAT32 else share.item
     block = (FLOAT32 + cast) * rows * holding.vocabulary
     matrix = holding.vocabulary * share.hidden
-    return share.item * share.hidden * tokens + FLOAT32 * matrix + max(block, cast * matrix)
+    row = share.item * share.hidden * tokens
+    return row + max(FLOAT32 * matrix + max(block, cast * matrix), row)
