@@ -9,7 +9,7 @@ from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.layout_rules import check_layouts
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.estimate.generator_memory import GIB, GeneratorMemory, generator_memory
+from megatron_async_rlhf.estimate.generator_memory import GeneratorMemory, generator_memory
 from megatron_async_rlhf.estimate.learner_memory import FIXED_CUDA, MIB, LearnerMemory, learner_memory
 
 # Processes of a run on a CPU without model and data: proportional set sizes (`smaps_rollup`) of a run of
@@ -78,6 +78,8 @@ def advise(config: RunConfig, arch: Architecture, room: int) -> list[Advice]:
         if changed is None or (bytes_needed := needed(changed, run_memory(changed, arch))) >= lowest:
             continue
         config, lowest = changed, bytes_needed
+        if advice and advice[-1].change.split(" = ")[0] == change.split(" = ")[0]:
+            advice.pop()  # more of the same
         advice.append(Advice(change=change, needed=lowest))
         if lowest <= room:
             break

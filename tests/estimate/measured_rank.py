@@ -19,7 +19,7 @@ import torch
 from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
-from megatron_async_rlhf.learner.megatron.parallel import join_learner
+from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.protocol import TrainPreferences
 from megatron_async_rlhf.types import Sequence
 
@@ -32,8 +32,8 @@ def status_bytes(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def train(config: RunConfig, vocab_size: int, placement) -> None:
-    """As many pairs of the longest sequences as one step has prompts."""
+def train(config: RunConfig, vocab_size: int, placement: Placement) -> int:
+    """As many pairs of the longest sequences as one step has prompts; returns the bytes of the rank's weights."""
     arch = architecture_of(config.model, vocab_size)
     learner = MegatronLearner(config, arch, placement)
     learner.start_reinforcement()
@@ -42,6 +42,7 @@ def train(config: RunConfig, vocab_size: int, placement) -> None:
         learner.train_preferences(
             TrainPreferences(version=version, pairs=[row] * (2 * config.schedule.prompts_per_step))
         )
+    return sum(parameter.nbytes for parameter in learner._bare.parameters())
 
 
 def run_rank(rank: int, directory: Path, case: dict) -> None:
@@ -54,8 +55,8 @@ def run_rank(rank: int, directory: Path, case: dict) -> None:
     ctypes.CDLL(None).malloc_trim(0)
     fixed = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
-    train(config, case["vocab_size"], placement)
-    figures = {"fixed": fixed, "peak": status_bytes("VmHWM") - fixed}
+    weights = train(config, case["vocab_size"], placement)
+    figures = {"fixed": fixed, "peak": status_bytes("VmHWM") - fixed, "weights": weights}
     (directory / f"{case['name']}.{rank}.json").write_text(json.dumps(figures))
     torch.distributed.destroy_process_group()
 
