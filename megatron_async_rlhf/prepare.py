@@ -83,20 +83,22 @@ def outline(config: RunConfig, template: Path) -> tuple[Architecture, TransferPl
 
 
 def missing_inputs(config: RunConfig) -> list[str]:
-    """What a start would read but is not on this machine, and how to get it; a line each.
+    """What a start on this machine would lack, and how to get it, a line each, if `model.hf` is not whole here.
 
-    Only of models and data the config names by path. A dry run can go without, a start cannot.
+    A dry run then plans for the machine that has it. Of a model that is here everything is checked, so nothing is
+    missing in this sense.
     """
-    missing, hf = [], config.model.hf
-    if hf is not None and not is_checkpoint(hf):
-        if not (hf / "tokenizer.json").is_file():
-            missing.append(
-                f"tokenizer: no tokenizer.json in model.hf = {hf}; get the whole model and name its directory"
-            )
-        if not any(hf.glob("*.safetensors")):
-            missing.append(f"weights: no .safetensors in model.hf = {hf}; get the whole model and name its directory")
+    hf = config.model.hf
+    if hf is None or is_checkpoint(hf):
+        return []
+    whole = f"in model.hf = {hf}; get the whole model and name its directory"
+    missing = []
+    if not (hf / "tokenizer.json").is_file():
+        missing.append(f"tokenizer: no tokenizer.json {whole}")
+    if not any(hf.glob("*.safetensors")):
+        missing.append(f"weights: no .safetensors {whole}")
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if source is not None and source.endswith(".jsonl"):
+        if missing and source is not None and source.endswith(".jsonl"):
             try:
                 find_jsonl(source, key, beside=config.data.train if key == "data.eval" else None)
             except DataError as error:

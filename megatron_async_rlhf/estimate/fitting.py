@@ -95,7 +95,8 @@ def _changes(config: RunConfig, arch: Architecture) -> Iterator[tuple[str, dict]
     if on_gpu and learner.precision == "fp32":
         yield "learner.precision = bf16", {"precision": "bf16"}
     smallest = max(2 * arch.context_length, 1024)  # a preference pair; below, matrix products get inefficient
-    for tokens in sorted({max(smallest, learner.micro_batch_tokens // part) for part in (2, 8, 32)}, reverse=True):
+    shorter = {max(smallest, learner.micro_batch_tokens // part) for part in (2, 4, 16)} | {smallest}
+    for tokens in sorted(shorter, reverse=True):
         yield f"learner.micro_batch_tokens = {tokens}", {"micro_batch_tokens": tokens}
     yield "learner.recompute = full", {"recompute": "full"}
     if on_gpu:

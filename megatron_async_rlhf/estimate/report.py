@@ -94,9 +94,11 @@ def _verdict_on_learner(config: RunConfig, arch: Architecture, memory: RunMemory
         )
         if memory.host:
             what += f", and all ranks {_gib(memory.host)} GiB of the machine's memory"
+    lines = [f"{what}: {'fits' if bytes_needed <= room else 'does not fit'}"]
+    if config.run.device == "cpu":
+        lines.append("  on top comes freed memory that glibc keeps: up to 0.6 times a learner rank's in small models")
     if bytes_needed <= room:
-        return [f"{what}: fits"]
-    lines = [f"{what}: does not fit"]
+        return lines
     changes = advise(config, arch, room)
     lines += [f"  {'first' if i == 0 else 'then'} {a.change}: {_gib(a.needed)} GiB" for i, a in enumerate(changes)]
     if not changes or changes[-1].needed > room:
