@@ -36,7 +36,7 @@ def train(
     config: ConfigArgument,
     set: SetOption = [],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, print plan and estimate, start nothing.")
     ] = False,
 ) -> None:
     """Run the whole RLHF job on this machine.

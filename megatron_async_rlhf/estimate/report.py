@@ -146,4 +146,6 @@ def _room(config: RunConfig) -> int:
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f}" if num_bytes < 10 * GIB else f"{num_bytes / GIB:.1f}"
+    """Three figures, as many as may be right."""
+    decimals = 1 if num_bytes >= 10 * GIB else 2 if num_bytes >= GIB / 10 else 3
+    return f"{num_bytes / GIB:.{decimals}f}"

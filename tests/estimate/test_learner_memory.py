@@ -6,6 +6,7 @@ Freed memory is handed back at once (MALLOC_MMAP_THRESHOLD_): glibc would keep h
 large models do not have much of, and small ones like these up to 40 %.
 """
 
+import dataclasses
 import json
 import os
 import socket
@@ -17,8 +18,10 @@ import pytest
 
 from megatron_async_rlhf.config.architecture import Architecture, architecture_of
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.holdings import learner_holdings
 from megatron_async_rlhf.estimate.learner_memory import LOGITS_BLOCK, LearnerMemory, learner_memory
 from megatron_async_rlhf.estimate.report import ACCURACY
+from megatron_async_rlhf.weights.layout import LearnerLayout
 
 MODEL = {"layers": 4, "hidden_size": 512, "ffn_size": 1408, "heads": 8, "kv_heads": 4, "context_length": 128}
 VOCAB_SIZE = 8192
@@ -118,6 +121,22 @@ def test_the_measure_sees_what_a_case_saves(measured: dict[str, list[dict]]):
     whole, shared = measured["one rank"][0], measured["distributed optimizer"][0]
     moments = 8 * whole["weights"] // 4
     assert whole["peak"] - shared["peak"] == pytest.approx(moments / 2, rel=0.2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_stages_hold_the_model_and_the_copy_of_a_tied_embedding(tied: bool):
+    arch = dataclasses.replace(architecture(config_of("one rank")), tie_embeddings=tied)
+    for stages, virtual_stages in ((1, 1), (2, 1), (2, 2), (4, 1)):
+        layout = LearnerLayout(pipeline_parallel=stages, virtual_stages=virtual_stages)
+        copies = arch.vocab_size * arch.hidden_size if tied and stages > 1 else 0
+        assert sum(held.total for held in learner_holdings(arch, layout)) == arch.num_parameters + copies
+
+
+def test_a_padded_vocabulary_is_held():
+    arch = dataclasses.replace(architecture(config_of("one rank")), vocab_size=8191)
+    (held,) = learner_holdings(arch, LearnerLayout(tensor_parallel=2))
+    (even,) = learner_holdings(dataclasses.replace(arch, vocab_size=8192), LearnerLayout(tensor_parallel=2))
+    assert held == even
 
 
 def test_a_block_of_logits_is_the_learners():
