@@ -32,6 +32,31 @@ def _root() -> None:
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="Also say what of this configuration the machine cannot do.")
+    ] = None,
+    set: SetOption = [],
+) -> None:
+    """Show what this machine can run, and how to get what is missing; exit code 1 if a run cannot work.
+
+    Example: async-rlhf doctor examples/quickstart.yaml
+    """
+    from megatron_async_rlhf.doctor import examine, problems
+
+    resolved = load_config(config, set) if config is not None else None
+    broken = False
+    for finding in examine():
+        advice = f"  ({finding.advice})" if finding.advice and finding.state != "ok" else ""
+        typer.echo(f"{finding.state:8}{finding.what}: {finding.detail}{advice}")
+        broken |= finding.state == "broken"
+    for problem in problems(resolved) if resolved is not None and not broken else []:
+        typer.echo(f"{'cannot':8}{problem}")
+        broken = True
+    raise typer.Exit(int(broken))
+
+
+@app.command()
 def train(
     config: ConfigArgument,
     set: SetOption = [],
@@ -44,6 +69,7 @@ def train(
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
     from megatron_async_rlhf.estimate.report import refuse_too_large
+    from megatron_async_rlhf.launch.abilities import check_device
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory
     from megatron_async_rlhf.prepare import load_materials, make_model_template
@@ -59,6 +85,9 @@ def train(
         architecture = load_materials(resolved, template).architecture
         refuse_too_large(resolved, architecture)
         plan = plan_processes(resolved, resolved.run.path.absolute(), architecture.context_length)
+        if resolved.run.device == "cuda":
+            (template.parent / "config.yaml").write_text(dump_config(resolved))
+            check_device(template.parent / "config.yaml")
         run_dir, aside = create_run_directory(resolved, template)
     if aside is not None:
         typer.echo(f"an earlier run is now in {aside}")
@@ -164,7 +193,8 @@ def _print_plan(config: RunConfig) -> None:
         typer.echo(f"# {line}")
     for process in plan_processes(config, config.run.path.absolute(), architecture.context_length).processes:
         cores = f"cores {process.cores}" if process.cores else "any core"
-        typer.echo(f"# {process.name}: {cores}: {' '.join(process.arguments)}")
+        where = f"GPUs {process.gpus}" if process.gpus else cores
+        typer.echo(f"# {process.name}: {where}: {' '.join(process.arguments)}")
     for line in missing:
         typer.echo(f"# not checked, and needed for a start: {line}")
 

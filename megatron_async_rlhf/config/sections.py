@@ -115,7 +115,7 @@ class LearnerSection(OptimizerKeys):
     tensor_parallel: PositiveInt = 1
     pipeline_parallel: PositiveInt = 1
     virtual_stages: PositiveInt = 1  # chunks of layers per pipeline rank, interleaved: shorter pipeline bubbles
-    context_parallel: PositiveInt = 1  # ranks that divide each sequence; cuda only
+    context_parallel: PositiveInt = 1  # ranks that divide each sequence
     ranks: PositiveInt | None = None  # default: the product of the parallel sizes; more ranks are data parallel
     sequence_parallel: bool = False  # between layers, divide the tokens over the tensor-parallel ranks
     recompute: Recompute = "none"  # in backward, instead of keeping it: selective = attention scores, full = layers
@@ -142,6 +142,11 @@ class LearnerSection(OptimizerKeys):
     @property
     def data_parallel(self) -> int:
         return self.world_size // self.model_ranks
+
+    @property
+    def weights_dtype(self) -> str:
+        """Of the weights it trains and exports, by torch's name."""
+        return "float32" if self.precision == "fp32" else "bfloat16"
 
     @property
     def copies(self) -> int:

@@ -28,6 +28,8 @@ class LayerShare:
     item: int
     qk_norm: bool
     fp8: bool
+    context_parallel: int
+    longest: int  # positions of the longest sequence
 
     @classmethod
     def of(cls, arch: Architecture, learner: LearnerSection) -> "LayerShare":
@@ -44,6 +46,8 @@ class LayerShare:
             item=PRECISION_BYTES[learner.precision],
             qk_norm=arch.qk_norm,
             fp8=learner.fp8 is not None,
+            context_parallel=learner.context_parallel,
+            longest=arch.context_length,
         )
 
     @property
@@ -81,13 +85,18 @@ def layer_bytes(share: LayerShare, recompute: str) -> int:
 
 
 def _layer_bytes(share: LayerShare) -> int:
-    """Megatron's layers on torch alone (`learner/megatron/model.py`)."""
+    """Megatron's layers on torch alone (`learner/megatron/layers.py`), an upper bound for Transformer Engine's in bf16."""
     e, h = share.item, share.hidden_kept
     norms = 2 * (norm_bytes(share, h) + e * h)  # each with its output, which the matrix after it keeps
     # Cosines and sines of each position, for queries and for keys; rotated queries and keys are new tensors, values
     # are a view that keeps all of query, key and value alive.
     rotary = e * 4 * share.head_dim
     qkv = e * (share.qkv + share.query + share.key)
+    if share.context_parallel > 1:
+        # Keys and values of all ranks instead of the own ones, and a mask for each of a sequence's two parts that
+        # together look at 2 C + 1 parts of longest / (2 C).
+        seen = (2 * share.context_parallel + 1) * share.longest // (4 * share.context_parallel)
+        qkv = e * (share.query + 2 * share.key * share.context_parallel + seen)
     if share.qk_norm:
         qkv += norm_bytes(share, share.query, share.heads) + norm_bytes(share, share.key, share.kv_heads)
     projection = e * share.query  # sequences put back into one row: the input of the output projection

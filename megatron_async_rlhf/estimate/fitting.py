@@ -112,7 +112,10 @@ def _changes(config: RunConfig, arch: Architecture) -> Iterator[tuple[str, dict]
                         "overlap_grad_reduce": False,
                         "overlap_param_gather": False,
                     }
-                yield f"learner.tensor_parallel = {tensor}, learner.ranks = {ranks}", keys
+                change = (
+                    f"learner.tensor_parallel = {tensor}, learner.ranks = {ranks}, learner.sequence_parallel = true"
+                )
+                yield change, keys
         yield "learner.optimizer_offload = 1.0", {"optimizer_offload": 1.0}
 
 

@@ -77,7 +77,8 @@ def micro_batches(config: RunConfig, arch: Architecture) -> int:
 def _stage_memory(config: RunConfig, arch: Architecture, stage: int, holding: Holding) -> LearnerMemory:
     learner = config.learner
     weights = _weights(learner, arch, stage, holding)
-    resident = learner.reference == "resident"
+    resident, on_cpu = learner.reference == "resident", config.run.device == "cpu"
+    swapped = 0 if resident else 2 * weights  # in host memory: the reference's, and the policy's during its pass
     optimizer, optimizer_on_host = _optimizer(config, holding)
     activations, backward = _forward_backward(config, arch, stage, holding)
     adam = _adam_temporaries(config, holding)
@@ -88,12 +89,12 @@ def _stage_memory(config: RunConfig, arch: Architecture, stage: int, holding: Ho
         weights=weights,
         gradients=FLOAT32 * holding.total,  # Megatron's gradient buffer, reduced in float32
         optimizer=optimizer,
-        reference=weights if resident else 0,
+        reference=weights if resident else swapped if on_cpu else 0,
         activations=activations,
         working=max(backward, adam - activations, 0),
         push=push,
-        fixed=FIXED_CPU if config.run.device == "cpu" else FIXED_CUDA,
-        host=optimizer_on_host + (0 if resident else weights),
+        fixed=FIXED_CPU if on_cpu else FIXED_CUDA,
+        host=optimizer_on_host + (0 if on_cpu else swapped),
     )
 
 

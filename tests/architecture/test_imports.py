@@ -29,7 +29,7 @@ ORDER = [
         "weights.receive",
     ],
     ["learner.client", "learner.megatron", "generator.vllm", "checkpoint"],
-    ["simulate", "app", "prepare"],
+    ["simulate", "app", "prepare", "doctor"],
     ["launch", "cli", "__main__"],
 ]
 ROW_OF = {name: row for row, names in enumerate(ORDER) for name in names}

@@ -23,7 +23,7 @@ from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learne
 from megatron_async_rlhf.learner.protocol import TrainPreferences
 from megatron_async_rlhf.types import Sequence
 
-TINY = {"layers": 2, "hidden_size": 64, "ffn_size": 128, "heads": 4, "context_length": 64}
+TINY = {"layers": 4, "hidden_size": 64, "ffn_size": 128, "heads": 4, "context_length": 64}
 STEPS = 2
 
 
@@ -42,14 +42,14 @@ def train(config: RunConfig, vocab_size: int, placement: Placement) -> int:
         learner.train_preferences(
             TrainPreferences(version=version, pairs=[row] * (2 * config.schedule.prompts_per_step))
         )
-    return sum(parameter.nbytes for parameter in learner._bare.parameters())
+    return sum(parameter.nbytes for chunk in learner.chunks for parameter in chunk.parameters())
 
 
 def run_rank(rank: int, directory: Path, case: dict) -> None:
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     config = RunConfig.model_validate(case["config"])
     tiny = RunConfig.model_validate(case["config"] | {"model": TINY})
-    placement = join_learner(config.learner)
+    placement = join_learner(config.learner, config.run.device)
     train(tiny, 64, placement)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

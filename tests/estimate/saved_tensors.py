@@ -31,9 +31,7 @@ def packed() -> PackedSeqParams:
 
 def saved_bytes(case: dict, layers: int, placement: Placement) -> int:
     arch = dataclasses.replace(Architecture(**case["arch"]), layers=layers)
-    model = build_model(arch, placement, 0, case["recompute"]).train()
-    if case["precision"] == "bf16":
-        model = model.bfloat16()
+    (model,) = build_model(arch, placement, LearnerSection(recompute=case["recompute"], precision=case["precision"]))
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -52,7 +50,7 @@ def saved_bytes(case: dict, layers: int, placement: Placement) -> int:
 
 def main() -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
-    placement = join_learner(LearnerSection(timeout_s=30))
+    placement = join_learner(LearnerSection(timeout_s=30), "cpu")
     figures = []
     for case in json.loads(sys.argv[1]):
         one, three = (saved_bytes(case, layers, placement) for layers in (1, 3))

@@ -1,4 +1,4 @@
-"""The estimated peak of a learner rank against the measured one, in five layouts and more.
+"""The estimated peak of a learner rank against the measured one, in every kind of layout a CPU can have.
 
 Measured is the growth of the resident set over that of the same rank when it had trained a tiny model
 (`measured_rank.py`); estimated is the total without the fixed part, and without the staging of a push, as none happens.
@@ -30,6 +30,10 @@ CASES = {
     "tensor parallel": {"ranks": 2, "tensor_parallel": 2},
     "sequence parallel": {"ranks": 2, "tensor_parallel": 2, "sequence_parallel": True},
     "pipeline": {"ranks": 2, "pipeline_parallel": 2},
+    "interleaved pipeline": {"ranks": 2, "pipeline_parallel": 2, "virtual_stages": 2},
+    "context parallel": {"ranks": 2, "context_parallel": 2},
+    "bf16": {"precision": "bf16"},
+    "swapped reference": {"reference": "swapped"},
     "distributed optimizer": {"ranks": 2, "distributed_optimizer": True},
     "recompute, long rows": {"recompute": "full", "micro_batch_tokens": 4096},
 }

@@ -7,7 +7,7 @@ Shape legend: T tokens, S sequences.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -29,6 +29,7 @@ class MicroBatch:
         packed: where each sequence, and the padding, ends.
         indices: which sequence of the command each one is, the parts of a unit in order; -1 for a sequence that only
             keeps ranks in step, [S].
+        num_tokens: positions that hold a token of the command.
         reference_T: the reference policy's log-probabilities on the last stage, once known, [T].
         policy_T: the policy's, as computed by the training pass before the update, likewise.
     """
@@ -39,6 +40,7 @@ class MicroBatch:
     segments_T: torch.Tensor
     packed: PackedSeqParams
     indices: list[int]
+    num_tokens: int
     reference_T: torch.Tensor | None = None
     policy_T: torch.Tensor | None = None
 
@@ -55,11 +57,17 @@ class MicroBatch:
             rows[owner].append(value)
         return {index: row for index, row in zip(self.indices, rows, strict=True) if index >= 0}
 
-    @property
-    def num_tokens(self) -> int:
-        """Positions that hold a token of the command."""
-        real_S = torch.tensor([index >= 0 for index in self.indices] + [False])
-        return int(real_S[self.segments_T].sum())
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on a device."""
+        if device.type == "cpu":
+            return self
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        ends = self.packed.cu_seqlens_q.to(device, non_blocking=True)
+        return replace(self, **moved, packed=replace(self.packed, cu_seqlens_q=ends, cu_seqlens_kv=ends))
 
 
 def cut_micro_batches(sequences: Seq[Sequence], unit: int, budget: int, placement: Placement) -> list[MicroBatch]:
@@ -69,45 +77,59 @@ def cut_micro_batches(sequences: Seq[Sequence], unit: int, budget: int, placemen
         unit: sequences that must stay together, adjacent in `sequences`.
         budget: most tokens of a micro-batch, beside what makes them divisible over ranks; a longer unit goes alone.
     """
-    lengths = [_positions(sequence) for sequence in sequences]
+    lengths = [_positions(sequence, placement) for sequence in sequences]
     totals = [sum(lengths[first : first + unit]) for first in range(0, len(sequences), unit)]
-    batches = []
-    for units in plan_bins(totals, budget, placement.data_parallel)[placement.data_rank]:
-        indices = [i for u in sorted(units) for i in range(u * unit, (u + 1) * unit)]
-        if indices:
-            batches.append(_lay([sequences[i] for i in indices], indices, placement.width_multiple))
-        else:
-            nothing = Sequence(token_ids=[0, 0], prompt_length=2)
-            batches.append(_lay([nothing] * unit, [-1] * unit, placement.width_multiple))
-    return batches
+    groups = [
+        [i for u in sorted(units) for i in range(u * unit, (u + 1) * unit)]
+        for units in plan_bins(totals, budget, placement.data_parallel)[placement.data_rank]
+    ]
+    groups += [[]] * (-len(groups) % placement.batch_multiple)
+    nothing = [Sequence(token_ids=[0, 0], prompt_length=2)] * unit
+    rows = [([sequences[i] for i in group] or nothing, group or [-1] * unit) for group in groups]
+    width = 0
+    if placement.virtual_stages > 1:  # interleaved stages exchange tensors of one shape, see `model`
+        width = max(sum(_positions(sequence, placement) for sequence in row) for row, _ in rows)
+    return [_lay(row, indices, width, placement).to(placement.device) for row, indices in rows]
 
 
-def _positions(sequence: Sequence) -> int:
-    """A position predicts the next token, so the last token of a sequence needs none."""
-    return max(1, len(sequence.token_ids) - 1)
+def _positions(sequence: Sequence, placement: Placement) -> int:
+    """A position predicts the next token, so the last token of a sequence needs none. Each rank gets as many."""
+    needed = max(1, len(sequence.token_ids) - 1)
+    return needed + -needed % placement.sequence_multiple
 
 
-def _lay(sequences: Seq[Sequence], indices: list[int], multiple: int) -> MicroBatch:
-    """The sequences in a row, longest first: attention takes neighbours of one length together."""
-    lengths = [_positions(sequence) for sequence in sequences]
+def _lay(sequences: Seq[Sequence], indices: list[int], width: int, placement: Placement) -> MicroBatch:
+    """The sequences in a row, longest first: attention takes neighbours of one length together.
+
+    Args:
+        width: positions the row has at least.
+    """
+    lengths = [_positions(sequence, placement) for sequence in sequences]
     order = sorted(range(len(sequences)), key=lambda s: -lengths[s])
-    padding = -sum(lengths) % multiple
-    tokens, targets, mask = [], [], []
+    tokens, targets, mask, segments = [], [], [], []
     for s in order:
         ids, prompt = sequences[s].token_ids, sequences[s].prompt_length
-        tokens += ids[: lengths[s]]
-        targets += ids[1:] or [0]
-        mask += [position >= prompt - 1 and len(ids) > 1 for position in range(lengths[s])]
-    rest = [padding] if padding else []
-    in_row = [lengths[s] for s in order] + rest
-    owners = torch.tensor(order + [len(sequences)] * bool(padding))
+        used = max(1, len(ids) - 1)
+        unused = lengths[s] - used
+        tokens += ids[:used] + [0] * unused
+        targets += (ids[1:] or [0]) + [0] * unused
+        mask += [position >= prompt - 1 and len(ids) > 1 for position in range(used)] + [False] * unused
+        segments += [s] * used + [len(sequences)] * unused
+    in_row = [lengths[s] for s in order]
+    padding = max(width - len(tokens), 0)
+    padding += -(len(tokens) + padding) % placement.width_multiple
+    if padding:
+        in_row.append(padding)
+    nowhere = len(sequences)
+    segments += [nowhere] * padding
     return MicroBatch(
         tokens_T=torch.tensor(tokens + [0] * padding),
         targets_T=torch.tensor(targets + [0] * padding),
         mask_T=torch.tensor(mask + [False] * padding),
-        segments_T=owners.repeat_interleave(torch.tensor(in_row)),
+        segments_T=torch.tensor(segments),
         packed=_packed(in_row),
         indices=indices,
+        num_tokens=sum(1 for s in segments if s != nowhere and indices[s] >= 0),
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from megatron_async_rlhf.algorithms.online_dpo import online_dpo_loss
 from megatron_async_rlhf.algorithms.supervised import supervised_loss
@@ -19,12 +18,14 @@ from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
+from megatron_async_rlhf.learner.megatron.data_parallel import ReplicatedPolicy
 from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.optimizer import build_optimizer
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.reference import Reference, ResidentReference, SwappedReference
 from megatron_async_rlhf.learner.megatron.steps import MicroLoss, Passes, gather_policy_logprobs
 from megatron_async_rlhf.learner.megatron.weight_push import WeightPush
-from megatron_async_rlhf.learner.megatron.weights import RandomWeights, gather_weights, load_weights
+from megatron_async_rlhf.learner.megatron.weights import RandomWeights, gather_weights, load_weights, named_parameters
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     ExportWeights,
@@ -50,25 +51,18 @@ class MegatronLearner:
         self.placement = placement
         self.version = 0
         self._spans: list[Span] = []
-        self._bare = build_model(arch, placement, config.run.seed, config.learner.recompute)
+        self.chunks = build_model(arch, placement, config.learner)
         hf = config.model.hf
-        load_weights(self._bare, arch, placement, open_weights(hf) if hf else RandomWeights(arch, config.run.seed))
-        self._policy = DistributedDataParallel(
-            self._bare.config,
-            DistributedDataParallelConfig(
-                overlap_grad_reduce=False, use_distributed_optimizer=config.learner.distributed_optimizer
-            ),
-            self._bare,
-        )
-        self._bare.config.finalize_model_grads_func = finalize_model_grads
-        self._reference = None
+        load_weights(self.chunks, arch, placement, open_weights(hf) if hf else RandomWeights(arch, config.run.seed))
+        self._policy = ReplicatedPolicy(self.chunks, config.learner)
+        self._reference: Reference | None = None
         # After the wrapper, which moves the parameters into its own buffer if it shards the optimizer.
-        self._push = WeightPush(config, arch, placement, self._bare)
+        self._push = WeightPush(config, arch, placement, named_parameters(self.chunks))
         self._passes = Passes(placement, vocab_size=arch.vocab_size, temperature=config.generator.temperature)
         # The warm start imitates text; only RL sees the policy through the sampling temperature.
         self._warm_start_passes = Passes(placement, vocab_size=arch.vocab_size, temperature=1.0)
         self._optimizer, self._scheduler = build_optimizer(
-            self._policy, config.warm_start, max(config.warm_start.steps, 1)
+            self._policy, config.learner, config.warm_start, max(config.warm_start.steps, 1)
         )
 
     def train_supervised(self, command: TrainSupervised) -> Answer:
@@ -86,12 +80,13 @@ class MegatronLearner:
 
     def start_reinforcement(self) -> None:
         """Freeze a copy of the policy as the reference; begin RL with a fresh optimizer at version 0."""
-        self._reference = build_model(self.arch, self.placement, self.config.run.seed)
-        self._reference.load_state_dict(self._bare.state_dict())
-        self._reference.eval().requires_grad_(False)
-        self._optimizer, self._scheduler = build_optimizer(
-            self._policy, self.config.learner, self.config.schedule.steps
-        )
+        self.gather_parameters()
+        learner = self.config.learner
+        if learner.reference == "swapped":
+            self._reference = SwappedReference(self.chunks)
+        else:
+            self._reference = ResidentReference(build_model(self.arch, self.placement, learner), self.chunks)
+        self._optimizer, self._scheduler = build_optimizer(self._policy, learner, learner, self.config.schedule.steps)
         self.version = 0
 
     def train_preferences(self, command: TrainPreferences) -> Answer:
@@ -104,11 +99,7 @@ class MegatronLearner:
         logprobs: list[list[float]] = []
         if command.pairs:
             batches = self._cut(command.pairs, unit=2)
-            with self._span("reference"):
-                for batch, logprobs_T in zip(
-                    batches, self._passes.logprob_pass(self._reference, batches), strict=False
-                ):
-                    batch.reference_T = logprobs_T
+            self._score_by_reference(batches)
             loss = self._preference_loss(num_pairs=len(command.pairs) // 2)
             metrics |= self._optimize(self._passes, batches, loss, f"step {command.version}")
             logprobs = gather_policy_logprobs(batches, self.placement, len(command.pairs))
@@ -118,8 +109,9 @@ class MegatronLearner:
     def score(self, command: Score) -> Answer:
         """Policy log-probabilities of each sequence's completion tokens."""
         batches = self._cut(command.sequences, unit=1)
+        self.gather_parameters()
         with self._span("score"):
-            for batch, logprobs_T in zip(batches, self._passes.logprob_pass(self._bare, batches), strict=False):
+            for batch, logprobs_T in zip(batches, self._passes.logprob_pass(self.chunks, batches), strict=False):
                 batch.policy_T = logprobs_T
         return self._answer(
             command.id, logprobs=gather_policy_logprobs(batches, self.placement, len(command.sequences))
@@ -130,7 +122,8 @@ class MegatronLearner:
         with self._span("export"):
             stream = self.gathered_weights()
             if self.placement.rank == 0:
-                specs = [TensorSpec(name, shape, "float32") for name, shape in hf_shapes(self.arch).items()]
+                dtype = self.config.learner.weights_dtype
+                specs = [TensorSpec(name, shape, dtype) for name, shape in hf_shapes(self.arch).items()]
                 write_safetensors(Path(command.directory), specs, stream)
             else:
                 for _ in stream:
@@ -138,8 +131,13 @@ class MegatronLearner:
         return self._answer(command.id)
 
     def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole Hugging Face tensors on rank 0; see `gather_weights`. Collective."""
-        return gather_weights(self._bare, self.arch, self.placement)
+        """Whole Hugging Face tensors on rank 0; see `weights.gather_weights`. Collective."""
+        self.gather_parameters()
+        return gather_weights(self.chunks, self.arch, self.placement)
+
+    def gather_parameters(self) -> None:
+        """Make this rank's shards whole where the optimizer's ranks each updated a part of them. Collective."""
+        self._policy.gather_parameters()
 
     def join_transfer(self, command: JoinTransfer) -> Answer:
         """Meet the generators' workers, every learner rank."""
@@ -151,6 +149,7 @@ class MegatronLearner:
         if command.version != self.version:
             raise LearnerError(f"asked to push policy version {command.version}, but the learner is at {self.version}")
         with self._span("start push"):
+            self.gather_parameters()
             self._push.start(verify=command.verify)
         return self._answer(command.id)
 
@@ -182,16 +181,25 @@ class MegatronLearner:
 
         return loss
 
+    def _score_by_reference(self, batches: list[MicroBatch]) -> None:
+        if isinstance(self._reference, SwappedReference):
+            self.gather_parameters()
+            with self._span("wait for push"):
+                self._push.wait_until_weights_may_change()
+        with self._span("reference"), self._reference.model() as chunks:
+            for batch, logprobs_T in zip(batches, self._passes.logprob_pass(chunks, batches), strict=False):
+                batch.reference_T = logprobs_T
+
     def _optimize(self, passes: Passes, batches: list[MicroBatch], loss: MicroLoss, what: str) -> dict[str, float]:
         """Forward, backward, clip, step.
 
         Raises:
             NonFiniteLossError: on every rank alike, before any weight changes.
         """
-        self._policy.zero_grad_buffer()
+        self._policy.begin_step()
         self._optimizer.zero_grad()
         with self._span("forward-backward"):
-            metrics = passes.train_pass(self._policy, batches, loss)
+            metrics = passes.train_pass(self._policy.chunks, batches, loss)
         learning_rate = self._optimizer.param_groups[0]["lr"]
         self._optimizer.prepare_grads()
         norm = self._optimizer.get_grad_norm()
@@ -201,6 +209,7 @@ class MegatronLearner:
             self._push.wait_until_weights_may_change()
         with self._span("optimizer"):
             self._optimizer.step()
+            self._policy.parameters_changed()
             self._scheduler.step(increment=1)
         return metrics | {"grad_norm": norm, "learning_rate": learning_rate}
 

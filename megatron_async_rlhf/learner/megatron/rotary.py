@@ -6,6 +6,8 @@ queries and keys. Shape legend: T tokens, A heads, D numbers of a head, L positi
 
 import torch
 
+from megatron_async_rlhf.learner.megatron.context import share_of_rank
+
 
 def rotate_packed(
     t_TAD: torch.Tensor, ends: torch.Tensor, angles_L11D: torch.Tensor, cp_size: int = 1, cp_rank: int = 0
@@ -15,11 +17,12 @@ def rotate_packed(
     Args:
         ends: where each sequence ends, with a 0 before, [sequences + 1].
         angles_L11D: of each position, [L, 1, 1, D]; both halves of a head turn by the same angles.
+        cp_size, cp_rank: of the context-parallel ranks; T are this one's positions, `ends` are those of the whole row.
     """
-    if cp_size != 1:
-        raise ValueError("a CPU learner has no context parallelism")
     starts_T = ends[:-1].repeat_interleave(ends.diff())
-    positions_T = torch.arange(len(t_TAD), device=ends.device) - starts_T
+    positions_T = torch.arange(len(starts_T), device=ends.device) - starts_T
+    if cp_size > 1:
+        positions_T = positions_T[share_of_rank(ends.tolist(), cp_rank, cp_size)]
     angles_LD = angles_L11D.flatten(1)
     sine_LD = angles_LD.sin()
     sine_LD[:, : sine_LD.shape[1] // 2].neg_()

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch
+from megatron_async_rlhf.learner.megatron.context import share_of_row, sum_over_context
 from megatron_async_rlhf.learner.megatron.logprobs import vocab_parallel_logprobs
 from megatron_async_rlhf.learner.megatron.output import output_matrix
 from megatron_async_rlhf.learner.megatron.parallel import Placement
@@ -31,7 +32,7 @@ class Passes:
             vocab_parallel_logprobs, vocab_size=vocab_size, temperature=temperature, placement=placement
         )
 
-    def train_pass(self, model: torch.nn.Module, batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
+    def train_pass(self, chunks: list[torch.nn.Module], batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
         """Gradients of the summed micro-losses, and the metrics summed over micro-batches and ranks.
 
         Metrics are those of `loss`, `tokens`, and `padding`: the share of computed positions that held no token.
@@ -49,13 +50,13 @@ class Passes:
             }
             return share * len(batches) * self._placement.data_parallel, metrics | counts
 
-        reports = self._run(model, batches, megatron_loss, forward_only=False)
+        reports = self._run(chunks, batches, megatron_loss, forward_only=False)
         metrics = self._sum_over_ranks(reports)
         positions = metrics.pop("positions")
         return metrics | {"padding": 1 - metrics["tokens"] / positions}
 
     @torch.no_grad()
-    def logprob_pass(self, model: torch.nn.Module, batches: list[MicroBatch]) -> list[torch.Tensor]:
+    def logprob_pass(self, chunks: list[GPTModel], batches: list[MicroBatch]) -> list[torch.Tensor]:
         """Token log-probabilities of each micro-batch, [T] each, on the last stage; empty elsewhere."""
 
         def collect(
@@ -63,24 +64,29 @@ class Passes:
         ) -> torch.Tensor:
             return self._logprobs_of(batch, matrix_VH, hidden_1TH)
 
-        return self._run(model, batches, collect, forward_only=True)
+        return self._run(chunks, batches, collect, forward_only=True)
 
     def _logprobs_of(self, batch: MicroBatch, matrix_VH: torch.Tensor, hidden_1TH: torch.Tensor) -> torch.Tensor:
         """[T]; 0 where the target is no completion token: no loss reads those, so nothing is computed for them."""
-        positions_N = batch.mask_T.nonzero().squeeze(1)
-        hidden_NH = hidden_1TH.squeeze(0).index_select(0, positions_N)
-        logprobs_N = self._logprobs(hidden_NH, matrix_VH, batch.targets_T[positions_N])
-        return logprobs_N.new_zeros(len(batch.mask_T)).index_put((positions_N,), logprobs_N)
+        share_T = share_of_row(batch.packed.cu_seqlens_q)
+        mine_N = batch.mask_T[share_T].nonzero().squeeze(1)
+        positions_N = share_T[mine_N]
+        logprobs_N = self._logprobs(
+            hidden_1TH.squeeze(0).index_select(0, mine_N), matrix_VH, batch.targets_T[positions_N]
+        )
+        logprobs_T = logprobs_N.new_zeros(len(batch.mask_T)).index_put((positions_N,), logprobs_N)
+        return sum_over_context(logprobs_T)
 
     def _run(
-        self, model: torch.nn.Module, batches: list[MicroBatch], on_hidden: Callable, *, forward_only: bool
+        self, chunks: list[torch.nn.Module], batches: list[MicroBatch], on_hidden: Callable, *, forward_only: bool
     ) -> list:
         return get_forward_backward_func()(
             forward_step_func=partial(_forward, on_hidden=on_hidden),
-            data_iterator=iter(batches),
-            model=[model],
+            # Every chunk sees the micro-batches in the same order.
+            data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+            model=chunks,
             num_microbatches=len(batches),
-            seq_length=len(batches[0].tokens_T),
+            seq_length=len(batches[0].tokens_T),  # Megatron divides it over context and sequence parallel ranks
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -89,9 +95,8 @@ class Passes:
     def _sum_over_ranks(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sum metrics of all micro-batches and replicas onto every rank; names come from a reporting rank."""
         names = [sorted(reports[0]) if self._placement.reports_loss and reports else None]
-        last_stage = (
-            (self._placement.pipeline_parallel - 1) * self._placement.data_parallel * self._placement.tensor_parallel
-        )
+        layout = self._placement.layout
+        last_stage = (layout.pipeline_parallel - 1) * layout.data_parallel * layout.tensor_parallel
         dist.broadcast_object_list(names, src=last_stage, group=self._placement.control)
         totals = torch.zeros(len(names[0]), dtype=torch.float64)
         if self._placement.reports_loss:
@@ -104,7 +109,7 @@ class Passes:
 def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_hidden: Callable):
     batch = next(batches)
     output = model(
-        input_ids=batch.tokens_T.unsqueeze(0),
+        input_ids=batch.tokens_T[share_of_row(batch.packed.cu_seqlens_q)].unsqueeze(0),
         position_ids=None,  # rotary angles come from `packed`
         attention_mask=None,
         packed_seq_params=batch.packed,
