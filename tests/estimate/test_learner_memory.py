@@ -23,6 +23,8 @@ from megatron_async_rlhf.estimate.learner_memory import LOGITS_BLOCK, LearnerMem
 from megatron_async_rlhf.estimate.report import ACCURACY
 from megatron_async_rlhf.weights.layout import LearnerLayout
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all ranks of all cases
+
 MODEL = {"layers": 4, "hidden_size": 512, "ffn_size": 1408, "heads": 8, "kv_heads": 4, "context_length": 128}
 VOCAB_SIZE = 8192
 CASES = {
@@ -47,8 +49,8 @@ def config_of(case: str) -> RunConfig:
             "learner": learner,
             "weights": {"timeout_s": 60},
             "generator": {"max_new_tokens": 32},
-            # Two micro-batches for each data-parallel rank.
-            "schedule": {"prompts_per_step": learner["micro_batch_tokens"] // 128 * learner["ranks"]},
+            # One micro-batch of pairs for each data-parallel rank; two for a pipeline.
+            "schedule": {"prompts_per_step": learner["micro_batch_tokens"] // 256 * learner["ranks"]},
         }
     )
 
@@ -82,7 +84,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
         env=os.environ | variables | settings,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
     )
     logs = "\n".join(f"--- {log.name}\n{log.read_text()[-2000:]}" for log in sorted(directory.glob("*.log")))
     assert result.returncode == 0, f"{result.stderr}\n{logs}"
