@@ -61,13 +61,14 @@ def train(
     config: ConfigArgument,
     set: SetOption = [],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, print plan and estimate, start nothing.")
     ] = False,
 ) -> None:
     """Run the whole RLHF job on this machine.
 
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
+    from megatron_async_rlhf.estimate.report import refuse_too_large
     from megatron_async_rlhf.launch.abilities import check_device
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory
@@ -75,14 +76,15 @@ def train(
 
     resolved = load_config(config, set)
     check_writable(resolved)
+    if dry_run:
+        _print_plan(resolved)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         template = Path(scratch) / "model"
         make_model_template(resolved, template)
-        materials = load_materials(resolved, template)
-        plan = plan_processes(resolved, resolved.run.path.absolute(), materials.architecture.context_length)
-        if dry_run:
-            _print_plan(resolved, plan, materials)
-            return
+        architecture = load_materials(resolved, template).architecture
+        refuse_too_large(resolved, architecture)
+        plan = plan_processes(resolved, resolved.run.path.absolute(), architecture.context_length)
         if resolved.run.device == "cuda":
             (template.parent / "config.yaml").write_text(dump_config(resolved))
             check_device(template.parent / "config.yaml")
@@ -164,19 +166,37 @@ def verify_weights(
     raise typer.Exit(1)
 
 
-def _print_plan(config: RunConfig, plan, materials) -> None:
+def _print_plan(config: RunConfig) -> None:
+    """All that can be said without starting anything: of a model that is not here, what follows from its shape."""
+    from megatron_async_rlhf.estimate.report import describe
+    from megatron_async_rlhf.launch.plan import plan_processes
+    from megatron_async_rlhf.prepare import load_materials, make_model_template, missing_inputs, outline
+
+    missing = missing_inputs(config)
+    if missing:
+        architecture, transfer = outline(config, config.model.hf)
+        prompts = "# prompts: not checked"
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            make_model_template(config, Path(scratch))
+            materials = load_materials(config, Path(scratch))
+        architecture, transfer = materials.architecture, materials.transfer
+        prompts = f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out"
     typer.echo(dump_config(config))
-    typer.echo(f"# policy: {materials.architecture.num_parameters / 1e6:.2f} M parameters")
-    typer.echo(f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out")
-    transfer = materials.transfer
+    typer.echo(f"# policy: {architecture.num_parameters / 1e6:.2f} M parameters")
+    typer.echo(prompts)
     slices = sum(len(message) for messages in transfer.streams.values() for message in messages)
     rounds = max(len(messages) for messages in transfer.streams.values())
     megabytes = transfer.num_bytes * config.generator.replicas / 1e6
     typer.echo(f"# weights: {megabytes:.2f} MB a push: {slices} slices in {rounds} rounds to each generator")
-    for process in plan.processes:
+    for line in describe(config, architecture):
+        typer.echo(f"# {line}")
+    for process in plan_processes(config, config.run.path.absolute(), architecture.context_length).processes:
         cores = f"cores {process.cores}" if process.cores else "any core"
         where = f"GPUs {process.gpus}" if process.gpus else cores
         typer.echo(f"# {process.name}: {where}: {' '.join(process.arguments)}")
+    for line in missing:
+        typer.echo(f"# not checked, and needed for a start: {line}")
 
 
 def main() -> None:

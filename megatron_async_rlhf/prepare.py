@@ -19,11 +19,12 @@ from megatron_async_rlhf.config.architecture import (
 from megatron_async_rlhf.config.layout_rules import check_layouts
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.example import Example
+from megatron_async_rlhf.data.jsonl import find_jsonl
 from megatron_async_rlhf.data.prompts import build_prompts
 from megatron_async_rlhf.data.solutions import solved_prompts
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer, train_bpe_tokenizer
-from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.errors import ConfigError, DataError
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.types import Prompt, Sequence
@@ -70,6 +71,41 @@ def make_model_template(config: RunConfig, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(hf, indent=1) + "\n")
 
 
+def outline(config: RunConfig, template: Path) -> tuple[Architecture, TransferPlan]:
+    """What follows from the model's shape alone: needs no more than the `config.json` in `template`.
+
+    Raises:
+        ConfigError: one line.
+    """
+    architecture = policy_architecture(config.model, template)
+    check_layouts(config, architecture)
+    return architecture, configured_transfer(config, architecture)
+
+
+def missing_inputs(config: RunConfig) -> list[str]:
+    """What a start on this machine would lack, and how to get it, a line each, if `model.hf` is not whole here.
+
+    A dry run then plans for the machine that has it. Of a model that is here everything is checked, so nothing is
+    missing in this sense.
+    """
+    hf = config.model.hf
+    if hf is None or is_checkpoint(hf):
+        return []
+    whole = f"in model.hf = {hf}; get the whole model and name its directory"
+    missing = []
+    if not (hf / "tokenizer.json").is_file():
+        missing.append(f"tokenizer: no tokenizer.json {whole}")
+    if not any(hf.glob("*.safetensors")):
+        missing.append(f"weights: no .safetensors {whole}")
+    for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if missing and source is not None and source.endswith(".jsonl"):
+            try:
+                find_jsonl(source, key, beside=config.data.train if key == "data.eval" else None)
+            except DataError as error:
+                missing.append(f"prompts: {error}")
+    return missing
+
+
 def load_materials(config: RunConfig, template: Path) -> Materials:
     """Read the model template, load and check all data, check the layouts.
 
@@ -77,13 +113,11 @@ def load_materials(config: RunConfig, template: Path) -> Materials:
         ConfigError, DataError: one line.
     """
     tokenizer = Tokenizer.load(template)
-    architecture = policy_architecture(config.model, template)
+    architecture, transfer = outline(config, template)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ConfigError(
             f"model.hf: the tokenizer has {tokenizer.vocab_size} tokens, the model only {architecture.vocab_size} embeddings"
         )
-    check_layouts(config, architecture)
-    transfer = configured_transfer(config, architecture)
     room = architecture.context_length - config.generator.max_new_tokens
     limit = config.data.max_prompt_tokens or room
     if limit > room:

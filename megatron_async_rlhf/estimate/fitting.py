@@ -1,0 +1,131 @@
+"""Does a run fit, and if not, which change of its config helps, tried out in the order of what it costs in speed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.layout_rules import check_layouts
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.estimate.generator_memory import GeneratorMemory, generator_memory
+from megatron_async_rlhf.estimate.learner_memory import FIXED_CUDA, MIB, LearnerMemory, learner_memory
+
+# Processes of a run on a CPU without model and data: proportional set sizes (`smaps_rollup`) of a run of
+# examples/quickstart.yaml, whose model is below 4 MB.
+FIXED_WORKER_CPU = 450 * MIB
+FIXED_SERVER_CPU = 840 * MIB  # a replica's API server and engine core
+FIXED_CONTROL_CPU = 110 * MIB  # controller and supervisor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """A change of the config, and what is needed after it and all changes before, in bytes."""
+
+    change: str
+    needed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunMemory:
+    """What all processes of a run need.
+
+    Attributes:
+        learner: a rank of each pipeline stage.
+        generator: a worker.
+        host: all processes on a CPU together; beside GPUs, what the learner ranks keep in the machine's memory.
+    """
+
+    learner: list[LearnerMemory]
+    generator: GeneratorMemory
+    host: int
+
+    @property
+    def largest_rank(self) -> int:
+        return max(rank.total for rank in self.learner)
+
+
+def run_memory(config: RunConfig, arch: Architecture) -> RunMemory:
+    """Of every group of processes."""
+    on_cpu = config.run.device == "cpu"
+    learner = learner_memory(config, arch)
+    generator = generator_memory(config, arch, fixed=FIXED_WORKER_CPU if on_cpu else FIXED_CUDA)
+    ranks_of_stage = config.learner.world_size // len(learner)
+    host = ranks_of_stage * sum(rank.host for rank in learner)
+    if on_cpu:
+        workers = config.generator.replicas * config.generator.tensor_parallel
+        host += ranks_of_stage * sum(rank.total for rank in learner) + workers * generator.total
+        host += config.generator.replicas * FIXED_SERVER_CPU + FIXED_CONTROL_CPU
+    return RunMemory(learner=learner, generator=generator, host=host)
+
+
+def needed(config: RunConfig, memory: RunMemory) -> int:
+    """Bytes that must fit: on the fullest GPU with a learner rank, or in the machine's memory on a CPU."""
+    if config.run.device == "cpu":
+        return memory.host
+    shares_gpu = config.weights.transport == "ipc"
+    return memory.largest_rank + (memory.generator.total if shares_gpu else 0)
+
+
+def advise(config: RunConfig, arch: Architecture, room: int) -> list[Advice]:
+    """Changes of the learner until what is needed fits `room` bytes, cheapest in speed first, each on top of those
+    before; changes that save nothing are left out. The last may still not be enough."""
+    advice: list[Advice] = []
+    lowest = needed(config, run_memory(config, arch))
+    for change, keys in _changes(config, arch):
+        changed = _with_learner(config, arch, keys)
+        if changed is None or (bytes_needed := needed(changed, run_memory(changed, arch))) >= lowest:
+            continue
+        config, lowest = changed, bytes_needed
+        if advice and advice[-1].change.split(" = ")[0] == change.split(" = ")[0]:
+            advice.pop()  # more of the same
+        advice.append(Advice(change=change, needed=lowest))
+        if lowest <= room:
+            break
+    return advice
+
+
+def _changes(config: RunConfig, arch: Architecture) -> Iterator[tuple[str, dict]]:
+    learner, on_gpu = config.learner, config.run.device == "cuda"
+    if learner.tensor_parallel > 1:
+        yield "learner.sequence_parallel = true", {"sequence_parallel": True}
+    if learner.copies > 1:
+        yield "learner.distributed_optimizer = true", {"distributed_optimizer": True}
+    if on_gpu and learner.precision == "fp32":
+        yield "learner.precision = bf16", {"precision": "bf16"}
+    smallest = max(2 * arch.context_length, 1024)  # a preference pair; below, matrix products get inefficient
+    shorter = {max(smallest, learner.micro_batch_tokens // part) for part in (2, 4, 16)} | {smallest}
+    for tokens in sorted(shorter, reverse=True):
+        yield f"learner.micro_batch_tokens = {tokens}", {"micro_batch_tokens": tokens}
+    yield "learner.recompute = full", {"recompute": "full"}
+    if on_gpu:
+        yield "learner.reference = swapped", {"reference": "swapped"}
+        free = config.launch.gpus_per_node - config.generator.replicas * config.generator.tensor_parallel
+        for tensor in (2, 4, 8):
+            ranks = tensor * learner.pipeline_parallel * learner.context_parallel
+            if tensor > learner.tensor_parallel and ranks <= free:
+                keys = {"tensor_parallel": tensor, "ranks": ranks, "sequence_parallel": True}
+                if ranks == tensor * learner.pipeline_parallel:  # one copy is left
+                    keys |= {
+                        "distributed_optimizer": False,
+                        "overlap_grad_reduce": False,
+                        "overlap_param_gather": False,
+                    }
+                change = (
+                    f"learner.tensor_parallel = {tensor}, learner.ranks = {ranks}, learner.sequence_parallel = true"
+                )
+                yield change, keys
+        yield "learner.optimizer_offload = 1.0", {"optimizer_offload": 1.0}
+
+
+def _with_learner(config: RunConfig, arch: Architecture, keys: dict) -> RunConfig | None:
+    """`config` with other keys of the learner, or nothing if a rule forbids it."""
+    tree = config.model_dump()
+    tree["learner"] |= keys
+    try:
+        changed = RunConfig.model_validate(tree)
+        check_layouts(changed, arch)
+    except (ValidationError, ConfigError):
+        return None
+    return changed

@@ -1,0 +1,88 @@
+"""Memory of one generator worker (a vLLM process), in bytes, and how much its key-value cache holds.
+
+On a GPU vLLM takes `gpu_memory_share` of the memory: weights, the activations of its largest pass, and what is left for
+the cache. The receiver's staging buffers and CUDA itself come on top. On a CPU the cache has its size from the config.
+"""
+
+from dataclasses import dataclass, fields
+
+from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.holdings import generator_holding
+from megatron_async_rlhf.weights.plan import ITEM_BYTES
+
+GIB = 2**30
+PREFILL_TOKENS = 4096  # of one engine step at the least, as `generator/vllm/server.py` starts vLLM
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorMemory:
+    """Bytes of one worker.
+
+    Attributes:
+        cache: key-value cache; negative if nothing is left for it.
+        cache_tokens: tokens whose keys and values the cache holds.
+        sequences: that fit it at full context.
+        fixed: of the process, or CUDA and NCCL outside vLLM's share.
+    """
+
+    weights: int
+    activations: int
+    cache: int
+    push: int
+    fixed: int
+    cache_tokens: int
+    sequences: int
+
+    @property
+    def total(self) -> int:
+        counted = ("weights", "activations", "cache", "push", "fixed")
+        return sum(getattr(self, field.name) for field in fields(self) if field.name in counted)
+
+
+def generator_memory(config: RunConfig, arch: Architecture, *, fixed: int) -> GeneratorMemory:
+    """Of worker 0 of a replica, which needs as much as any."""
+    generator, on_cpu = config.generator, config.run.device == "cpu"
+    item = ITEM_BYTES[generator.dtype]
+    holding = generator_holding(arch, generator.tensor_parallel)
+    weights = item * holding.total
+    activations = _activations(config, arch, holding.vocabulary)
+    staging = min(config.weights.staging_bytes, weights)
+    if on_cpu:
+        # One buffer, and a matrix that is still incomplete once more for each stage that sends a part of it.
+        push = staging + config.learner.pipeline_parallel * item * holding.largest
+        cache = generator.kv_cache_gib * GIB
+    else:
+        push = 2 * staging
+        cache = round(generator.gpu_memory_share * config.launch.gpu_memory_gib * GIB) - weights - activations
+    cache_tokens = max(0, cache) // cache_bytes_per_token(config, arch)
+    return GeneratorMemory(
+        weights=weights,
+        activations=activations,
+        cache=cache,
+        push=push,
+        fixed=fixed,
+        cache_tokens=cache_tokens,
+        sequences=cache_tokens // arch.context_length,
+    )
+
+
+def cache_bytes_per_token(config: RunConfig, arch: Architecture) -> int:
+    """A key and a value of each key-value head of this worker in each layer."""
+    heads = max(1, arch.kv_heads // config.generator.tensor_parallel)
+    return 2 * arch.layers * heads * arch.head_dim * ITEM_BYTES[config.generator.dtype]
+
+
+def _activations(config: RunConfig, arch: Architecture, vocabulary: int) -> int:
+    """The larger of a layer's pass over the longest prefill and of sampling for all sequences at once.
+
+    A layer: residual, gate and up, and their product. Sampling: gathered logits, in float32 too, and what
+    `processed_logprobs` makes of them.
+    """
+    generator = config.generator
+    item = ITEM_BYTES[generator.dtype]
+    tokens = max(arch.context_length, PREFILL_TOKENS)
+    layer = item * tokens * (2 * arch.hidden_size + 3 * arch.ffn_size // generator.tensor_parallel)
+    logits = generator.max_concurrent * vocabulary * generator.tensor_parallel
+    return max(layer, (item + 2 * _FLOAT32) * logits)

@@ -1,0 +1,151 @@
+"""The estimate in words: tables of memory and speed, whether each group of processes fits, and what to change if not."""
+
+import io
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.estimate.fitting import RunMemory, advise, needed, run_memory
+from megatron_async_rlhf.estimate.generator_memory import GIB, GeneratorMemory
+from megatron_async_rlhf.estimate.learner_memory import LearnerMemory
+from megatron_async_rlhf.estimate.machine import machine_memory
+from megatron_async_rlhf.estimate.speed import (
+    BANDWIDTH_UTILISATION,
+    LEARNER_UTILISATION,
+    PREFILL_UTILISATION,
+    estimate_speed,
+)
+
+# A start is only refused beyond what the estimate may be wrong by (docs/estimate.md).
+ACCURACY = 0.15
+_LEARNER_COLUMNS = ("weights", "gradients", "optimizer", "reference", "activations", "working", "push", "fixed")
+_GENERATOR_COLUMNS = ("weights", "cache", "activations", "push", "fixed")
+
+
+def describe(config: RunConfig, arch: Architecture) -> list[str]:
+    """The whole estimate, one line each."""
+    memory = run_memory(config, arch)
+    return [
+        "estimate, not a measurement: memory in GiB of one process, at its peak (docs/estimate.md)",
+        *_tables(memory),
+        *_verdict_on_learner(config, arch, memory),
+        *_verdict_on_generator(config, arch, memory.generator),
+        *_speed(config, arch, memory.generator),
+    ]
+
+
+def refuse_too_large(config: RunConfig, arch: Architecture) -> None:
+    """
+    Raises:
+        ConfigError: on GPUs, the estimate is clearly above the memory there is, and `launch.memory_check` is on.
+    """
+    if config.run.device == "cpu" or not config.launch.memory_check:
+        return
+    memory, room = run_memory(config, arch), _room(config)
+    largest = needed(config, memory)
+    if largest > (1 + ACCURACY) * room:
+        changes = advise(config, arch, room)
+        helps = f"try {changes[0].change}" if changes else "use more GPUs"
+        raise ConfigError(
+            f"the learner is estimated to need {_gib(largest)} GiB a GPU, above launch.gpu_memory_gib = "
+            f"{config.launch.gpu_memory_gib:g}; {helps} (--dry-run shows more), or set launch.memory_check = false"
+        )
+
+
+def _tables(memory: RunMemory) -> list[str]:
+    learner = Table(box=None, pad_edge=False)
+    learner.add_column("learner stage")
+    _add_columns(learner, _LEARNER_COLUMNS)
+    for stage, rank in enumerate(memory.learner):
+        learner.add_row(str(stage), *_row(rank, _LEARNER_COLUMNS))
+    generator = Table(box=None, pad_edge=False)
+    generator.add_column("generator")
+    _add_columns(generator, _GENERATOR_COLUMNS)
+    generator.add_row("a worker", *_row(memory.generator, _GENERATOR_COLUMNS))
+    return [*_lines(learner), *_lines(generator)]
+
+
+def _add_columns(table: Table, names: tuple[str, ...]) -> None:
+    for name in (*names, "total"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+
+def _row(memory: LearnerMemory | GeneratorMemory, names: tuple[str, ...]) -> list[str]:
+    return [_gib(getattr(memory, name)) for name in (*names, "total")]
+
+
+def _lines(table: Table) -> list[str]:
+    console = Console(file=io.StringIO(), width=110, color_system=None)
+    console.print(table)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def _verdict_on_learner(config: RunConfig, arch: Architecture, memory: RunMemory) -> list[str]:
+    room, bytes_needed = _room(config), needed(config, memory)
+    if config.run.device == "cpu":
+        what = f"all processes together need {_gib(bytes_needed)} GiB of this machine's {_gib(room)} GiB"
+    else:
+        shared = " together with a generator" if config.weights.transport == "ipc" else ""
+        what = (
+            f"learner: the fullest rank{shared} needs {_gib(bytes_needed)} of {_gib(room)} GiB (launch.gpu_memory_gib)"
+        )
+        if memory.host:
+            what += f", and all ranks {_gib(memory.host)} GiB of the machine's memory"
+    lines = [f"{what}: {'fits' if bytes_needed <= room else 'does not fit'}"]
+    if config.run.device == "cpu":
+        lines.append("  on top comes freed memory that glibc keeps: up to 0.6 times a learner rank's in small models")
+    if bytes_needed <= room:
+        return lines
+    changes = advise(config, arch, room)
+    lines += [f"  {'first' if i == 0 else 'then'} {a.change}: {_gib(a.needed)} GiB" for i, a in enumerate(changes)]
+    if not changes or changes[-1].needed > room:
+        lines.append("  that is not enough: divide the model over more GPUs, or take a smaller one")
+    return lines
+
+
+def _verdict_on_generator(config: RunConfig, arch: Architecture, worker: GeneratorMemory) -> list[str]:
+    generator = config.generator
+    holds = f"its cache holds {worker.cache_tokens} tokens, {worker.sequences} sequences of {arch.context_length}"
+    if not worker.sequences:
+        key = "generator.kv_cache_gib" if config.run.device == "cpu" else "generator.gpu_memory_share"
+        return [f"generator: {holds}: does not fit; raise {key} or generator.tensor_parallel"]
+    if worker.sequences < generator.max_concurrent:
+        holds += f"; generator.max_concurrent = {generator.max_concurrent} may be more than that at full length"
+    if config.run.device == "cpu":
+        return [f"generator: {holds}"]
+    room = _room(config)
+    what = f"generator: a worker needs {_gib(worker.total)} of {_gib(room)} GiB, {holds}"
+    if worker.total > room:
+        return [f"{what}: does not fit; lower generator.gpu_memory_share = {generator.gpu_memory_share:g}"]
+    return [f"{what}: fits"]
+
+
+def _speed(config: RunConfig, arch: Architecture, worker: GeneratorMemory) -> list[str]:
+    if config.run.device == "cpu":
+        return ["speed: not estimated for a CPU"]
+    if not worker.sequences:
+        return []
+    speed = estimate_speed(config, arch, worker)
+    ratio = f", {speed.sync_s / speed.async_s:.2f} times faster" if config.schedule.mode == "async" else ""
+    return [
+        f"speed, estimated for {speed.device.name} (launch.gpu) with every sequence at its longest, assuming "
+        f"{LEARNER_UTILISATION:.0%} of peak FLOP/s in the learner, {PREFILL_UTILISATION:.0%} in prefill and "
+        f"{BANDWIDTH_UTILISATION:.0%} of memory bandwidth in decoding:",
+        f"  learner {speed.trained_per_s:,.0f} tokens/s, generators {speed.generated_per_s:,.0f} tokens/s",
+        f"  a step: training {speed.train_s:.1f} s, generation {speed.generate_s:.1f} s; sync (their sum) "
+        f"{speed.sync_s:.1f} s, async (the longer one) {speed.async_s:.1f} s{ratio}",
+    ]
+
+
+def _room(config: RunConfig) -> int:
+    """Bytes: of one GPU, or of this machine."""
+    return machine_memory() if config.run.device == "cpu" else round(config.launch.gpu_memory_gib * GIB)
+
+
+def _gib(num_bytes: int) -> str:
+    """Three figures, as many as may be right."""
+    decimals = 1 if num_bytes >= 10 * GIB else 2 if num_bytes >= GIB / 10 else 3
+    return f"{num_bytes / GIB:.{decimals}f}"

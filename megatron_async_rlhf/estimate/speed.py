@@ -1,0 +1,85 @@
+"""Tokens per second of learner and generators, and seconds per step: arithmetic on data-sheet peaks, no measurement.
+
+Every sequence is taken at its longest prompt and completion. Not counted: scoring, the push, the optimizer's own step.
+"""
+
+from dataclasses import dataclass
+
+from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.sections import LearnerSection
+from megatron_async_rlhf.estimate.devices import DEVICES, Device
+from megatron_async_rlhf.estimate.generator_memory import GeneratorMemory, cache_bytes_per_token
+from megatron_async_rlhf.weights.plan import ITEM_BYTES
+
+# Assumptions, printed with the figures: shares of the peak that dense models of some billion parameters reach.
+LEARNER_UTILISATION = 0.40
+PREFILL_UTILISATION = 0.50
+BANDWIDTH_UTILISATION = 0.60  # of memory, while decoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Estimates; tokens per second of all learner ranks, and of all generators while they decode."""
+
+    device: Device
+    trained_per_s: float
+    generated_per_s: float
+    train_s: float
+    generate_s: float
+
+    @property
+    def sync_s(self) -> float:
+        """A step of the synchronous schedule: one after the other."""
+        return self.train_s + self.generate_s
+
+    @property
+    def async_s(self) -> float:
+        """A step of the asynchronous one: the slower of the two."""
+        return max(self.train_s, self.generate_s)
+
+
+def forward_flops(arch: Architecture, context: float) -> float:
+    """Of one token that sees `context` tokens on average: two per weight of every matrix it is multiplied with, and
+    queries with keys, probabilities with values."""
+    embedding = arch.vocab_size * arch.hidden_size
+    matrices = arch.num_parameters - (0 if arch.tie_embeddings else embedding)  # looking a token up costs nothing
+    return 2 * matrices + 4 * arch.layers * arch.heads * arch.head_dim * context
+
+
+def trained_token_flops(arch: Architecture, learner: LearnerSection, length: int) -> float:
+    """Forward, backward (twice that), the reference's forward, and what is computed again."""
+    forward = forward_flops(arch, length / 2)
+    logits = 2 * arch.vocab_size * arch.hidden_size  # computed again in blocks, see `learner/megatron/logprobs.py`
+    return (5 if learner.recompute == "full" else 4) * forward + logits
+
+
+def estimate_speed(config: RunConfig, arch: Architecture, memory: GeneratorMemory) -> Speed:
+    """Of a run on GPUs of the kind `launch.gpu`."""
+    device, learner, generator = DEVICES[config.launch.gpu], config.learner, config.generator
+    completion = generator.max_new_tokens
+    prompt = min(config.data.max_prompt_tokens or arch.context_length, arch.context_length - completion)
+    length = prompt + completion
+    peak = device.flops_fp8 if learner.fp8 else device.flops if learner.precision == "bf16" else device.flops_fp32
+    trained_per_s = LEARNER_UTILISATION * peak * learner.world_size / trained_token_flops(arch, learner, length)
+    trained = 2 * config.schedule.prompts_per_step * length
+
+    samples = config.schedule.prompts_per_step * config.algorithm.samples_per_prompt / generator.replicas
+    at_once = max(1.0, min(samples, generator.max_concurrent, memory.cache_tokens / length))
+    workers = generator.tensor_parallel
+    generator_peak = device.flops if ITEM_BYTES[generator.dtype] == 2 else device.flops_fp32
+    compute = PREFILL_UTILISATION * generator_peak * workers
+    # A decoding step reads the weights once and the cache of every sequence, on average half grown.
+    read = memory.weights + at_once * (prompt + completion / 2) * cache_bytes_per_token(config, arch)
+    decode_s = max(
+        read / (BANDWIDTH_UTILISATION * device.bandwidth),
+        at_once * forward_flops(arch, prompt + completion / 2) / compute,
+    )
+    prefill_s = samples * prompt * forward_flops(arch, prompt / 2) / compute
+    return Speed(
+        device=device,
+        trained_per_s=trained_per_s,
+        generated_per_s=generator.replicas * at_once / decode_s,
+        train_s=trained / trained_per_s,
+        generate_s=prefill_s + samples / at_once * completion * decode_s,
+    )

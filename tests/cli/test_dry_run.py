@@ -1,0 +1,150 @@
+"""`train --dry-run`: the estimate and the plan, for a model that is not on this machine and without any GPU."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.estimate.fitting import advise, run_memory
+from megatron_async_rlhf.estimate.generator_memory import GIB
+from megatron_async_rlhf.estimate.report import describe, refuse_too_large
+from megatron_async_rlhf.prepare import outline
+
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+# Torch must not be loaded, which the command itself cannot say.
+PROGRAM = """
+import sys
+from megatron_async_rlhf.cli import app
+app(sys.argv[1:], standalone_mode=False)
+assert "torch" not in sys.modules, "the dry run loads torch"
+"""
+
+
+@pytest.fixture
+def root(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(request.config.rootpath)  # where a user of the examples is
+    return request.config.rootpath
+
+
+def dry_run(root: Path, config: Path, *overrides: str) -> str:
+    settings = [part for override in overrides for part in ("-s", override)]
+    command = [sys.executable, "-c", PROGRAM, "train", str(config), "--dry-run", *settings]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", ["llama8b_async", "llama8b_sync"])
+def test_the_8b_example_fits_eight_gpus(root: Path, name: str):
+    output = dry_run(root, root / "examples" / f"{name}.yaml")
+    assert yaml.safe_load(output)["run"]["name"] == name  # all but the config is a comment
+    verdicts = [line for line in output.splitlines() if re.match("# (learner|generator): ", line)]
+    assert [verdict.endswith(": fits") for verdict in verdicts] == [True, True]
+    assert sum(line.startswith("# learner.") for line in output.splitlines()) == 4
+    assert sum(line.startswith("# generator.") for line in output.splitlines()) == 4
+    missing = [line for line in output.splitlines() if line.startswith("# not checked, and needed for a start: ")]
+    assert [line.split(": ")[1] for line in missing] == ["tokenizer", "weights", "prompts", "prompts"]
+
+
+def test_the_8b_examples_differ_in_the_schedule_only(root: Path):
+    one, other = (load_config(root / "examples" / f"llama8b_{mode}.yaml") for mode in ("async", "sync"))
+    assert other.schedule.mode == "sync"
+    changed = {"run": one.run, "schedule": one.schedule.model_copy(update={"mode": "async"})}
+    assert other.schedule.model_copy(update={"mode": "async", "max_staleness": 1}) == changed["schedule"]
+    assert other.model_copy(update=changed) == one
+
+
+def test_a_model_that_is_not_there_is_refused_at_a_start(root: Path):
+    command = [sys.executable, "-m", "megatron_async_rlhf", "train", "examples/llama8b_async.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: model.hf = examples/llama8b holds no .safetensors file")
+
+
+def test_a_whole_model_is_checked(tmp_path: Path, root: Path):
+    """On a CPU, where all processes share the machine's memory."""
+    output = dry_run(root, root / "examples" / "quickstart.yaml", f"run.dir={tmp_path / 'run'}")
+    assert "not checked" not in output
+    assert re.search(r"# prompts: \d+ to train on, 512 held out", output)
+    assert re.search(r"# all processes together need [\d.]+ GiB of this machine's [\d.]+ GiB: fits", output)
+    assert "# speed: not estimated for a CPU" in output
+
+
+def test_a_70b_model_does_not_fit(tmp_path: Path, root: Path):
+    shape = json.loads((root / "examples/llama8b/config.json").read_text()) | LLAMA_70B
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    output = dry_run(root, root / "examples" / "llama8b_async.yaml", f"model.hf={tmp_path}")
+    assert re.search(r"# learner: the fullest rank needs \d{3}\.\d of 80\.0 GiB .*: does not fit", output)
+    assert re.search(r"#   first [a-z_.]+ = ", output)
+    assert "that is not enough: divide the model over more GPUs" in output
+    assert "its cache holds 0 tokens" in output and "raise generator.gpu_memory_share" in output
+
+
+def test_long_micro_batches_do_not_fit_and_shorter_ones_do(root: Path):
+    overrides = ("learner.micro_batch_tokens=1000000", "schedule.prompts_per_step=1024")
+    config = load_config(root / "examples/llama8b_async.yaml", overrides)
+    arch, _ = outline(config, config.model.hf)
+    lines = describe(config, arch)
+    (advice,) = advise(config, arch, 80 * GIB)
+    assert any("does not fit" in line for line in lines)
+    assert f"  first {advice.change}: {advice.needed / GIB:.1f} GiB" in lines
+    # Doing what it says gives what it says.
+    changed = load_config(root / "examples/llama8b_async.yaml", (*overrides, advice.change.replace(" ", "")))
+    assert run_memory(changed, arch).largest_rank == advice.needed <= 80 * GIB
+
+
+@pytest.mark.parametrize(
+    ("overrides", "change"),
+    [
+        (
+            ["learner.ranks=8", "generator.replicas=4", "launch.gpus_per_node=12"],
+            "learner.distributed_optimizer = true",
+        ),
+        (["learner.sequence_parallel=false"], "learner.sequence_parallel = true"),
+        ([], "learner.micro_batch_tokens = 3072"),
+    ],
+)
+def test_advice_begins_with_what_costs_least(root: Path, overrides: list[str], change: str):
+    config = load_config(root / "examples/llama8b_async.yaml", overrides)
+    arch, _ = outline(config, config.model.hf)
+    room = run_memory(config, arch).largest_rank - 1
+    assert advise(config, arch, room)[0].change == change
+
+
+def test_a_start_is_refused_only_far_above_the_memory(root: Path):
+    def check(*overrides: str) -> None:
+        config = load_config(root / "examples/llama8b_async.yaml", overrides)
+        refuse_too_large(config, outline(config, config.model.hf)[0])
+
+    config = load_config(root / "examples/llama8b_async.yaml")
+    needed = run_memory(config, outline(config, config.model.hf)[0]).largest_rank / GIB
+    check(f"launch.gpu_memory_gib={needed / 1.14}")
+    too_little = f"launch.gpu_memory_gib={needed / 1.16}"
+    with pytest.raises(ConfigError, match=r"estimated to need .* GiB a GPU.*try learner\.micro_batch_tokens = 3072"):
+        check(too_little)
+    check(too_little, "launch.memory_check=false")
+
+
+def test_train_refuses_what_does_not_fit(tmp_path: Path):
+    shape = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
+    config = {
+        "run": {"device": "cuda", "dir": str(tmp_path / "run")},
+        "model": shape,
+        "generator": {"max_new_tokens": 12},
+        "data": {"train_prompts": 32, "eval_prompts": 8},
+        "weights": {"transport": "nccl"},
+        "launch": {"gpu_memory_gib": 1},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(tmp_path / "config.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "above launch.gpu_memory_gib = 1" in line and "launch.memory_check = false" in line
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,94 @@
+"""Trains real learner ranks and writes down by how much the resident set of each peaked.
+
+Run as `measured_rank.py <job.json>`. Every case of the job forks its ranks from this process. A rank first runs the
+same commands on a tiny model, so that libraries, thread pools and process groups are in memory. What it had resident
+then is the fixed part, and what the kernel's high-water mark (`VmHWM`) rises above that is the measured peak: of two
+whole preference steps, the first of which allocates the optimizer's state.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from megatron_async_rlhf.config.architecture import architecture_of
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
+from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
+from megatron_async_rlhf.learner.protocol import TrainPreferences
+from megatron_async_rlhf.types import Sequence
+
+TINY = {"layers": 4, "hidden_size": 64, "ffn_size": 128, "heads": 4, "context_length": 64}
+STEPS = 2
+
+
+def status_bytes(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def train(config: RunConfig, vocab_size: int, placement: Placement) -> int:
+    """As many pairs of the longest sequences as one step has prompts; returns the bytes of the rank's weights."""
+    arch = architecture_of(config.model, vocab_size)
+    learner = MegatronLearner(config, arch, placement)
+    learner.start_reinforcement()
+    row = Sequence(token_ids=[1] * (arch.context_length + 1), prompt_length=1)  # its last token is no position
+    for version in range(STEPS):
+        learner.train_preferences(
+            TrainPreferences(version=version, pairs=[row] * (2 * config.schedule.prompts_per_step))
+        )
+    return sum(parameter.nbytes for chunk in learner.chunks for parameter in chunk.parameters())
+
+
+def run_rank(rank: int, directory: Path, case: dict) -> None:
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    config = RunConfig.model_validate(case["config"])
+    tiny = RunConfig.model_validate(case["config"] | {"model": TINY})
+    placement = join_learner(config.learner, config.run.device)
+    train(tiny, 64, placement)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    fixed = status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    weights = train(config, case["vocab_size"], placement)
+    figures = {"fixed": fixed, "peak": status_bytes("VmHWM") - fixed, "weights": weights}
+    (directory / f"{case['name']}.{rank}.json").write_text(json.dumps(figures))
+    torch.distributed.destroy_process_group()
+
+
+def fork_rank(rank: int, directory: Path, case: dict) -> None:
+    if os.fork():
+        return
+    code = 1
+    try:
+        log = os.open(directory / f"{case['name']}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        run_rank(rank, directory, case)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> int:
+    path = Path(sys.argv[1])
+    for port, case in enumerate(json.loads(path.read_text()), start=int(os.environ["MASTER_PORT"])):
+        ranks = case["config"]["learner"]["ranks"]
+        os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"] = str(ranks), str(port)
+        for rank in range(ranks):
+            fork_rank(rank, path.parent, case)
+        if any(os.wait()[1] for _ in range(ranks)):
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Prints how many bytes autograd keeps from the forward pass of a model, for the cases of a JSON list in `sys.argv[1]`.
+
+A case has an `arch`, a `recompute` and a `precision`. What counts is each storage once, parameters left out: those of
+the layers, of all else on the last stage, and what is kept if nothing is to be trained further down than the first layer.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.sections import LearnerSection
+from megatron_async_rlhf.learner.megatron.model import build_model
+from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
+
+LENGTHS = [300, 300, 400]
+TOKENS = sum(LENGTHS)
+
+
+def packed() -> PackedSeqParams:
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    longest = max(LENGTHS)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def saved_bytes(case: dict, layers: int, placement: Placement) -> int:
+    arch = dataclasses.replace(Architecture(**case["arch"]), layers=layers)
+    (model,) = build_model(arch, placement, LearnerSection(recompute=case["recompute"], precision=case["precision"]))
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    tokens = torch.zeros(1, TOKENS, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(input_ids=tokens, position_ids=None, attention_mask=None, packed_seq_params=packed())
+    assert output.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+def main() -> None:
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
+    placement = join_learner(LearnerSection(timeout_s=30), "cpu")
+    figures = []
+    for case in json.loads(sys.argv[1]):
+        one, three = (saved_bytes(case, layers, placement) for layers in (1, 3))
+        figures.append({"layer": (three - one) / 2 / TOKENS, "rest": (one - (three - one) / 2) / TOKENS})
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Generator memory and step times against figures computed another way."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.generator_memory import (
+    GIB,
+    PREFILL_TOKENS,
+    cache_bytes_per_token,
+    generator_memory,
+)
+from megatron_async_rlhf.estimate.holdings import generator_holding
+from megatron_async_rlhf.estimate.speed import estimate_speed, forward_flops
+from megatron_async_rlhf.generator.vllm.server import server_command
+from megatron_async_rlhf.prepare import outline
+
+EXAMPLE = "examples/llama8b_async.yaml"
+
+
+@pytest.fixture
+def llama8b(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Config with overrides, and the architecture."""
+    monkeypatch.chdir(request.config.rootpath)
+
+    def load(*overrides: str) -> tuple[RunConfig, Architecture]:
+        config = load_config(request.config.rootpath / EXAMPLE, overrides)
+        return config, outline(config, config.model.hf)[0]
+
+    return load
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_forward_flops_are_those_torch_counts(tied: bool):
+    tokens = 40
+    shape = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied, attn_implementation="eager",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape)
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.zeros(1, tokens, dtype=torch.long))
+    arch = Architecture(
+        vocab_size=96, layers=3, hidden_size=64, ffn_size=112, heads=4, kv_heads=2, head_dim=16, context_length=64,
+        rope_theta=1e4, norm_eps=1e-5, tie_embeddings=tied,
+    )  # fmt: skip
+    # Torch multiplies masked scores too, so every token sees all; the weights of norms are multiplied but not counted.
+    norms = 2 * (2 * arch.layers + 1) * arch.hidden_size
+    assert tokens * (forward_flops(arch, tokens) - norms) == counter.get_total_flops()
+
+
+def test_weights_and_cache_of_llama_8b(llama8b):
+    config, arch = llama8b()
+    assert generator_holding(arch, 1).total == arch.num_parameters == 8_030_261_248
+    assert cache_bytes_per_token(config, arch) == 128 * 1024  # as published for its 32 layers of 8 heads of 128
+    memory = generator_memory(config, arch, fixed=0)
+    share = round(config.generator.gpu_memory_share * 80 * GIB)
+    assert memory.weights + memory.cache + memory.activations == share
+    assert memory.cache_tokens * 128 * 1024 == pytest.approx(memory.cache, abs=128 * 1024)
+
+
+def test_two_workers_share_weights_and_cache(llama8b):
+    (one, arch), (two, _) = llama8b(), llama8b("generator.tensor_parallel=2", "generator.replicas=2")
+    assert cache_bytes_per_token(two, arch) == cache_bytes_per_token(one, arch) // 2
+    norms = (2 * arch.layers + 1) * arch.hidden_size
+    assert 2 * generator_holding(arch, 2).total == arch.num_parameters + norms
+
+
+def test_a_cpu_worker_has_the_cache_it_is_given(llama8b):
+    config, arch = llama8b("run.device=cpu", "weights.transport=gloo", "generator.kv_cache_gib=3")
+    assert generator_memory(config, arch, fixed=0).cache == 3 * GIB
+
+
+def test_prefill_is_the_servers(llama8b, tmp_path):
+    config, _ = llama8b()
+    command = server_command(config, tmp_path, 8000, context_length=64)
+    assert int(command[command.index("--max-num-batched-tokens") + 1]) == PREFILL_TOKENS
+
+
+def test_steps_follow_the_schedules(llama8b):
+    config, arch = llama8b()
+    memory = generator_memory(config, arch, fixed=0)
+    speed = estimate_speed(config, arch, memory)
+    assert speed.async_s == max(speed.train_s, speed.generate_s) < speed.sync_s == speed.train_s + speed.generate_s
+    # 256 sequences of 1536 tokens, at 6 + 2 FLOPs per parameter that multiplies and 40 % of four H100s; 4 % more for
+    # attention and for the logits' second time.
+    matrices = arch.num_parameters - arch.vocab_size * arch.hidden_size
+    assert speed.train_s == pytest.approx(1.045 * 256 * 1536 * 8 * matrices / (0.4 * 4 * 989e12), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("override", "faster"),
+    [
+        ("launch.gpu=b200", "both"),
+        ("launch.gpu=h200", "generate_s"),  # more bandwidth, the same arithmetic
+        ("learner.recompute=full", "none"),
+        ("generator.replicas=2", "none"),
+    ],
+)
+def test_what_makes_a_step_faster(llama8b, override: str, faster: str):
+    speeds = []
+    for overrides in ((), (override,)):
+        config, arch = llama8b(*overrides)
+        speeds.append(estimate_speed(config, arch, generator_memory(config, arch, fixed=0)))
+    before, after = speeds
+    gained = {name for name in ("train_s", "generate_s") if getattr(after, name) < getattr(before, name)}
+    assert gained == {"both": {"train_s", "generate_s"}, "none": set()}.get(faster, {faster})
