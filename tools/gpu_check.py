@@ -301,7 +301,8 @@ def part_speed(device: str, found: Findings) -> None:
     import torch
 
     from megatron_async_rlhf.config.architecture import Architecture
-    from megatron_async_rlhf.learner.flops import forward_flops, known_peak_tflops
+    from megatron_async_rlhf.devices import known_peak
+    from megatron_async_rlhf.learner.flops import forward_flops
     from megatron_async_rlhf.learner.protocol import TrainSupervised
     from megatron_async_rlhf.types import Sequence
 
@@ -335,9 +336,9 @@ def part_speed(device: str, found: Findings) -> None:
         told = {"tokens_per_s": round(count * length / median), "tflops": flops / median / 1e12}
         if on_gpu(device):
             told["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            peak = known_peak_tflops(torch.cuda.get_device_name(), "bf16")
+            peak = known_peak(torch.cuda.get_device_name(), "bf16")
             if peak:
-                told["mfu_of_bf16_peak"] = told["tflops"] / peak
+                told["mfu_of_bf16_peak"] = told["tflops"] * 1e12 / peak
         found.figures[name_of(precision)] = told
         del learner
         free_learner()

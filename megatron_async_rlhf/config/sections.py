@@ -264,7 +264,9 @@ class LaunchSection(Section):
     """How the processes of a run on one machine are placed and watched."""
 
     gpus_per_node: PositiveInt = 8
-    gpu: Literal["a100", "h100", "h200", "b200"] = "h100"  # whose data sheet the estimated speed is computed from
+    gpu: Literal["a100", "h100", "h100-pcie", "h200", "b200"] = (
+        "h100"  # whose data sheet the estimated speed is computed from
+    )
     gpu_memory_gib: PositiveFloat = 80.0  # of one GPU; the estimate of a dry run compares with it
     memory_check: bool = True  # refuse to start on GPUs if the estimate is clearly above gpu_memory_gib
     pin_cores: bool = True  # a core per learner rank and generator worker, shared only when there are too few

@@ -24,7 +24,7 @@ from megatron_async_rlhf.estimate.activations import (
 from megatron_async_rlhf.estimate.holdings import Holding, learner_holdings
 from megatron_async_rlhf.weights.layout import LearnerLayout
 
-LOGITS_BLOCK = 2**24  # elements of a block of logits, as in `learner/megatron/logprobs.py`
+LOGITS_BLOCK = 2**25  # elements of a block of logits, as in `learner/megatron/logprobs.py`
 MIB = 2**20
 FIXED_CPU = 350 * MIB  # a process with torch, Megatron and its process groups before it has a model, measured
 # CUDA context with torch's kernels, cuBLAS workspaces, and NCCL's buffers of the tensor, data, pipeline, control and

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sections import LearnerSection
-from megatron_async_rlhf.estimate.devices import DEVICES, Device
+from megatron_async_rlhf.devices import DEVICES, Device
 from megatron_async_rlhf.estimate.generator_memory import GeneratorMemory, cache_bytes_per_token
+from megatron_async_rlhf.learner.flops import output_flops, token_flops
 from megatron_async_rlhf.weights.plan import ITEM_BYTES
 
 # Assumptions, printed with the figures: shares of the peak that dense models of some billion parameters reach.
@@ -39,19 +40,11 @@ class Speed:
         return max(self.train_s, self.generate_s)
 
 
-def forward_flops(arch: Architecture, context: float) -> float:
-    """Of one token that sees `context` tokens on average: two per weight of every matrix it is multiplied with, and
-    queries with keys, probabilities with values."""
-    embedding = arch.vocab_size * arch.hidden_size
-    matrices = arch.num_parameters - (0 if arch.tie_embeddings else embedding)  # looking a token up costs nothing
-    return 2 * matrices + 4 * arch.layers * arch.heads * arch.head_dim * context
-
-
 def trained_token_flops(arch: Architecture, learner: LearnerSection, length: int) -> float:
     """Forward, backward (twice that), the reference's forward, and what is computed again."""
-    forward = forward_flops(arch, length / 2)
-    logits = 2 * arch.vocab_size * arch.hidden_size  # computed again in blocks, see `learner/megatron/logprobs.py`
-    return (5 if learner.recompute == "full" else 4) * forward + logits
+    passes = 5 if learner.recompute == "full" else 4
+    # Logits are computed again in blocks, see `learner/megatron/logprobs.py`.
+    return passes * token_flops(arch, length / 2) + output_flops(arch)
 
 
 def estimate_speed(config: RunConfig, arch: Architecture, memory: GeneratorMemory) -> Speed:
@@ -60,22 +53,22 @@ def estimate_speed(config: RunConfig, arch: Architecture, memory: GeneratorMemor
     completion = generator.max_new_tokens
     prompt = min(config.data.max_prompt_tokens or arch.context_length, arch.context_length - completion)
     length = prompt + completion
-    peak = device.flops_fp8 if learner.fp8 else device.flops if learner.precision == "bf16" else device.flops_fp32
+    peak = device.flops.get("fp8", device.flops["bf16"]) if learner.fp8 else device.flops[learner.precision]
     trained_per_s = LEARNER_UTILISATION * peak * learner.world_size / trained_token_flops(arch, learner, length)
     trained = 2 * config.schedule.prompts_per_step * length
 
     samples = config.schedule.prompts_per_step * config.algorithm.samples_per_prompt / generator.replicas
     at_once = max(1.0, min(samples, generator.max_concurrent, memory.cache_tokens / length))
     workers = generator.tensor_parallel
-    generator_peak = device.flops if ITEM_BYTES[generator.dtype] == 2 else device.flops_fp32
+    generator_peak = device.flops["bf16" if ITEM_BYTES[generator.dtype] == 2 else "fp32"]
     compute = PREFILL_UTILISATION * generator_peak * workers
     # A decoding step reads the weights once and the cache of every sequence, on average half grown.
     read = memory.weights + at_once * (prompt + completion / 2) * cache_bytes_per_token(config, arch)
     decode_s = max(
         read / (BANDWIDTH_UTILISATION * device.bandwidth),
-        at_once * forward_flops(arch, prompt + completion / 2) / compute,
+        at_once * token_flops(arch, prompt + completion / 2) / compute,
     )
-    prefill_s = samples * prompt * forward_flops(arch, prompt / 2) / compute
+    prefill_s = samples * prompt * token_flops(arch, prompt / 2) / compute
     return Speed(
         device=device,
         trained_per_s=trained_per_s,

@@ -1,18 +1,8 @@
-"""Floating-point operations that a model needs, and how fast known devices are. Plain numbers: no torch here."""
+"""Floating-point operations that a model needs. Plain numbers: no torch here."""
 
 from collections.abc import Sequence
 
 from megatron_async_rlhf.config.architecture import Architecture
-
-# Dense TFLOP/s as NVIDIA's data sheets give them, by what the device's name contains and the precision; the first
-# match counts.
-_PEAK_TFLOPS = [
-    ("B200", {"bf16": 2250.0, "fp8": 4500.0}),
-    ("H200", {"bf16": 989.0, "fp8": 1979.0}),
-    ("H100 PCIe", {"bf16": 756.0, "fp8": 1513.0}),
-    ("H100", {"bf16": 989.0, "fp8": 1979.0}),
-    ("A100", {"bf16": 312.0}),
-]
 
 
 def forward_flops(arch: Architecture, lengths: Sequence[int], outputs: int | None = None) -> float:
@@ -32,16 +22,19 @@ def forward_flops(arch: Architecture, lengths: Sequence[int], outputs: int | Non
         outputs: tokens whose log-probabilities are computed; only those need the output matrix. Default: all.
     """
     tokens = sum(lengths)
+    skipped = 0 if outputs is None else tokens - outputs
+    # A token sees the half of its sequence on average.
+    whole = sum(length * token_flops(arch, length / 2) for length in lengths)
+    return whole - skipped * output_flops(arch)
+
+
+def token_flops(arch: Architecture, context: float) -> float:
+    """Of the forward pass of one token that sees `context` tokens."""
     attention = arch.hidden_size * arch.head_dim * (2 * arch.heads + 2 * arch.kv_heads)
     layer = attention + 3 * arch.hidden_size * arch.ffn_size
-    output = arch.vocab_size * arch.hidden_size * (tokens if outputs is None else outputs)
-    pairs = sum(length * length for length in lengths)
-    return 2.0 * (arch.layers * layer * tokens + output) + 2.0 * arch.layers * arch.heads * arch.head_dim * pairs
+    return 2.0 * arch.layers * (layer + 2 * arch.heads * arch.head_dim * context) + output_flops(arch)
 
 
-def known_peak_tflops(device_name: str, precision: str) -> float | None:
-    """Dense TFLOP/s of one device at `precision` (`bf16`, `fp8`); None for any that is not in the table."""
-    for name, peaks in _PEAK_TFLOPS:
-        if name in device_name:
-            return peaks.get(precision)
-    return None
+def output_flops(arch: Architecture) -> float:
+    """Of the logits of one token."""
+    return 2.0 * arch.vocab_size * arch.hidden_size

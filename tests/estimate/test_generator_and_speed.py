@@ -15,8 +15,9 @@ from megatron_async_rlhf.estimate.generator_memory import (
     generator_memory,
 )
 from megatron_async_rlhf.estimate.holdings import generator_holding
-from megatron_async_rlhf.estimate.speed import estimate_speed, forward_flops
+from megatron_async_rlhf.estimate.speed import estimate_speed
 from megatron_async_rlhf.generator.vllm.server import server_command
+from megatron_async_rlhf.learner.flops import token_flops
 from megatron_async_rlhf.prepare import outline
 
 EXAMPLE = "examples/llama8b_async.yaml"
@@ -35,7 +36,7 @@ def llama8b(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_forward_flops_are_those_torch_counts(tied: bool):
+def test_token_flops_are_those_torch_counts(tied: bool):
     tokens = 40
     shape = LlamaConfig(
         vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4,
@@ -49,9 +50,8 @@ def test_forward_flops_are_those_torch_counts(tied: bool):
         vocab_size=96, layers=3, hidden_size=64, ffn_size=112, heads=4, kv_heads=2, head_dim=16, context_length=64,
         rope_theta=1e4, norm_eps=1e-5, tie_embeddings=tied,
     )  # fmt: skip
-    # Torch multiplies masked scores too, so every token sees all; the weights of norms are multiplied but not counted.
-    norms = 2 * (2 * arch.layers + 1) * arch.hidden_size
-    assert tokens * (forward_flops(arch, tokens) - norms) == counter.get_total_flops()
+    # Torch multiplies masked scores too, so every token sees all.
+    assert tokens * token_flops(arch, tokens) == counter.get_total_flops()
 
 
 def test_weights_and_cache_of_llama_8b(llama8b):

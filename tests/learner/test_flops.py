@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_async_rlhf.config.architecture import Architecture
-from megatron_async_rlhf.learner.flops import forward_flops, known_peak_tflops
+from megatron_async_rlhf.devices import known_peak
+from megatron_async_rlhf.learner.flops import forward_flops
 
 ARCH = Architecture(
     vocab_size=50, layers=3, hidden_size=32, ffn_size=48, heads=4, kv_heads=2, head_dim=8, context_length=64,
@@ -33,12 +34,12 @@ def test_only_some_tokens_need_the_output_matrix():
 @pytest.mark.parametrize(
     ("name", "precision", "peak"),
     [
-        ("NVIDIA H200", "bf16", 989.0),
-        ("NVIDIA H100 80GB HBM3", "fp8", 1979.0),
-        ("NVIDIA H100 PCIe", "bf16", 756.0),
+        ("NVIDIA H200", "bf16", 989e12),
+        ("NVIDIA H100 80GB HBM3", "fp8", 1979e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
         ("NVIDIA A100-SXM4-80GB", "fp8", None),
         ("AMD EPYC", "fp32", None),
     ],
 )
 def test_known_devices(name: str, precision: str, peak: float | None):
-    assert known_peak_tflops(name, precision) == peak
+    assert known_peak(name, precision) == peak

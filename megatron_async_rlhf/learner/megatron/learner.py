@@ -14,8 +14,9 @@ from megatron_async_rlhf.algorithms.supervised import supervised_loss
 from megatron_async_rlhf.checkpoint.sources import open_weights
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.devices import known_peak
 from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError
-from megatron_async_rlhf.learner.flops import forward_flops, known_peak_tflops
+from megatron_async_rlhf.learner.flops import forward_flops
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
 from megatron_async_rlhf.learner.megatron.data_parallel import ReplicatedPolicy
 from megatron_async_rlhf.learner.megatron.model import build_model
@@ -236,7 +237,7 @@ class MegatronLearner:
 def _peak_flops(config: RunConfig) -> float | None:
     """What all ranks' devices could do in a second, if that is known."""
     learner = config.learner
-    peak = learner.peak_tflops
+    peak = None if learner.peak_tflops is None else learner.peak_tflops * 1e12
     if peak is None and config.run.device == "cuda":
-        peak = known_peak_tflops(torch.cuda.get_device_name(), "fp8" if learner.fp8 else learner.precision)
-    return None if peak is None else peak * 1e12 * learner.world_size
+        peak = known_peak(torch.cuda.get_device_name(), "fp8" if learner.fp8 else learner.precision)
+    return None if peak is None else peak * learner.world_size

@@ -1,0 +1,48 @@
+"""Peak figures of the GPUs we know, from NVIDIA's data sheets, without sparsity. Plain numbers: no torch here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """
+    Attributes:
+        marks: what the name that torch gives it contains; the first device of the table whose marks are there counts.
+        flops: per second, by precision: matrix products in bf16 and FP8, float32 without tensor cores. What a device
+            has no instructions for is not there.
+        bandwidth: of its memory, bytes per second.
+    """
+
+    name: str
+    marks: str
+    flops: dict[str, float]
+    bandwidth: float
+
+
+DEVICES = {
+    "b200": Device(
+        name="B200 180GB", marks="B200", flops={"bf16": 2250e12, "fp8": 4500e12, "fp32": 75e12}, bandwidth=7.7e12
+    ),
+    "h200": Device(
+        name="H200 141GB", marks="H200", flops={"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12}, bandwidth=4.8e12
+    ),
+    "h100-pcie": Device(
+        name="H100 PCIe", marks="H100 PCIe", flops={"bf16": 756e12, "fp8": 1513e12, "fp32": 51e12}, bandwidth=2.0e12
+    ),
+    "h100": Device(
+        name="H100 80GB", marks="H100", flops={"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12}, bandwidth=3.35e12
+    ),
+    "a100": Device(name="A100 80GB", marks="A100", flops={"bf16": 312e12, "fp32": 19.5e12}, bandwidth=2.039e12),
+}
+
+
+def known_peak(torch_name: str, precision: str) -> float | None:
+    """FLOP/s of one device at `fp32`, `bf16` or `fp8`; None where that is not in the table.
+
+    Args:
+        torch_name: as `torch.cuda.get_device_name` gives it.
+    """
+    for device in DEVICES.values():
+        if device.marks in torch_name:
+            return device.flops.get(precision)
+    return None
