@@ -15,22 +15,28 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron_async_rlhf.algorithms.online_dpo import online_dpo_loss
 from megatron_async_rlhf.algorithms.supervised import supervised_loss
 from megatron_async_rlhf.checkpoint.sources import open_weights
+from megatron_async_rlhf.checkpoint.weights import CheckpointWeights
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError
+from megatron_async_rlhf.learner.megatron.background_save import BackgroundSave
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
 from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.optimizer import build_optimizer
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.steps import MicroLoss, Passes, gather_policy_logprobs
+from megatron_async_rlhf.learner.megatron.training_state import load_training_state, training_state, weights_state
 from megatron_async_rlhf.learner.megatron.weight_push import WeightPush
 from megatron_async_rlhf.learner.megatron.weights import RandomWeights, gather_weights, load_weights
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     ExportWeights,
+    FinishCheckpoint,
     FinishPush,
     JoinTransfer,
     PushWeights,
+    ResumeReinforcement,
+    SaveCheckpoint,
     Score,
     TrainPreferences,
     TrainSupervised,
@@ -68,6 +74,7 @@ class MegatronLearner:
         self._reference = None
         # After the wrapper, which moves the parameters into its own buffer if it shards the optimizer.
         self._push = WeightPush(config, arch, placement, self._bare)
+        self._save = BackgroundSave(placement)
         self._passes = Passes(placement, vocab_size=arch.vocab_size, temperature=config.generator.temperature)
         # The warm start imitates text; only RL sees the policy through the sampling temperature.
         self._warm_start_passes = Passes(placement, vocab_size=arch.vocab_size, temperature=1.0)
@@ -90,13 +97,41 @@ class MegatronLearner:
 
     def start_reinforcement(self) -> None:
         """Freeze a copy of the policy as the reference; begin RL with a fresh optimizer at version 0."""
-        self._reference = build_model(self.arch, self.placement, self.config.run.seed)
-        self._reference.load_state_dict(self._bare.state_dict())
-        self._reference.eval().requires_grad_(False)
+        self._freeze_reference()
         self._optimizer, self._scheduler = build_optimizer(
             self._policy, self.config.learner, self.config.schedule.steps
         )
         self.version = 0
+
+    def resume_reinforcement(self, command: ResumeReinforcement) -> Answer:
+        """Go on from a checkpoint: its version, weights and optimizer state, the reference it was trained against."""
+        self._freeze_reference()
+        if command.reference is not None:
+            reader = CheckpointWeights(Path(command.reference), self.arch)
+            load_weights(self._reference, self.arch, self.placement, reader)
+        self._optimizer, self._scheduler = build_optimizer(
+            self._policy, self.config.learner, self.config.schedule.steps
+        )
+        self.version = load_training_state(Path(command.checkpoint), [self._bare], self._optimizer, self._scheduler)
+        return self._answer(command.id)
+
+    def save_checkpoint(self, command: SaveCheckpoint) -> Answer:
+        """Start writing a checkpoint, and the reference policy if it is asked for."""
+        with self._span("start checkpoint"):
+            states = {
+                Path(command.checkpoint): training_state([self._bare], self._optimizer, self._scheduler, self.version)
+            }
+            if command.reference is not None:
+                states[Path(command.reference)] = weights_state([self._reference])
+            self._save.start(states, snapshot=command.snapshot)
+        return self._answer(command.id)
+
+    def finish_checkpoint(self, command: FinishCheckpoint) -> Answer:
+        """Complete the checkpoint if every rank's files are written."""
+        span = self._save.finish()
+        if span is not None:
+            self._spans.append(span)
+        return self._answer(command.id, saved=span is not None)
 
     def train_preferences(self, command: TrainPreferences) -> Answer:
         """One online-DPO step; a step without pairs advances the version and changes nothing."""
@@ -163,6 +198,11 @@ class MegatronLearner:
         report, span = self._push.finish()
         self._spans.append(span)
         return self._answer(command.id, push=report)
+
+    def _freeze_reference(self) -> None:
+        self._reference = build_model(self.arch, self.placement, self.config.run.seed)
+        self._reference.load_state_dict(self._bare.state_dict())
+        self._reference.eval().requires_grad_(False)
 
     def _cut(self, sequences: list[Sequence], unit: int) -> list[MicroBatch]:
         config = self.config.learner
