@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from megatron_async_rlhf.checkpoint.directory import describe_weights
-from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState, read_run_state
 from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
 from megatron_async_rlhf.config.load import load_config
@@ -134,7 +134,7 @@ class Job:
     async def _load(self, version: int) -> None:
         self.recorder.stage(f"load checkpoint of step {version}")
         places = RunCheckpoints(self._run_dir)
-        reference = str(places.reference) if places.reference.exists() else None
+        reference = str(places.reference) if has_own_reference(self._config) else None
         await self._learner.execute(ResumeReinforcement(checkpoint=str(places.path(version)), reference=reference))
 
     async def _save(self) -> None:

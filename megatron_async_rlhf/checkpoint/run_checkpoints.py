@@ -11,10 +11,16 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.telemetry.files import CHECKPOINT_DIR, REFERENCE_DIR
 
 _NAME = re.compile(r"step_(\d{6,})")
 _PARTIAL = ".partial"
+
+
+def has_own_reference(config: RunConfig) -> bool:
+    """Whether the reference policy is nowhere else: fresh weights, or a warm start made it."""
+    return config.model.hf is None or config.warm_start.steps > 0
 
 
 class RunCheckpoints:

@@ -12,7 +12,7 @@ from statistics import fmean
 from msgspec import Struct
 
 from megatron_async_rlhf.checkpoint.directory import HF_DIR, describe_weights
-from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, best_version
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, best_version, has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
@@ -85,9 +85,7 @@ class CheckpointSaver:
             self._scores[version] = fmean(self._seen)
             self._seen = []
         directories = [self._places.path(version)]
-        # A reference that is nowhere else: fresh weights or a warm start.
-        is_new = self._config.model.hf is None or self._config.warm_start.steps > 0
-        if is_new and not self._places.reference.exists():
+        if has_own_reference(self._config) and not self._places.reference.exists():
             directories.append(self._places.reference)
         frozen = RunState(controller=state, totals=self._recorder.totals, metric=metric, scores=self._scores)
         self._under_way = _Save(version, encode_run_state(frozen), directories, time.time())

@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.resume import check_same_run
 from megatron_async_rlhf.config.root import RunConfig
@@ -46,14 +46,14 @@ def find_resumption(config: RunConfig) -> Resumption:
     version = versions[-1]
     if version > steps:
         raise ConfigError(f"schedule.steps = {steps} is below the {version} steps of {places.path(version)}; raise it")
-    _check(places, version, versions[:-1])
+    _check(config, places, version, versions[:-1])
     return Resumption(note=f"going on from {places.path(version)}", version=version)
 
 
-def _check(places: RunCheckpoints, version: int, older: list[int]) -> None:
+def _check(config: RunConfig, places: RunCheckpoints, version: int, older: list[int]) -> None:
     from megatron_async_rlhf.checkpoint.integrity import check_run_checkpoint  # brings torch, for broken files only
 
-    reference = places.reference if places.reference.exists() else None
+    reference = places.reference if has_own_reference(config) else None
     try:
         check_run_checkpoint(places.path(version), reference)
     except CheckpointError as error:
