@@ -6,13 +6,12 @@ import torch
 
 from megatron_async_rlhf.checkpoint.directory import COMMON
 from megatron_async_rlhf.checkpoint.reader import TorchDistReader
-from megatron_async_rlhf.checkpoint.run_state import RunState, read_run_state
+from megatron_async_rlhf.checkpoint.run_state import read_run_state
 from megatron_async_rlhf.errors import CheckpointError
 
 
-def check_run_checkpoint(checkpoint: Path, reference: Path | None) -> RunState:
-    """The controller's part, after a look at everything.
-
+def check_run_checkpoint(checkpoint: Path) -> None:
+    """
     Raises:
         CheckpointError: one line naming the file that is missing or broken.
     """
@@ -25,6 +24,11 @@ def check_run_checkpoint(checkpoint: Path, reference: Path | None) -> RunState:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__})") from None
     if version != state.controller.version:
         raise CheckpointError(f"{path} is of version {version}, the controller's state of {state.controller.version}")
-    if reference is not None:
-        TorchDistReader(reference)
-    return state
+
+
+def check_reference(reference: Path) -> None:
+    """
+    Raises:
+        CheckpointError: one line naming the file that is missing or broken.
+    """
+    TorchDistReader(reference)

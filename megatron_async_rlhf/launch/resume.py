@@ -51,11 +51,17 @@ def find_resumption(config: RunConfig) -> Resumption:
 
 
 def _check(config: RunConfig, places: RunCheckpoints, version: int, older: list[int]) -> None:
-    from megatron_async_rlhf.checkpoint.integrity import check_run_checkpoint  # brings torch, for broken files only
+    from megatron_async_rlhf.checkpoint.integrity import (
+        check_reference,
+        check_run_checkpoint,
+    )  # brings torch, for broken files only
 
-    reference = places.reference if has_own_reference(config) else None
+    way_out = "run without --resume"
     try:
-        check_run_checkpoint(places.path(version), reference)
+        if has_own_reference(config):
+            check_reference(places.reference)
+        if older:
+            way_out = f"delete {places.path(version)} to go on from step {older[-1]}"
+        check_run_checkpoint(places.path(version))
     except CheckpointError as error:
-        way_out = f"delete {places.path(version)} to go on from step {older[-1]}" if older else "run without --resume"
         raise CheckpointError(f"{error}; {way_out}") from None

@@ -188,8 +188,6 @@ def cut(path: Path) -> None:
             lambda c: (c / "run_state.msgpack").write_bytes(encode_run_state(run_state(4, 6))),
             "is broken or from another release",
         ),
-        (lambda c: shutil.rmtree(c.parent / "reference"), "reference/metadata.json cannot be read"),
-        (lambda c: cut(c.parent / "reference/__0_0.distcp"), "reference/__0_0.distcp is"),
     ],
 )
 def test_a_broken_checkpoint_is_refused_in_one_line(found: Found, damage, message: str):
@@ -202,6 +200,24 @@ def test_a_broken_checkpoint_is_refused_in_one_line(found: Found, damage, messag
     shutil.rmtree(found.places.path(2))
     with pytest.raises(CheckpointError, match="; run without --resume$"):
         found.resume()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "reference/metadata.json cannot be read"),
+        (lambda reference: cut(reference / "__0_0.distcp"), "reference/__0_0.distcp is"),
+    ],
+)
+def test_a_broken_reference_is_refused_if_it_is_nowhere_else(found: Found, make_model, damage, message: str):
+    damage(found.places.reference)
+    with pytest.raises(CheckpointError, match=f"{message}.*; run without --resume$"):
+        found.resume()
+    found.file.write_text(
+        yaml.safe_dump(CONFIG | {"model": {"hf": str(make_model("llama").directory)}, "warm_start": {}})
+    )
+    (found.run / "config.yaml").write_text(dump_config(found.config()))
+    assert found.resume().version == 4
 
 
 def train(found: Found, *flags: str) -> subprocess.CompletedProcess:
