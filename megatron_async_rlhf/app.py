@@ -86,7 +86,7 @@ class Job:
             checkpoints=self._saver,
             state=resumed.controller if resumed else BEGINNING,
         )
-        self.interrupted = False
+        self.cut_short = self._interrupted = False
         self._began = time.time()
 
     async def run(self) -> None:
@@ -102,7 +102,8 @@ class Job:
         self.recorder.loop_started(startup_s=time.time() - self._began)
         await self._controller.run()
         self.recorder.loop_ended()
-        if self.interrupted:
+        self.cut_short = self._interrupted  # an interrupt from now on comes too late to change anything
+        if self.cut_short:
             await self._save()
         else:
             await self._evaluate("after")
@@ -116,7 +117,7 @@ class Job:
 
     async def interrupt(self) -> None:
         """Let the step under way finish, then save, export and end."""
-        self.interrupted = True
+        self._interrupted = True
         await self._controller.stop()
 
     async def _start_learner(self) -> None:
@@ -217,9 +218,8 @@ async def run_job(
             return _fail(job, _first_cause(group))
         except (AsyncRLHFError, OSError) as error:
             return _fail(job, error)
-        status = "interrupted" if job.interrupted else "completed"
-        job.recorder.close(status, None)
-        return EXIT_INTERRUPTED if job.interrupted else 0
+        job.recorder.close("interrupted" if job.cut_short else "completed", None)
+        return EXIT_INTERRUPTED if job.cut_short else 0
 
 
 def _fail(job: Job, error: BaseException) -> int:

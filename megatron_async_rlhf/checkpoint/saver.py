@@ -49,6 +49,7 @@ class CheckpointSaver:
         self._seen: list[float] = []  # of `keep_best`, since the last checkpoint
         same_metric = resumed is not None and resumed.metric == config.checkpoint.keep_best
         self._scores: dict[int, float] = dict(resumed.scores) if same_metric else {}
+        self._metric_exists = bool(self._scores)
 
     def observe(self, metrics: dict[str, float]) -> None:
         """As `Checkpoints.observe`.
@@ -61,7 +62,9 @@ class CheckpointSaver:
             return
         if metric in metrics:
             self._seen.append(metrics[metric])
-        elif metrics.get("num_pairs"):  # a step without pairs lacks what the learner would have measured
+            self._metric_exists = True
+        # Not every step has every metric: one without pairs lacks the loss, a stale one the log-probability gap.
+        elif metrics.get("num_pairs") and not self._metric_exists:
             raise ConfigError(
                 f"checkpoint.keep_best = {metric}: metrics.jsonl has no such metric; choose one of "
                 f"{', '.join(sorted(metrics))}"

@@ -146,6 +146,12 @@ def test_an_unknown_metric_is_refused_at_the_first_step(tmp_path):
     assert rig.learner.version == 1
 
 
+def test_a_metric_that_only_some_steps_have_is_known_once_seen(tmp_path):
+    rig = Rig(tmp_path, checkpoint={"every_steps": 2, "keep_best": "logprob_gap/mean_abs"})
+    for metrics in ({"num_pairs": 0.0}, {"num_pairs": 2.0, "logprob_gap/mean_abs": 0.1}, {"num_pairs": 2.0}):
+        rig.saver.observe(metrics)
+
+
 def test_a_save_that_fails_ends_the_run(tmp_path):
     rig = Rig(tmp_path, steps=50, checkpoint={"every_steps": 2})
 
