@@ -173,7 +173,7 @@ class Job:
     async def _export(self) -> None:
         self.recorder.stage("export")
         directory = self._run_dir / EXPORT_DIR
-        describe_weights(self._run_dir / POLICY_TEMPLATE_DIR, directory, "float32")  # as the learner holds them
+        describe_weights(self._run_dir / POLICY_TEMPLATE_DIR, directory, self._config.learner.weights_dtype)
         await self._learner.execute(ExportWeights(directory=str(directory)))
 
 

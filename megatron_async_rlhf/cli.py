@@ -33,6 +33,31 @@ def _root() -> None:
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="Also say what of this configuration the machine cannot do.")
+    ] = None,
+    set: SetOption = [],
+) -> None:
+    """Show what this machine can run, and how to get what is missing; exit code 1 if a run cannot work.
+
+    Example: async-rlhf doctor examples/quickstart.yaml
+    """
+    from megatron_async_rlhf.doctor import examine, problems
+
+    resolved = load_config(config, set) if config is not None else None
+    broken = False
+    for finding in examine():
+        advice = f"  ({finding.advice})" if finding.advice and finding.state != "ok" else ""
+        typer.echo(f"{finding.state:8}{finding.what}: {finding.detail}{advice}")
+        broken |= finding.state == "broken"
+    for problem in problems(resolved) if resolved is not None and not broken else []:
+        typer.echo(f"{'cannot':8}{problem}")
+        broken = True
+    raise typer.Exit(int(broken))
+
+
+@app.command()
 def train(
     config: ConfigArgument,
     set: SetOption = [],
@@ -50,6 +75,7 @@ def train(
 
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
+    from megatron_async_rlhf.launch.abilities import check_device
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.resume import find_resumption
     from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory, reopen_run_directory
@@ -73,6 +99,9 @@ def train(
         if dry_run:
             _print_plan(resolved, plan, materials)
             return
+        if resolved.run.device == "cuda":
+            (Path(scratch) / "config.yaml").write_text(dump_config(resolved))
+            check_device(Path(scratch) / "config.yaml")
         aside = None
         if version is None:
             run_dir, aside = create_run_directory(resolved, template)
@@ -166,7 +195,8 @@ def _print_plan(config: RunConfig, plan, materials) -> None:
     typer.echo(f"# weights: {megabytes:.2f} MB a push: {slices} slices in {rounds} rounds to each generator")
     for process in plan.processes:
         cores = f"cores {process.cores}" if process.cores else "any core"
-        typer.echo(f"# {process.name}: {cores}: {' '.join(process.arguments)}")
+        where = f"GPUs {process.gpus}" if process.gpus else cores
+        typer.echo(f"# {process.name}: {where}: {' '.join(process.arguments)}")
 
 
 def main() -> None:

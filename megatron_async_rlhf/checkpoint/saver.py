@@ -126,9 +126,8 @@ class CheckpointSaver:
         checkpoint = save.directories[0]
         (self._places.partial(checkpoint) / RUN_STATE).write_bytes(save.state)
         for directory in reversed(save.directories):  # a checkpoint is no use without the reference
-            describe_weights(
-                self._template, self._places.partial(directory) / HF_DIR, "float32"
-            )  # as the learner has them
+            dtype = self._config.learner.weights_dtype
+            describe_weights(self._template, self._places.partial(directory) / HF_DIR, dtype)
             self._places.put_in_place(directory)
         keys = self._config.checkpoint
         complete = self._places.versions()

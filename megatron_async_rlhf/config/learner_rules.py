@@ -44,7 +44,6 @@ def check_device(device: Device, learner: LearnerSection) -> None:
     """Refuse what only a GPU can do, and what does not go together on one."""
     if device == "cpu":
         for key, value, off in (
-            ("context_parallel", learner.context_parallel, 1),
             ("optimizer_offload", learner.optimizer_offload, 0),
             ("fp8", learner.fp8, None),
         ):

@@ -115,7 +115,7 @@ class LearnerSection(OptimizerKeys):
     tensor_parallel: PositiveInt = 1
     pipeline_parallel: PositiveInt = 1
     virtual_stages: PositiveInt = 1  # chunks of layers per pipeline rank, interleaved: shorter pipeline bubbles
-    context_parallel: PositiveInt = 1  # ranks that divide each sequence; cuda only
+    context_parallel: PositiveInt = 1  # ranks that divide each sequence
     ranks: PositiveInt | None = None  # default: the product of the parallel sizes; more ranks are data parallel
     sequence_parallel: bool = False  # between layers, divide the tokens over the tensor-parallel ranks
     recompute: Recompute = "none"  # in backward, instead of keeping it: selective = attention scores, full = layers
@@ -126,10 +126,7 @@ class LearnerSection(OptimizerKeys):
     reference: Literal["resident", "swapped"] = "resident"  # its copy on the device, or swapped in from host memory
     precision: Precision = "fp32"  # of weights and activations; with bf16 Adam keeps float32 weights of its own
     fp8: Fp8Keys | None = None
-    micro_batch_tokens: PositiveInt = 4096  # of one forward-backward pass on one rank; with padding unless packing
-    # Several sequences in a row, evenly over data-parallel ranks, instead of padding. Off by default: for
-    # hidden sizes of 64 to 256 on a CPU, attention over longer rows takes back about what padding cost.
-    packing: bool = False
+    micro_batch_tokens: PositiveInt = 4096  # most tokens of one forward-backward pass on one rank
     threads: PositiveInt = 1  # OpenMP threads per rank
     timeout_s: PositiveFloat = 600.0  # any collective, and any one command of the controller
 
@@ -145,6 +142,11 @@ class LearnerSection(OptimizerKeys):
     @property
     def data_parallel(self) -> int:
         return self.world_size // self.model_ranks
+
+    @property
+    def weights_dtype(self) -> str:
+        """Of the weights it trains and exports, by torch's name."""
+        return "float32" if self.precision == "fp32" else "bfloat16"
 
     @property
     def copies(self) -> int:

@@ -1,4 +1,4 @@
-"""Which units share a micro-batch, and which sequences share a row of it. Plain integers: no torch here.
+"""Which units share a micro-batch. Plain integers: no torch here.
 
 A *unit* is what a loss needs together: one sequence, or a preference pair. A *bin* is one micro-batch of one
 data-parallel rank; its tokens stay within a budget. All ranks get the same number of bins, because pipeline
@@ -31,28 +31,6 @@ def plan_bins(lengths: Sequence[int], budget: int, ranks: int) -> list[list[list
     ]
     plans = [_balance(_deal(alone + bins, lengths, ranks), lengths, budget) for bins in candidates if bins is not None]
     return min(plans, key=lambda plan: _heaviest(plan, lengths))
-
-
-def lay_in_rows(lengths: Sequence[int], free_width: int) -> list[list[int]]:
-    """Sequence indices by row, in the number of rows that costs least.
-
-    Rows are as wide as the widest, so many rows pad more; attention pays every row's width squared, so few rows
-    compute more.
-
-    Args:
-        lengths: tokens of each sequence of one bin.
-        free_width: row width at which attention costs as much as all the rest of the model.
-    """
-    order = sorted(range(len(lengths)), key=lambda s: (-lengths[s], s))
-    total, longest = sum(lengths), lengths[order[0]]
-    best, best_cost = [order], total * (total + free_width)
-    for count in range(2, -(-total // longest) + 1):
-        rows = _least_loaded(order, lengths, total, count)
-        width = max(_load(row, lengths) for row in rows)
-        cost = count * width * (width + free_width)
-        if cost < best_cost:
-            best, best_cost = rows, cost
-    return [sorted(row) for row in best]
 
 
 def _best_fit(order: list[int], lengths: Sequence[int], ceiling: int, num_bins: int) -> list[list[int]] | None:

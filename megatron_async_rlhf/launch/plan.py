@@ -1,4 +1,4 @@
-"""Which processes a run on one machine consists of: names, command lines, environments and cores. Starts nothing."""
+"""Which processes a run on one machine consists of: names, command lines, environments, cores and GPUs. Starts nothing."""
 
 import os
 import random
@@ -18,12 +18,13 @@ _HOST = "127.0.0.1"
 
 
 class ProcessSpec(Struct, frozen=True, kw_only=True):
-    """One process. `environment` comes on top of ours; empty `cores` means any core."""
+    """One process. `environment` comes on top of ours; empty `cores` means any core, empty `gpus` none."""
 
     name: str
     arguments: list[str]
     environment: dict[str, str]
     cores: list[int]
+    gpus: list[int] = []
 
 
 class ProcessPlan(Struct, frozen=True, kw_only=True):
@@ -41,7 +42,7 @@ class ProcessPlan(Struct, frozen=True, kw_only=True):
 def plan_processes(
     config: RunConfig, run_dir: Path, context_length: int, resume_from: int | None = None
 ) -> ProcessPlan:
-    """Place learner ranks, generators and controller on this machine's cores and free ports.
+    """Place learner ranks, generators and controller on this machine's cores or GPUs, and on free ports.
 
     Args:
         resume_from: policy version of the checkpoint to go on from.
@@ -49,45 +50,29 @@ def plan_processes(
     Raises:
         ConfigError: a configured port is in use.
     """
-    workers = config.generator.replicas * config.generator.tensor_parallel
-    learner_cores, generator_cores = place_on_cores(config.learner.world_size, workers, sorted(os.sched_getaffinity(0)))
+    ranks, workers = config.learner.world_size, config.generator.replicas * config.generator.tensor_parallel
+    on_gpus = config.run.device == "cuda"
+    if on_gpus:
+        learner_devices, generator_devices = place_on_gpus(ranks, workers, shared=config.weights.transport == "ipc")
+    else:
+        learner_devices, generator_devices = place_on_cores(ranks, workers, sorted(os.sched_getaffinity(0)))
     generator_ports = _generator_ports(config)
     rendezvous, command, transfer = _free_ports(3, taken=generator_ports)
-    pin = config.launch.pin_cores
     learners = [
-        ProcessSpec(
-            name=f"learner.{rank}",
-            arguments=[
-                *(sys.executable, "-m", "megatron_async_rlhf.learner.megatron.worker"),
-                *("--run-dir", str(run_dir)),
-                *("--listen", f"tcp://{_HOST}:{command}"),
-            ],
-            environment={
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(config.learner.world_size),
-                "MASTER_ADDR": _HOST,
-                "MASTER_PORT": str(rendezvous),
-                "OMP_NUM_THREADS": str(config.learner.threads),
-                "GLOO_SOCKET_IFNAME": "lo",
-            },
-            cores=[learner_cores[rank]] if pin else [],
-        )
-        for rank in range(config.learner.world_size)
+        _learner(config, run_dir, rank, device, rendezvous=rendezvous, command=command)
+        for rank, device in enumerate(learner_devices)
     ]
     per_replica = config.generator.tensor_parallel
+    shares = [generator_devices[i * per_replica : (i + 1) * per_replica] for i in range(config.generator.replicas)]
     generators = [
         ProcessSpec(
             name=f"generator.{i}",
             arguments=server_command(config, run_dir / POLICY_TEMPLATE_DIR, port, context_length),
-            environment={
-                **server_environment(config, generator_cores[i * per_replica : (i + 1) * per_replica]),
-                "OMP_NUM_THREADS": "1",
-                "GLOO_SOCKET_IFNAME": "lo",
-            },
+            environment=server_environment(config, share) | {"GLOO_SOCKET_IFNAME": "lo"},
             cores=[],  # vLLM binds its workers itself; its front end may run wherever there is room
+            gpus=share if on_gpus else [],
         )
-        for i, port in enumerate(generator_ports)
+        for i, (port, share) in enumerate(zip(generator_ports, shares, strict=True))
     ]
     addresses = [
         *("--learner", f"tcp://{_HOST}:{command}"),
@@ -103,6 +88,39 @@ def _controller(run_dir: Path, addresses: list[str], resume_from: int | None) ->
     resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
     command = [sys.executable, "-m", "megatron_async_rlhf.app", "--run-dir", str(run_dir), *addresses, *resume]
     return ProcessSpec(name="controller", arguments=command, environment={"OMP_NUM_THREADS": "1"}, cores=[])
+
+
+def _learner(config: RunConfig, run_dir: Path, rank: int, device: int, *, rendezvous: int, command: int) -> ProcessSpec:
+    """A rank on a core or GPU. They meet on the port `rendezvous`; rank 0 takes commands on the port `command`."""
+    on_gpu = config.run.device == "cuda"
+    # Kernels must start in the order they were queued, or communication does not overlap as Megatron plans it.
+    in_order = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if on_gpu else {}
+    return ProcessSpec(
+        name=f"learner.{rank}",
+        arguments=[
+            *(sys.executable, "-m", "megatron_async_rlhf.learner.megatron.worker"),
+            *("--run-dir", str(run_dir)),
+            *("--listen", f"tcp://{_HOST}:{command}"),
+        ],
+        environment={
+            "RANK": str(rank),
+            "LOCAL_RANK": str(device if on_gpu else rank),
+            "WORLD_SIZE": str(config.learner.world_size),
+            "MASTER_ADDR": _HOST,
+            "MASTER_PORT": str(rendezvous),
+            "OMP_NUM_THREADS": str(config.learner.threads),
+            "GLOO_SOCKET_IFNAME": "lo",
+            **in_order,
+        },
+        cores=[device] if config.launch.pin_cores and not on_gpu else [],
+        gpus=[device] if on_gpu else [],
+    )
+
+
+def place_on_gpus(ranks: int, workers: int, *, shared: bool) -> tuple[list[int], list[int]]:
+    """A GPU for each learner rank and each generator worker, [ranks] and [workers]: learners first, or on the same ones."""
+    first = 0 if shared else ranks
+    return list(range(ranks)), list(range(first, first + workers))
 
 
 def place_on_cores(ranks: int, workers: int, cores: Sequence[int]) -> tuple[list[int], list[int]]:

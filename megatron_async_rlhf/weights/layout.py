@@ -78,6 +78,10 @@ class LearnerLayout:
         """Tensor-parallel rank and pipeline stage of a global rank."""
         return rank % self.tensor_parallel, rank // (self.tensor_parallel * self.data_parallel)
 
+    def name_of(self, mapping: PlacedMapping) -> str:
+        """What a rank calls the parameter: chunks of one rank may have parameters of the same name."""
+        return f"{mapping.chunk}:{mapping.megatron}" if self.virtual_stages > 1 else mapping.megatron
+
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a Hugging Face tensor; a vector is one column."""
@@ -140,7 +144,7 @@ def parameter_shapes(pieces: Iterable[Piece]) -> dict[str, tuple[int, int]]:
 def _megatron_parameter(
     mapping: PlacedMapping, shapes: dict[str, tuple[int, ...]], arch: Architecture, layout: LearnerLayout, rank: int
 ) -> Iterator[Piece]:
-    name = f"{mapping.chunk}:{mapping.megatron}" if layout.virtual_stages > 1 else mapping.megatron
+    name = layout.name_of(mapping)
     sizes = [matrix_shape(shapes[tensor]) for tensor in mapping.hf]
     ranks = layout.tensor_parallel
     match mapping.rule:

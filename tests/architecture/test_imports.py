@@ -21,7 +21,7 @@ ORDER = [
     ["algorithms", "rewards", "data", "weights", "telemetry", "learner.protocol", "generator.protocol"],
     ["scheduler", "weights.transports", "weights.messages", "weights.proof", "weights.send", "weights.receive"],
     ["learner.client", "learner.megatron", "generator.vllm", "checkpoint"],
-    ["simulate", "app", "prepare"],
+    ["simulate", "app", "prepare", "doctor"],
     ["launch", "cli", "__main__"],
 ]
 ROW_OF = {name: row for row, names in enumerate(ORDER) for name in names}

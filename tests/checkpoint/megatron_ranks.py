@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 
-def load(job: dict, arch, placement) -> tuple[object, list[str]]:
+def load(job: dict, arch, placement, learner) -> tuple[object, list[str]]:
     """The model as `dist_checkpointing.load` fills it, and its parameters that are not what they should be."""
     import torch
     from megatron.core import dist_checkpointing
@@ -22,11 +22,11 @@ def load(job: dict, arch, placement) -> tuple[object, list[str]]:
     from megatron_async_rlhf.learner.megatron.model import build_model
     from megatron_async_rlhf.learner.megatron.weights import load_weights
 
-    model, expected = (build_model(arch, placement, seed) for seed in (1, 2))
+    [model], [expected] = (build_model(arch, placement, learner) for _ in range(2))
     state = dist_checkpointing.load(model.sharded_state_dict(), job["checkpoint"])
     model.load_state_dict(state)
     tensors = load_file(Path(job["hf"]) / "model.safetensors")
-    load_weights(expected, arch, placement, open_weights(Path(job["hf"])))
+    load_weights([expected], arch, placement, open_weights(Path(job["hf"])))
     right = dict(expected.named_parameters())
 
     def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -56,10 +56,11 @@ def run_rank(rank: int, layout: dict, directory: Path) -> None:
     from megatron_async_rlhf.learner.megatron.parallel import join_learner
 
     sizes = {"tensor_parallel": layout["tensor"], "pipeline_parallel": layout["pipeline"], "ranks": layout["ranks"]}
-    placement = join_learner(LearnerSection(learning_rate=1e-3, timeout_s=60, **sizes))
+    learner = LearnerSection(learning_rate=1e-3, timeout_s=60, **sizes)
+    placement = join_learner(learner, "cpu")
     result = {}
     for job in layout["jobs"]:
-        model, wrong = load(job, architecture_of_hf(Path(job["hf"])), placement)
+        model, wrong = load(job, architecture_of_hf(Path(job["hf"])), placement, learner)
         result[job["name"]] = {"parameters": len(list(model.parameters())), "wrong": wrong}
         for path, metadata in job["save"].items():
             Path(path).mkdir(parents=True, exist_ok=True)

@@ -151,7 +151,7 @@ BAD_VALUES = [
     ("learner", {"learning_rate": math.inf}, ["learner.learning_rate = inf", "finite"]),
     ("learner", {"precision": "fp16"}, ["learner.precision = fp16", "'fp32' or 'bf16'"]),
     ("learner", {"virtual_stages": 2}, ["learner.virtual_stages = 2", "pipeline_parallel = 1 must be at least 2"]),
-    ("learner", {"context_parallel": 2}, ["learner.context_parallel = 2", "run.device = cuda"]),
+    ("learner", {"ranks": 3, "context_parallel": 2}, ["learner.ranks = 3", "1 x 1 x 2 = 2"]),
     ("learner", {"optimizer_offload": 0.5}, ["learner.optimizer_offload = 0.5", "run.device = cuda"]),
     ("learner", {"overlap_grad_reduce": True}, ["learner.overlap_grad_reduce", "1 must be at least 2"]),
     ("learner", {"ranks": 2, "overlap_param_gather": True}, ["overlap_param_gather", "distributed_optimizer"]),

@@ -123,13 +123,9 @@ def resume(learner: MegatronLearner, job: dict, phase: dict, directory: Path) ->
 
 def run_rank(rank: int, job: dict, phase: dict, path: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    changed = {"learner": job["config"]["learner"] | phase["learner"]}
-    config = job["config"] | changed
-    learner = make_learner(
-        {"config": config}, job["model"], join_learner(RunConfig.model_validate(
-            config | {"model": job["model"]["section"]}
-        ).learner)
-    )  # fmt: skip
+    config = job["config"] | {"learner": job["config"]["learner"] | phase["learner"]}
+    checked = RunConfig.model_validate(config | {"model": job["model"]["section"]})
+    learner = make_learner({"config": config}, job["model"], join_learner(checked.learner, "cpu"))
     act = train_and_save if "save" in phase else resume
     result = act(learner, job, phase, path.parent / phase["name"])
     (path.parent / f"{phase['name']}-rank{rank}.json").write_text(json.dumps(result))

@@ -43,10 +43,15 @@ class Layout:
     sequence_parallel: bool = False
     recompute: str = "none"
     distributed_optimizer: bool = False
+    virtual_stages: int = 1
+    context: int = 1
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    reference: str = "resident"
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def keys(self) -> dict:
@@ -55,13 +60,18 @@ class Layout:
             "sequence_parallel": self.sequence_parallel,
             "recompute": self.recompute,
             "distributed_optimizer": self.distributed_optimizer,
+            "virtual_stages": self.virtual_stages,
+            "overlap_grad_reduce": self.overlap_grad_reduce,
+            "overlap_param_gather": self.overlap_param_gather,
+            "reference": self.reference,
+            "context_parallel": self.context,
         }
 
     def __str__(self) -> str:
         flags = [
             name if value is True else f"{name}_{value}"
             for name, value in self.keys.items()
-            if value not in (False, "none")
+            if value not in (False, "none", "resident", 1) or value is True
         ]
         return "-".join([f"tp{self.tensor}", f"pp{self.pipeline}", f"dp{self.data}", *flags])
 
@@ -97,6 +107,10 @@ LAYOUTS = [
     Layout(recompute="full"),
     Layout(tensor=2, pipeline=2, sequence_parallel=True, recompute="selective"),
     Layout(data=2, distributed_optimizer=True),
+    Layout(reference="swapped"),
+    Layout(
+        data=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, reference="swapped"
+    ),
 ]
 
 

@@ -23,6 +23,7 @@ from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.output import output_matrix
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
+from megatron_async_rlhf.learner.megatron.weights import named_parameters
 from megatron_async_rlhf.learner.protocol import ExportWeights, Score, TrainPreferences, TrainSupervised
 from megatron_async_rlhf.types import Sequence
 from megatron_async_rlhf.weights.digest import digest
@@ -55,13 +56,14 @@ def logits_of(learner: MegatronLearner, sequences: list[Sequence]) -> list[torch
         logits = output @ output_matrix(model).t()
         return output, lambda hidden, non_loss_data: gather_from_tensor_model_parallel_region(logits)
 
+    repeats = learner.placement.batch_multiple
     with torch.no_grad():
         collected = [
             get_forward_backward_func()(
                 forward_step_func=forward,
-                data_iterator=iter([torch.tensor([sequence.token_ids])]),
-                model=[learner._bare],
-                num_microbatches=1,
+                data_iterator=[iter([torch.tensor([sequence.token_ids])] * repeats) for _ in learner.chunks],
+                model=learner.chunks,
+                num_microbatches=repeats,
                 seq_length=len(sequence.token_ids),
                 micro_batch_size=1,
                 forward_only=True,
@@ -77,14 +79,15 @@ def logits_of(learner: MegatronLearner, sequences: list[Sequence]) -> list[torch
 
 
 def digests_of(learner: MegatronLearner) -> dict[str, str]:
-    """Of this rank's own shards."""
-    return {name: digest(parameter).hex() for name, parameter in learner._bare.named_parameters()}
+    """Of this rank's own shards. Collective: they may have to be gathered first."""
+    learner.gather_parameters()
+    return {name: digest(parameter).hex() for name, parameter in named_parameters(learner.chunks).items()}
 
 
 def count_runs(learner: MegatronLearner) -> Counter:
     """From now on, how often the parts of this rank's first layer run."""
     runs = Counter()
-    layer = learner._bare.decoder.layers[0]
+    layer = learner.chunks[0].decoder.layers[0]
     for name, part in (("attention", layer.self_attention.core_attention), ("mlp", layer.mlp)):
         part.register_forward_hook(lambda *_, name=name: runs.update([name]))
     return runs
@@ -155,7 +158,7 @@ def blow_up(learner: MegatronLearner, job: dict) -> dict:
 def run_rank(rank: int, path: Path, job: dict) -> None:
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     config = RunConfig.model_validate(job["config"] | {"model": job["models"]["plain"]["section"]})
-    placement = join_learner(config.learner)
+    placement = join_learner(config.learner, config.run.device)
     results = {}
     for name, model in job["models"].items():
         directory = path.parent / name

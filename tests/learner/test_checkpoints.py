@@ -29,16 +29,26 @@ from megatron_async_rlhf.config.sections import ModelSection
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 TIMEOUT_S = 240
 SHAPE = {
-    "layers": 2, "hidden_size": 32, "ffn_size": 48, "heads": 4, "kv_heads": 2, "context_length": CONTEXT_LENGTH,
-    "init_std": 0.2,
+    "layers": 4, "hidden_size": 32, "ffn_size": 48, "heads": 4, "kv_heads": 2, "context_length": CONTEXT_LENGTH,
+    "init_std": 0.2, "tie_embeddings": True,
 }  # fmt: skip
 VOCAB_SIZE = 37
 ONE = Layout()
 GRID = Layout(tensor=2, pipeline=2)
 DIVIDED = Layout(data=2, distributed_optimizer=True)
 DIVIDED_GRID = Layout(tensor=2, data=2, distributed_optimizer=True)
-SAVED = [ONE, GRID, DIVIDED]
-CHANGES = [(GRID, ONE), (ONE, GRID), (DIVIDED, ONE), (ONE, DIVIDED), (DIVIDED, DIVIDED_GRID)]
+INTERLEAVED = Layout(pipeline=2, virtual_stages=2, reference="swapped")
+LATE = Layout(data=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+SAVED = [ONE, GRID, DIVIDED, INTERLEAVED, LATE]
+CHANGES = [
+    (GRID, ONE),
+    (ONE, GRID),
+    (DIVIDED, ONE),
+    (ONE, DIVIDED),
+    (DIVIDED, DIVIDED_GRID),
+    (INTERLEAVED, GRID),
+    (DIVIDED, INTERLEAVED),
+]
 
 
 def phase(name: str, layout: Layout, **what: str) -> dict:

@@ -29,8 +29,6 @@ def server_command(config: RunConfig, model_dir: Path, port: int, context_length
         *("--tensor-parallel-size", str(generator.tensor_parallel)),
         *("--max-model-len", str(context_length)),
         *("--max-num-seqs", str(generator.max_concurrent)),
-        # A prompt is prefilled in one go: in vLLM 0.32 a seeded request whose prefill is cut in two crashes the CPU worker.
-        "--no-enable-chunked-prefill",
         *("--max-num-batched-tokens", str(max(context_length, _PREFILL_TOKENS))),
         *("--generation-config", "vllm"),
         *("--logprobs-mode", "processed_logprobs"),  # after temperature: what the sampler really used
@@ -39,19 +37,37 @@ def server_command(config: RunConfig, model_dir: Path, port: int, context_length
         *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
         "--enable-scale-out",  # tokens in, tokens out, with the weight version of every token
         "--enable-server-load-tracking",
-        "--enforce-eager",
         "--disable-uvicorn-access-log",
+        *_device_arguments(config),
     ]
 
 
-def server_environment(config: RunConfig, cores: list[int]) -> dict[str, str]:
-    """What the server's environment needs on top of ours. One core per tensor-parallel worker."""
-    return {
+def _device_arguments(config: RunConfig) -> list[str]:
+    if config.run.device == "cpu":
+        # A prompt is prefilled in one go: in vLLM 0.32 a seeded request whose prefill is cut in two crashes the worker.
+        return ["--enforce-eager", "--no-enable-chunked-prefill"]
+    share = ["--gpu-memory-utilization", str(config.generator.gpu_memory_share)]
+    return share if config.generator.cuda_graphs else [*share, "--enforce-eager"]
+
+
+def server_environment(config: RunConfig, devices: list[int]) -> dict[str, str]:
+    """What the server's environment needs on top of ours.
+
+    Args:
+        devices: a core or a GPU for each tensor-parallel worker.
+    """
+    if config.run.device == "cuda":
+        placed = {"CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in devices)}
+    else:
+        placed = {
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in devices),
+            "VLLM_CPU_KVCACHE_SPACE": str(config.generator.kv_cache_gib),
+            # Matrices are repacked with every push: else glibc keeps holes of all their sizes (80 % more memory).
+            "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
+            "OMP_NUM_THREADS": "1",
+        }
+    return placed | {
         "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and weight-update routes
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores),
-        "VLLM_CPU_KVCACHE_SPACE": str(config.generator.kv_cache_gib),
-        # Matrices are repacked with every push: without this glibc keeps holes of all their sizes (80 % more memory).
-        "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "INFO",

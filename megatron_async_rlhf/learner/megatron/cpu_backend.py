@@ -4,7 +4,8 @@ megatron-core 0.16 to 0.19 names the device `cuda` in about a hundred places. Th
 CPU without changing megatron's source: a `TorchFunctionMode` that rewrites `device="cuda"` in every torch call,
 `torch.cuda` queries that answer for the CPU, and megatron's own inference RNG tracker, whose fork is a no-op
 (weights are initialised on the CPU and dropout is 0, so no CUDA generator is ever needed). Recomputation needs
-more, see `_enable_recomputation`.
+more, see `_enable_recomputation`. Where megatron looks for a fused kernel of Transformer Engine to rotate packed
+sequences, it finds ours.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_async_rlhf.learner.megatron.rotary import rotate_packed
 
 _CPU = torch.device("cpu")
 
@@ -46,8 +49,10 @@ def enable_cpu_backend() -> None:
     torch.cuda.current_device = lambda: _CPU
     torch.cuda.synchronize = lambda device=None: None
     _CudaMeansCpu().__enter__()  # for the life of the process
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel import random
 
+    rope_utils.fused_apply_rotary_pos_emb_thd = rotate_packed
     random.initialize_rng_tracker(inference_rng_tracker=True)
     _enable_recomputation(random)
 

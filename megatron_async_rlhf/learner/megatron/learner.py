@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 
 from megatron_async_rlhf.algorithms.online_dpo import online_dpo_loss
 from megatron_async_rlhf.algorithms.supervised import supervised_loss
@@ -21,13 +21,20 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError
 from megatron_async_rlhf.learner.megatron.background_save import BackgroundSave
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
+from megatron_async_rlhf.learner.megatron.data_parallel import ReplicatedPolicy
 from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.optimizer import build_optimizer
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.reference import Reference, ResidentReference, SwappedReference
 from megatron_async_rlhf.learner.megatron.steps import MicroLoss, Passes, gather_policy_logprobs
-from megatron_async_rlhf.learner.megatron.training_state import load_training_state, training_state, weights_state
+from megatron_async_rlhf.learner.megatron.training_state import (
+    load_training_state,
+    on_host,
+    training_state,
+    weights_state,
+)
 from megatron_async_rlhf.learner.megatron.weight_push import WeightPush
-from megatron_async_rlhf.learner.megatron.weights import RandomWeights, gather_weights, load_weights
+from megatron_async_rlhf.learner.megatron.weights import RandomWeights, gather_weights, load_weights, named_parameters
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     ExportWeights,
@@ -46,10 +53,6 @@ from megatron_async_rlhf.weights.hf_files import write_safetensors
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
 from megatron_async_rlhf.weights.stored import TensorSpec
 
-# Row width, in hidden sizes, at which attention costs as much as the rest of a layer (see `data.packing`). A layer
-# multiplies each token by 12 hidden x hidden weights, and each position with 2 x width hidden numbers.
-_FREE_WIDTH = 6
-
 
 class MegatronLearner:
     """Model, optimizer and policy version of one rank."""
@@ -60,26 +63,19 @@ class MegatronLearner:
         self.placement = placement
         self.version = 0
         self._spans: list[Span] = []
-        self._bare = build_model(arch, placement, config.run.seed, config.learner.recompute)
+        self.chunks = build_model(arch, placement, config.learner)
         hf = config.model.hf
-        load_weights(self._bare, arch, placement, open_weights(hf) if hf else RandomWeights(arch, config.run.seed))
-        self._policy = DistributedDataParallel(
-            self._bare.config,
-            DistributedDataParallelConfig(
-                overlap_grad_reduce=False, use_distributed_optimizer=config.learner.distributed_optimizer
-            ),
-            self._bare,
-        )
-        self._bare.config.finalize_model_grads_func = finalize_model_grads
-        self._reference = None
+        load_weights(self.chunks, arch, placement, open_weights(hf) if hf else RandomWeights(arch, config.run.seed))
+        self._policy = ReplicatedPolicy(self.chunks, config.learner)
+        self._reference: Reference | None = None
         # After the wrapper, which moves the parameters into its own buffer if it shards the optimizer.
-        self._push = WeightPush(config, arch, placement, self._bare)
+        self._push = WeightPush(config, arch, placement, named_parameters(self.chunks))
         self._save = BackgroundSave(placement)
         self._passes = Passes(placement, vocab_size=arch.vocab_size, temperature=config.generator.temperature)
         # The warm start imitates text; only RL sees the policy through the sampling temperature.
         self._warm_start_passes = Passes(placement, vocab_size=arch.vocab_size, temperature=1.0)
         self._optimizer, self._scheduler = build_optimizer(
-            self._policy, config.warm_start, max(config.warm_start.steps, 1)
+            self._policy, config.learner, config.warm_start, max(config.warm_start.steps, 1)
         )
 
     def train_supervised(self, command: TrainSupervised) -> Answer:
@@ -89,40 +85,38 @@ class MegatronLearner:
         if not num_tokens:
             raise LearnerError(f"warm start step {command.step}: no sequence has a completion to learn from")
 
-        def loss(batch: MicroBatch, logprobs_BT: torch.Tensor):
-            return supervised_loss(logprobs_BT, batch.mask_BT, num_tokens=num_tokens)
+        def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
+            return supervised_loss(logprobs_T, batch.mask_T, num_tokens=num_tokens)
 
         metrics = self._optimize(self._warm_start_passes, batches, loss, f"warm start step {command.step}")
         return self._answer(command.id, metrics)
 
     def start_reinforcement(self) -> None:
         """Freeze a copy of the policy as the reference; begin RL with a fresh optimizer at version 0."""
-        self._freeze_reference()
-        self._optimizer, self._scheduler = build_optimizer(
-            self._policy, self.config.learner, self.config.schedule.steps
-        )
+        self.gather_parameters()
+        self._begin_reinforcement()
         self.version = 0
 
     def resume_reinforcement(self, command: ResumeReinforcement) -> Answer:
         """Go on from a checkpoint: its version, weights and optimizer state, the reference it was trained against."""
-        self._freeze_reference()
         if command.reference is not None:
             reader = CheckpointWeights(Path(command.reference), self.arch)
-            load_weights(self._reference, self.arch, self.placement, reader)
-        self._optimizer, self._scheduler = build_optimizer(
-            self._policy, self.config.learner, self.config.schedule.steps
-        )
-        self.version = load_training_state(Path(command.checkpoint), [self._bare], self._optimizer, self._scheduler)
+            load_weights(self.chunks, self.arch, self.placement, reader)
+        self._begin_reinforcement()
+        self.version = load_training_state(Path(command.checkpoint), self.chunks, self._optimizer, self._scheduler)
         return self._answer(command.id)
 
     def save_checkpoint(self, command: SaveCheckpoint) -> Answer:
         """Start writing a checkpoint, and the reference policy if it is asked for."""
         with self._span("start checkpoint"):
-            states = {
-                Path(command.checkpoint): training_state([self._bare], self._optimizer, self._scheduler, self.version)
-            }
+            self.gather_parameters()
+            states = {}
             if command.reference is not None:
-                states[Path(command.reference)] = weights_state([self._reference])
+                with self._reference_chunks() as chunks:
+                    states[Path(command.reference)] = on_host(weights_state(chunks))
+            states[Path(command.checkpoint)] = training_state(
+                self.chunks, self._optimizer, self._scheduler, self.version
+            )
             self._save.start(states, snapshot=command.snapshot)
         return self._answer(command.id)
 
@@ -143,11 +137,7 @@ class MegatronLearner:
         logprobs: list[list[float]] = []
         if command.pairs:
             batches = self._cut(command.pairs, unit=2)
-            with self._span("reference"):
-                for batch, logprobs_BT in zip(
-                    batches, self._passes.logprob_pass(self._reference, batches), strict=False
-                ):
-                    batch.reference_BT = logprobs_BT
+            self._score_by_reference(batches)
             loss = self._preference_loss(num_pairs=len(command.pairs) // 2)
             metrics |= self._optimize(self._passes, batches, loss, f"step {command.version}")
             logprobs = gather_policy_logprobs(batches, self.placement, len(command.pairs))
@@ -157,9 +147,10 @@ class MegatronLearner:
     def score(self, command: Score) -> Answer:
         """Policy log-probabilities of each sequence's completion tokens."""
         batches = self._cut(command.sequences, unit=1)
+        self.gather_parameters()
         with self._span("score"):
-            for batch, logprobs_BT in zip(batches, self._passes.logprob_pass(self._bare, batches), strict=False):
-                batch.policy_BT = logprobs_BT
+            for batch, logprobs_T in zip(batches, self._passes.logprob_pass(self.chunks, batches), strict=False):
+                batch.policy_T = logprobs_T
         return self._answer(
             command.id, logprobs=gather_policy_logprobs(batches, self.placement, len(command.sequences))
         )
@@ -169,7 +160,8 @@ class MegatronLearner:
         with self._span("export"):
             stream = self.gathered_weights()
             if self.placement.rank == 0:
-                specs = [TensorSpec(name, shape, "float32") for name, shape in hf_shapes(self.arch).items()]
+                dtype = self.config.learner.weights_dtype
+                specs = [TensorSpec(name, shape, dtype) for name, shape in hf_shapes(self.arch).items()]
                 write_safetensors(Path(command.directory), specs, stream)
             else:
                 for _ in stream:
@@ -177,8 +169,13 @@ class MegatronLearner:
         return self._answer(command.id)
 
     def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole Hugging Face tensors on rank 0; see `gather_weights`. Collective."""
-        return gather_weights(self._bare, self.arch, self.placement)
+        """Whole Hugging Face tensors on rank 0; see `weights.gather_weights`. Collective."""
+        self.gather_parameters()
+        return gather_weights(self.chunks, self.arch, self.placement)
+
+    def gather_parameters(self) -> None:
+        """Make this rank's shards whole where the optimizer's ranks each updated a part of them. Collective."""
+        self._policy.gather_parameters()
 
     def join_transfer(self, command: JoinTransfer) -> Answer:
         """Meet the generators' workers, every learner rank."""
@@ -190,6 +187,7 @@ class MegatronLearner:
         if command.version != self.version:
             raise LearnerError(f"asked to push policy version {command.version}, but the learner is at {self.version}")
         with self._span("start push"):
+            self.gather_parameters()
             self._push.start(verify=command.verify)
         return self._answer(command.id)
 
@@ -199,28 +197,24 @@ class MegatronLearner:
         self._spans.append(span)
         return self._answer(command.id, push=report)
 
-    def _freeze_reference(self) -> None:
-        self._reference = build_model(self.arch, self.placement, self.config.run.seed)
-        self._reference.load_state_dict(self._bare.state_dict())
-        self._reference.eval().requires_grad_(False)
+    def _begin_reinforcement(self) -> None:
+        """The weights as they are become the reference; a fresh optimizer."""
+        learner = self.config.learner
+        if learner.reference == "swapped":
+            self._reference = SwappedReference(self.chunks)
+        else:
+            self._reference = ResidentReference(build_model(self.arch, self.placement, learner), self.chunks)
+        self._optimizer, self._scheduler = build_optimizer(self._policy, learner, learner, self.config.schedule.steps)
 
     def _cut(self, sequences: list[Sequence], unit: int) -> list[MicroBatch]:
-        config = self.config.learner
-        return cut_micro_batches(
-            sequences,
-            unit,
-            config.micro_batch_tokens,
-            self.placement,
-            packing=config.packing,
-            free_width=_FREE_WIDTH * self.arch.hidden_size,
-        )
+        return cut_micro_batches(sequences, unit, self.config.learner.micro_batch_tokens, self.placement)
 
     def _preference_loss(self, num_pairs: int) -> MicroLoss:
         algorithm = self.config.algorithm
 
-        def loss(batch: MicroBatch, logprobs_BT: torch.Tensor):
-            policy_S = batch.sum_completions(logprobs_BT)
-            reference_S = batch.sum_completions(batch.reference_BT)
+        def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
+            policy_S = batch.sum_completions(logprobs_T)
+            reference_S = batch.sum_completions(batch.reference_T)
             return online_dpo_loss(
                 policy_S[0::2],
                 policy_S[1::2],
@@ -234,16 +228,31 @@ class MegatronLearner:
 
         return loss
 
+    def _score_by_reference(self, batches: list[MicroBatch]) -> None:
+        with self._reference_chunks() as chunks, self._span("reference"):
+            for batch, logprobs_T in zip(batches, self._passes.logprob_pass(chunks, batches), strict=False):
+                batch.reference_T = logprobs_T
+
+    @contextmanager
+    def _reference_chunks(self) -> Iterator[list[GPTModel]]:
+        """The reference's model; the policy's own one with other weights in it, if they are swapped in."""
+        if isinstance(self._reference, SwappedReference):
+            self.gather_parameters()
+            with self._span("wait for push"):
+                self._push.wait_until_weights_may_change()
+        with self._reference.model() as chunks:
+            yield chunks
+
     def _optimize(self, passes: Passes, batches: list[MicroBatch], loss: MicroLoss, what: str) -> dict[str, float]:
         """Forward, backward, clip, step.
 
         Raises:
             NonFiniteLossError: on every rank alike, before any weight changes.
         """
-        self._policy.zero_grad_buffer()
+        self._policy.begin_step()
         self._optimizer.zero_grad()
         with self._span("forward-backward"):
-            metrics = passes.train_pass(self._policy, batches, loss)
+            metrics = passes.train_pass(self._policy.chunks, batches, loss)
         learning_rate = self._optimizer.param_groups[0]["lr"]
         self._optimizer.prepare_grads()
         norm = self._optimizer.get_grad_norm()
@@ -253,6 +262,7 @@ class MegatronLearner:
             self._push.wait_until_weights_may_change()
         with self._span("optimizer"):
             self._optimizer.step()
+            self._policy.parameters_changed()
             self._scheduler.step(increment=1)
         return metrics | {"grad_norm": norm, "learning_rate": learning_rate}
 

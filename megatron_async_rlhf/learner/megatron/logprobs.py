@@ -1,7 +1,8 @@
 """Token log-probabilities straight from hidden states, without the logits of a batch ever existing at once.
 
 With a vocabulary of 128k the logits of 16k tokens take 8 GB in float32. Here the output matrix is applied to a block of
-tokens at a time, in the backward pass once more. The vocabulary is divided over tensor-parallel ranks.
+tokens at a time, in the backward pass once more but for the last block, which is kept. The vocabulary is divided over
+tensor-parallel ranks.
 
 Shape legend: N tokens, H hidden, V vocabulary entries of this rank.
 """
@@ -38,22 +39,27 @@ def vocab_parallel_logprobs(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Keeps one number per token between forward and backward: the log of the softmax's denominator."""
+    """Keeps between forward and backward the log of the softmax's denominator, and the last block's numerators."""
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, targets_N, own, scale, group, rows):
         log_sum_N = hidden_NH.new_empty(len(hidden_NH), dtype=torch.float32)
         logprobs_N = torch.empty_like(log_sum_N)
+        ctx.kept = None
         for begin in range(0, len(hidden_NH), rows):
+            ctx.kept = None  # before the next block takes as much memory
             block = slice(begin, begin + rows)
             logits_BV = _logits(hidden_NH[block], weight_VH, own, scale)
             target_B, here_B = _of_targets(logits_BV, targets_N[block], own)
             max_B = logits_BV.amax(dim=-1) if own else torch.full_like(target_B, float("-inf"))
             _all_reduce(max_B, dist.ReduceOp.MAX, group)
-            sums_2B = torch.stack([logits_BV.sub_(max_B.unsqueeze(-1)).exp_().sum(dim=-1), target_B * here_B])
+            numerators_BV = logits_BV.sub_(max_B.unsqueeze(-1)).exp_()
+            sums_2B = torch.stack([numerators_BV.sum(dim=-1), target_B * here_B])
             _all_reduce(sums_2B, dist.ReduceOp.SUM, group)
             log_sum_N[block] = max_B + sums_2B[0].log()
             logprobs_N[block] = sums_2B[1] - log_sum_N[block]
+            ctx.kept = (begin, numerators_BV, sums_2B[0])
+            del logits_BV, numerators_BV
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, log_sum_N)
         ctx.own, ctx.scale, ctx.group, ctx.rows = own, scale, group, rows
         return logprobs_N
@@ -63,19 +69,26 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden_NH, weight_VH, targets_N, log_sum_N = ctx.saved_tensors
         grad_hidden_NH = torch.empty_like(hidden_NH)
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
-        for begin in range(0, len(hidden_NH), ctx.rows):
+        own_VH = weight_VH[: ctx.own]
+        kept, ctx.kept = ctx.kept, None  # used up by this pass
+        for begin in reversed(range(0, len(hidden_NH), ctx.rows)):
             block = slice(begin, begin + ctx.rows)
-            logits_BV = _logits(hidden_NH[block], weight_VH, ctx.own, ctx.scale)
-            # d logprob / d logit = 1 at the target - probability
-            grad_BV = logits_BV.sub_(log_sum_N[block].unsqueeze(-1)).exp_().neg_()
+            scaled_B = grad_N[block] * ctx.scale
+            if kept is not None and kept[0] == begin:
+                _, grad_BV, sum_B = kept
+                kept = None
+                grad_BV.mul_((-scaled_B / sum_B).unsqueeze(-1))
+            else:
+                grad_BV = _logits(hidden_NH[block], weight_VH, ctx.own, ctx.scale)
+                grad_BV.sub_(log_sum_N[block].unsqueeze(-1)).exp_().mul_(-scaled_B.unsqueeze(-1))
+            # So far -probability x grad; d logprob / d logit is 1 at the target - probability.
             here_B = (targets_N[block] >= 0) & (targets_N[block] < ctx.own)
             if ctx.own:
                 safe_B = targets_N[block].clamp(0, ctx.own - 1).unsqueeze(-1)
-                grad_BV.scatter_add_(-1, safe_B, here_B.to(grad_BV.dtype).unsqueeze(-1))
-            grad_BV.mul_((grad_N[block] * ctx.scale).unsqueeze(-1))
-            own_VH = weight_VH[: ctx.own]
+                grad_BV.scatter_add_(-1, safe_B, (here_B * scaled_B).to(grad_BV.dtype).unsqueeze(-1))
             grad_hidden_NH[block] = grad_BV.to(own_VH.dtype) @ own_VH
             grad_weight_VH[: ctx.own].addmm_(grad_BV.t(), hidden_NH[block].to(grad_BV.dtype))
+            del grad_BV
         # Here and not by Megatron's `copy_to_tensor_model_parallel_region`, which sums a copy of a gradient that is not
         # contiguous, and returns the gradient itself.
         _all_reduce(grad_hidden_NH, dist.ReduceOp.SUM, ctx.group)
@@ -84,7 +97,8 @@ class _LinearLogprobs(torch.autograd.Function):
 
 def _logits(hidden_BH: torch.Tensor, weight_VH: torch.Tensor, own: int, scale: float) -> torch.Tensor:
     """Scaled logits of the entries that are not padding, [B, own], in float32."""
-    return (hidden_BH @ weight_VH[:own].t()).float().mul_(scale)
+    logits_BV = (hidden_BH @ weight_VH[:own].t()).float()
+    return logits_BV if scale == 1.0 else logits_BV.mul_(scale)
 
 
 def _of_targets(logits_BV: torch.Tensor, targets_B: torch.Tensor, own: int) -> tuple[torch.Tensor, torch.Tensor]:

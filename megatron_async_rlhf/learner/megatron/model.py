@@ -1,18 +1,19 @@
-"""Builds the policy (and its reference copy) as Megatron's `GPTModel` for this rank's stage and shard."""
+"""Builds the policy (and its reference copy) as Megatron's `GPTModel`s for this rank's stages and shard."""
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer import TransformerConfig
 
 from megatron_async_rlhf.config.architecture import Architecture, RopeScaling
-from megatron_async_rlhf.config.sections import Recompute
+from megatron_async_rlhf.config.sections import LearnerSection, Precision, Recompute
+from megatron_async_rlhf.learner.megatron.fp8 import fp8_keys
+from megatron_async_rlhf.learner.megatron.layers import device_keys, stage_spec
 from megatron_async_rlhf.learner.megatron.output import defer_output
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
+
+TORCH_DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # What backward computes again instead of keeping it: attention scores, or all inside a layer.
 _RECOMPUTE: dict[Recompute, dict] = {
@@ -22,8 +23,10 @@ _RECOMPUTE: dict[Recompute, dict] = {
 }
 
 
-def transformer_config(arch: Architecture, placement: Placement, recompute: Recompute) -> TransformerConfig:
-    """Megatron's description of a dense decoder in float32 without dropout."""
+def transformer_config(arch: Architecture, placement: Placement, learner: LearnerSection) -> TransformerConfig:
+    """Megatron's description of a dense decoder without dropout."""
+    dtype = TORCH_DTYPE[learner.precision]
+    interleaved = placement.virtual_stages > 1
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden_size,
@@ -34,12 +37,18 @@ def transformer_config(arch: Architecture, placement: Placement, recompute: Reco
         tensor_model_parallel_size=placement.tensor_parallel,
         sequence_parallel=placement.sequence_parallel,
         pipeline_model_parallel_size=placement.pipeline_parallel,
-        pipeline_dtype=torch.float32,
-        params_dtype=torch.float32,
-        variable_seq_lengths=True,  # micro-batches are cut by tokens, so their shapes differ
-        moe_token_dispatcher_type="alltoall",  # no experts here, but megatron checks it against the line above
+        virtual_pipeline_model_parallel_size=placement.virtual_stages if interleaved else None,
+        context_parallel_size=learner.context_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=learner.precision == "bf16",
+        # Micro-batches are cut by tokens, so their shapes differ. Between interleaved stages they must not: there,
+        # Megatron exchanges shapes in an order that two stages, each the other's next and previous, mix up.
+        variable_seq_lengths=not interleaved,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         batch_p2p_sync=False,
-        use_cpu_initialization=True,
+        moe_token_dispatcher_type="alltoall",  # no experts here, but megatron checks it against variable lengths
         init_method_std=arch.init_std,
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
@@ -52,24 +61,10 @@ def transformer_config(arch: Architecture, placement: Placement, recompute: Reco
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        **_RECOMPUTE[recompute],
-    )
-
-
-def stage_spec(arch: Architecture, placement: Placement) -> TransformerBlockSubmodules:
-    """Megatron's layers without Transformer Engine for one pipeline stage, with our norm in place of its own."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    if arch.qk_norm:
-        attention = layer.submodules.self_attention.submodules
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * (arch.layers // placement.pipeline_parallel), layer_norm=RMSNorm
+        **_RECOMPUTE[learner.recompute],
+        **device_keys(placement.device),
+        **(fp8_keys(learner.fp8) if learner.fp8 else {}),
     )
 
 
@@ -78,24 +73,30 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     return -(-vocab_size // tensor_parallel) * tensor_parallel
 
 
-def build_model(arch: Architecture, placement: Placement, seed: int, recompute: Recompute = "none") -> GPTModel:
-    """A freshly initialised model; the same seed gives the same weights in every layout that has them whole.
+def build_model(arch: Architecture, placement: Placement, learner: LearnerSection) -> list[GPTModel]:
+    """This rank's chunks of the model, one per virtual stage, on its device. Their weights are yet to be read.
 
-    Its last stage returns hidden states, [B, T, H]: see `output`.
+    The last stage returns hidden states, [B, T, H]: see `output`.
     """
-    torch.manual_seed(seed)
+    config = transformer_config(arch, placement, learner)
+    return [_build_chunk(arch, placement, config, number) for number in range(placement.virtual_stages)]
+
+
+def _build_chunk(arch: Architecture, placement: Placement, config: TransformerConfig, number: int) -> GPTModel:
+    layers = arch.layers // (placement.pipeline_parallel * placement.virtual_stages)
     model = GPTModel(
-        config=transformer_config(arch, placement, recompute),
-        transformer_layer_spec=stage_spec(arch, placement),
+        config=config,
+        transformer_layer_spec=stage_spec(arch, layers, placement.device),
         vocab_size=padded_vocab_size(arch.vocab_size, placement.tensor_parallel),
         max_sequence_length=arch.context_length,
-        pre_process=placement.is_first_stage,
-        post_process=placement.is_last_stage,
+        pre_process=placement.has_embedding and number == 0,
+        post_process=placement.is_last_stage and number == placement.virtual_stages - 1,
         share_embeddings_and_output_weights=arch.tie_embeddings,
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,
         parallel_output=True,
-    )
+        vp_stage=number if placement.virtual_stages > 1 else None,
+    ).to(placement.device)
     defer_output(model)
     if arch.rope_scaling is not None:
         scale_rotary_frequencies(model.rotary_pos_emb, arch.rope_scaling)

@@ -1,16 +1,19 @@
 """Megatron's optimizer and learning-rate schedule for one stage (warm start or RL) of a run."""
 
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_async_rlhf.config.sections import OptimizerKeys
+from megatron_async_rlhf.config.sections import LearnerSection, OptimizerKeys
+from megatron_async_rlhf.learner.megatron.data_parallel import ReplicatedPolicy
+from megatron_async_rlhf.learner.megatron.model import TORCH_DTYPE
 
 
 def build_optimizer(
-    model: DistributedDataParallel, keys: OptimizerKeys, steps: int
+    policy: ReplicatedPolicy, learner: LearnerSection, keys: OptimizerKeys, steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """A fresh optimizer and a schedule that reaches `min_learning_rate` after `steps`.
+    """A fresh optimizer and a schedule that reaches `min_learning_rate` of `keys` after `steps`.
+
+    With bf16 weights Adam works on float32 ones of its own and rounds them into the model after every step.
 
     Step `s` of a warmup of `w` steps trains at `learning_rate * (s + 1) / (w + 1)`: no step is spent at rate 0.
     """
@@ -25,9 +28,17 @@ def build_optimizer(
             adam_beta2=keys.adam_beta2,
             adam_eps=keys.adam_eps,
             clip_grad=keys.clip_grad,
-            use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+            bf16=learner.precision == "bf16",
+            params_dtype=TORCH_DTYPE[learner.precision],
+            fp8_recipe=learner.fp8.recipe if learner.fp8 else None,
+            use_distributed_optimizer=learner.distributed_optimizer,
+            overlap_param_gather=learner.overlap_param_gather,
+            optimizer_cpu_offload=learner.optimizer_offload > 0,
+            optimizer_offload_fraction=learner.optimizer_offload,
+            use_torch_optimizer_for_cpu_offload=True,
+            overlap_cpu_optimizer_d2h_h2d=learner.optimizer_offload > 0,
         ),
-        [model],
+        policy.chunks,
         use_gloo_process_groups=False,  # separate gloo groups only matter beside NCCL ones
     )
     scheduler = OptimizerParamScheduler(

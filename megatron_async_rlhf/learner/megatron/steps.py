@@ -5,7 +5,6 @@ micro-batches the same way, so a reference pass lines up with the policy pass th
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -15,11 +14,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch
+from megatron_async_rlhf.learner.megatron.context import share_of_row, sum_over_context
 from megatron_async_rlhf.learner.megatron.logprobs import vocab_parallel_logprobs
 from megatron_async_rlhf.learner.megatron.output import output_matrix
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 
-# (micro-batch, its token log-probabilities [B, T]) -> (its share of the step's loss, its share of each metric)
+# (micro-batch, its token log-probabilities [T]) -> (its share of the step's loss, its share of each metric)
 MicroLoss = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -32,55 +32,62 @@ class Passes:
             vocab_parallel_logprobs, vocab_size=vocab_size, temperature=temperature, placement=placement
         )
 
-    def train_pass(self, model: torch.nn.Module, batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
+    def train_pass(self, chunks: list[torch.nn.Module], batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
         """Gradients of the summed micro-losses, and the metrics summed over micro-batches and ranks.
 
         Metrics are those of `loss`, `tokens`, and `padding`: the share of computed positions that held no token.
         """
 
-        def megatron_loss(batch: MicroBatch, matrix_VH: torch.Tensor | None, hidden_BTH: torch.Tensor):
-            logprobs_BT = self._logprobs_of(batch, matrix_VH, hidden_BTH)
-            batch.policy_BT = logprobs_BT.detach()
-            share, metrics = loss(batch, logprobs_BT)
+        def megatron_loss(batch: MicroBatch, matrix_VH: torch.Tensor | None, hidden_1TH: torch.Tensor):
+            logprobs_T = self._logprobs_of(batch, matrix_VH, hidden_1TH)
+            batch.policy_T = logprobs_T.detach()
+            share, metrics = loss(batch, logprobs_T)
             # Megatron divides by micro-batches and averages gradients over data-parallel ranks; our losses come
             # with the whole step's denominator in them already, so undo both.
             counts = {
                 "tokens": torch.tensor(batch.num_tokens),
-                "positions": torch.tensor(batch.tokens_BT.numel()),
+                "positions": torch.tensor(batch.tokens_T.numel()),
             }
             return share * len(batches) * self._placement.data_parallel, metrics | counts
 
-        reports = self._run(model, batches, megatron_loss, forward_only=False)
+        reports = self._run(chunks, batches, megatron_loss, forward_only=False)
         metrics = self._sum_over_ranks(reports)
         positions = metrics.pop("positions")
         return metrics | {"padding": 1 - metrics["tokens"] / positions}
 
     @torch.no_grad()
-    def logprob_pass(self, model: torch.nn.Module, batches: list[MicroBatch]) -> list[torch.Tensor]:
-        """Token log-probabilities of each micro-batch, [B, T] each, on the last stage; empty elsewhere."""
+    def logprob_pass(self, chunks: list[GPTModel], batches: list[MicroBatch]) -> list[torch.Tensor]:
+        """Token log-probabilities of each micro-batch, [T] each, on the last stage; empty elsewhere."""
 
         def collect(
-            batch: MicroBatch, matrix_VH: torch.Tensor | None, hidden_BTH: torch.Tensor, non_loss_data: bool = True
+            batch: MicroBatch, matrix_VH: torch.Tensor | None, hidden_1TH: torch.Tensor, non_loss_data: bool = True
         ) -> torch.Tensor:
-            return self._logprobs_of(batch, matrix_VH, hidden_BTH)
+            return self._logprobs_of(batch, matrix_VH, hidden_1TH)
 
-        return self._run(model, batches, collect, forward_only=True)
+        return self._run(chunks, batches, collect, forward_only=True)
 
-    def _logprobs_of(self, batch: MicroBatch, matrix_VH: torch.Tensor, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        logprobs_N = self._logprobs(hidden_BTH.flatten(0, 1), matrix_VH, batch.targets_BT.flatten())
-        return logprobs_N.view(batch.targets_BT.shape)
+    def _logprobs_of(self, batch: MicroBatch, matrix_VH: torch.Tensor, hidden_1TH: torch.Tensor) -> torch.Tensor:
+        """[T]; 0 where the target is no completion token: no loss reads those, so nothing is computed for them."""
+        share_T = share_of_row(batch.packed.cu_seqlens_q)
+        mine_N = batch.mask_T[share_T].nonzero().squeeze(1)
+        positions_N = share_T[mine_N]
+        logprobs_N = self._logprobs(
+            hidden_1TH.squeeze(0).index_select(0, mine_N), matrix_VH, batch.targets_T[positions_N]
+        )
+        logprobs_T = logprobs_N.new_zeros(len(batch.mask_T)).index_put((positions_N,), logprobs_N)
+        return sum_over_context(logprobs_T)
 
     def _run(
-        self, model: torch.nn.Module, batches: list[MicroBatch], on_hidden: Callable, *, forward_only: bool
+        self, chunks: list[torch.nn.Module], batches: list[MicroBatch], on_hidden: Callable, *, forward_only: bool
     ) -> list:
-        first = batches[0].tokens_BT
         return get_forward_backward_func()(
             forward_step_func=partial(_forward, on_hidden=on_hidden),
-            data_iterator=iter(batches),
-            model=[model],
+            # Every chunk sees the micro-batches in the same order.
+            data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+            model=chunks,
             num_microbatches=len(batches),
-            seq_length=first.shape[1],
-            micro_batch_size=first.shape[0],
+            seq_length=len(batches[0].tokens_T),  # Megatron divides it over context and sequence parallel ranks
+            micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
@@ -88,9 +95,8 @@ class Passes:
     def _sum_over_ranks(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sum metrics of all micro-batches and replicas onto every rank; names come from a reporting rank."""
         names = [sorted(reports[0]) if self._placement.reports_loss and reports else None]
-        last_stage = (
-            (self._placement.pipeline_parallel - 1) * self._placement.data_parallel * self._placement.tensor_parallel
-        )
+        layout = self._placement.layout
+        last_stage = (layout.pipeline_parallel - 1) * layout.data_parallel * layout.tensor_parallel
         dist.broadcast_object_list(names, src=last_stage, group=self._placement.control)
         totals = torch.zeros(len(names[0]), dtype=torch.float64)
         if self._placement.reports_loss:
@@ -102,43 +108,23 @@ class Passes:
 
 def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_hidden: Callable):
     batch = next(batches)
-    with positions_restart(model, batch):
-        output = model(
-            input_ids=batch.tokens_BT, position_ids=batch.positions_BT, attention_mask=batch.attention_mask()
-        )
+    output = model(
+        input_ids=batch.tokens_T[share_of_row(batch.packed.cu_seqlens_q)].unsqueeze(0),
+        position_ids=None,  # rotary angles come from `packed`
+        attention_mask=None,
+        packed_seq_params=batch.packed,
+    )
     # The last stage returns hidden states and leaves the multiplication with the vocabulary to `logprobs`.
     matrix_VH = output_matrix(model) if get_attr_wrapped_model(model, "post_process") else None
     return output, partial(on_hidden, batch, matrix_VH)
 
 
-@contextmanager
-def positions_restart(model: torch.nn.Module, batch: MicroBatch) -> Iterator[None]:
-    """Give each packed sequence the rotary angles it has by itself.
-
-    `GPTModel` ignores `position_ids` with rotary embeddings and counts along the row, on every stage. Attention only
-    sees differences of positions, so counting on would be right too, but rounded more coarsely the longer the row.
-    """
-    if not batch.has_packed_rows:
-        yield
-        return
-    rotary = get_attr_wrapped_model(model, "rotary_pos_emb")
-
-    def pick(module: torch.nn.Module, args: tuple, angles_T11D: torch.Tensor) -> torch.Tensor:
-        return angles_T11D[batch.positions_BT.T].squeeze(2)  # [T, B, 1, D]; Megatron broadcasts it over heads
-
-    hook = rotary.register_forward_hook(pick)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def gather_policy_logprobs(batches: list[MicroBatch], placement: Placement, count: int) -> list[list[float]]:
-    """Each sequence's completion log-probabilities from `policy_BT`, on rank 0; an empty list on other ranks."""
+    """Each sequence's completion log-probabilities from `policy_T`, on rank 0; an empty list on other ranks."""
     rows: dict[int, list[float]] = {}
     if placement.reports_loss:
         for batch in batches:
-            rows |= batch.split_completions(batch.policy_BT)
+            rows |= batch.split_completions(batch.policy_T)
     everyone: list = [None] * dist.get_world_size()
     dist.gather_object(rows, everyone if placement.rank == 0 else None, dst=0, group=placement.control)
     if placement.rank != 0:

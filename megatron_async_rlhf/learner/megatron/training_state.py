@@ -25,7 +25,12 @@ from megatron.core.dist_checkpointing.dict_utils import (
     extract_matching_values,
     merge,
 )
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -42,6 +47,18 @@ def weights_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     if len(chunks) == 1:
         return {"model": chunks[0].sharded_state_dict(metadata=dict(_METADATA))}
     return {f"model{i}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for i, chunk in enumerate(chunks)}
+
+
+def on_host(state: dict[str, Any]) -> dict[str, Any]:
+    """The same state with its tensors copied to host memory, for tensors that are about to change."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, ShardedTensor | ShardedTensorFactory):
+            return replace(value, data=value.data.detach().to("cpu", copy=True))
+        return value
+
+    dict_list_map_inplace(copied, state)
+    return state
 
 
 def training_state(
@@ -86,6 +103,8 @@ def load_training_state(
     load_chunks(chunks, loaded)
     if common["steps"]:
         _load_optimizer(optimizer, merge(kept, loaded["optimizer"]))
+    else:
+        optimizer.reload_model_params()  # which it copied, if it works on others, before they were loaded
     if "rng" in loaded:
         _set_rng_state(loaded["rng"])
     scheduler.step(increment=common["steps"])

@@ -26,6 +26,8 @@ from megatron_async_rlhf.weights.send import Sender
 from megatron_async_rlhf.weights.transports.open import open_transport
 from megatron_async_rlhf.weights.transports.rendezvous import host_store, join_store
 
+Parameters = dict[str, torch.nn.Parameter]  # see `weights.named_parameters`
+
 
 class _Ending(Struct, frozen=True):
     """How a push ended on one rank: a report or an error, and when."""
@@ -39,9 +41,9 @@ class _Ending(Struct, frozen=True):
 class WeightPush:
     """This rank's connection to the generators. Collective over the learner: every rank makes the same calls."""
 
-    def __init__(self, config: RunConfig, arch: Architecture, placement: Placement, model: torch.nn.Module) -> None:
+    def __init__(self, config: RunConfig, arch: Architecture, placement: Placement, parameters: Parameters) -> None:
         self._config, self._arch, self._placement = config, arch, placement
-        self._parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self._store = None  # on rank 0: the rendezvous outlives the groups that meet through it
         self._sender: Sender | None = None
         self._transport = None
@@ -116,7 +118,7 @@ class WeightPush:
             placement.rank,
             session=command.session,
             timeout_s=timeout_s,
-            device=next(iter(self._parameters.values())).device,
+            device=placement.device,
         )
         plan = configured_transfer(config, self._arch)
         agree(self._transport, roster, plan.fingerprint)

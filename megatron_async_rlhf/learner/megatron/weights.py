@@ -15,65 +15,97 @@ from megatron_async_rlhf.weights.families import Rule
 from megatron_async_rlhf.weights.hf_mapping import copies_of_tied_embedding, hf_shapes, model_mappings
 from megatron_async_rlhf.weights.layout import Piece, by_parameter, learner_pieces, matrix_shape, parameter_shapes
 from megatron_async_rlhf.weights.send import as_matrix
-from megatron_async_rlhf.weights.stored import TensorSpec, WeightReader, find_tensor
+from megatron_async_rlhf.weights.stored import TensorSpec, WeightReader, find_tensor, read_blocks
+
+# Transformer Engine fuses a norm into the linear layer behind it.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def named_parameters(chunks: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by the names that `weights.layout` has for them."""
+    found = {}
+    for number, chunk in enumerate(chunks):
+        prefix = f"{number}:" if len(chunks) > 1 else ""
+        for name, parameter in chunk.named_parameters():
+            for fused, apart in _FUSED_NORMS.items():
+                name = name.replace(fused, apart)
+            found[prefix + name] = parameter
+    return found
 
 
 @torch.no_grad()
-def load_weights(model: GPTModel, arch: Architecture, placement: Placement, reader: WeightReader) -> None:
+def load_weights(chunks: list[GPTModel], arch: Architecture, placement: Placement, reader: WeightReader) -> None:
     """Fill this rank's parameters, reading only what belongs to them; padding of the vocabulary becomes zero.
 
     Raises:
         CheckpointError: a tensor is missing.
         MappingError: a tensor whose shape does not fit the architecture.
     """
-    parameters = dict(model.named_parameters())
-    stages = placement.pipeline_parallel
-    placed = (*model_mappings(arch, stages), *copies_of_tied_embedding(arch, stages))
-    mapped = {mapping.megatron for mapping in placed if mapping.stage == placement.pipeline_rank}
+    parameters = named_parameters(chunks)
+    # By name alone: a share of the vocabulary may be all padding and have no piece.
+    layout = placement.layout
+    placed = (
+        *model_mappings(arch, layout.pipeline_parallel, layout.virtual_stages),
+        *copies_of_tied_embedding(arch, layout.pipeline_parallel, layout.virtual_stages),
+    )
+    mapped = {layout.name_of(mapping) for mapping in placed if mapping.stage == placement.pipeline_rank}
     if unmapped := set(parameters) - mapped:
         raise MappingError(f"no Hugging Face tensor is mapped to {min(unmapped)}; the family's table lacks it")
     for parameter in parameters.values():
         parameter.zero_()
     shapes = hf_shapes(arch)
-    for piece in learner_pieces(arch, placement.layout, placement.rank):
+    for piece in learner_pieces(arch, layout, placement.rank):
         found = find_tensor(reader, piece.tensor).shape
         if found != shapes[piece.tensor]:
             raise MappingError(f"{piece.tensor} has shape {found}, the configured model needs {shapes[piece.tensor]}")
-        reader.read_into(_place(parameters[piece.parameter], piece), piece.tensor, piece.rows[0], piece.cols[0])
+        target = _place(parameters[piece.parameter], piece)
+        if not target.is_cuda:
+            reader.read_into(target, piece.tensor, piece.rows[0], piece.cols[0])
+            continue
+        row = 0
+        for block in read_blocks(reader, piece.tensor, piece.rows, piece.cols, target.dtype):
+            target[row : row + len(block)].copy_(block)
+            row += len(block)
 
 
 @torch.no_grad()
-def gather_weights(model: GPTModel, arch: Architecture, placement: Placement) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole Hugging Face tensors, one mapping at a time, on rank 0; the other ranks send and yield nothing.
+def gather_weights(
+    chunks: list[GPTModel], arch: Architecture, placement: Placement
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole Hugging Face tensors, one mapping at a time, on rank 0's host; the other ranks send and yield nothing.
 
     Collective: every rank of data-parallel replica 0 must exhaust it. Tensors stay valid only until the next one is
     asked for.
     """
-    if placement.data_rank:
-        return
-    parameters = dict(model.named_parameters())
     layout, shapes = placement.layout, hf_shapes(arch)
+    if placement.rank % (layout.tensor_parallel * layout.data_parallel) >= layout.tensor_parallel:
+        return
+    parameters = named_parameters(chunks)
+    dtype = next(iter(parameters.values())).dtype
     pieces_of = [by_parameter(learner_pieces(arch, layout, rank)) for rank in range(layout.ranks)]
-    for mapping in model_mappings(arch, layout.pipeline_parallel):
-        whole = {}
+    for mapping in model_mappings(arch, layout.pipeline_parallel, layout.virtual_stages):
+        whole, name = {}, layout.name_of(mapping)
         if placement.rank == 0:
-            whole = {name: torch.empty(matrix_shape(shapes[name])) for name in mapping.hf}
+            whole = {tensor: torch.empty(matrix_shape(shapes[tensor]), dtype=dtype) for tensor in mapping.hf}
         first = mapping.stage * layout.tensor_parallel * layout.data_parallel
         for owner in range(first, first + layout.tensor_parallel):
-            pieces = pieces_of[owner].get(mapping.megatron, [])
+            pieces = pieces_of[owner].get(name, [])
             if not pieces or placement.rank not in (0, owner):  # a share of the vocabulary may be all padding
                 continue
-            rows, cols = parameter_shapes(pieces)[mapping.megatron]
-            mine = as_matrix(parameters[mapping.megatron])[:rows] if placement.rank == owner else None
+            rows, cols = parameter_shapes(pieces)[name]
+            mine = as_matrix(parameters[name])[:rows].cpu() if placement.rank == owner else None
             if placement.rank != 0:
-                dist.send(mine, dst=0)
+                dist.send(mine, dst=0, group=placement.control)
                 continue
             if owner != 0:
-                mine = torch.empty(rows, cols)
-                dist.recv(mine, src=owner)
+                mine = torch.empty(rows, cols, dtype=dtype)
+                dist.recv(mine, src=owner, group=placement.control)
             for piece in pieces:
                 whole[piece.tensor][slice(*piece.rows), slice(*piece.cols)] = _place(mine, piece)
-        yield from ((name, tensor.view(shapes[name])) for name, tensor in whole.items())
+        yield from ((tensor, values.view(shapes[tensor])) for tensor, values in whole.items())
 
 
 class RandomWeights:

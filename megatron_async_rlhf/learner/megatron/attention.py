@@ -1,0 +1,83 @@
+"""Causal attention within each packed sequence, without Transformer Engine: torch's own kernels, on any device.
+
+Takes what Transformer Engine's attention takes (`PackedSeqParams` in THD form), so a micro-batch looks the same to
+the model everywhere. Scores are never materialised, and nothing is computed between sequences.
+Shape legend: T tokens of all sequences, A attention heads, K key-value heads, D numbers of a head.
+"""
+
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_async_rlhf.learner.megatron.context import gather_over_context, parts_of_rank
+
+
+class PackedAttention(torch.nn.Module):
+    """The core attention of a Megatron layer spec; has no parameters."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **unused: object,
+    ) -> None:
+        super().__init__()
+        self._scale = softmax_scale
+
+    def forward(
+        self,
+        query_TAD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        attention_mask: None = None,
+        *,
+        packed_seq_params: PackedSeqParams,
+        **unused: object,
+    ) -> torch.Tensor:
+        """[T, A, D]; the mask is in `packed_seq_params`."""
+        ends = packed_seq_params.cu_seqlens_q.tolist()
+        if parallel_state.get_context_parallel_world_size() > 1:
+            return self._attend_in_context(query_TAD, key_TKD, value_TKD, ends)
+        lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        # Neighbours of the same length are one batch: few kernels even for many short sequences.
+        runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+        tokens = [length * count for length, count in runs]
+        attended = [
+            self._attend(*(_batch(part, length) for part in parts), is_causal=True)
+            for (length, _), *parts in zip(
+                runs, query_TAD.split(tokens), key_TKD.split(tokens), value_TKD.split(tokens), strict=True
+            )
+        ]
+        return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in attended])
+
+    def _attend_in_context(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: list[int]):
+        """This rank's queries with the keys of all context-parallel ranks up to each query's own position."""
+        key, value = gather_over_context(key, ends), gather_over_context(value, ends)
+        rank, ranks = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+        parts = parts_of_rank(ends, rank, ranks)
+        attended = []
+        for (start, first, last), part in zip(
+            parts, query.split([last - first for _, first, last in parts]), strict=True
+        ):
+            # True where a query may look: at its own position and before it.
+            seen = torch.ones(last - first, last - start, dtype=torch.bool, device=query.device).tril(first - start)
+            keys, values = (_batch(whole[start:last], last - start) for whole in (key, value))
+            attended.append(self._attend(_batch(part, last - first), keys, values, attn_mask=seen))
+        return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in attended])
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **mask: object) -> torch.Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, scale=self._scale, enable_gqa=grouped, **mask)
+
+
+def _batch(sequences: torch.Tensor, length: int) -> torch.Tensor:
+    """[sequences x length, heads, D] as [sequences, heads, length, D], a view."""
+    return sequences.unflatten(0, (-1, length)).transpose(1, 2)

@@ -1,0 +1,49 @@
+"""Where the processes of a run go."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.launch.plan import ProcessPlan, plan_processes
+
+MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
+
+
+def plan(**sections) -> ProcessPlan:
+    config = RunConfig.model_validate({"model": MODEL} | sections)
+    return plan_processes(config, Path("/runs/x"), context_length=96)
+
+
+def on_gpus(transport: str, learner: dict, generator: dict) -> ProcessPlan:
+    return plan(
+        run={"device": "cuda"}, weights={"transport": transport}, learner={"precision": "bf16"} | learner,
+        generator=generator,
+    )  # fmt: skip
+
+
+def test_learners_come_first_and_every_generator_sees_only_its_own_gpus():
+    made = on_gpus("nccl", {"tensor_parallel": 2, "ranks": 4}, {"replicas": 2, "tensor_parallel": 2})
+    assert [spec.gpus for spec in made.learners] == [[0], [1], [2], [3]]
+    assert [spec.environment["LOCAL_RANK"] for spec in made.learners] == ["0", "1", "2", "3"]
+    assert [spec.gpus for spec in made.generators] == [[4, 5], [6, 7]]
+    assert [spec.environment["CUDA_VISIBLE_DEVICES"] for spec in made.generators] == ["4,5", "6,7"]
+    assert all(not spec.cores for spec in made.processes)
+
+
+def test_ipc_puts_learner_and_generator_on_one_gpu():
+    made = on_gpus("ipc", {}, {"gpu_memory_share": 0.4, "cuda_graphs": False})
+    assert made.learners[0].gpus == made.generators[0].gpus == [0]
+    arguments = made.generators[0].arguments
+    assert arguments[arguments.index("--gpu-memory-utilization") + 1] == "0.4"
+    assert "--enforce-eager" in arguments
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_what_only_one_device_needs(on_cpu: bool):
+    made = plan() if on_cpu else on_gpus("ipc", {}, {})
+    learner, generator = made.learners[0], made.generators[0]
+    assert ("VLLM_CPU_OMP_THREADS_BIND" in generator.environment) == on_cpu
+    assert ("--enforce-eager" in generator.arguments) == on_cpu
+    assert ("CUDA_DEVICE_MAX_CONNECTIONS" in learner.environment) != on_cpu
+    assert bool(learner.cores) == on_cpu
