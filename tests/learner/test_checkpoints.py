@@ -39,7 +39,9 @@ DIVIDED = Layout(data=2, distributed_optimizer=True)
 DIVIDED_GRID = Layout(tensor=2, data=2, distributed_optimizer=True)
 INTERLEAVED = Layout(pipeline=2, virtual_stages=2, reference="swapped")
 LATE = Layout(data=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
-SAVED = [ONE, GRID, DIVIDED, INTERLEAVED, LATE]
+BF16 = Layout(precision="bf16")
+DIVIDED_BF16 = Layout(data=2, distributed_optimizer=True, precision="bf16")
+SAVED = [ONE, GRID, DIVIDED, INTERLEAVED, LATE, BF16, DIVIDED_BF16]
 CHANGES = [
     (GRID, ONE),
     (ONE, GRID),
@@ -48,6 +50,8 @@ CHANGES = [
     (DIVIDED, DIVIDED_GRID),
     (INTERLEAVED, GRID),
     (DIVIDED, INTERLEAVED),
+    (BF16, DIVIDED_BF16),
+    (DIVIDED_BF16, BF16),
 ]
 
 
@@ -151,6 +155,9 @@ def test_another_layout_goes_on_closely(ranks: Ranks, source: Layout, target: La
     before = load_file(ranks.directory / "saved" / str(source) / "2/exported/model.safetensors")
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
+        if tensor.dtype == torch.bfloat16:  # rounded from float32 ones: here and there to the other side
+            assert (ours[name] != tensor).float().mean() <= 0.01, name
+            continue
         gap, moved = (ours[name] - tensor).abs().max(), (tensor - before[name]).abs().max()
         assert gap <= 1e-5 * tensor.abs().max(), name
         assert gap <= 0.02 * moved, name  # what two steps without Adam's state would not keep
@@ -166,7 +173,7 @@ def test_the_weights_in_it_are_those_of_its_version(ranks: Ranks, layout: Layout
     expected = load_file(saved / "exported/model.safetensors")
     assert set(reader.tensors) == set(expected)
     for name, tensor in expected.items():
-        matrix = torch.empty(reader.tensors[name].matrix)
+        matrix = torch.empty(reader.tensors[name].matrix, dtype=tensor.dtype)
         reader.read_into(matrix, name, 0, 0)
         assert torch.equal(matrix.view(tensor.shape), tensor), name
 
