@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 import xxhash
 
-_BLOCK_BYTES = 128 * 1024  # what is not contiguous is copied in blocks that stay in the cache
+# What is not contiguous is copied in blocks: on the host they stay in the cache, from a GPU each is a transfer.
+_BLOCK_BYTES = {"cpu": 128 * 2**10, "cuda": 32 * 2**20}
 
 
 def digest(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bytes:
@@ -18,7 +19,8 @@ def digest(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bytes:
     dtype = dtype or tensor.dtype
     if tensor.is_contiguous() and tensor.dtype == dtype:
         return xxhash.xxh3_128_digest(_bytes_of(tensor))
-    rows = max(1, _BLOCK_BYTES * tensor.shape[0] // max(1, tensor.numel() * dtype.itemsize)) if tensor.ndim else 1
+    block = _BLOCK_BYTES[tensor.device.type]
+    rows = max(1, block * tensor.shape[0] // max(1, tensor.numel() * dtype.itemsize)) if tensor.ndim else 1
     return digest_blocks(block.to(dtype) for block in (tensor.split(rows) if tensor.ndim else (tensor,)))
 
 

@@ -7,6 +7,7 @@ FinishPush:  wait for the thread; all ranks learn whether any failed
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,8 @@ class WeightPush:
         self._transport = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weight-push")
         self._under_way: Future[_Ending] | None = None
+        # Beside the training's stream, so that both go on at once.
+        self._stream = torch.cuda.Stream(placement.device) if placement.device.type == "cuda" else None
 
     def join(self, command: JoinTransfer) -> None:
         """Meet the generators' workers anew, whatever was before.
@@ -78,6 +81,8 @@ class WeightPush:
         weights = self._parameters
         if self._config.weights.snapshot:
             weights = {name: tensor.clone() for name, tensor in weights.items()}
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())  # for the optimizer's step, or the snapshot
         self._under_way = self._thread.submit(self._send, weights, verify)
 
     def wait_until_weights_may_change(self) -> None:
@@ -127,9 +132,12 @@ class WeightPush:
     def _send(self, weights: dict[str, torch.Tensor], verify: bool) -> _Ending:
         start = time.time()
         try:
-            report, error = self._sender.push(weights.__getitem__, verify=verify), None
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                report, error = self._sender.push(weights.__getitem__, verify=verify), None
         except TransferError as failure:
             report, error = None, str(failure)
+        if self._stream is not None:
+            self._stream.synchronize()  # from here on nothing reads the weights
         return _Ending(report, error, start, time.time())
 
     def _leave(self) -> None:
