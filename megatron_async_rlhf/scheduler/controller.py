@@ -9,6 +9,9 @@
 - learning loop: consumes `_ready`, produces policy versions; starts pushing them whenever the generators are between
   batches, trains otherwise, also while a push is under way; waits for either to be possible.
 
+Between two steps the state is small: the version and what waits in `_ready`. When a checkpoint is due the learning loop
+freezes it there and goes on; writing it ends in the background.
+
 Synchronous training is the same two loops with a staleness bound of 0, which leaves them no room to overlap.
 """
 
