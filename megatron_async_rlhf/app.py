@@ -4,6 +4,9 @@
                                               ├─> push version 0 ─> evaluate ─> RL loop ─> evaluate ─> export
     start generators ─────────────────────────┘
 
+A run that goes on from a checkpoint loads it instead of the warm start, pushes its version and is not evaluated before.
+An interrupted run saves a checkpoint instead of the last evaluation.
+
 Started by the supervisor (`launch.local`) or by an `srun` step:
 `python -m megatron_async_rlhf.app --run-dir runs/x --learner tcp://... --generator http://... --transfer host:port`.
 """
@@ -17,17 +20,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from megatron_async_rlhf.checkpoint.directory import describe_weights
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
+from megatron_async_rlhf.checkpoint.run_state import RunState, read_run_state
+from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError, MismatchError
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, StartReinforcement, Stop
+from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, ResumeReinforcement, StartReinforcement, Stop
 from megatron_async_rlhf.prepare import Materials, load_materials
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.stages import evaluate, warm_start
+from megatron_async_rlhf.scheduler.state import BEGINNING
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
@@ -52,8 +59,10 @@ class Job:
         learner: LearnerClient,
         generators: list[VLLMGenerator],
         transfer: tuple[str, int],
+        resumed: RunState | None,
     ) -> None:
         self._config = config
+        self._resumed = resumed
         self._run_dir = run_dir
         self._materials = materials
         self._learner = learner
@@ -61,8 +70,11 @@ class Job:
         self._pool = GeneratorPool(generators)
         elements = elements_held(materials.architecture, config.generator.tensor_parallel) * len(generators)
         held = elements * ITEM_BYTES[config.generator.dtype]
-        self.recorder = Recorder(config, run_dir, EventStream(), bytes_held_by_generators=held)
+        self.recorder = Recorder(
+            config, run_dir, EventStream(), bytes_held_by_generators=held, totals=resumed.totals if resumed else None
+        )
         self._weight_sync = WeightSync(learner, generators, config, transfer)
+        self._saver = CheckpointSaver(config, run_dir, learner, self.recorder, resumed)
         self._controller = Controller(
             config,
             learner=learner,
@@ -71,40 +83,67 @@ class Job:
             reward=materials.reward,
             prompts=PromptOrder(materials.train, config.run.seed),
             recorder=self.recorder,
+            checkpoints=self._saver,
+            state=resumed.controller if resumed else BEGINNING,
         )
-        self.interrupted = False
+        self.cut_short = self._interrupted = False
         self._began = time.time()
 
     async def run(self) -> None:
-        """All stages; an interrupt ends the RL loop early and exports what there is."""
+        """All stages; an interrupt ends the RL loop early, saves and exports what there is."""
         self.recorder.stage("start")
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._start_learner())
             tasks.create_task(self._start_generators())
-        self.recorder.pushed(*await self._weight_sync.push(0))
-        await self._evaluate("before")
+        self.recorder.pushed(*await self._weight_sync.push(self._controller.version))
+        if self._resumed is None:
+            await self._evaluate("before")
         self.recorder.stage("train", steps=self._config.schedule.steps)
         self.recorder.loop_started(startup_s=time.time() - self._began)
         await self._controller.run()
         self.recorder.loop_ended()
-        if not self.interrupted:
+        self.cut_short = self._interrupted  # an interrupt from now on comes too late to change anything
+        if self.cut_short:
+            await self._save()
+        else:
             await self._evaluate("after")
         await self._export()
         await self._learner.execute(Stop())
 
+    async def out_of_time(self) -> None:
+        """As `interrupt`, because `checkpoint.max_run_seconds` are over."""
+        self.recorder.stage(f"checkpoint.max_run_seconds = {self._config.checkpoint.max_run_seconds:g} are over")
+        await self.interrupt()
+
     async def interrupt(self) -> None:
-        """Let the step under way finish, then export and end."""
-        self.interrupted = True
+        """Let the step under way finish, then save, export and end."""
+        self._interrupted = True
         await self._controller.stop()
 
     async def _start_learner(self) -> None:
         await self._learner.execute(Hello())
+        if self._resumed is not None:
+            await self._load(self._resumed.controller.version)
+            return
         solvable = [prompt for prompt in self._materials.train if prompt.index in self._materials.solved]
         if solvable:
             self.recorder.stage("warm start", steps=self._config.warm_start.steps)
             order = PromptOrder(solvable, self._config.run.seed)
             await warm_start(self._config, self._learner, order, self._materials.solved, self.recorder)
         await self._learner.execute(StartReinforcement())
+
+    async def _load(self, version: int) -> None:
+        self.recorder.stage(f"load checkpoint of step {version}")
+        places = RunCheckpoints(self._run_dir)
+        reference = str(places.reference) if has_own_reference(self._config) else None
+        await self._learner.execute(ResumeReinforcement(checkpoint=str(places.path(version)), reference=reference))
+
+    async def _save(self) -> None:
+        state = self._controller.state
+        if not self._saver.is_saved(state.version):
+            self.recorder.stage(f"save checkpoint of step {state.version}")
+            await self._saver.start(state)
+            await self._saver.complete()
 
     async def _start_generators(self) -> None:
         limit = self._config.generator.start_timeout_s
@@ -159,24 +198,28 @@ async def _connected(config: RunConfig, materials: Materials, learner_address: s
             await generator.close()
 
 
-async def run_job(run_dir: Path, learner_address: str, urls: list[str], transfer: tuple[str, int]) -> int:
+async def run_job(
+    run_dir: Path, learner_address: str, urls: list[str], transfer: tuple[str, int], resume_from: int | None
+) -> int:
     """Run the whole job; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
     materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
+    resumed = None if resume_from is None else read_run_state(RunCheckpoints(run_dir).path(resume_from))
     async with _connected(config, materials, learner_address, urls) as (learner, generators):
-        job = Job(config, run_dir, materials, learner, generators, transfer)
+        job = Job(config, run_dir, materials, learner, generators, transfer, resumed)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, lambda: loop.create_task(job.interrupt()))
+        if config.checkpoint.max_run_seconds is not None:
+            loop.call_later(config.checkpoint.max_run_seconds, lambda: loop.create_task(job.out_of_time()))
         try:
             await job.run()
         except BaseExceptionGroup as group:
             return _fail(job, _first_cause(group))
         except (AsyncRLHFError, OSError) as error:
             return _fail(job, error)
-        status = "interrupted" if job.interrupted else "completed"
-        job.recorder.close(status, None)
-        return EXIT_INTERRUPTED if job.interrupted else 0
+        job.recorder.close("interrupted" if job.cut_short else "completed", None)
+        return EXIT_INTERRUPTED if job.cut_short else 0
 
 
 def _fail(job: Job, error: BaseException) -> int:
@@ -207,10 +250,12 @@ def main() -> None:
     parser.add_argument("--learner", required=True, help="ZeroMQ address of learner rank 0")
     parser.add_argument("--generator", action="append", required=True, help="URL of a generator; repeat for more")
     parser.add_argument("--transfer", required=True, help="host:port learner rank 0 meets the generators on")
+    parser.add_argument("--resume-from", type=int, help="policy version of the checkpoint to go on from")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     host, _, port = arguments.transfer.rpartition(":")
-    raise SystemExit(asyncio.run(run_job(arguments.run_dir, arguments.learner, arguments.generator, (host, int(port)))))
+    job = run_job(arguments.run_dir, arguments.learner, arguments.generator, (host, int(port)), arguments.resume_from)
+    raise SystemExit(asyncio.run(job))
 
 
 if __name__ == "__main__":

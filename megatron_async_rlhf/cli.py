@@ -10,6 +10,7 @@ import typer
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -63,6 +64,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print plan and estimate, start nothing.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the last checkpoint in run.dir; from the beginning if there is none."
+        ),
+    ] = False,
 ) -> None:
     """Run the whole RLHF job on this machine.
 
@@ -71,24 +78,37 @@ def train(
     from megatron_async_rlhf.estimate.report import refuse_too_large
     from megatron_async_rlhf.launch.abilities import check_device
     from megatron_async_rlhf.launch.plan import plan_processes
-    from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory
+    from megatron_async_rlhf.launch.resume import find_resumption
+    from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory, reopen_run_directory
     from megatron_async_rlhf.prepare import load_materials, make_model_template
 
     resolved = load_config(config, set)
     check_writable(resolved)
+    run_dir, version = resolved.run.path.absolute(), None
+    if resume:
+        resumption = find_resumption(resolved)
+        typer.echo(resumption.note)
+        if resumption.finished:
+            return
+        version = resumption.version
     if dry_run:
         _print_plan(resolved)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        template = Path(scratch) / "model"
-        make_model_template(resolved, template)
+        template = Path(scratch) / "model" if version is None else run_dir / POLICY_TEMPLATE_DIR
+        if version is None:
+            make_model_template(resolved, template)
         architecture = load_materials(resolved, template).architecture
         refuse_too_large(resolved, architecture)
-        plan = plan_processes(resolved, resolved.run.path.absolute(), architecture.context_length)
+        plan = plan_processes(resolved, run_dir, architecture.context_length, version)
         if resolved.run.device == "cuda":
-            (template.parent / "config.yaml").write_text(dump_config(resolved))
-            check_device(template.parent / "config.yaml")
-        run_dir, aside = create_run_directory(resolved, template)
+            (Path(scratch) / "config.yaml").write_text(dump_config(resolved))
+            check_device(Path(scratch) / "config.yaml")
+        aside = None
+        if version is None:
+            run_dir, aside = create_run_directory(resolved, template)
+        else:
+            reopen_run_directory(resolved, version)
     if aside is not None:
         typer.echo(f"an earlier run is now in {aside}")
 

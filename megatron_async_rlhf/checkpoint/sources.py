@@ -4,11 +4,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_async_rlhf.checkpoint.directory import HF_DIR, hf_files_of, is_checkpoint
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.weights import CheckpointWeights
 from megatron_async_rlhf.config.architecture import Architecture, architecture_of_hf
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
 from megatron_async_rlhf.generator.vllm.live_weights import LiveWeights
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, RESOLVED_CONFIG
+from megatron_async_rlhf.telemetry.summary import read_summary
 from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
 from megatron_async_rlhf.weights.stored import WeightReader
@@ -18,15 +20,21 @@ from megatron_async_rlhf.weights.verify import StoredWeights, WeightHolder
 def resolve(path: Path) -> Path:
     """The directory with the weights: `path`, or the last policy of the run that `path` is.
 
+    That is what a completed run exported; of any other run the newest checkpoint, or its export if it has none.
+
     Raises:
-        CheckpointError: it is no directory, or a run without a finished policy.
+        CheckpointError: it is no directory, or a run that has saved nothing.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory")
     if not (path / RESOLVED_CONFIG).is_file():
         return path
+    places = RunCheckpoints(path)
+    versions = places.versions()
+    if versions and read_summary(path).get("status") != "completed":
+        return places.path(versions[-1])
     if not (path / EXPORT_DIR).is_dir():
-        raise CheckpointError(f"{path} is a run without {EXPORT_DIR}: it has not finished")
+        raise CheckpointError(f"{path} is a run without {EXPORT_DIR} and without a checkpoint: it has not got that far")
     return path / EXPORT_DIR
 
 

@@ -5,6 +5,7 @@ from pydantic import Field, model_validator
 from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
 from megatron_async_rlhf.config.sections import (
     AlgorithmSection,
+    CheckpointSection,
     DataSection,
     GeneratorSection,
     LaunchSection,
@@ -33,6 +34,7 @@ class RunConfig(Section):
     data: DataSection = Field(default_factory=DataSection)
     reward: RewardSection = Field(default_factory=RewardSection)
     weights: WeightsSection = Field(default_factory=WeightsSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
 

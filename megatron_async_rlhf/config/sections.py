@@ -244,6 +244,31 @@ class WeightsSection(Section):
         return self.staging_mib * 2**20
 
 
+class CheckpointSection(Section):
+    """What is saved on the way, for `train --resume`. A run that is cut short saves where it is, whatever is set here."""
+
+    every_steps: PositiveInt | None = None  # default: only when the run is cut short
+    keep_last: PositiveInt | None = 2  # so many of the newest; null keeps all
+    keep_best: str | None = (
+        None  # a metric of metrics.jsonl: keep the one, too, whose steps since the last had the best mean
+    )
+    best: Literal["highest", "lowest"] = "highest"  # which value of keep_best is
+    async_save: bool = True  # write from a copy in host memory while training goes on
+    max_run_seconds: PositiveFloat | None = None  # of wall clock: then finish the step, save and end as interrupted
+    timeout_s: PositiveFloat = 600.0  # from the copy to the last file
+
+    @model_validator(mode="after")
+    def check_keep_best(self) -> "CheckpointSection":
+        if self.keep_best is not None and (self.every_steps is None or self.keep_last is None):
+            raise ValueError(
+                f"checkpoint.keep_best = {self.keep_best} chooses among checkpoints: set checkpoint.every_steps and "
+                "checkpoint.keep_last"
+            )
+        if self.best == "lowest" and self.keep_best is None:
+            raise ValueError("checkpoint.best = lowest needs checkpoint.keep_best")
+        return self
+
+
 class WandbKeys(Section):
     """Weights & Biases; `offline` writes into the run directory only."""
 
@@ -271,4 +296,4 @@ class LaunchSection(Section):
     memory_check: bool = True  # refuse to start on GPUs if the estimate is clearly above gpu_memory_gib
     pin_cores: bool = True  # a core per learner rank and generator worker, shared only when there are too few
     shutdown_grace_s: PositiveFloat = 10.0  # between SIGTERM and SIGKILL
-    interrupt_grace_s: PositiveFloat = 120.0  # after Ctrl-C, for the step under way and the export
+    interrupt_grace_s: PositiveFloat = 120.0  # after Ctrl-C, for the step under way, the checkpoint and the export

@@ -40,6 +40,8 @@ class Display:
                 self._state["stage"] = f"step {event['step']}/{event['steps']}"
                 self._state["last step"] = _step_line(event)
                 self._plain(f"step {event['step']}/{event['steps']}  {_step_line(event)}")
+            case {"event": "checkpoint", "version": version}:
+                self.note(f"checkpoint of step {version} is complete")
             case {"event": "evaluated", "when": when, "metrics": metrics}:
                 self.note(f"held-out {when}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         if self._live:

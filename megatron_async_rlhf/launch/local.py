@@ -2,7 +2,7 @@
 
     start all ─> watch ──┬─ controller ends with 0 ───────────────> completed
                          ├─ any process dies ──> end the others ──> failed, naming it and its last log lines
-                         └─ Ctrl-C ──> controller finishes its step and exports ──> interrupted
+                         └─ Ctrl-C ──> controller finishes its step, saves and exports ──> interrupted
 
 The supervisor never talks to learner or generators; it owns only their lives. The controller's events come
 through its standard output.
@@ -88,11 +88,11 @@ class Supervisor:
             if self._interrupts > asked:
                 asked = self._interrupts
                 if asked > 1:
-                    return "interrupted", "interrupted twice: ended without exporting the policy", []
+                    return "interrupted", "interrupted twice: ended without saving", []
                 self._display.note("interrupted: finishing the step under way (press again to end at once)")
                 self._controller.signal(signal.SIGTERM)
                 deadline = time.monotonic() + self._config.launch.interrupt_grace_s
-            if asked and self._controller.returncode == EXIT_INTERRUPTED:
+            if self._controller.returncode == EXIT_INTERRUPTED:  # it was asked to, or knew when to stop
                 return "interrupted", None, []
             if deadline and time.monotonic() > deadline:
                 return (

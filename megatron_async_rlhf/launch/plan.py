@@ -39,8 +39,13 @@ class ProcessPlan(Struct, frozen=True, kw_only=True):
         return [*self.generators, *self.learners, self.controller]
 
 
-def plan_processes(config: RunConfig, run_dir: Path, context_length: int) -> ProcessPlan:
+def plan_processes(
+    config: RunConfig, run_dir: Path, context_length: int, resume_from: int | None = None
+) -> ProcessPlan:
     """Place learner ranks, generators and controller on this machine's cores or GPUs, and on free ports.
+
+    Args:
+        resume_from: policy version of the checkpoint to go on from.
 
     Raises:
         ConfigError: a configured port is in use.
@@ -69,20 +74,20 @@ def plan_processes(config: RunConfig, run_dir: Path, context_length: int) -> Pro
         )
         for i, (port, share) in enumerate(zip(generator_ports, shares, strict=True))
     ]
-    urls = [argument for port in generator_ports for argument in ("--generator", f"http://{_HOST}:{port}")]
-    controller = ProcessSpec(
-        name="controller",
-        arguments=[
-            *(sys.executable, "-m", "megatron_async_rlhf.app"),
-            *("--run-dir", str(run_dir)),
-            *("--learner", f"tcp://{_HOST}:{command}"),
-            *urls,
-            *("--transfer", f"{_HOST}:{transfer}"),
-        ],
-        environment={"OMP_NUM_THREADS": "1"},
-        cores=[],
+    addresses = [
+        *("--learner", f"tcp://{_HOST}:{command}"),
+        *(argument for port in generator_ports for argument in ("--generator", f"http://{_HOST}:{port}")),
+        *("--transfer", f"{_HOST}:{transfer}"),
+    ]
+    return ProcessPlan(
+        learners=learners, generators=generators, controller=_controller(run_dir, addresses, resume_from)
     )
-    return ProcessPlan(learners=learners, generators=generators, controller=controller)
+
+
+def _controller(run_dir: Path, addresses: list[str], resume_from: int | None) -> ProcessSpec:
+    resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
+    command = [sys.executable, "-m", "megatron_async_rlhf.app", "--run-dir", str(run_dir), *addresses, *resume]
+    return ProcessSpec(name="controller", arguments=command, environment={"OMP_NUM_THREADS": "1"}, cores=[])
 
 
 def _learner(config: RunConfig, run_dir: Path, rank: int, device: int, *, rendezvous: int, command: int) -> ProcessSpec:

@@ -1,13 +1,18 @@
-"""Makes the directory of a run; an earlier run found there is set aside, never overwritten."""
+"""Makes the directory of a run; an earlier run found there is set aside, never overwritten, or gone on with."""
 
+import json
+import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
+from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, SAMPLES
 
 
 def create_run_directory(config: RunConfig, template: Path) -> tuple[Path, Path | None]:
@@ -27,6 +32,24 @@ def create_run_directory(config: RunConfig, template: Path) -> tuple[Path, Path 
     return directory, aside
 
 
+def reopen_run_directory(config: RunConfig, version: int) -> Path:
+    """The directory of a run that goes on from the checkpoint of `version`: what came after that is cut off.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
+    directory = config.run.path.absolute()
+    try:
+        RunCheckpoints(directory).remove_leftovers()
+        _keep_lines(directory / METRICS, lambda line: line["step"] < version)
+        _keep_lines(directory / SAMPLES, lambda line: line["step"] < version)
+        _keep_lines(directory / EVALUATIONS, lambda line: line["when"] == "before")
+        _replace(directory / RESOLVED_CONFIG, dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
+    return directory
+
+
 def check_writable(config: RunConfig) -> None:
     """Find out early, leaving nothing behind.
 
@@ -42,6 +65,25 @@ def check_writable(config: RunConfig) -> None:
         raise ConfigError(
             f"run.dir = {config.run.path}: {parent} cannot be written ({error.strerror or error})"
         ) from None
+
+
+def _keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if is_kept(json.loads(line)):
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # the process was killed in the middle of it
+    _replace(path, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def _set_aside(directory: Path) -> Path | None:

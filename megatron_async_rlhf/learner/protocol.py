@@ -33,6 +33,18 @@ class StartReinforcement(Command, frozen=True, kw_only=True, tag=True):
     """Copies the policy into the reference model and starts a fresh optimizer: policy version 0."""
 
 
+class ResumeReinforcement(Command, frozen=True, kw_only=True, tag=True):
+    """Instead of StartReinforcement: goes on from a checkpoint, at its policy version.
+
+    Attributes:
+        checkpoint: directory that SaveCheckpoint wrote, in whatever layout.
+        reference: directory with the reference policy's weights; None: the policy this learner was built with.
+    """
+
+    checkpoint: str
+    reference: str | None
+
+
 class TrainPreferences(Command, frozen=True, kw_only=True, tag=True):
     """One optimizer step of online DPO: policy version `version` becomes `version + 1`.
 
@@ -76,6 +88,24 @@ class FinishPush(Command, frozen=True, kw_only=True, tag=True):
     """Wait for the push under way; the answer carries its report."""
 
 
+class SaveCheckpoint(Command, frozen=True, kw_only=True, tag=True):
+    """Start writing all that training needs to go on; answered as soon as training may go on.
+
+    Attributes:
+        checkpoint: directory to write into, made if need be.
+        reference: directory for the reference policy's weights, if they are to be written too.
+        snapshot: write from a copy; without it no weight may change before the save is finished.
+    """
+
+    checkpoint: str
+    reference: str | None
+    snapshot: bool
+
+
+class FinishCheckpoint(Command, frozen=True, kw_only=True, tag=True):
+    """Ask for the end of the save under way; never waits for it. The answer's `saved` says whether it is complete."""
+
+
 class ExportWeights(Command, frozen=True, kw_only=True, tag=True):
     """Write the policy as Hugging Face safetensors into `directory` (config and tokenizer are already there)."""
 
@@ -90,11 +120,14 @@ AnyCommand = (
     Hello
     | TrainSupervised
     | StartReinforcement
+    | ResumeReinforcement
     | TrainPreferences
     | Score
     | JoinTransfer
     | PushWeights
     | FinishPush
+    | SaveCheckpoint
+    | FinishCheckpoint
     | ExportWeights
     | Stop
 )
@@ -110,6 +143,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     # of each sequence's completion tokens, in the command's order, before any update the command made
     logprobs: list[list[float]] = []
     push: PushReport | None = None
+    saved: bool = False
     spans: list[Span] = []
 
 

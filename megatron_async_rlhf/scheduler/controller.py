@@ -9,6 +9,9 @@
 - learning loop: consumes `_ready`, produces policy versions; starts pushing them whenever the generators are between
   batches, trains otherwise, also while a push is under way; waits for either to be possible.
 
+Between two steps the state is small: the version and what waits in `_ready`. When a checkpoint is due the learning loop
+freezes it there and goes on; writing it ends in the background.
+
 Synchronous training is the same two loops with a staleness bound of 0, which leaves them no room to overlap.
 """
 
@@ -18,8 +21,6 @@ from collections import deque
 from collections.abc import Callable
 from statistics import fmean
 
-from msgspec import Struct
-
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import NonFiniteLossError
@@ -28,23 +29,16 @@ from megatron_async_rlhf.learner.protocol import Learner, TrainPreferences
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.pacing import Pacer
 from megatron_async_rlhf.scheduler.pool import GeneratorPool, request_seed
-from megatron_async_rlhf.scheduler.scoring import ScoredBatch, logprob_gaps, make_pairs, score_batch
+from megatron_async_rlhf.scheduler.scoring import logprob_gaps, make_pairs, score_batch
+from megatron_async_rlhf.scheduler.state import BEGINNING, Checkpoints, ControllerState, ReadyBatch
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.files import FAILED_BATCH
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Span
 
 
-class ReadyBatch(Struct, frozen=True, kw_only=True):
-    """A scored batch waiting for the learner; `generate_s` is how long the generators were at it."""
-
-    index: int
-    scored: ScoredBatch
-    generate_s: float
-
-
 class Controller:
-    """Runs `schedule.steps` optimizer steps on generators that already hold version 0."""
+    """Runs up to `schedule.steps` optimizer steps on generators that already hold the version of `state`."""
 
     def __init__(
         self,
@@ -56,6 +50,8 @@ class Controller:
         reward: Reward,
         prompts: PromptOrder,
         recorder: Recorder,
+        checkpoints: Checkpoints,
+        state: ControllerState = BEGINNING,
     ) -> None:
         self._config = config
         self._learner = learner
@@ -64,8 +60,12 @@ class Controller:
         self._reward = reward
         self._prompts = prompts
         self._recorder = recorder
-        self._pacer = Pacer(config.schedule.staleness_bound)
-        self._ready: deque[ReadyBatch] = deque()
+        self._checkpoints = checkpoints
+        self._pacer = Pacer(config.schedule.staleness_bound, state.version)
+        self._ready: deque[ReadyBatch] = deque(state.ready)
+        self._first_batch = state.next_batch
+        self._push: asyncio.Task | None = None
+        self._save: asyncio.Task | None = None
         self._changed = asyncio.Condition()
         self._stopping = False
 
@@ -90,9 +90,14 @@ class Controller:
     def version(self) -> int:
         return self._pacer.trained
 
+    @property
+    def state(self) -> ControllerState:
+        """What another controller can go on from; between steps, or after `run`."""
+        return ControllerState(version=self._pacer.trained, ready=list(self._ready))
+
     async def _generation_loop(self) -> None:
         """Consumes prompts, produces `_ready`; waits for pacing; unblocked by pushes."""
-        for batch in range(self._config.schedule.steps):
+        for batch in range(self._first_batch, self._config.schedule.steps):
             await self._wait_until(lambda batch=batch: self._pacer.may_submit(batch))
             self._pacer.generating = True
             ready = await self._generate(batch)
@@ -111,6 +116,8 @@ class Controller:
                 continue
             self._pacer.learner_busy = True
             await self._train(self._ready.popleft())
+            if self._checkpoints.is_due(self.version):
+                await self._start_save()
             self._pacer.learner_busy = False
             await self._notify()
 
@@ -177,6 +184,17 @@ class Controller:
             metrics |= {"logprob_gap/mean_abs": fmean(gaps), "logprob_gap/max_abs": max(gaps)}
         self._recorder.step(version, metrics)
         self._recorder.samples(version, groups)
+        self._checkpoints.observe(metrics)
+
+    async def _start_save(self) -> None:
+        """Freeze the state after a step; its files are written while the loop goes on."""
+        for before in (self._push, self._save):  # what the totals should have in them, and the save before
+            if before is not None:
+                await before
+        await self._checkpoints.start(self.state)
+        self._save = self._tasks.create_task(self._checkpoints.complete())
+        if not self._config.checkpoint.async_save:
+            await self._save
 
     async def _start_push(self) -> None:
         """The learner has begun to send when this returns, so that a training command finds it at the next version."""
@@ -184,7 +202,7 @@ class Controller:
         self._pacer.pushing = True
         self._recorder.activity("learner", f"push {version}")
         await self._weight_sync.start(version)
-        self._tasks.create_task(self._finish_push(version))
+        self._push = self._tasks.create_task(self._finish_push(version))
 
     async def _finish_push(self, version: int) -> None:
         await self._weight_sync.arrived()

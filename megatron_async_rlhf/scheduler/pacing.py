@@ -18,10 +18,10 @@ from megatron_async_rlhf.errors import StaleSampleError
 class Pacer:
     """State of the schedule. Weights change hands only while no batch is being generated."""
 
-    def __init__(self, bound: int) -> None:
+    def __init__(self, bound: int, version: int = 0) -> None:
         self.bound = bound
-        self.trained = 0  # policy version the learner is at
-        self.pushed = 0  # policy version the generators hold
+        self.trained = version  # policy version the learner is at
+        self.pushed = version  # policy version the generators hold
         self.generating = False
         self.pushing = False
         self.learner_busy = False

@@ -24,7 +24,16 @@ _log = logging.getLogger(__name__)
 class Recorder:
     """One per run, in the controller. Every line is on disk as soon as it is known."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, events: EventStream, *, bytes_held_by_generators: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        events: EventStream,
+        *,
+        bytes_held_by_generators: int,
+        totals: RunTotals | None = None,
+    ) -> None:
+        """`totals`: of the run so far, if this one goes on with it."""
         self._config = config
         self._dir = run_dir
         self._events = events
@@ -34,7 +43,7 @@ class Recorder:
         self._wandb = WandbLog(config, run_dir)
         self._spans: list[Span] = []
         self._loop_start: float | None = None
-        self.totals = RunTotals(
+        self.totals = totals or RunTotals(
             mode=config.schedule.mode,
             algorithm=config.algorithm.type,
             staleness_bound=config.schedule.staleness_bound,
@@ -55,9 +64,9 @@ class Recorder:
         self._wandb.log({"warm_start/loss": values["loss"], "warm_start/step": step})
 
     def loop_started(self, startup_s: float) -> None:
-        """The RL loop begins: its wall clock starts."""
-        self.totals.startup_s = startup_s
-        self._loop_start = time.time()
+        """The RL loop begins: its wall clock starts, or goes on."""
+        self.totals.startup_s += startup_s
+        self._loop_start = time.time() - self.totals.wall_s
 
     def loop_ended(self) -> None:
         if self._loop_start is not None:
@@ -152,6 +161,11 @@ class Recorder:
         self.totals.digests_compared += report.compared
         self.totals.pushes_verified += report.compared > 0
         self._spans += spans
+
+    def saved(self, version: int, spans: Sequence[Span]) -> None:
+        """The checkpoint of a policy version is complete."""
+        self._spans += spans
+        self._events.emit("checkpoint", version=version)
 
     def logprob_gaps(self, gaps: Sequence[float]) -> None:
         """|learner - sampler| of tokens both computed under the same version."""

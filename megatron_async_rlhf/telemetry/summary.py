@@ -1,11 +1,15 @@
 """The numbers of `summary.json`: counted as the run goes, the same keys for every run and every outcome."""
 
+import json
 import sys
 from collections import Counter
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, field, to_builtins
+
+from megatron_async_rlhf.telemetry.files import SUMMARY
 
 _PACKAGES = (
     "megatron-async-rlhf",
@@ -110,6 +114,15 @@ class RunTotals(Struct):
             "eval": to_builtins(self.evaluation),
             "versions": installed_versions(),
         }
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """A run's `summary.json`; empty if there is none yet, or not a whole one."""
+    try:
+        summary = json.loads((run_dir / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def installed_versions() -> dict[str, str]:

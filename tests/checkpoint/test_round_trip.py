@@ -127,7 +127,7 @@ def test_a_run_directory_stands_for_its_last_policy(make_model, tmp_path: Path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("")
-    with pytest.raises(CheckpointError, match="it has not finished"):
+    with pytest.raises(CheckpointError, match="without a checkpoint: it has not got that far"):
         export_hf(run, tmp_path / "exported", dtype=None)
     (run / "checkpoints").mkdir()
     model.directory.rename(run / "checkpoints/final")

@@ -17,10 +17,10 @@ TIMEOUT_S = 240
 class Run:
     """One `async-rlhf train` in a directory of its own."""
 
-    def __init__(self, directory: Path, *overrides: str) -> None:
+    def __init__(self, directory: Path, *overrides: str, flags: tuple[str, ...] = ()) -> None:
         self.directory = directory
         settings = [f"run.dir={directory}", *overrides]
-        command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(CONFIG)]
+        command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(CONFIG), *flags]
         for setting in settings:
             command += ["-s", setting]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -54,8 +54,12 @@ def start(tmp_path: Path):
     """Starts runs and makes sure none outlives the test."""
     runs: list[Run] = []
 
-    def start(*overrides: str) -> Run:
-        runs.append(Run(tmp_path / f"run{len(runs)}", *overrides))
+    def start(*overrides: str, resume: Path | None = None) -> Run:
+        """`resume`: the run directory to go on in."""
+        if resume is not None:
+            runs.append(Run(resume, *overrides, flags=("--resume",)))
+        else:
+            runs.append(Run(tmp_path / f"run{len(runs)}", *overrides))
         return runs[-1]
 
     yield start

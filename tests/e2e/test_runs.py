@@ -69,16 +69,3 @@ def assert_export_answers_like_the_generators(run):
             pad_token_id=tokenizer.pad_token_id,
         )[0, prompt.shape[1] :].tolist()
         assert answer == line["token_ids"]
-
-
-@pytest.mark.slow
-def test_an_interrupt_keeps_the_run_so_far(start):
-    run = start("schedule.steps=500")
-    run.wait_for_step(2)
-    run.process.send_signal(2)
-    output = run.wait()
-    assert run.process.returncode == 130, output
-    summary = run.summary()
-    assert summary["status"] == "interrupted"
-    assert 2 <= summary["steps"] == len(run.lines("metrics.jsonl")) < 500
-    AutoModelForCausalLM.from_pretrained(run.directory / "checkpoints/final")

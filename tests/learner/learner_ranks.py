@@ -51,6 +51,7 @@ class Layout:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     reference: str = "resident"
+    precision: str = "fp32"
 
     @property
     def ranks(self) -> int:
@@ -68,13 +69,14 @@ class Layout:
             "overlap_param_gather": self.overlap_param_gather,
             "reference": self.reference,
             "context_parallel": self.context,
+            "precision": self.precision,
         }
 
     def __str__(self) -> str:
         flags = [
             name if value is True else f"{name}_{value}"
             for name, value in self.keys.items()
-            if value not in (False, "none", "resident", 1) or value is True
+            if value not in (False, "none", "resident", "fp32", 1) or value is True
         ]
         return "-".join([f"tp{self.tensor}", f"pp{self.pipeline}", f"dp{self.data}", *flags])
 

@@ -242,4 +242,5 @@ def main() -> int:
     return next((1 for _ in range(ranks) if os.wait()[1]), 0)
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,25 +2,30 @@
 
 import asyncio
 import random
+from pathlib import Path
 
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     Command,
+    FinishCheckpoint,
     FinishPush,
     JoinTransfer,
     PushReport,
     PushWeights,
+    SaveCheckpoint,
     TrainPreferences,
 )
 from megatron_async_rlhf.types import Completion, StepMetrics
 
 
 class FakeLearner:
-    """Every step takes a random time; the loss is 1."""
+    """Every step takes a random time; the loss is 1. A checkpoint takes `polls` questions after it until it is there."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self.version = 0
+    def __init__(self, rng: random.Random, version: int = 0, polls: int = 1) -> None:
+        self.version = version
+        self._polls = polls
+        self._asked = 0
         self.commands: list[Command] = []
         self._rng = rng
 
@@ -36,6 +41,14 @@ class FakeLearner:
                 return Answer(id=0)
             case FinishPush():
                 return Answer(id=0, push=PushReport(wire_bytes=8, compared=1 if self._verify else 0))
+            case SaveCheckpoint():
+                self._asked = 0
+                for directory in filter(None, (command.checkpoint, command.reference)):
+                    Path(directory).mkdir(parents=True)
+                return Answer(id=0)
+            case FinishCheckpoint():
+                self._asked += 1
+                return Answer(id=0, saved=self._asked > self._polls)
         assert isinstance(command, TrainPreferences)
         assert command.version == self.version
         self.version += 1
@@ -51,9 +64,9 @@ class FakeGenerator:
 
     tensor_parallel = 1
 
-    def __init__(self, name: str, rng: random.Random) -> None:
+    def __init__(self, name: str, rng: random.Random, version: int = 0) -> None:
         self.name = name
-        self.version = 0
+        self.version = version
         self.sampling = 0
         self.seeds: list[int] = []
         self._rng = rng

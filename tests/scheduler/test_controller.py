@@ -1,71 +1,12 @@
 import asyncio
-import io
 import json
-import random
 
 import pytest
-from scheduler_fakes import FakeGenerator, FakeLearner
+from controller_rig import Rig
 
-from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import GeneratorError, NonFiniteLossError, StaleSampleError
-from megatron_async_rlhf.learner.protocol import PushWeights, TrainPreferences
-from megatron_async_rlhf.rewards.base import Score
-from megatron_async_rlhf.scheduler.controller import Controller
+from megatron_async_rlhf.learner.protocol import TrainPreferences
 from megatron_async_rlhf.scheduler.pacing import Pacer
-from megatron_async_rlhf.scheduler.pool import GeneratorPool
-from megatron_async_rlhf.scheduler.weight_sync import WeightSync
-from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.recorder import Recorder
-from megatron_async_rlhf.types import Prompt
-
-SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
-
-
-class LengthReward:
-    """The longer the better."""
-
-    def check(self, prompt):
-        pass
-
-    def score(self, prompt, completion):
-        return Score(reward=float(len(completion.token_ids)), metrics={})
-
-
-class Rig:
-    """A controller with fakes around it."""
-
-    def __init__(self, directory, *, seed=0, replicas=1, **schedule):
-        rng = random.Random(seed)
-        self.config = RunConfig.model_validate(
-            {"model": SHAPE, "schedule": {"steps": 6, "prompts_per_step": 3, **schedule}, "run": {"seed": seed}}
-        )
-        self.learner = FakeLearner(rng)
-        self.generators = [FakeGenerator(f"generator.{i}", rng) for i in range(replicas)]
-        self.recorder = Recorder(self.config, directory, EventStream(io.StringIO()), bytes_held_by_generators=8)
-        prompts = [Prompt(index=i, text=str(i), token_ids=[1, 2], reference={}) for i in range(20)]
-        self.controller = Controller(
-            self.config,
-            learner=self.learner,
-            pool=GeneratorPool(self.generators),
-            weight_sync=WeightSync(self.learner, self.generators, self.config, ("127.0.0.1", 1)),
-            reward=LengthReward(),
-            prompts=PromptOrder(prompts, seed),
-            recorder=self.recorder,
-        )
-
-    def run(self):
-        async def bounded():
-            async with asyncio.timeout(20):
-                await self.controller.run()
-
-        asyncio.run(bounded())
-        self.recorder.close("completed", None)
-
-    def order(self):
-        """What the learner did: a version for each training step, `p` and a version for each push."""
-        names = {TrainPreferences: "", PushWeights: "p"}
-        return [f"{names[type(c)]}{c.version}" for c in self.learner.commands if type(c) in names]
 
 
 def lines(directory):

@@ -4,19 +4,23 @@ All ranks run the same methods in the same order; what differs by rank is decide
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 
 from megatron_async_rlhf.algorithms.online_dpo import online_dpo_loss
 from megatron_async_rlhf.algorithms.supervised import supervised_loss
 from megatron_async_rlhf.checkpoint.sources import open_weights
+from megatron_async_rlhf.checkpoint.weights import CheckpointWeights
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.devices import known_peak
 from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError
 from megatron_async_rlhf.learner.flops import forward_flops
+from megatron_async_rlhf.learner.megatron.background_save import BackgroundSave
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
 from megatron_async_rlhf.learner.megatron.data_parallel import ReplicatedPolicy
 from megatron_async_rlhf.learner.megatron.model import build_model
@@ -24,15 +28,24 @@ from megatron_async_rlhf.learner.megatron.optimizer import build_optimizer
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.reference import Reference, ResidentReference, SwappedReference
 from megatron_async_rlhf.learner.megatron.steps import MicroLoss, Passes, gather_policy_logprobs
+from megatron_async_rlhf.learner.megatron.training_state import (
+    load_training_state,
+    on_host,
+    training_state,
+    weights_state,
+)
 from megatron_async_rlhf.learner.megatron.weight_push import WeightPush
 from megatron_async_rlhf.learner.megatron.weights import RandomWeights, gather_weights, load_weights, named_parameters
 from megatron_async_rlhf.learner.meter import Meter
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     ExportWeights,
+    FinishCheckpoint,
     FinishPush,
     JoinTransfer,
     PushWeights,
+    ResumeReinforcement,
+    SaveCheckpoint,
     Score,
     TrainPreferences,
     TrainSupervised,
@@ -60,6 +73,7 @@ class MegatronLearner:
         self._peak_flops = _peak_flops(config)
         # After the wrapper, which moves the parameters into its own buffer if it shards the optimizer.
         self._push = WeightPush(config, arch, placement, named_parameters(self.chunks))
+        self._save = BackgroundSave(placement)
         self._passes = Passes(placement, vocab_size=arch.vocab_size, temperature=config.generator.temperature)
         # The warm start imitates text; only RL sees the policy through the sampling temperature.
         self._warm_start_passes = Passes(placement, vocab_size=arch.vocab_size, temperature=1.0)
@@ -84,13 +98,38 @@ class MegatronLearner:
     def start_reinforcement(self) -> None:
         """Freeze a copy of the policy as the reference; begin RL with a fresh optimizer at version 0."""
         self.gather_parameters()
-        learner = self.config.learner
-        if learner.reference == "swapped":
-            self._reference = SwappedReference(self.chunks)
-        else:
-            self._reference = ResidentReference(build_model(self.arch, self.placement, learner), self.chunks)
-        self._optimizer, self._scheduler = build_optimizer(self._policy, learner, learner, self.config.schedule.steps)
+        self._begin_reinforcement()
         self.version = 0
+
+    def resume_reinforcement(self, command: ResumeReinforcement) -> Answer:
+        """Go on from a checkpoint: its version, weights and optimizer state, the reference it was trained against."""
+        if command.reference is not None:
+            reader = CheckpointWeights(Path(command.reference), self.arch)
+            load_weights(self.chunks, self.arch, self.placement, reader)
+        self._begin_reinforcement()
+        self.version = load_training_state(Path(command.checkpoint), self.chunks, self._optimizer, self._scheduler)
+        return self._answer(command.id)
+
+    def save_checkpoint(self, command: SaveCheckpoint) -> Answer:
+        """Start writing a checkpoint, and the reference policy if it is asked for."""
+        with self._meter.span("start checkpoint"):
+            self.gather_parameters()
+            states = {}
+            if command.reference is not None:
+                with self._reference_chunks() as chunks:
+                    states[Path(command.reference)] = on_host(weights_state(chunks))
+            states[Path(command.checkpoint)] = training_state(
+                self.chunks, self._optimizer, self._scheduler, self.version
+            )
+            self._save.start(states, snapshot=command.snapshot)
+        return self._answer(command.id)
+
+    def finish_checkpoint(self, command: FinishCheckpoint) -> Answer:
+        """Complete the checkpoint if every rank's files are written."""
+        span = self._save.finish()
+        if span is not None:
+            self._meter.add(span)
+        return self._answer(command.id, saved=span is not None)
 
     def train_preferences(self, command: TrainPreferences) -> Answer:
         """One online-DPO step; a step without pairs advances the version and changes nothing."""
@@ -163,6 +202,15 @@ class MegatronLearner:
         self._meter.add(span)
         return self._answer(command.id, push=report)
 
+    def _begin_reinforcement(self) -> None:
+        """The weights as they are become the reference; a fresh optimizer."""
+        learner = self.config.learner
+        if learner.reference == "swapped":
+            self._reference = SwappedReference(self.chunks)
+        else:
+            self._reference = ResidentReference(build_model(self.arch, self.placement, learner), self.chunks)
+        self._optimizer, self._scheduler = build_optimizer(self._policy, learner, learner, self.config.schedule.steps)
+
     def _cut(self, sequences: list[Sequence], unit: int) -> list[MicroBatch]:
         return cut_micro_batches(sequences, unit, self.config.learner.micro_batch_tokens, self.placement)
 
@@ -177,7 +225,7 @@ class MegatronLearner:
                 policy_S[1::2],
                 reference_S[0::2],
                 reference_S[1::2],
-                torch.tensor([float(index >= 0) for index in batch.indices[0::2]]),
+                policy_S.new_tensor([float(index >= 0) for index in batch.indices[0::2]]),
                 beta=algorithm.beta,
                 loss=algorithm.loss,
                 num_pairs=num_pairs,
@@ -186,13 +234,19 @@ class MegatronLearner:
         return loss
 
     def _score_by_reference(self, batches: list[MicroBatch]) -> None:
+        with self._reference_chunks() as chunks, self._meter.span("reference"):
+            for batch, logprobs_T in zip(batches, self._passes.logprob_pass(chunks, batches), strict=False):
+                batch.reference_T = logprobs_T
+
+    @contextmanager
+    def _reference_chunks(self) -> Iterator[list[GPTModel]]:
+        """The reference's model; the policy's own one with other weights in it, if they are swapped in."""
         if isinstance(self._reference, SwappedReference):
             self.gather_parameters()
             with self._meter.span("wait for push"):
                 self._push.wait_until_weights_may_change()
-        with self._meter.span("reference"), self._reference.model() as chunks:
-            for batch, logprobs_T in zip(batches, self._passes.logprob_pass(chunks, batches), strict=False):
-                batch.reference_T = logprobs_T
+        with self._reference.model() as chunks:
+            yield chunks
 
     def _optimize(self, passes: Passes, batches: list[MicroBatch], loss: MicroLoss, what: str) -> dict[str, float]:
         """Forward, backward, clip, step.
@@ -207,7 +261,7 @@ class MegatronLearner:
         learning_rate = self._optimizer.param_groups[0]["lr"]
         with self._meter.span("gradient norm"):
             self._optimizer.prepare_grads()
-            norm = self._optimizer.get_grad_norm()
+            norm = float(self._optimizer.get_grad_norm())
         if not (torch.tensor(metrics["loss"]).isfinite() and torch.tensor(norm).isfinite()):
             raise NonFiniteLossError(f"{what}: loss {metrics['loss']}, gradient norm {norm}; lower the learning rate")
         with self._meter.span("wait for push"):

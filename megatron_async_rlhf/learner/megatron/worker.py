@@ -29,10 +29,13 @@ from megatron_async_rlhf.learner.protocol import (
     Answer,
     AnyCommand,
     ExportWeights,
+    FinishCheckpoint,
     FinishPush,
     Hello,
     JoinTransfer,
     PushWeights,
+    ResumeReinforcement,
+    SaveCheckpoint,
     Score,
     StartReinforcement,
     Stop,
@@ -120,6 +123,8 @@ def _execute(learner: MegatronLearner, command: AnyCommand) -> Answer:
         case StartReinforcement():
             learner.start_reinforcement()
             return Answer(id=command.id)
+        case ResumeReinforcement():
+            return learner.resume_reinforcement(command)
         case TrainPreferences():
             return learner.train_preferences(command)
         case Score():
@@ -130,6 +135,10 @@ def _execute(learner: MegatronLearner, command: AnyCommand) -> Answer:
             return learner.push_weights(command)
         case FinishPush():
             return learner.finish_push(command)
+        case SaveCheckpoint():
+            return learner.save_checkpoint(command)
+        case FinishCheckpoint():
+            return learner.finish_checkpoint(command)
         case ExportWeights():
             return learner.export_weights(command)
     raise LearnerError(f"no such command: {type(command).__name__}")

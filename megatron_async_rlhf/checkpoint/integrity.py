@@ -1,0 +1,34 @@
+"""Whether a run can go on from a checkpoint, found out before any process starts: all is there and of the length it was."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_async_rlhf.checkpoint.directory import COMMON
+from megatron_async_rlhf.checkpoint.reader import TorchDistReader
+from megatron_async_rlhf.checkpoint.run_state import read_run_state
+from megatron_async_rlhf.errors import CheckpointError
+
+
+def check_run_checkpoint(checkpoint: Path) -> None:
+    """
+    Raises:
+        CheckpointError: one line naming the file that is missing or broken.
+    """
+    state = read_run_state(checkpoint)
+    TorchDistReader(checkpoint)
+    path = checkpoint / COMMON
+    try:
+        version = torch.load(path, weights_only=True)["common"]["version"]
+    except Exception as error:  # a broken archive can raise anything
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__})") from None
+    if version != state.controller.version:
+        raise CheckpointError(f"{path} is of version {version}, the controller's state of {state.controller.version}")
+
+
+def check_reference(reference: Path) -> None:
+    """
+    Raises:
+        CheckpointError: one line naming the file that is missing or broken.
+    """
+    TorchDistReader(reference)

@@ -1,0 +1,83 @@
+"""The checkpoints in a run's directory: their names, which are complete, how one becomes so, which are kept. No torch.
+
+checkpoints/step_000040/          complete: a directory has this name only once everything in it is flushed
+checkpoints/step_000040.partial/  being written or deleted, or left over from a process that was killed
+checkpoints/reference/            the reference policy, which stays the same: written once, with the first checkpoint
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.telemetry.files import CHECKPOINT_DIR, REFERENCE_DIR
+
+_NAME = re.compile(r"step_(\d{6,})")
+_PARTIAL = ".partial"
+
+
+def has_own_reference(config: RunConfig) -> bool:
+    """Whether the reference policy is nowhere else: fresh weights, or a warm start made it."""
+    return config.model.hf is None or config.warm_start.steps > 0
+
+
+class RunCheckpoints:
+    """Those of one run."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._directory = run_dir / CHECKPOINT_DIR
+        self.reference = run_dir / REFERENCE_DIR
+
+    def path(self, version: int) -> Path:
+        """Where the checkpoint of a policy version is, or will be."""
+        return self._directory / f"step_{version:06d}"
+
+    def partial(self, complete: Path) -> Path:
+        """Where it is until it is complete."""
+        return complete.with_name(complete.name + _PARTIAL)
+
+    def versions(self) -> list[int]:
+        """Of the complete checkpoints, ascending."""
+        if not self._directory.is_dir():
+            return []
+        names = (_NAME.fullmatch(path.name) for path in self._directory.iterdir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def put_in_place(self, complete: Path) -> None:
+        """Flush the partial directory of `complete`, whose every file is there, and give it its name."""
+        partial = self.partial(complete)
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
+        partial.rename(complete)
+        _flush(complete.parent)
+
+    def prune(self, keep_last: int | None, best: int | None) -> None:
+        """Delete all but the newest `keep_last` and the version `best`."""
+        if keep_last is None:
+            return
+        for version in self.versions()[:-keep_last]:
+            if version != best:
+                path = self.path(version)
+                path.rename(self.partial(path))  # half of a checkpoint must not look like one
+                shutil.rmtree(self.partial(path))
+
+    def remove_leftovers(self) -> None:
+        """Delete what killed saves and deletions left; only while no process of the run is alive."""
+        for path in self._directory.glob(f"*{_PARTIAL}"):
+            shutil.rmtree(path)
+
+
+def best_version(scores: Mapping[int, float], which: str) -> int | None:
+    """The version with the `highest` or `lowest` score; of equals the latest."""
+    sign = 1 if which == "highest" else -1
+    return max(scores, key=lambda version: (sign * scores[version], version), default=None)
+
+
+def _flush(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

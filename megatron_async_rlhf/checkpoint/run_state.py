@@ -1,0 +1,60 @@
+"""The controller's part of a checkpoint: what it goes on from beside the learner's state. No torch."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from megatron_async_rlhf.errors import CheckpointError
+from megatron_async_rlhf.scheduler.state import ControllerState
+from megatron_async_rlhf.telemetry.files import RUN_STATE
+from megatron_async_rlhf.telemetry.summary import RunTotals
+
+_FORMAT = 1
+
+
+class RunState(Struct, frozen=True, kw_only=True):
+    """A run after an optimizer step, seen from the controller.
+
+    Attributes:
+        totals: what the run had done, pushes and staleness included.
+        metric: what `scores` are of: `checkpoint.keep_best`.
+        scores: of the checkpoints so far, by policy version.
+    """
+
+    controller: ControllerState
+    totals: RunTotals
+    metric: str | None
+    scores: dict[int, float]
+    format: int = _FORMAT
+
+
+encode_run_state = msgspec.msgpack.Encoder().encode
+
+
+def read_run_state(checkpoint: Path) -> RunState:
+    """
+    Raises:
+        CheckpointError: one line; the file is missing, broken, or was written by another release.
+    """
+    path = checkpoint / RUN_STATE
+    try:
+        state = msgspec.msgpack.decode(path.read_bytes(), type=RunState, dec_hook=_decode)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{path} is broken or from another release ({error})") from None
+    controller = state.controller
+    if state.format != _FORMAT or [b.index for b in controller.ready] != [
+        *range(controller.version, controller.next_batch)
+    ]:
+        raise CheckpointError(f"{path} is broken or from another release (format {state.format})")
+    return state
+
+
+def _decode(kind: type, value: Any) -> Any:
+    if kind is Counter:
+        return Counter(value)
+    raise NotImplementedError(kind)

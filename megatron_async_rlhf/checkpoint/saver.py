@@ -1,0 +1,135 @@
+"""Saves a run: the learner writes its state, the controller adds its own, then the directory gets its name.
+
+start:    freeze the controller's state -> tell the learner to copy and write   (training goes on after it)
+complete: ask the learner until all its files are there -> add ours, flush, rename -> delete what is not kept
+"""
+
+import asyncio
+import time
+from pathlib import Path
+from statistics import fmean
+
+from msgspec import Struct
+
+from megatron_async_rlhf.checkpoint.directory import HF_DIR, describe_weights
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, best_version, has_own_reference
+from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import CheckpointError, ConfigError
+from megatron_async_rlhf.learner.protocol import FinishCheckpoint, Learner, SaveCheckpoint
+from megatron_async_rlhf.scheduler.state import ControllerState
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RUN_STATE
+from megatron_async_rlhf.telemetry.recorder import Recorder
+from megatron_async_rlhf.types import Span
+
+_POLL_S = 0.1
+
+
+class _Save(Struct, frozen=True):
+    """A save under way: frozen state, and the directories the learner writes, by the names they will have."""
+
+    version: int
+    state: bytes
+    directories: list[Path]
+    start: float
+
+
+class CheckpointSaver:
+    """Of one run; implements `Checkpoints` of the scheduler."""
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, learner: Learner, recorder: Recorder, resumed: RunState | None
+    ) -> None:
+        self._config = config
+        self._template = run_dir / POLICY_TEMPLATE_DIR
+        self._learner = learner
+        self._recorder = recorder
+        self._places = RunCheckpoints(run_dir)
+        self._under_way: _Save | None = None
+        self._seen: list[float] = []  # of `keep_best`, since the last checkpoint
+        same_metric = resumed is not None and resumed.metric == config.checkpoint.keep_best
+        self._scores: dict[int, float] = dict(resumed.scores) if same_metric else {}
+        self._metric_exists = bool(self._scores)
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        """As `Checkpoints.observe`.
+
+        Raises:
+            ConfigError: there is no such metric as `checkpoint.keep_best`.
+        """
+        metric = self._config.checkpoint.keep_best
+        if metric is None:
+            return
+        if metric in metrics:
+            self._seen.append(metrics[metric])
+            self._metric_exists = True
+        # Not every step has every metric: one without pairs lacks the loss, a stale one the log-probability gap.
+        elif metrics.get("num_pairs") and not self._metric_exists:
+            raise ConfigError(
+                f"checkpoint.keep_best = {metric}: metrics.jsonl has no such metric; choose one of "
+                f"{', '.join(sorted(metrics))}"
+            )
+
+    def is_due(self, version: int) -> bool:
+        every = self._config.checkpoint.every_steps
+        return every is not None and version % every == 0 and not self.is_saved(version)
+
+    def is_saved(self, version: int) -> bool:
+        return version in self._places.versions()
+
+    async def start(self, state: ControllerState) -> None:
+        """As `Checkpoints.start`.
+
+        Raises:
+            LearnerError: naming the directory.
+        """
+        version, metric = state.version, self._config.checkpoint.keep_best
+        if self._seen:
+            self._scores[version] = fmean(self._seen)
+            self._seen = []
+        directories = [self._places.path(version)]
+        if has_own_reference(self._config) and not self._places.reference.exists():
+            directories.append(self._places.reference)
+        frozen = RunState(controller=state, totals=self._recorder.totals, metric=metric, scores=self._scores)
+        self._under_way = _Save(version, encode_run_state(frozen), directories, time.time())
+        checkpoint, *reference = (str(self._places.partial(path)) for path in directories)
+        await self._learner.execute(
+            SaveCheckpoint(
+                checkpoint=checkpoint,
+                reference=reference[0] if reference else None,
+                snapshot=self._config.checkpoint.async_save,
+            )
+        )
+
+    async def complete(self) -> None:
+        """As `Checkpoints.complete`.
+
+        Raises:
+            LearnerError, CheckpointError: one line naming the directory.
+        """
+        save, self._under_way = self._under_way, None
+        limit = self._config.checkpoint.timeout_s
+        while not (answer := await self._learner.execute(FinishCheckpoint())).saved:
+            if time.time() - save.start > limit:
+                raise CheckpointError(
+                    f"{save.directories[0]} was not written within {limit:g} s; raise checkpoint.timeout_s"
+                )
+            await asyncio.sleep(_POLL_S)
+        try:
+            await asyncio.to_thread(self._put_in_place, save)
+        except OSError as error:
+            raise CheckpointError(f"{save.directories[0]} cannot be written ({error.strerror or error})") from None
+        span = Span(name=f"checkpoint {save.version}", start=save.start, end=time.time(), process="checkpoints")
+        self._recorder.saved(save.version, [span, *answer.spans])
+
+    def _put_in_place(self, save: _Save) -> None:
+        checkpoint = save.directories[0]
+        (self._places.partial(checkpoint) / RUN_STATE).write_bytes(save.state)
+        for directory in reversed(save.directories):  # a checkpoint is no use without the reference
+            dtype = self._config.learner.weights_dtype
+            describe_weights(self._template, self._places.partial(directory) / HF_DIR, dtype)
+            self._places.put_in_place(directory)
+        keys = self._config.checkpoint
+        complete = self._places.versions()
+        scores = {version: score for version, score in self._scores.items() if version in complete}
+        self._places.prune(keys.keep_last, best_version(scores, keys.best))

@@ -1,0 +1,39 @@
+"""Which keys a resumed run must share with the run it goes on with."""
+
+from typing import Any
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
+
+# What is saved would mean something else under another value: weights, optimizer, prompt order, scored batches. Layout,
+# rates, steps, transport and telemetry may change.
+_FIXED = (
+    "run.seed", "model", "warm_start", "data", "reward", "algorithm", "generator.temperature", "learner.precision",
+    "schedule.mode", "schedule.max_staleness", "schedule.prompts_per_step",
+)  # fmt: skip
+
+
+def check_same_run(earlier: RunConfig, now: RunConfig) -> None:
+    """Refuse to go on under another configuration.
+
+    Raises:
+        ConfigError: one line naming the first key that differs, and both values.
+    """
+    before, after = _leaves(earlier.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
+    for key in (*before, *after):
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED) and before.get(key) != after.get(key):
+            raise ConfigError(
+                f"{key} = {_shown(after.get(key))}: the run in {now.run.path} was started with {_shown(before.get(key))}; "
+                "set that again, or start another run without --resume"
+            )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)

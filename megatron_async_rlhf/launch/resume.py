@@ -1,0 +1,67 @@
+"""What `train --resume` goes on from: looked up and checked before any process starts, nothing changed."""
+
+from msgspec import Struct
+
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.config.resume import check_same_run
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import CheckpointError, ConfigError
+from megatron_async_rlhf.telemetry.files import RESOLVED_CONFIG
+from megatron_async_rlhf.telemetry.summary import read_summary
+
+
+class Resumption(Struct, frozen=True, kw_only=True):
+    """What there is to go on from.
+
+    Attributes:
+        note: one line for who asked.
+        version: policy version of the checkpoint; None if there is none, and the run starts from the beginning.
+        finished: the run has made all its steps: nothing to do.
+    """
+
+    note: str
+    version: int | None = None
+    finished: bool = False
+
+
+def find_resumption(config: RunConfig) -> Resumption:
+    """Look into `run.dir`.
+
+    Raises:
+        ConfigError: a key has changed that must not.
+        CheckpointError: the newest checkpoint is broken.
+    """
+    run_dir, steps = config.run.path.absolute(), config.schedule.steps
+    if not (run_dir / RESOLVED_CONFIG).is_file():
+        return Resumption(note=f"{run_dir} holds no run yet: starting from the beginning")
+    summary, places = read_summary(run_dir), RunCheckpoints(run_dir)
+    finished = summary.get("status") == "completed" and summary.get("steps", 0) >= steps
+    versions = places.versions()
+    if not (finished or versions):
+        return Resumption(note=f"{run_dir} has no checkpoint yet: starting from the beginning")
+    check_same_run(load_config(run_dir / RESOLVED_CONFIG), config)
+    if finished:
+        return Resumption(note=f"{run_dir} is completed: all {summary['steps']} steps are made", finished=True)
+    version = versions[-1]
+    if version > steps:
+        raise ConfigError(f"schedule.steps = {steps} is below the {version} steps of {places.path(version)}; raise it")
+    _check(config, places, version, versions[:-1])
+    return Resumption(note=f"going on from {places.path(version)}", version=version)
+
+
+def _check(config: RunConfig, places: RunCheckpoints, version: int, older: list[int]) -> None:
+    from megatron_async_rlhf.checkpoint.integrity import (
+        check_reference,
+        check_run_checkpoint,
+    )  # brings torch, for broken files only
+
+    way_out = "run without --resume"
+    try:
+        if has_own_reference(config):
+            check_reference(places.reference)
+        if older:
+            way_out = f"delete {places.path(version)} to go on from step {older[-1]}"
+        check_run_checkpoint(places.path(version))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {way_out}") from None

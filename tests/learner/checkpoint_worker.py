@@ -1,0 +1,171 @@
+"""Learner ranks that save checkpoints and resume from them, as told by a JSON file: `checkpoint_worker.py <job.json>`.
+
+Each phase of the job has ranks of its own, forked like those of `learner_worker`, so what one phase leaves to the next
+is on disk. A phase trains `first` steps, saves, trains on while the files are written, and writes down what came out.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from learner_worker import counted, digests_of, make_learner, sequences_of
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import LearnerError
+from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
+from megatron_async_rlhf.learner.megatron.parallel import join_learner
+from megatron_async_rlhf.learner.protocol import (
+    ExportWeights,
+    FinishCheckpoint,
+    ResumeReinforcement,
+    SaveCheckpoint,
+    TrainPreferences,
+    TrainSupervised,
+)
+from megatron_async_rlhf.weights.digest import digest
+
+WAIT_S = 60
+
+
+def finish(learner: MegatronLearner) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not learner.finish_checkpoint(FinishCheckpoint()).saved:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def steps(learner: MegatronLearner, job: dict, versions: range) -> list[dict]:
+    """Version 0 has no pairs: the optimizer takes its first step at version 1."""
+    pairs = [[], *job["pairs"]]
+    return [
+        counted(
+            learner.train_preferences(TrainPreferences(version=version, pairs=sequences_of(pairs[version]))).metrics
+        )
+        for version in versions
+    ]
+
+
+def adam_digests(learner: MegatronLearner) -> list:
+    """Of this rank's own share, in the order of the groups."""
+    (inner,) = learner._optimizer.chained_optimizers
+    adam = inner.optimizer
+    return [
+        {key: digest(value).hex() for key, value in adam.state[parameter].items()}
+        for group in adam.param_groups
+        for parameter in group["params"]
+    ]
+
+
+def outcome(learner: MegatronLearner, metrics: list[dict], directory: Path) -> dict:
+    learner.export_weights(ExportWeights(directory=str(directory)))
+    rates = [group["lr"] for group in learner._optimizer.param_groups]
+    return {
+        "metrics": metrics, "weights": digests_of(learner), "adam": adam_digests(learner), "rates": rates,
+        "random": torch.rand(3).tolist(), "version": learner.version,
+    }  # fmt: skip
+
+
+def save(learner: MegatronLearner, directory: Path, *, snapshot: bool, reference: bool = True) -> None:
+    learner.save_checkpoint(
+        SaveCheckpoint(
+            checkpoint=str(directory / "checkpoint"),
+            reference=str(directory / "reference") if reference else None,
+            snapshot=snapshot,
+        )
+    )
+
+
+def error_of_a_save(learner: MegatronLearner, directory: Path) -> str:
+    """A directory lies where rank 0 wants to write its file."""
+    (directory / "checkpoint/__0_0.distcp").mkdir(parents=True, exist_ok=True)
+    save(learner, directory, snapshot=True, reference=False)
+    try:
+        finish(learner)
+    except LearnerError as error:
+        return str(error)
+    return ""
+
+
+def train_and_save(learner: MegatronLearner, job: dict, phase: dict, directory: Path) -> dict:
+    """Versions 1 (the optimizer has not stepped yet) and 2 are saved, the second while version 3 is trained."""
+    root = Path(phase["save"])
+    result = {}
+    for step in range(2):
+        learner.train_supervised(TrainSupervised(step=step, sequences=sequences_of(job["sequences"])))
+    learner.start_reinforcement()
+    metrics = steps(learner, job, range(1))
+    save(learner, root / "1", snapshot=False)
+    finish(learner)
+    metrics += steps(learner, job, range(1, 2))
+    learner.export_weights(ExportWeights(directory=str(root / "2/exported")))
+    torch.manual_seed(7 + learner.placement.rank)
+    save(learner, root / "2", snapshot=True)
+    metrics += steps(learner, job, range(2, 4))
+    finish(learner)
+    result |= outcome(learner, metrics, directory)
+    result["error"] = error_of_a_save(learner, root / "blocked")
+    save(learner, root / "after the error", snapshot=True)
+    finish(learner)
+    return result
+
+
+def resume(learner: MegatronLearner, job: dict, phase: dict, directory: Path) -> dict:
+    source = Path(phase["resume"])
+    learner.resume_reinforcement(
+        ResumeReinforcement(checkpoint=str(source / "checkpoint"), reference=str(source / "reference"))
+    )
+    first = learner.version
+    return outcome(learner, steps(learner, job, range(first, 4)), directory) | {"resumed at": first}
+
+
+def run_rank(rank: int, job: dict, phase: dict, path: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    config = job["config"] | {"learner": job["config"]["learner"] | phase["learner"]}
+    checked = RunConfig.model_validate(config | {"model": job["model"]["section"]})
+    learner = make_learner({"config": config}, job["model"], join_learner(checked.learner, "cpu"))
+    act = train_and_save if "save" in phase else resume
+    result = act(learner, job, phase, path.parent / phase["name"])
+    (path.parent / f"{phase['name']}-rank{rank}.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+def fork_rank(rank: int, job: dict, phase: dict, path: Path) -> int:
+    if pid := os.fork():
+        return pid
+    log = os.open(path.parent / f"{phase['name']}-rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        run_rank(rank, job, phase, path)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> int:
+    path = Path(sys.argv[1])
+    job = json.loads(path.read_text())
+    for phase in job["phases"]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+        os.environ["WORLD_SIZE"] = str(phase["learner"]["ranks"])
+        ranks = range(phase["learner"]["ranks"])
+        for rank in ranks:
+            fork_rank(rank, job, phase, path)
+        if any(os.wait()[1] for _ in ranks):
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""What a learner saved, a learner of the same layout goes on from bit for bit, one of another layout closely."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from learner_ranks import (
+    BETA,
+    CONTEXT_LENGTH,
+    REINFORCEMENT,
+    TEMPERATURE,
+    WARM_START,
+    Layout,
+    make_pairs,
+    make_sequences,
+)
+from safetensors.torch import load_file
+
+from megatron_async_rlhf.checkpoint.weights import CheckpointWeights
+from megatron_async_rlhf.config.architecture import architecture_of
+from megatron_async_rlhf.config.sections import ModelSection
+
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+TIMEOUT_S = 240
+SHAPE = {
+    "layers": 4, "hidden_size": 32, "ffn_size": 48, "heads": 4, "kv_heads": 2, "context_length": CONTEXT_LENGTH,
+    "init_std": 0.2, "tie_embeddings": True,
+}  # fmt: skip
+VOCAB_SIZE = 37
+ONE = Layout()
+GRID = Layout(tensor=2, pipeline=2)
+DIVIDED = Layout(data=2, distributed_optimizer=True)
+DIVIDED_GRID = Layout(tensor=2, data=2, distributed_optimizer=True)
+INTERLEAVED = Layout(pipeline=2, virtual_stages=2, reference="swapped")
+LATE = Layout(data=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+BF16 = Layout(precision="bf16")
+DIVIDED_BF16 = Layout(data=2, distributed_optimizer=True, precision="bf16")
+SAVED = [ONE, GRID, DIVIDED, INTERLEAVED, LATE, BF16, DIVIDED_BF16]
+CHANGES = [
+    (GRID, ONE),
+    (ONE, GRID),
+    (DIVIDED, ONE),
+    (ONE, DIVIDED),
+    (DIVIDED, DIVIDED_GRID),
+    (INTERLEAVED, GRID),
+    (DIVIDED, INTERLEAVED),
+    (BF16, DIVIDED_BF16),
+    (DIVIDED_BF16, BF16),
+]
+
+
+def phase(name: str, layout: Layout, **what: str) -> dict:
+    sizes = {"tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline, "ranks": layout.ranks}
+    return {"name": name, "learner": sizes | layout.keys, **what}
+
+
+class Ranks:
+    """What all phases wrote."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        phases = []
+        for layout in SAVED:
+            phases.append(phase(f"{layout}", layout, save=str(directory / "saved" / str(layout))))
+            for version in (1, 2):
+                source = str(directory / "saved" / str(layout) / str(version))
+                phases.append(phase(f"{layout} from {version}", layout, resume=source))
+        for source, target in CHANGES:
+            saved = str(directory / "saved" / str(source) / "2")
+            phases.append(phase(f"{source} to {target}", target, resume=saved))
+        config = {
+            "learner": REINFORCEMENT | {"micro_batch_tokens": 2 * CONTEXT_LENGTH, "timeout_s": 60},
+            "warm_start": WARM_START,
+            "generator": {"temperature": TEMPERATURE},
+            "schedule": {"steps": 5},
+            "weights": {"timeout_s": 30},
+            "algorithm": {"beta": BETA},
+        }
+        job = {
+            "config": config, "model": {"section": SHAPE, "vocab_size": VOCAB_SIZE}, "phases": phases,
+            "sequences": make_sequences(), "pairs": make_pairs(),
+        }  # fmt: skip
+        (directory / "job.json").write_text(json.dumps(job))
+        self._run()
+
+    def _run(self) -> None:
+        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(WORKER), str(self.directory / "job.json")]
+        with (self.directory / "worker.log").open("w") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            code = process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            code = f"no result within {TIMEOUT_S} s"
+        if code:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # a group of its own: this worker and its ranks
+            process.wait()
+            ends = [f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.directory.glob("*.log"))]
+            raise AssertionError("\n".join([f"the learner ended with {code}", *ends]))
+
+    def results(self, name: object) -> list[dict]:
+        paths = sorted(self.directory.glob(f"{name}-rank*.json"))
+        return [json.loads(path.read_text()) for path in paths]
+
+    def weights(self, name: object) -> dict[str, torch.Tensor]:
+        return load_file(self.directory / f"{name}" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SAVED, ids=str)
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_same_layout_goes_on_bit_for_bit(ranks: Ranks, layout: Layout, version: int):
+    """Version 1 was saved before the optimizer's first step, version 2 while version 3 was being trained."""
+    through, resumed = ranks.results(layout), ranks.results(f"{layout} from {version}")
+    assert len(through) == len(resumed) == layout.ranks
+    for whole, rest in zip(through, resumed, strict=True):
+        assert rest["resumed at"] == version
+        assert rest["metrics"] == whole["metrics"][version:]
+        for key in ("weights", "adam", "rates", "version"):
+            assert rest[key] == whole[key], key
+        assert all("exp_avg" in state for state in rest["adam"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SAVED, ids=str)
+def test_every_ranks_random_numbers_go_on(ranks: Ranks, layout: Layout):
+    drawn = [result["random"] for result in ranks.results(layout)]
+    assert len({tuple(numbers) for numbers in drawn}) == layout.ranks
+    assert [result["random"] for result in ranks.results(f"{layout} from 2")] == drawn
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "target"), CHANGES, ids=str)
+def test_another_layout_goes_on_closely(ranks: Ranks, source: Layout, target: Layout):
+    through, resumed = ranks.results(source)[0], ranks.results(f"{source} to {target}")
+    assert len(resumed) == target.ranks
+    for rest in resumed:
+        assert (rest["resumed at"], rest["version"], rest["rates"]) == (2, 4, through["rates"])
+        for ours, theirs in zip(rest["metrics"], through["metrics"][2:], strict=True):
+            for key in ("loss", "grad_norm", "learning_rate", "kl_to_reference"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+    ours, theirs = ranks.weights(f"{source} to {target}"), ranks.weights(source)
+    before = load_file(ranks.directory / "saved" / str(source) / "2/exported/model.safetensors")
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        if tensor.dtype == torch.bfloat16:  # rounded from float32 ones: here and there to the other side
+            assert (ours[name] != tensor).float().mean() <= 0.01, name
+            continue
+        gap, moved = (ours[name] - tensor).abs().max(), (tensor - before[name]).abs().max()
+        assert gap <= 1e-5 * tensor.abs().max(), name
+        assert gap <= 0.02 * moved, name  # what two steps without Adam's state would not keep
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SAVED, ids=str)
+def test_the_weights_in_it_are_those_of_its_version(ranks: Ranks, layout: Layout):
+    """Read as `export-hf` reads them: the optimizer's entries beside them are ignored."""
+    saved = ranks.directory / "saved" / str(layout) / "2"
+    arch = architecture_of(ModelSection(**SHAPE), VOCAB_SIZE)
+    reader = CheckpointWeights(saved / "checkpoint", arch)
+    expected = load_file(saved / "exported/model.safetensors")
+    assert set(reader.tensors) == set(expected)
+    for name, tensor in expected.items():
+        matrix = torch.empty(reader.tensors[name].matrix, dtype=tensor.dtype)
+        reader.read_into(matrix, name, 0, 0)
+        assert torch.equal(matrix.view(tensor.shape), tensor), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SAVED, ids=str)
+def test_a_file_that_cannot_be_written_fails_every_rank_and_is_named(ranks: Ranks, layout: Layout):
+    for result in ranks.results(layout):
+        blocked = ranks.directory / "saved" / str(layout) / "blocked/checkpoint"
+        assert result["error"].startswith(f"checkpoint {blocked} could not be written (learner.0: IsADirectoryError")
+    assert (ranks.directory / "saved" / str(layout) / "after the error/checkpoint/metadata.json").is_file()
+    assert not (blocked / "metadata.json").exists()

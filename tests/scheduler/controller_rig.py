@@ -1,0 +1,84 @@
+"""The real controller, recorder and saver among fakes."""
+
+import asyncio
+import io
+import random
+
+from scheduler_fakes import FakeGenerator, FakeLearner
+
+from megatron_async_rlhf.checkpoint.run_state import RunState
+from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.prompts import PromptOrder
+from megatron_async_rlhf.learner.protocol import PushWeights, TrainPreferences
+from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.scheduler.controller import Controller
+from megatron_async_rlhf.scheduler.pool import GeneratorPool
+from megatron_async_rlhf.scheduler.state import BEGINNING
+from megatron_async_rlhf.scheduler.weight_sync import WeightSync
+from megatron_async_rlhf.telemetry.events import EventStream
+from megatron_async_rlhf.telemetry.recorder import Recorder
+from megatron_async_rlhf.types import Prompt
+
+SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
+
+
+class LengthReward:
+    """The longer the better."""
+
+    def check(self, prompt):
+        pass
+
+    def score(self, prompt, completion):
+        return Score(reward=float(len(completion.token_ids)), metrics={})
+
+
+class Rig:
+    """A controller with fakes around it, from the beginning or from `resumed`; its run directory is `directory`."""
+
+    def __init__(
+        self, directory, *, seed=0, replicas=1, polls=1, checkpoint={}, resumed: RunState | None = None, **schedule
+    ):
+        rng = random.Random(seed)
+        schedule = {"steps": 6, "prompts_per_step": 3, **schedule}
+        self.config = RunConfig.model_validate(
+            {"model": SHAPE, "schedule": schedule, "run": {"seed": seed}, "checkpoint": checkpoint}
+        )
+        (directory / "model").mkdir(exist_ok=True)
+        (directory / "model/config.json").write_text("{}")
+        state = resumed.controller if resumed else BEGINNING
+        self.learner = FakeLearner(rng, state.version, polls)
+        self.generators = [FakeGenerator(f"generator.{i}", rng, state.version) for i in range(replicas)]
+        self.recorder = Recorder(
+            self.config,
+            directory,
+            EventStream(io.StringIO()),
+            bytes_held_by_generators=8,
+            totals=resumed.totals if resumed else None,
+        )
+        self.saver = CheckpointSaver(self.config, directory, self.learner, self.recorder, resumed)
+        prompts = [Prompt(index=i, text=str(i), token_ids=[1, 2], reference={}) for i in range(20)]
+        self.controller = Controller(
+            self.config,
+            learner=self.learner,
+            pool=GeneratorPool(self.generators),
+            weight_sync=WeightSync(self.learner, self.generators, self.config, ("127.0.0.1", 1)),
+            reward=LengthReward(),
+            prompts=PromptOrder(prompts, seed),
+            recorder=self.recorder,
+            checkpoints=self.saver,
+            state=state,
+        )
+
+    def run(self):
+        async def bounded():
+            async with asyncio.timeout(20):
+                await self.controller.run()
+
+        asyncio.run(bounded())
+        self.recorder.close("completed", None)
+
+    def order(self):
+        """What the learner did: a version for each training step, `p` and a version for each push."""
+        names = {TrainPreferences: "", PushWeights: "p"}
+        return [f"{names[type(c)]}{c.version}" for c in self.learner.commands if type(c) in names]

@@ -1,0 +1,214 @@
+"""The loop saves itself and goes on from what it saved; the fake learner's files are empty directories."""
+
+import asyncio
+import json
+
+import pytest
+from controller_rig import Rig
+
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
+from megatron_async_rlhf.checkpoint.run_state import read_run_state
+from megatron_async_rlhf.errors import CheckpointError, ConfigError, LearnerError
+from megatron_async_rlhf.learner.protocol import FinishCheckpoint, SaveCheckpoint, TrainPreferences
+
+ALL = {"every_steps": 1, "keep_last": None}
+
+
+def trained(rig):
+    return [command.pairs for command in rig.learner.commands if isinstance(command, TrainPreferences)]
+
+
+def go_on(directory, version, **settings):
+    state = read_run_state(RunCheckpoints(directory).path(version))
+    (directory / "again").mkdir()
+    rig = Rig(directory / "again", resumed=state, **settings)
+    rig.run()
+    return rig
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("version", [1, 3, 6])
+def test_without_staleness_the_second_half_is_the_same(tmp_path, mode, version):
+    settings = {"mode": mode, "max_staleness": 0, "checkpoint": ALL}
+    whole = Rig(tmp_path, **settings)
+    whole.run()
+    rest = go_on(tmp_path, version, **settings)
+    assert trained(rest) == trained(whole)[version:]
+    ours, theirs = rest.recorder.totals, whole.recorder.totals
+    assert ours.push_s.count == theirs.push_s.count - 1  # of `version`, which the app pushes
+    for name in ("steps", "samples_generated", "samples_trained", "tokens_trained", "pairs_skipped", "staleness"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_bound_holds_and_every_batch_counts_once_after_a_resume(tmp_path, seed):
+    bound = 1 + seed % 3
+    settings = {"max_staleness": bound, "steps": 9, "checkpoint": ALL, "seed": seed}
+    whole = Rig(tmp_path, **settings)
+    whole.run()
+    version = 1 + seed % 8
+    state = read_run_state(RunCheckpoints(tmp_path).path(version)).controller
+    assert [batch.index for batch in state.ready] == list(range(version, state.next_batch))
+    rest = go_on(tmp_path, version, **settings)
+    totals = rest.recorder.totals
+    assert totals.steps == 9 == rest.learner.version
+    assert max(totals.staleness) <= bound
+    assert totals.samples_generated == 9 * 3 * 2 == totals.samples_trained + totals.samples_dropped
+    kept = [[group.prompt.index for group in batch.scored.groups] for batch in state.ready]
+    indices = [[prompt.index for prompt in rest.controller._prompts.batch(i, 3)] for i in range(version, 9)]
+    assert kept == indices[: len(kept)]
+    seeds = [seed for generator in rest.generators for seed in generator.seeds]
+    before = [seed for generator in whole.generators for seed in generator.seeds]
+    assert seeds == before[3 * state.next_batch :]  # generated batches are not generated again
+
+
+def test_a_batch_that_waits_is_saved(tmp_path):
+    """With room for three batches ahead and a learner that is slow, some do wait."""
+    sizes = set()
+    for seed in range(6):
+        (tmp_path / str(seed)).mkdir()
+        Rig(tmp_path / str(seed), seed=seed, max_staleness=3, steps=8, checkpoint=ALL).run()
+        states = [read_run_state(RunCheckpoints(tmp_path / str(seed)).path(v)).controller for v in range(1, 9)]
+        sizes |= {len(state.ready) for state in states}
+    assert max(sizes) > 0
+
+
+def names(rig):
+    kinds = {SaveCheckpoint: "save", FinishCheckpoint: "asked", TrainPreferences: "train"}
+    return [kinds[type(command)] for command in rig.learner.commands if type(command) in kinds]
+
+
+def test_training_goes_on_while_files_are_written(tmp_path):
+    rig = Rig(tmp_path, polls=2, steps=4, checkpoint={"every_steps": 3})
+    rig.run()
+    order = names(rig)
+    assert "train" in order[order.index("save") : len(order) - order[::-1].index("asked")]
+
+
+def test_without_async_save_training_waits(tmp_path):
+    rig = Rig(tmp_path, polls=2, steps=4, checkpoint={"every_steps": 1, "async_save": False})
+    rig.run()
+    assert names(rig) == ["train", "save", "asked", "asked", "asked"] * 4
+    snapshots = [command.snapshot for command in rig.learner.commands if isinstance(command, SaveCheckpoint)]
+    assert snapshots == [False] * 4
+
+
+def test_a_save_waits_for_the_one_before(tmp_path):
+    rig = Rig(tmp_path, polls=3, steps=5, checkpoint={"every_steps": 1})
+    rig.run()
+    order = [name for name in names(rig) if name != "train"]
+    assert order == ["save", "asked", "asked", "asked", "asked"] * 5
+
+
+def test_the_reference_is_saved_once(tmp_path):
+    rig = Rig(tmp_path, steps=3, checkpoint={"every_steps": 1})
+    rig.run()
+    saved = [command.reference for command in rig.learner.commands if isinstance(command, SaveCheckpoint)]
+    assert saved == [str(tmp_path / "checkpoints/reference.partial"), None, None]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "reference",
+        "step_000002",
+        "step_000003",
+    ]
+    assert json.loads((tmp_path / "checkpoints/step_000003/hf/config.json").read_text()) == {"dtype": "float32"}
+
+
+def rewards(directory):
+    return [json.loads(line)["reward"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("best", ["highest", "lowest"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_newest_and_the_best_are_kept(tmp_path, best, every):
+    keys = {"every_steps": every, "keep_last": 1, "keep_best": "reward", "best": best}
+    rig = Rig(tmp_path, seed=3, steps=8, checkpoint=keys)
+    rig.run()
+    found = rewards(tmp_path)
+    means = {v: sum(found[v - every : v]) / every for v in range(every, 9, every)}
+    choose = max if best == "highest" else min
+    winner = choose(means, key=lambda v: (means[v], v if best == "highest" else -v))
+    assert set(RunCheckpoints(tmp_path).versions()) == {winner, 8}
+
+
+def test_an_unknown_metric_is_refused_at_the_first_step(tmp_path):
+    rig = Rig(tmp_path, checkpoint={"every_steps": 5, "keep_best": "rewrad"})
+
+    async def train(command, execute=rig.learner.execute):
+        answer = await execute(command)
+        if isinstance(command, TrainPreferences):
+            answer.metrics.values["num_pairs"] = 3.0
+        return answer
+
+    rig.learner.execute = train
+    with pytest.raises(ExceptionGroup) as caught:
+        rig.run()
+    assert caught.group_contains(ConfigError, match="checkpoint.keep_best = rewrad: .* one of .*reward.*staleness/mean")
+    assert rig.learner.version == 1
+
+
+def test_a_metric_that_only_some_steps_have_is_known_once_seen(tmp_path):
+    rig = Rig(tmp_path, checkpoint={"every_steps": 2, "keep_best": "logprob_gap/mean_abs"})
+    for metrics in ({"num_pairs": 0.0}, {"num_pairs": 2.0, "logprob_gap/mean_abs": 0.1}, {"num_pairs": 2.0}):
+        rig.saver.observe(metrics)
+
+
+def test_a_save_that_fails_ends_the_run(tmp_path):
+    rig = Rig(tmp_path, steps=50, checkpoint={"every_steps": 2})
+
+    async def full(command, execute=rig.learner.execute):
+        if isinstance(command, FinishCheckpoint):
+            raise LearnerError("checkpoint x could not be written (learner.0: OSError: no space)")
+        return await execute(command)
+
+    rig.learner.execute = full
+    with pytest.raises(ExceptionGroup) as caught:
+        rig.run()
+    assert caught.group_contains(LearnerError, match="checkpoint x could not be written")
+    assert RunCheckpoints(tmp_path).versions() == []
+
+
+def test_a_save_that_never_ends_is_given_up(tmp_path):
+    rig = Rig(tmp_path, polls=10**9, steps=50, checkpoint={"every_steps": 2, "timeout_s": 0.2})
+    with pytest.raises(ExceptionGroup) as caught:
+        rig.run()
+    assert caught.group_contains(
+        CheckpointError, match="step_000002 was not written within 0.2 s; raise checkpoint.timeout_s"
+    )
+
+
+def test_a_directory_that_cannot_be_completed_is_named(tmp_path):
+    rig = Rig(tmp_path, steps=50, checkpoint={"every_steps": 2})
+    (tmp_path / "checkpoints/step_000002.partial").parent.mkdir()
+
+    async def lose(command, execute=rig.learner.execute):
+        answer = await execute(command)
+        if isinstance(command, SaveCheckpoint):
+            RunCheckpoints(tmp_path).remove_leftovers()
+        return answer
+
+    rig.learner.execute = lose
+    with pytest.raises(ExceptionGroup) as caught:
+        rig.run()
+    assert caught.group_contains(CheckpointError, match="step_000002 cannot be written")
+
+
+def test_a_stop_leaves_a_state_to_go_on_from(tmp_path):
+    rig = Rig(tmp_path, steps=1000, max_staleness=2)
+
+    async def stop_soon():
+        running = asyncio.create_task(rig.controller.run())
+        while rig.learner.version < 3:
+            await asyncio.sleep(0.001)
+        await rig.controller.stop()
+        async with asyncio.timeout(5):
+            await running
+            await rig.saver.start(rig.controller.state)
+            await rig.saver.complete()
+
+    asyncio.run(stop_soon())
+    (version,) = RunCheckpoints(tmp_path).versions()
+    assert version == rig.learner.version == rig.recorder.totals.steps
+    rest = go_on(tmp_path, version, steps=version + 4, max_staleness=2)
+    totals = rest.recorder.totals
+    assert totals.steps == version + 4
+    assert totals.samples_generated == (version + 4) * 3 * 2 == totals.samples_trained + totals.samples_dropped
