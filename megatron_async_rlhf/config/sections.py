@@ -249,9 +249,8 @@ class CheckpointSection(Section):
 
     every_steps: PositiveInt | None = None  # default: only when the run is cut short
     keep_last: PositiveInt | None = 2  # so many of the newest; null keeps all
-    keep_best: str | None = (
-        None  # a metric of metrics.jsonl: keep the one, too, whose steps since the last had the best mean
-    )
+    # A metric of metrics.jsonl: also keep the checkpoint whose steps, since the one before, had the best mean of it.
+    keep_best: str | None = None
     best: Literal["highest", "lowest"] = "highest"  # which value of keep_best is
     async_save: bool = True  # write from a copy in host memory while training goes on
     max_run_seconds: PositiveFloat | None = None  # of wall clock: then finish the step, save and end as interrupted
