@@ -6,9 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LAYOUTS = [
     pytest.param((1, 1, 1), "async", 1, id="tp1-generator-tp1"),
-    pytest.param((2, 1, 2), "async", 2, id="tp2-generator-tp2"),
     pytest.param((1, 2, 1), "sync", 1, id="pp2-generator-tp1-sync"),
-    pytest.param((2, 2, 2), "async", 1, id="tp2-pp2-generator-tp2"),
+    pytest.param((2, 2, 2), "async", 2, id="tp2-pp2-generator-tp2"),
 ]
 
 
