@@ -24,10 +24,10 @@ def generalised_advantages(
     """Advantages and returns (`A + V`), 0 off completion tokens, [T] each.
 
     By default a completion ends with its last token: the state after it is worth 0, and its score belongs on that
-    token (`Segments.place_last`). The paper's code lets an episode that ended with an end-of-sequence token go on for
-    one more step: the state after that token has a value, `last_values_S`, and only then comes the score,
-    `last_rewards_S`, which is also that value's target. Give both to do as it does, with 0 in both where a completion
-    was cut off and its score is on its last token.
+    token (`Segments.place_last`). The paper's code lets the episode of a completion shorter than the longest allowed
+    go on for one more step: the state after its last token has a value, `last_values_S`, and only then comes the
+    score, `last_rewards_S`, which is also that value's target in the value loss. Give both to do as it does, with 0 in
+    both for a completion of full length, whose score is on its last token.
 
     Args:
         rewards_T: reward of each token, [T].
