@@ -128,12 +128,12 @@ def _optimizer(config: RunConfig, holding: Holding) -> tuple[int, int]:
 
 def _adam_temporaries(config: RunConfig, holding: Holding) -> int:
     """On a CPU torch's AdamW takes a parameter at a time: sqrt(v), and that divided by the bias correction. On a GPU
-    Transformer Engine's keeps nothing."""
+    it takes all at once and keeps sqrt(v); Transformer Engine's and apex's keep nothing."""
     learner = config.learner
     shared_by = learner.copies if learner.distributed_optimizer else 1
-    if config.run.device == "cuda":
-        return 0
-    return 2 * FLOAT32 * min(holding.largest, -(-holding.total // shared_by))
+    if config.run.device == "cpu":
+        return 2 * FLOAT32 * min(holding.largest, -(-holding.total // shared_by))
+    return 0 if learner.fp8 is not None else FLOAT32 * -(-holding.total // shared_by)
 
 
 def _forward_backward(config: RunConfig, arch: Architecture, stage: int, holding: Holding) -> tuple[int, int]:
