@@ -32,7 +32,7 @@ def test_parts_without_a_gpu(tmp_path: Path):
 
 
 def test_a_part_that_fails_ends_with_1_and_shows_its_log(tmp_path: Path):
-    # Without its own package nothing can be checked: a machine with a broken installation.
+    # As on a machine with a broken installation.
     (tmp_path / "torch.py").write_text("raise ImportError('a broken torch')")
     told = subprocess.run(
         [sys.executable, str(CHECK), "--device", "cpu", "packed", "--out", str(tmp_path)],
