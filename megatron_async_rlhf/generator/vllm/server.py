@@ -71,8 +71,8 @@ def server_environment(config: RunConfig, devices: list[int]) -> dict[str, str]:
     """
     if config.run.device == "cuda":
         ours = os.environ.get("CUDA_VISIBLE_DEVICES")  # what our own numbers count
-        names = ours.split(",") if ours else [str(gpu) for gpu in range(max(devices) + 1)]
-        placed = {"CUDA_VISIBLE_DEVICES": ",".join(names[gpu] for gpu in devices)}
+        names = dict(enumerate(ours.split(","))) if ours else {}
+        placed = {"CUDA_VISIBLE_DEVICES": ",".join(names.get(gpu, str(gpu)) for gpu in devices)}
     else:
         placed = {
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in devices),
