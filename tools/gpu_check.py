@@ -77,7 +77,7 @@ def join(device: str, **learner: Any):
     return join_learner(LearnerSection(timeout_s=300, threads=len(os.sched_getaffinity(0)), **learner), device)
 
 
-def make_learner(device: str, placement, arch, **learner: Any):
+def make_learner(device: str, placement, arch, *, learning_rate: float = 1e-4, **learner: Any):
     """A learner with fresh weights, or those of `hf`. `fp8` is a recipe."""
     from megatron_async_rlhf.config.root import RunConfig
     from megatron_async_rlhf.learner.megatron.fp8 import TOKEN_MULTIPLE
@@ -87,7 +87,7 @@ def make_learner(device: str, placement, arch, **learner: Any):
     fresh = {"layers": 1, "hidden_size": 64, "ffn_size": 64, "heads": 1, "context_length": arch.context_length}
     if recipe:
         learner |= {"fp8": {"recipe": recipe}}
-    stage = {"learning_rate": 1e-4, "lr_decay": "constant", "adam_beta2": 0.95}
+    stage = {"learning_rate": learning_rate, "lr_decay": "constant", "adam_beta2": 0.95}
     config = RunConfig.model_validate(
         {
             "run": {"device": device},
@@ -169,7 +169,7 @@ def draw_sequences(count: int, longest: int, vocab: int, seed: int = 0):
 def part_logits(device: str, found: Findings) -> None:
     import torch
 
-    from megatron_async_rlhf.learner.protocol import Score
+    from megatron_async_rlhf.learner.protocol import Score, TrainSupervised
 
     placement = join(device)
     for family in ("llama", "qwen3"):
@@ -182,7 +182,10 @@ def part_logits(device: str, found: Findings) -> None:
             del model
             plain = [] if on_gpu(device) else [{"precision": "fp32"}]
             for precision in [*plain, *precisions(device)]:
-                learner = make_learner(device, placement, arch, hf=directory, micro_batch_tokens=4096, **precision)
+                keys = precision | {"hf": directory, "micro_batch_tokens": 4096, "learning_rate": 1e-12}
+                learner = make_learner(device, placement, arch, **keys)
+                if name_of(precision) == "delayed":  # its scales come from training passes before; moves no weight
+                    learner.train_supervised(TrainSupervised(step=0, sequences=sequences))
                 gap = mean_gap(learner.score(Score(sequences=sequences)).logprobs, reference)
                 limit = {"fp32": 1e-4, "bf16": bound}.get(name_of(precision), FP8_MEAN_GAP)
                 found.at_most(f"{family} {name_of(precision)}: mean |log-probability - Transformers|", gap, limit)
@@ -335,7 +338,10 @@ def part_speed(device: str, found: Findings) -> None:
         speeds[name_of(precision)] = count * length / median
         told = {"tokens_per_s": round(count * length / median), "tflops": flops / median / 1e12}
         if on_gpu(device):
-            told["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            measured, estimated = torch.cuda.max_memory_allocated(), estimated_bytes(learner)
+            told |= {"memory_gib": measured / 2**30, "estimated_gib": estimated / 2**30}
+            name = f"{name_of(precision)}: memory against the estimate, relative"
+            found.at_most(name, abs(measured / estimated - 1), TARGETS["memory"])
             peak = known_peak(torch.cuda.get_device_name(), "bf16")
             if peak:
                 told["mfu_of_bf16_peak"] = told["tflops"] * 1e12 / peak
@@ -349,6 +355,14 @@ def part_speed(device: str, found: Findings) -> None:
         best = max(faster, key=faster.get)
         found.at_least(f"FP8 ({best}) over bf16", faster[best], TARGETS["FP8 over bf16"])
         found.figures["speed over bf16"] = faster
+
+
+def estimated_bytes(learner) -> int:
+    """Of a learner before RL: no reference yet, no push; what torch allocates, so without CUDA's own part."""
+    from megatron_async_rlhf.estimate.learner_memory import learner_memory
+
+    (held,) = learner_memory(learner.config, learner.arch)
+    return held.weights + held.gradients + held.optimizer + held.activations + held.working
 
 
 def part_curve(device: str, found: Findings) -> None:
@@ -444,6 +458,10 @@ def part_run(device: str, found: Findings) -> None:
 
     if not any(point.name == "megatron_async_rlhf" for point in entry_points(group="vllm.general_plugins")):
         raise Skip("vLLM finds plugins of installed packages only: pip install --no-deps --no-build-isolation -e .")
+    server = [sys.executable, "-W", "ignore", "-c", "import vllm.entrypoints.openai.api_server"]
+    told = subprocess.run(server, capture_output=True, text=True, timeout=120)
+    if told.returncode:
+        raise Skip(f"vLLM's server cannot be imported: {told.stderr.strip().splitlines()[-1]}")
     with tempfile.TemporaryDirectory() as directory:
         keys = {
             "run.dir": f"{directory}/run", "run.device": device, "schedule.steps": 6, "warm_start.steps": 100,
@@ -455,9 +473,11 @@ def part_run(device: str, found: Findings) -> None:
         for key, value in keys.items():
             command += ["-s", f"{key}={value}"]
         code = subprocess.run(command, timeout=280, stdout=sys.stderr, check=False).returncode
-        summary = json.loads((Path(directory) / "run" / "summary.json").read_text())
+        written = Path(directory) / "run" / "summary.json"
+        summary = json.loads(written.read_text()) if written.is_file() else {}
     if code:
-        raise RuntimeError(f"the run ended with {code}: {summary['error']}")
+        print(*summary.get("log_tail") or [], sep="\n", file=sys.stderr)
+        raise RuntimeError(f"the run ended with {code}: {summary.get('error')}")
     sync = summary["weight_sync"]
     found.figures |= {"weight_sync": sync, "logprob_gap": summary["logprob_gap"], "eval": summary["eval"]}
     found.at_most("digests that differ", sync["mismatches"], 0)
@@ -476,7 +496,7 @@ PARTS: dict[str, tuple[Callable[[str, Findings], None], int]] = {
     "curve": (part_curve, 240),
     "push": (part_push, 300),
     "generate": (part_generate, 240),
-    "run": (part_run, 300),
+    "run": (part_run, 420),
 }
 
 

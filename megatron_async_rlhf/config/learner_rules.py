@@ -50,6 +50,11 @@ def check_device(device: Device, learner: LearnerSection) -> None:
             if value != off:
                 what = value.recipe if key == "fp8" else value
                 raise ValueError(f"learner.{key} = {what} needs GPUs: set run.device = cuda, or remove it")
+    if learner.optimizer_offload and not learner.distributed_optimizer:
+        raise ValueError(
+            f"learner.optimizer_offload = {learner.optimizer_offload} is a kind of Megatron's distributed optimizer: set "
+            "learner.distributed_optimizer = true, which takes learner.ranks that hold the same weights, or optimizer_offload = 0"
+        )
     if learner.fp8 is None:
         return
     if learner.precision != "bf16":
@@ -59,5 +64,8 @@ def check_device(device: Device, learner: LearnerSection) -> None:
             "learner.fp8.parameters has scales that a swap would mix up: set learner.reference = resident, or "
             "fp8.parameters = false"
         )
-    if learner.fp8.parameters and learner.optimizer_offload:
-        raise ValueError("learner.fp8.parameters are written by the optimizer on the GPU: set optimizer_offload = 0")
+    if learner.fp8.parameters and learner.distributed_optimizer:
+        raise ValueError(
+            "learner.fp8.parameters need whole float32 weights beside them to push and export: set "
+            "learner.distributed_optimizer = false, or fp8.parameters = false"
+        )

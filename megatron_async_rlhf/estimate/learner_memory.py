@@ -24,7 +24,7 @@ from megatron_async_rlhf.estimate.activations import (
 from megatron_async_rlhf.estimate.holdings import Holding, learner_holdings
 from megatron_async_rlhf.weights.layout import LearnerLayout
 
-LOGITS_BLOCK = 2**25  # elements of a block of logits, as in `learner/megatron/logprobs.py`
+LOGITS_BLOCK = {"cpu": 2**25, "cuda": 2**27}  # elements of a block of logits, as in `learner/megatron/logprobs.py`
 MIB = 2**20
 FIXED_CPU = 350 * MIB  # a process with torch, Megatron and its process groups before it has a model, measured
 # CUDA context with torch's kernels, cuBLAS workspaces, and NCCL's buffers of the tensor, data, pipeline, control and
@@ -156,16 +156,16 @@ def _forward_backward(config: RunConfig, arch: Architecture, stage: int, holding
     at_head = 0
     if is_last:
         kept += head_bytes(share) * tokens
-        at_head = _head_backward(share, holding, tokens)
+        at_head = _head_backward(share, holding, tokens, LOGITS_BLOCK[config.run.device])
     # Megatron's buffer for rows gathered from all tensor-parallel ranks; it is never freed.
     gathered = share.item * share.hidden * tokens if learner.sequence_parallel else 0
     return kept, max(at_layer, at_head) + gathered
 
 
-def _head_backward(share: LayerShare, holding: Holding, tokens: int) -> int:
+def _head_backward(share: LayerShare, holding: Holding, tokens: int, logits_block: int) -> int:
     """Gradients of hidden states and output matrix (float32), and a block of logits or the matrix's cast; or, when
     those are gone, the gradients of the completions' hidden states and of all."""
-    rows = min(tokens, max(1, LOGITS_BLOCK // holding.vocabulary))
+    rows = min(tokens, max(1, logits_block // holding.vocabulary))
     cast = 0 if share.item == FLOAT32 else share.item
     block = (FLOAT32 + cast) * rows * holding.vocabulary
     matrix = holding.vocabulary * share.hidden

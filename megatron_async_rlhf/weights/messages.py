@@ -12,7 +12,7 @@ from megatron_async_rlhf.weights.transports.transport import Parcel, Transport
 def send_message(transport: Transport, payload: bytes, peers: list[int], what: str) -> None:
     for part in (len(payload).to_bytes(8, "little"), payload):
         if part:
-            buffer = torch.frombuffer(bytearray(part), dtype=torch.uint8).to(transport.device)
+            buffer = torch.frombuffer(bytearray(part), dtype=torch.uint8).to(transport.message_device)
             transport.start(sends=[Parcel(peer, buffer, what) for peer in peers]).wait()
 
 
@@ -22,7 +22,7 @@ def receive_message(transport: Transport, peer: int, what: str) -> bytes:
 
 
 def _receive(transport: Transport, size: int, peer: int, what: str) -> bytes:
-    buffer = torch.empty(size, dtype=torch.uint8, device=transport.device)
+    buffer = torch.empty(size, dtype=torch.uint8, device=transport.message_device)
     transport.start(receives=[Parcel(peer, buffer, what)]).wait()
     return buffer.cpu().numpy().tobytes()
 

@@ -191,7 +191,11 @@ BAD_ON_GPUS = [
     ({"learner": {"ranks": 2}, "weights": {"transport": "ipc"}}, ["learner.ranks = 2", "weights.transport = nccl"]),
     ({"learner": {"precision": "fp32", "fp8": {}}}, ["learner.precision = bf16, not fp32"]),
     ({"learner": {"fp8": {"parameters": True}, "reference": "swapped"}}, ["reference = resident"]),
-    ({"learner": {"fp8": {"parameters": True}, "optimizer_offload": 1.0}}, ["optimizer_offload = 0"]),
+    (
+        {"learner": {"ranks": 2, "fp8": {"parameters": True}, "distributed_optimizer": True}},
+        ["learner.fp8.parameters", "learner.distributed_optimizer = false"],
+    ),
+    ({"learner": {"optimizer_offload": 0.5}}, ["learner.optimizer_offload = 0.5", "distributed_optimizer = true"]),
 ]
 
 

@@ -1,10 +1,12 @@
 """Where the processes of a run go."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.generator.vllm import server
 from megatron_async_rlhf.launch.plan import ProcessPlan, plan_processes
 
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
@@ -22,13 +24,35 @@ def on_gpus(transport: str, learner: dict, generator: dict) -> ProcessPlan:
     )  # fmt: skip
 
 
-def test_learners_come_first_and_every_generator_sees_only_its_own_gpus():
+def test_learners_come_first_and_every_generator_sees_only_its_own_gpus(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     made = on_gpus("nccl", {"tensor_parallel": 2, "ranks": 4}, {"replicas": 2, "tensor_parallel": 2})
     assert [spec.gpus for spec in made.learners] == [[0], [1], [2], [3]]
     assert [spec.environment["LOCAL_RANK"] for spec in made.learners] == ["0", "1", "2", "3"]
     assert [spec.gpus for spec in made.generators] == [[4, 5], [6, 7]]
     assert [spec.environment["CUDA_VISIBLE_DEVICES"] for spec in made.generators] == ["4,5", "6,7"]
     assert all(not spec.cores for spec in made.processes)
+
+
+def test_gpus_are_counted_among_those_we_see(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    made = on_gpus("nccl", {}, {})
+    assert made.learners[0].environment["LOCAL_RANK"] == "0"
+    assert made.generators[0].environment["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+def test_tokens_are_asked_for_as_this_vllm_understands_it(tmp_path, monkeypatch):
+    """Newer ones serve tokens only with an option that older ones refuse."""
+    server._scale_out_is_optional.cache_clear()
+    assert "--enable-scale-out" in plan().generators[0].arguments
+    (tmp_path / "vllm" / "entrypoints" / "openai").mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").touch()
+    (tmp_path / "vllm" / "entrypoints" / "openai" / "cli_args.py").write_text("enable_server_load_tracking = False")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    server._scale_out_is_optional.cache_clear()
+    assert "--enable-scale-out" not in plan().generators[0].arguments
+    server._scale_out_is_optional.cache_clear()
 
 
 def test_ipc_puts_learner_and_generator_on_one_gpu():

@@ -1,7 +1,10 @@
 """The command line and environment that start one vLLM server. Plain strings: no vllm import, no process."""
 
 import json
+import os
 import sys
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_async_rlhf.config.root import RunConfig
@@ -35,11 +38,21 @@ def server_command(config: RunConfig, model_dir: Path, port: int, context_length
         *("--scheduling-policy", "priority"),  # requests run in the controller's order, not the network's
         *("--worker-extension-cls", "megatron_async_rlhf.generator.vllm.worker_extension.WeightInspection"),
         *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
-        "--enable-scale-out",  # tokens in, tokens out, with the weight version of every token
         "--enable-server-load-tracking",
         "--disable-uvicorn-access-log",
+        *(["--enable-scale-out"] if _scale_out_is_optional() else []),  # tokens in, tokens out
         *_device_arguments(config),
     ]
+
+
+@cache
+def _scale_out_is_optional() -> bool:
+    """Whether vLLM has the option, without which newer versions serve no tokens; older ones always do, and refuse it."""
+    vllm = find_spec("vllm")
+    if vllm is None or vllm.origin is None:  # the machine that plans need not be the one that runs
+        return True
+    options = Path(vllm.origin).parent.glob("entrypoints/*/cli_args.py")
+    return any("enable_scale_out" in file.read_text() for file in options)
 
 
 def _device_arguments(config: RunConfig) -> list[str]:
@@ -57,7 +70,9 @@ def server_environment(config: RunConfig, devices: list[int]) -> dict[str, str]:
         devices: a core or a GPU for each tensor-parallel worker.
     """
     if config.run.device == "cuda":
-        placed = {"CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in devices)}
+        ours = os.environ.get("CUDA_VISIBLE_DEVICES")  # what our own numbers count
+        names = dict(enumerate(ours.split(","))) if ours else {}
+        placed = {"CUDA_VISIBLE_DEVICES": ",".join(names.get(gpu, str(gpu)) for gpu in devices)}
     else:
         placed = {
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in devices),

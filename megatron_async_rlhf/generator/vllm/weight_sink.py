@@ -1,5 +1,6 @@
 """The receiving half of a weight push, inside every vLLM worker: vLLM's weight-transfer API, our backend."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,11 @@ class WeightSink(WeightTransferEngine[SinkInit, SinkUpdate]):
 
     def finish_weight_update(self) -> None:
         """Nothing is left to do: every parameter was put to use when its last slice was in."""
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:
+        """Abstract in vLLM before 0.30; there is nothing to call: the learner sends with `weights.send`."""
+        raise NotImplementedError("the learner sends with megatron_async_rlhf.weights.send")
 
     def shutdown(self) -> None:
         if self._transport is not None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_async_rlhf.config.sections import Fp8Keys, Fp8Recipe
+from megatron_async_rlhf.config.sections import Fp8Keys, Fp8Recipe, LearnerSection
 
 # Tokens of a micro-batch must be a multiple: products of matrices come in tiles, and each block has one scale.
 TOKEN_MULTIPLE: dict[Fp8Recipe, int] = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
@@ -28,6 +28,17 @@ def fp8_keys(fp8: Fp8Keys) -> dict[str, Any]:
         "num_layers_at_start_in_bf16": fp8.bf16_layers,
         "num_layers_at_end_in_bf16": fp8.bf16_layers,
     }
+
+
+def for_forward_passes(learner: LearnerSection) -> LearnerSection:
+    """The section for a model that is never trained.
+
+    Transformer Engine chooses scales of `delayed` from the passes before, but only where gradients are enabled:
+    elsewhere they would stay at 1. `tensorwise` multiplies the same numbers with scales of its own.
+    """
+    if learner.fp8 is None or learner.fp8.recipe != "delayed":
+        return learner
+    return learner.model_copy(update={"fp8": learner.fp8.model_copy(update={"recipe": "tensorwise"})})
 
 
 def fp8_problem(recipe: Fp8Recipe, capability: tuple[int, int], device: str) -> str | None:

@@ -23,6 +23,7 @@ from megatron_async_rlhf.learner.flops import forward_flops
 from megatron_async_rlhf.learner.megatron.background_save import BackgroundSave
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
 from megatron_async_rlhf.learner.megatron.data_parallel import ReplicatedPolicy
+from megatron_async_rlhf.learner.megatron.fp8 import for_forward_passes
 from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.optimizer import build_optimizer
 from megatron_async_rlhf.learner.megatron.parallel import Placement
@@ -208,7 +209,8 @@ class MegatronLearner:
         if learner.reference == "swapped":
             self._reference = SwappedReference(self.chunks)
         else:
-            self._reference = ResidentReference(build_model(self.arch, self.placement, learner), self.chunks)
+            frozen = build_model(self.arch, self.placement, for_forward_passes(learner))
+            self._reference = ResidentReference(frozen, self.chunks)
         self._optimizer, self._scheduler = build_optimizer(self._policy, learner, learner, self.config.schedule.steps)
 
     def _cut(self, sequences: list[Sequence], unit: int) -> list[MicroBatch]:

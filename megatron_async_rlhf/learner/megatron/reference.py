@@ -23,9 +23,12 @@ class ResidentReference:
 
     def __init__(self, chunks: list[GPTModel], policy: list[GPTModel]) -> None:
         self._chunks = chunks
-        for chunk, source in zip(chunks, policy, strict=True):
-            chunk.load_state_dict(source.state_dict())
-            chunk.eval().requires_grad_(False)
+        with torch.no_grad():
+            for chunk, source in zip(chunks, policy, strict=True):
+                # Parameters alone: the rest of a state dict is what FP8 learned about the policy's activations.
+                for parameter, value in zip(chunk.parameters(), source.parameters(), strict=True):
+                    parameter.copy_(value)
+                chunk.eval().requires_grad_(False)
 
     @contextmanager
     def model(self) -> Iterator[list[GPTModel]]:

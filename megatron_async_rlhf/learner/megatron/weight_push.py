@@ -17,6 +17,7 @@ from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, TransferError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.weights import trained_values
 from megatron_async_rlhf.learner.protocol import JoinTransfer
 from megatron_async_rlhf.types import PushReport, Span
 from megatron_async_rlhf.weights.blame import root_cause
@@ -44,7 +45,7 @@ class WeightPush:
 
     def __init__(self, config: RunConfig, arch: Architecture, placement: Placement, parameters: Parameters) -> None:
         self._config, self._arch, self._placement = config, arch, placement
-        self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+        self._parameters = parameters
         self._store = None  # on rank 0: the rendezvous outlives the groups that meet through it
         self._sender: Sender | None = None
         self._transport = None
@@ -78,7 +79,7 @@ class WeightPush:
             raise LearnerError("PushWeights came before JoinTransfer: no generator is connected")
         if self._under_way is not None:
             raise LearnerError("PushWeights came before the push under way was finished with FinishPush")
-        weights = self._parameters
+        weights = {name: trained_values(parameter) for name, parameter in self._parameters.items()}
         if self._config.weights.snapshot:
             weights = {name: tensor.clone() for name, tensor in weights.items()}
         if self._stream is not None:

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 
 from megatron_async_rlhf.config.architecture import Architecture
@@ -22,6 +23,14 @@ _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+
+
+def trained_values(parameter: torch.Tensor) -> torch.Tensor:
+    """What an optimizer's step changes: a weight itself, or if it is kept in FP8, the float32 one that it is cast from."""
+    if not is_float8tensor(parameter):
+        return parameter.detach()
+    main = getattr(parameter, "main_param", None)  # none before there is an optimizer
+    return dequantize_fp8_tensor(parameter.detach()) if main is None else main.detach()
 
 
 def named_parameters(chunks: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
@@ -54,21 +63,28 @@ def load_weights(chunks: list[GPTModel], arch: Architecture, placement: Placemen
     mapped = {layout.name_of(mapping) for mapping in placed if mapping.stage == placement.pipeline_rank}
     if unmapped := set(parameters) - mapped:
         raise MappingError(f"no Hugging Face tensor is mapped to {min(unmapped)}; the family's table lacks it")
-    for parameter in parameters.values():
-        parameter.zero_()
     shapes = hf_shapes(arch)
-    for piece in learner_pieces(arch, layout, placement.rank):
-        found = find_tensor(reader, piece.tensor).shape
-        if found != shapes[piece.tensor]:
-            raise MappingError(f"{piece.tensor} has shape {found}, the configured model needs {shapes[piece.tensor]}")
-        target = _place(parameters[piece.parameter], piece)
-        if not target.is_cuda:
-            reader.read_into(target, piece.tensor, piece.rows[0], piece.cols[0])
-            continue
-        row = 0
-        for block in read_blocks(reader, piece.tensor, piece.rows, piece.cols, target.dtype):
-            target[row : row + len(block)].copy_(block)
-            row += len(block)
+    pieces_of = by_parameter(learner_pieces(arch, layout, placement.rank))
+    for name, parameter in parameters.items():
+        # One in FP8 has one scale for many numbers, so it cannot be written piece by piece.
+        values = torch.zeros_like(trained_values(parameter)) if is_float8tensor(parameter) else parameter.zero_()
+        for piece in pieces_of.get(name, []):
+            _read_piece(reader, piece, shapes[piece.tensor], _place(values, piece))
+        if values is not parameter:
+            parameter.copy_(values)
+
+
+def _read_piece(reader: WeightReader, piece: Piece, shape: tuple[int, ...], target: torch.Tensor) -> None:
+    found = find_tensor(reader, piece.tensor).shape
+    if found != shape:
+        raise MappingError(f"{piece.tensor} has shape {found}, the configured model needs {shape}")
+    if not target.is_cuda:
+        reader.read_into(target, piece.tensor, piece.rows[0], piece.cols[0])
+        return
+    row = 0
+    for block in read_blocks(reader, piece.tensor, piece.rows, piece.cols, target.dtype):
+        target[row : row + len(block)].copy_(block)
+        row += len(block)
 
 
 @torch.no_grad()
@@ -96,7 +112,9 @@ def gather_weights(
             if not pieces or placement.rank not in (0, owner):  # a share of the vocabulary may be all padding
                 continue
             rows, cols = parameter_shapes(pieces)[name]
-            mine = as_matrix(parameters[name])[:rows].cpu() if placement.rank == owner else None
+            mine = None
+            if placement.rank == owner:
+                mine = as_matrix(trained_values(parameters[name]))[:rows].to("cpu", dtype)
             if placement.rank != 0:
                 dist.send(mine, dst=0, group=placement.control)
                 continue

@@ -22,7 +22,7 @@ from megatron_async_rlhf.weights.transports.transport import Parcel
 class GlooTransport:
     """See `Transport`. The store must have been met in: every rank is there."""
 
-    device = torch.device("cpu")
+    device = message_device = torch.device("cpu")
 
     def __init__(self, store: dist.Store, roster: Roster, rank: int, timeout_s: float) -> None:
         self.rank, self.world_size, self.timeout_s = rank, roster.world_size, timeout_s

@@ -1,17 +1,18 @@
 """Weights between processes on the same GPU: the sender's staging buffers are mapped into the receiver (CUDA IPC).
 
 Only descriptions travel, over gloo: a sender tells where in which buffer its parcel lies, the receiver copies it inside
-the GPU and says so. Small parcels (digests, verdicts) that are not in GPU memory go over gloo as they are.
+the GPU and says so. A buffer is described and mapped once: each description that torch makes of it counts the
+receiver's uses anew, and a mapping costs more than a copy.
 """
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
 from megatron_async_rlhf.weights.transports.gloo import GlooTransport
-from megatron_async_rlhf.weights.transports.transport import Parcel
+from megatron_async_rlhf.weights.transports.transport import Parcel, Pending
 
 _HEADER_BYTES = 4096  # a pickled CUDA IPC handle is about 500 bytes
 
@@ -21,45 +22,69 @@ class IpcTransport:
 
     def __init__(self, control: GlooTransport, device: torch.device) -> None:
         self.rank, self.world_size, self.timeout_s = control.rank, control.world_size, control.timeout_s
-        self.device = device
+        self.device, self.message_device = device, control.device
         self._control = control
+        # Own buffers by where they begin; held here, so that the place stays theirs.
+        self._described: dict[int, tuple[torch.Tensor, bytes]] = {}
+        self._mapped: dict[bytes, torch.Tensor] = {}  # other processes' buffers, by their description
 
-    def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = ()) -> "_Exchange":
+    def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = ()) -> Pending:
+        if not any(parcel.buffer.is_cuda for parcel in (*sends, *receives)):
+            return self._control.start(sends=sends, receives=receives)
         torch.cuda.current_stream(self.device).synchronize()  # what is announced must be there
-        announced = [Parcel(p.peer, _describe(p.buffer), p.what) for p in sends]
+        announced = [Parcel(p.peer, self._announcement(p.buffer), p.what) for p in sends]
         headers = [Parcel(p.peer, torch.empty(_HEADER_BYTES, dtype=torch.uint8), p.what) for p in receives]
         taken = [Parcel(p.peer, torch.empty(1, dtype=torch.uint8), f"the receipt for {p.what}") for p in sends]
         pending = self._control.start(sends=announced, receives=headers)
         receipts = self._control.start(receives=taken)
-        return _Exchange(self._control, pending, receipts, list(receives), headers)
+        return _Exchange(self._control, pending, receipts, list(receives), headers, self._sent)
 
     def close(self) -> None:
+        self._mapped.clear()
+        self._described.clear()
         self._control.close()
+
+    def _announcement(self, buffer: torch.Tensor) -> torch.Tensor:
+        """How another process finds this GPU memory, padded to a fixed size."""
+        storage = buffer.untyped_storage()
+        if storage.data_ptr() not in self._described:
+            whole = torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(storage)
+            self._described[storage.data_ptr()] = whole, pickle.dumps(reduce_tensor(whole))
+        begin = buffer.storage_offset() * buffer.element_size()
+        payload = pickle.dumps((self._described[storage.data_ptr()][1], begin))
+        header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
+        header[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        return header
+
+    def _sent(self, header: torch.Tensor, size: int) -> torch.Tensor:
+        """The announced bytes, in the sender's memory."""
+        described, begin = pickle.loads(header.numpy().tobytes())
+        if described not in self._mapped:
+            rebuild, arguments = pickle.loads(described)
+            self._mapped[described] = rebuild(*arguments)
+        return self._mapped[described][begin : begin + size]
 
 
 class _Exchange:
     def __init__(
-        self, control: GlooTransport, pending, receipts, receives: list[Parcel], headers: list[Parcel]
+        self,
+        control: GlooTransport,
+        pending: Pending,
+        receipts: Pending,
+        receives: list[Parcel],
+        headers: list[Parcel],
+        sent: Callable[[torch.Tensor, int], torch.Tensor],
     ) -> None:
-        self._control, self._pending, self._receipts = control, pending, receipts
+        self._control, self._pending, self._receipts, self._sent = control, pending, receipts, sent
         self._receives, self._headers = receives, headers
 
     def wait(self) -> None:
         self._pending.wait()
         for parcel, header in zip(self._receives, self._headers, strict=True):
-            rebuild, arguments = pickle.loads(header.buffer.numpy().tobytes())
-            parcel.buffer.copy_(rebuild(*arguments))
+            parcel.buffer.copy_(self._sent(header.buffer, parcel.buffer.numel()))
         if self._receives:
             torch.cuda.current_stream(self._receives[0].buffer.device).synchronize()
         done = [Parcel(p.peer, torch.ones(1, dtype=torch.uint8), f"the receipt for {p.what}") for p in self._receives]
         self._control.start(sends=done).wait()
         self._receipts.wait()
         self._receives, self._headers = [], []
-
-
-def _describe(buffer: torch.Tensor) -> torch.Tensor:
-    """How another process finds this GPU memory, padded to a fixed size."""
-    payload = pickle.dumps(reduce_tensor(buffer))
-    header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
-    header[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    return header

@@ -17,7 +17,8 @@ class NcclTransport:
     """See `Transport`. One GPU per rank: NCCL refuses two ranks on the same one (use `ipc` there)."""
 
     def __init__(self, store: dist.Store, roster: Roster, rank: int, timeout_s: float, device: torch.device) -> None:
-        self.rank, self.world_size, self.timeout_s, self.device = rank, roster.world_size, timeout_s, device
+        self.rank, self.world_size, self.timeout_s = rank, roster.world_size, timeout_s
+        self.device = self.message_device = device
         self._roster = roster
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout_s)

@@ -32,13 +32,15 @@ class Transport(Protocol):
     """A group of learner ranks and generator workers. Parcels between two ranks arrive in the order they were started.
 
     Attributes:
-        device: where buffers must be.
+        device: where buffers of weights must be.
+        message_device: where buffers of small messages must be.
         timeout_s: how long any one wait may take.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    message_device: torch.device
     timeout_s: float
 
     def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = ()) -> Pending: ...
