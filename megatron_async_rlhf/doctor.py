@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.machine import machine_memory
 
 _GIB = 2**30
 _PLUGINS = "vllm.general_plugins"
@@ -72,12 +73,8 @@ def problems(config: RunConfig) -> list[str]:
     if not count:
         return ["run.device = cuda, but torch sees no GPU here: check nvidia-smi and torch.version.cuda, or set cpu"]
     found = []
-    if config.weights.transport == "ipc":
-        needed = 1
-    else:
-        needed = config.learner.world_size + config.generator.replicas * config.generator.tensor_parallel
-    if count < needed:
-        found.append(f"the run needs {needed} GPUs (learner.ranks and generators), this machine has {count}")
+    if count < config.gpus:
+        found.append(f"the run needs {config.gpus} GPUs (learner.ranks and generators), this machine has {count}")
     learner = config.learner
     if learner.fp8 is not None and not has_transformer_engine(torch.device("cuda")):
         found.append(f"learner.fp8 needs Transformer Engine, which is not installed: {_GPU_EXTRA}")
@@ -93,8 +90,7 @@ _GPU_EXTRA = "pip install '.[gpu]'"
 
 def _machine() -> Finding:
     cores = len(os.sched_getaffinity(0))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
-    detail = f"Python {sys.version.split()[0]}, {cores} cores, {memory:.0f} GiB"
+    detail = f"Python {sys.version.split()[0]}, {cores} cores, {machine_memory() / _GIB:.0f} GiB"
     return Finding(what="machine", state="ok", detail=detail)
 
 

@@ -39,6 +39,7 @@ class Completion(Struct, frozen=True, kw_only=True):
         versions: policy version that sampled each token, [length].
         finished: True if the end-of-sequence token was sampled, False if the length limit cut it off.
         text: decoded without special tokens.
+        interrupted: True if the generator was told to stop before either: there is more to sample.
     """
 
     token_ids: list[int]
@@ -46,6 +47,7 @@ class Completion(Struct, frozen=True, kw_only=True):
     versions: list[int]
     finished: bool
     text: str
+    interrupted: bool = False
 
 
 class RolloutGroup(Struct, frozen=True, kw_only=True):
@@ -66,6 +68,20 @@ class Sequence(Struct, frozen=True, kw_only=True):
 
     token_ids: list[int]
     prompt_length: int
+
+
+class TrainingGroup(Struct, frozen=True, kw_only=True):
+    """The samples of one prompt that are trained on, as the learner sees them, [samples] each.
+
+    Attributes:
+        sequences: prompt and completion; of online DPO chosen, then rejected; of Best-of-N the best.
+        rewards: of each sample, as shaped by the algorithm's keys.
+        sampler_logprobs: the sampler's log-probability of each completion token.
+    """
+
+    sequences: list[Sequence]
+    rewards: list[float]
+    sampler_logprobs: list[list[float]]
 
 
 class StepMetrics(Struct, frozen=True, kw_only=True):

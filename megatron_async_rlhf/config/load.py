@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from megatron_async_rlhf.config.algorithms import SECTIONS
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 
@@ -62,9 +63,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _lines_of(error: ValidationError) -> list[str]:
     lines = []
     for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
+        key = ".".join(str(part) for part in item["loc"] if part not in SECTIONS)
         if item["type"] == "extra_forbidden":
             lines.append(f"{key} = {_shown(item['input'])}: no such key; {_known_keys(item['loc'][:-1])}")
+        elif item["type"] == "algorithm_type":
+            value = item["input"]["type"] if isinstance(item["input"], dict) else item["input"]
+            lines.append(f"algorithm.type = {_shown(value)}: must be one of {', '.join(SECTIONS)}")
         elif item["type"] == "missing":
             lines.append(f"{key}: missing")
         elif item["type"] == "value_error":
@@ -80,9 +84,14 @@ def _shown(value: Any) -> str:
 
 
 def _known_keys(location: tuple) -> str:
-    model = RunConfig
+    model, whose = RunConfig, ""
     for part in location:
+        if part in SECTIONS:  # the type of algorithm, which pydantic adds to the key
+            model, whose = SECTIONS[part], f" with algorithm.type = {part}"
+            continue
+        if part == "algorithm":
+            continue
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         model = next(c for c in candidates if isinstance(c, type) and hasattr(c, "model_fields"))
-    return f"known here: {', '.join(model.model_fields)}"
+    return f"known here{whose}: {', '.join(model.model_fields)}"

@@ -2,9 +2,10 @@
 
 from pydantic import Field, model_validator
 
+from megatron_async_rlhf.config.algorithms import AlgorithmSection, OnlineDPOSection
 from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
+from megatron_async_rlhf.config.section import Section
 from megatron_async_rlhf.config.sections import (
-    AlgorithmSection,
     CheckpointSection,
     DataSection,
     GeneratorSection,
@@ -14,7 +15,6 @@ from megatron_async_rlhf.config.sections import (
     RewardSection,
     RunSection,
     ScheduleSection,
-    Section,
     TelemetrySection,
     WarmStartSection,
     WeightsSection,
@@ -30,13 +30,19 @@ class RunConfig(Section):
     warm_start: WarmStartSection = Field(default_factory=WarmStartSection)
     generator: GeneratorSection = Field(default_factory=GeneratorSection)
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
-    algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)
+    algorithm: AlgorithmSection = Field(default_factory=OnlineDPOSection)
     data: DataSection = Field(default_factory=DataSection)
     reward: RewardSection = Field(default_factory=RewardSection)
     weights: WeightsSection = Field(default_factory=WeightsSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
+
+    @property
+    def gpus(self) -> int:
+        """That a run on GPUs takes: with ipc learner and generator share theirs."""
+        own = 0 if self.weights.transport == "ipc" else self.generator.workers
+        return self.learner.world_size + own
 
     @model_validator(mode="after")
     def check_reward_fits_data(self) -> "RunConfig":
@@ -73,16 +79,16 @@ class RunConfig(Section):
     def check_gpus(self) -> "RunConfig":
         if self.run.device == "cpu":
             return self
-        learners, workers = self.learner.world_size, self.generator.replicas * self.generator.tensor_parallel
+        learners, workers = self.learner.world_size, self.generator.workers
         if self.weights.transport == "ipc":
             if (learners, workers) != (1, 1):
                 raise ValueError(
                     f"weights.transport = ipc is for one learner rank and one generator on the same GPU, not learner.ranks = "
                     f"{learners} and generator.replicas x tensor_parallel = {workers}; set weights.transport = nccl"
                 )
-        elif learners + workers > self.launch.gpus_per_node:
+        elif self.gpus > self.launch.gpus_per_node:
             raise ValueError(
                 f"learner.ranks = {learners} and generator.replicas x tensor_parallel = {workers} need "
-                f"{learners + workers} GPUs, above launch.gpus_per_node = {self.launch.gpus_per_node}"
+                f"{self.gpus} GPUs, above launch.gpus_per_node = {self.launch.gpus_per_node}"
             )
         return self

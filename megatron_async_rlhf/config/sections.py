@@ -7,18 +7,14 @@ checked in `config.root`.
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from megatron_async_rlhf.config.section import Section
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Recompute = Literal["none", "selective", "full"]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -184,29 +180,101 @@ class GeneratorSection(Section):
     start_timeout_s: PositiveFloat = 300.0
     request_timeout_s: PositiveFloat = 300.0
 
+    @property
+    def workers(self) -> int:
+        """Of all replicas."""
+        return self.replicas * self.tensor_parallel
+
 
 class ScheduleSection(Section):
-    """How far generation may run ahead of learning."""
+    """How far generation may run ahead of learning, and what becomes of a rollout.
+
+    A rollout is what is learned from between two exchanges of weights: `mini_batches` times `prompts_per_step` prompts,
+    in `mini_batches` times `epochs` optimizer steps.
+    """
 
     mode: Literal["sync", "async"] = "async"
-    max_staleness: int = Field(1, ge=0)  # optimizer steps between sampling and training on a token; sync is 0
+    # Optimizer steps between sampling a token and the first step on its rollout; sync is 0, null has no bound.
+    max_staleness: int | None = Field(1, ge=0)
     steps: PositiveInt = 64  # optimizer steps of the RL stage
-    prompts_per_step: PositiveInt = 32
+    prompts_per_step: PositiveInt = 32  # of one mini-batch, which one optimizer step is made of
+    mini_batches: PositiveInt = 1  # N of the paper: so many optimizer steps on samples of one policy
+    epochs: PositiveInt = 1  # T of the paper: how often each mini-batch is used
+    # batch: a rollout's prompts run together and leave together, bit for bit the same every time | streaming: each
+    # prompt on its own, to the generator with the least to do
+    generation: Literal["batch", "streaming"] = "batch"
+    # What a push does to completions under way. none: it waits for their end | keep: they go on with the new weights
+    # and the old cache | recompute: with a new cache | resubmit: they are cut off and go on wherever there is room
+    in_flight_updates: Literal["none", "keep", "recompute", "resubmit"] = "none"
+    # Which complete groups are trained first: in the order of prompts | any of the oldest `window` groups | of the
+    # newest policy. Groups that would be too old in the next step always are.
+    order: Literal["fifo", "windowed", "freshest"] = "fifo"
+    window: PositiveInt | None = None  # groups; default: twice a rollout's
+    max_groups: PositiveInt | None = None  # under way or waiting for the learner; null: what max_staleness allows
+    # How long the learner waits for a group that must be in the next step before it is cancelled and sampled anew.
+    straggler_s: PositiveFloat | None = None
+    eval_every: PositiveInt | None = None  # steps; held-out evaluation of that policy while training goes on
+    record: bool = False  # keep what was trained on, for `async-rlhf replay`
+
+    @field_validator("in_flight_updates", mode="before")
+    @classmethod
+    def name_booleans(cls, value: object) -> object:
+        """YAML's `true` and `false`, for who needs no more than that."""
+        return {True: "keep", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def check_rollout(self) -> "ScheduleSection":
+        updates, bound = self.updates_per_rollout, self.staleness_bound
+        if self.steps % updates:
+            raise ValueError(
+                f"schedule.steps = {self.steps} is no multiple of mini_batches x epochs = {updates}, the steps on one rollout"
+            )
+        if bound is not None and bound % updates:
+            raise ValueError(
+                f"schedule.max_staleness = {bound} is no multiple of mini_batches x epochs = {updates}: weights change "
+                "hands between rollouts only"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_streaming(self) -> "ScheduleSection":
+        if self.generation == "batch":
+            streaming = {"in_flight_updates": "none", "order": "fifo", "straggler_s": None, "max_groups": None}
+            for key, needed in streaming.items():
+                if getattr(self, key) != needed:
+                    raise ValueError(f"schedule.{key} = {getattr(self, key)} needs schedule.generation = streaming")
+            if self.staleness_bound is None:
+                raise ValueError("schedule.max_staleness = null needs schedule.generation = streaming")
+        if self.staleness_bound is None and self.max_groups is None:
+            raise ValueError("schedule.max_staleness = null needs schedule.max_groups, or nothing bounds what is kept")
+        if self.max_groups is not None and self.max_groups < self.groups_per_rollout:
+            raise ValueError(
+                f"schedule.max_groups = {self.max_groups} is below the {self.groups_per_rollout} groups of one rollout"
+            )
+        if self.window is not None and self.order != "windowed":
+            raise ValueError("schedule.window needs schedule.order = windowed")
+        if self.window is not None and self.window < self.groups_per_rollout:
+            raise ValueError(
+                f"schedule.window = {self.window} is below the {self.groups_per_rollout} groups of one rollout"
+            )
+        return self
 
     @property
-    def staleness_bound(self) -> int:
+    def staleness_bound(self) -> int | None:
         """The bound in force: sync is the async schedule with a bound of 0."""
         return 0 if self.mode == "sync" else self.max_staleness
 
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.mini_batches * self.epochs
 
-class AlgorithmSection(Section):
-    """Online DPO (Guo et al. 2024) as the paper runs it: best against worst of K samples."""
+    @property
+    def groups_per_rollout(self) -> int:
+        return self.mini_batches * self.prompts_per_step
 
-    type: Literal["online_dpo"] = "online_dpo"
-    samples_per_prompt: int = Field(2, ge=2)  # K; the paper also trains with 4
-    beta: PositiveFloat = 0.1  # the paper: 0.1 (TL;DR, GSM8K), 0.03 (8B chatbot)
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    missing_eos_reward: float | None = -1.0  # replaces the reward of a cut-off completion; null keeps its reward
+    @property
+    def rollouts(self) -> int:
+        return self.steps // self.updates_per_rollout
 
 
 class DataSection(Section):

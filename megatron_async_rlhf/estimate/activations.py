@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.sections import LearnerSection
+from megatron_async_rlhf.weights.plan import ITEM_BYTES
 
 FLOAT32 = 4
-PRECISION_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class LayerShare:
             # With fewer key-value heads than ranks, every rank gathers all of it to find its own.
             qkv=arch.head_dim * (arch.heads + 2 * arch.kv_heads) // (tensor if tensor <= arch.kv_heads else 1),
             ffn=arch.ffn_size // tensor,
-            item=PRECISION_BYTES[learner.precision],
+            item=ITEM_BYTES[learner.weights_dtype],
             qk_norm=arch.qk_norm,
             fp8=learner.fp8 is not None,
             context_parallel=learner.context_parallel,

@@ -54,7 +54,7 @@ def run_memory(config: RunConfig, arch: Architecture) -> RunMemory:
     ranks_of_stage = config.learner.world_size // len(learner)
     host = ranks_of_stage * sum(rank.host for rank in learner)
     if on_cpu:
-        workers = config.generator.replicas * config.generator.tensor_parallel
+        workers = config.generator.workers
         host += ranks_of_stage * sum(rank.total for rank in learner) + workers * generator.total
         host += config.generator.replicas * FIXED_SERVER_CPU + FIXED_CONTROL_CPU
     return RunMemory(learner=learner, generator=generator, host=host)
@@ -101,7 +101,7 @@ def _changes(config: RunConfig, arch: Architecture) -> Iterator[tuple[str, dict]
     yield "learner.recompute = full", {"recompute": "full"}
     if on_gpu:
         yield "learner.reference = swapped", {"reference": "swapped"}
-        free = config.launch.gpus_per_node - config.generator.replicas * config.generator.tensor_parallel
+        free = config.launch.gpus_per_node - config.generator.workers
         for tensor in (2, 4, 8):
             ranks = tensor * learner.pipeline_parallel * learner.context_parallel
             if tensor > learner.tensor_parallel and ranks <= free:

@@ -13,7 +13,6 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.estimate.activations import (
     FLOAT32,
-    PRECISION_BYTES,
     LayerShare,
     attention_kernel_bytes,
     backward_bytes,
@@ -23,6 +22,7 @@ from megatron_async_rlhf.estimate.activations import (
 )
 from megatron_async_rlhf.estimate.holdings import Holding, learner_holdings
 from megatron_async_rlhf.weights.layout import LearnerLayout
+from megatron_async_rlhf.weights.plan import ITEM_BYTES
 
 LOGITS_BLOCK = {"cpu": 2**25, "cuda": 2**27}  # elements of a block of logits, as in `learner/megatron/logprobs.py`
 MIB = 2**20
@@ -101,7 +101,7 @@ def _stage_memory(config: RunConfig, arch: Architecture, stage: int, holding: Ho
 def _weights(learner: LearnerSection, arch: Architecture, stage: int, holding: Holding) -> int:
     """Weights in the learner's precision, or of layers in FP8: rows and columns first, which Transformer Engine keeps
     beside the bf16 ones it casts them from, unless `fp8.parameters`."""
-    item = PRECISION_BYTES[learner.precision]
+    item = ITEM_BYTES[learner.weights_dtype]
     if learner.fp8 is None:
         return item * holding.total
     share = LayerShare.of(arch, learner)

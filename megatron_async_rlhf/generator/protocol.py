@@ -1,6 +1,6 @@
 """The controller's view of a generator: tokens in, tokens out, and weights received. No torch."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from msgspec import Struct
 
@@ -14,6 +14,7 @@ class SamplingRequest(Struct, frozen=True, kw_only=True):
         seed: of the sampler; with it a request's noise does not depend on what else is running.
         temperature: 0 is greedy.
         order: position among the requests submitted together; the engine schedules lower first.
+        begun: what an interrupted completion had so far, to go on from; `samples` is 1 then.
     """
 
     prompt: Prompt
@@ -22,6 +23,11 @@ class SamplingRequest(Struct, frozen=True, kw_only=True):
     temperature: float
     max_new_tokens: int
     order: int = 0
+    begun: Completion | None = None
+
+
+# What becomes of requests under way: they freeze | run to their end first | end here, `interrupted`
+Pause = Literal["keep", "wait", "abort"]
 
 
 class Generator(Protocol):
@@ -34,9 +40,13 @@ class Generator(Protocol):
     name: str
     version: int
 
-    async def sample(self, request: SamplingRequest) -> list[Completion]: ...
+    async def sample(self, request: SamplingRequest) -> list[Completion]:
+        """All completions of a request; being cancelled cancels it at the engine too."""
+        ...
 
-    async def pause(self) -> None: ...
+    async def pause(self, how: Pause = "keep") -> None:
+        """From now on requests queue until `resume`."""
+        ...
 
     async def resume(self) -> None: ...
 

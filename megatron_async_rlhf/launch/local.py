@@ -22,7 +22,7 @@ from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.plan import ProcessPlan
 from megatron_async_rlhf.launch.process import Process
 from megatron_async_rlhf.telemetry.events import parse_event
-from megatron_async_rlhf.telemetry.files import LOG_DIR, PROCESSES, SUMMARY
+from megatron_async_rlhf.telemetry.files import LOG_DIR, PROCESSES, SUMMARY, replace_file
 from megatron_async_rlhf.telemetry.summary import RunTotals
 
 _POLL_S = 0.1
@@ -163,4 +163,4 @@ class Supervisor:
         summary["status"], summary["error"] = status, error
         if tail:
             summary["log_tail"] = tail
-        path.write_text(json.dumps(summary, indent=1) + "\n")
+        replace_file(path, json.dumps(summary, indent=1) + "\n")

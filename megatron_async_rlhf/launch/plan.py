@@ -50,7 +50,7 @@ def plan_processes(
     Raises:
         ConfigError: a configured port is in use.
     """
-    ranks, workers = config.learner.world_size, config.generator.replicas * config.generator.tensor_parallel
+    ranks, workers = config.learner.world_size, config.generator.workers
     on_gpus = config.run.device == "cuda"
     if on_gpus:
         learner_devices, generator_devices = place_on_gpus(ranks, workers, shared=config.weights.transport == "ipc")

@@ -1,7 +1,6 @@
 """Makes the directory of a run; an earlier run found there is set aside, never overwritten, or gone on with."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,7 +11,14 @@ from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, SAMPLES
+from megatron_async_rlhf.telemetry.files import (
+    EVALUATIONS,
+    METRICS,
+    POLICY_TEMPLATE_DIR,
+    RESOLVED_CONFIG,
+    SAMPLES,
+    replace_file,
+)
 
 
 def create_run_directory(config: RunConfig, template: Path) -> tuple[Path, Path | None]:
@@ -44,7 +50,7 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
         _keep_lines(directory / METRICS, lambda line: line["step"] < version)
         _keep_lines(directory / SAMPLES, lambda line: line["step"] < version)
         _keep_lines(directory / EVALUATIONS, lambda line: line["when"] == "before")
-        _replace(directory / RESOLVED_CONFIG, dump_config(config))
+        replace_file(directory / RESOLVED_CONFIG, dump_config(config))
     except OSError as error:
         raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
     return directory
@@ -77,13 +83,7 @@ def _keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue  # the process was killed in the middle of it
-    _replace(path, "".join(kept))
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    replace_file(path, "".join(kept))
 
 
 def _set_aside(directory: Path) -> Path | None:

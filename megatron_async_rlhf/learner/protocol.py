@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 from msgspec import Struct
 
-from megatron_async_rlhf.types import PushReport, Sequence, Span, StepMetrics
+from megatron_async_rlhf.types import PushReport, Sequence, Span, StepMetrics, TrainingGroup
 
 
 class Command(Struct, frozen=True, kw_only=True, tag=True):
@@ -45,16 +45,18 @@ class ResumeReinforcement(Command, frozen=True, kw_only=True, tag=True):
     reference: str | None
 
 
-class TrainPreferences(Command, frozen=True, kw_only=True, tag=True):
-    """One optimizer step of online DPO: policy version `version` becomes `version + 1`.
+class TrainRollout(Command, frozen=True, kw_only=True, tag=True):
+    """Optimizer steps of RL on one rollout: each mini-batch once per epoch, each time a new policy version.
 
     Attributes:
         version: the version the learner must be at; anything else is a bug and an error.
-        pairs: chosen and rejected alternating, [2 x num_pairs]; empty means every pair was a tie: no update.
+        mini_batches: the groups of each. One without groups has nothing to teach: the version advances, nothing changes.
+        epochs: how often to go over the mini-batches.
     """
 
     version: int
-    pairs: list[Sequence]
+    mini_batches: list[list[TrainingGroup]]
+    epochs: int = 1
 
 
 class Score(Command, frozen=True, kw_only=True, tag=True):
@@ -121,7 +123,7 @@ AnyCommand = (
     | TrainSupervised
     | StartReinforcement
     | ResumeReinforcement
-    | TrainPreferences
+    | TrainRollout
     | Score
     | JoinTransfer
     | PushWeights
@@ -139,8 +141,10 @@ class Answer(Struct, frozen=True, kw_only=True):
     id: int
     error: str | None = None
     error_kind: Literal["", "non_finite", "transfer"] = ""
-    metrics: StepMetrics | None = None
-    # of each sequence's completion tokens, in the command's order, before any update the command made
+    metrics: StepMetrics | None = None  # of TrainSupervised
+    steps: list[StepMetrics] = []  # of TrainRollout, one per optimizer step
+    # of each sequence's completion tokens, in the command's order, before any update the command made; of a rollout
+    # those of its first mini-batch
     logprobs: list[list[float]] = []
     push: PushReport | None = None
     saved: bool = False

@@ -25,7 +25,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import NonFiniteLossError
 from megatron_async_rlhf.generator.protocol import SamplingRequest
-from megatron_async_rlhf.learner.protocol import Learner, TrainPreferences
+from megatron_async_rlhf.learner.protocol import Learner, TrainRollout
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.pacing import Pacer
 from megatron_async_rlhf.scheduler.pool import GeneratorPool, request_seed
@@ -156,7 +156,7 @@ class Controller:
         self._recorder.activity("learner", f"step {version}")
         start = time.time()
         try:
-            answer = await self._learner.execute(TrainPreferences(version=version, pairs=pairs.sequences))
+            answer = await self._learner.execute(TrainRollout(version=version, mini_batches=[pairs.training]))
         except NonFiniteLossError as error:
             saved = self._recorder.save_json(FAILED_BATCH, ready.scored.groups)
             raise NonFiniteLossError(f"{error}; the batch is in {saved}") from None
@@ -172,7 +172,7 @@ class Controller:
         self._recorder.logprob_gaps(gaps)
         metrics = {
             **ready.scored.metrics,
-            **answer.metrics.values,
+            **answer.steps[0].values,
             "reward_margin": pairs.margin,
             "pairs_skipped": pairs.skipped / len(groups),
             "staleness/mean": fmean(ages) if ages else 0.0,

@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from megatron_async_rlhf.algorithms.preference import best_and_worst
 from megatron_async_rlhf.rewards.base import Reward
-from megatron_async_rlhf.types import Completion, Prompt, RolloutGroup, Sequence
+from megatron_async_rlhf.types import Completion, Prompt, RolloutGroup, Sequence, TrainingGroup
 
 
 class ScoredBatch(Struct, frozen=True, kw_only=True):
@@ -59,6 +59,7 @@ class PreferencePairs(Struct, frozen=True, kw_only=True):
 
     completions: list[Completion]
     sequences: list[Sequence]
+    training: list[TrainingGroup]
     skipped: int
     margin: float
 
@@ -67,18 +68,27 @@ def make_pairs(groups: Seq[RolloutGroup]) -> PreferencePairs:
     """Best against worst completion of each group; ties are skipped."""
     completions: list[Completion] = []
     sequences: list[Sequence] = []
+    training: list[TrainingGroup] = []
     margins: list[float] = []
     for group in groups:
         pair = best_and_worst(group.rewards)
         if pair is None:
             continue
         margins.append(group.rewards[pair[0]] - group.rewards[pair[1]])
-        for index in pair:
-            completions.append(group.completions[index])
-            sequences.append(as_sequence(group.prompt, group.completions[index]))
+        chosen = [group.completions[index] for index in pair]
+        training.append(
+            TrainingGroup(
+                sequences=[as_sequence(group.prompt, completion) for completion in chosen],
+                rewards=[group.rewards[index] for index in pair],
+                sampler_logprobs=[completion.logprobs for completion in chosen],
+            )
+        )
+        completions += chosen
+        sequences += training[-1].sequences
     return PreferencePairs(
         completions=completions,
         sequences=sequences,
+        training=training,
         skipped=len(groups) - len(margins),
         margin=fmean(margins) if margins else 0.0,
     )

@@ -1,4 +1,7 @@
-"""Names inside a run directory: one place, because every process writes or reads some of them."""
+"""Names inside a run directory: one place, because every process writes or reads some of them; and how one is replaced."""
+
+import os
+from pathlib import Path
 
 RESOLVED_CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -14,3 +17,10 @@ REFERENCE_DIR = "checkpoints/reference"  # the reference policy's weights, unles
 RUN_STATE = "run_state.msgpack"  # in a checkpoint: the controller's part
 EXPORT_DIR = "checkpoints/final"  # the finished policy as a Hugging Face directory
 FAILED_BATCH = "non_finite_batch.json"
+
+
+def replace_file(path: Path, text: str) -> None:
+    """In one step, so that a reader, or a crash, never meets half of it."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

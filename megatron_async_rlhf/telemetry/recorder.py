@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import msgspec
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE
+from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE, replace_file
 from megatron_async_rlhf.telemetry.summary import RunTotals
 from megatron_async_rlhf.telemetry.trace import write_trace
 from megatron_async_rlhf.telemetry.wandb_log import WandbLog
@@ -180,10 +179,8 @@ class Recorder:
         self._wandb.log({f"eval/{name}": value for name, value in metrics.items()})
 
     def write_summary(self, status: str, error: str | None) -> None:
-        """Replace summary.json in one step, so that a reader, or a crash, never meets half of it."""
-        partial = self._dir / f"{SUMMARY}.partial"
-        partial.write_text(json.dumps(self.totals.to_summary(status, error), indent=1) + "\n")
-        os.replace(partial, self._dir / SUMMARY)
+        """Replace summary.json."""
+        replace_file(self._dir / SUMMARY, json.dumps(self.totals.to_summary(status, error), indent=1) + "\n")
 
     def save_json(self, file: str, content: Any) -> Path:
         """Keep something for a later look, such as the batch of a non-finite loss."""

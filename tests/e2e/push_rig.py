@@ -21,10 +21,10 @@ from megatron_async_rlhf.launch.plan import ProcessSpec, plan_processes
 from megatron_async_rlhf.launch.process import Process
 from megatron_async_rlhf.launch.run_directory import create_run_directory
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, StartReinforcement, TrainPreferences
+from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, StartReinforcement, TrainRollout
 from megatron_async_rlhf.prepare import Materials, load_materials, make_model_template
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
-from megatron_async_rlhf.types import Completion
+from megatron_async_rlhf.types import Completion, TrainingGroup
 
 CONFIG = Path(__file__).with_name("tiny.yaml")
 START_S = 180
@@ -43,8 +43,12 @@ class PushRig:
     async def change_weights(self) -> None:
         """An optimizer step big enough to matter: one prompt's solution preferred to another's."""
         solved = list(self.materials.solved.values())
-        pairs = [solved[(self.version * 8 + i) % len(solved)] for i in range(8)]
-        await self.learner.execute(TrainPreferences(version=self.version, pairs=pairs))
+        chosen = [solved[(self.version * 8 + i) % len(solved)] for i in range(8)]
+        groups = [
+            TrainingGroup(sequences=chosen[i : i + 2], rewards=[1.0, 0.0], sampler_logprobs=[[], []])
+            for i in range(0, 8, 2)
+        ]
+        await self.learner.execute(TrainRollout(version=self.version, mini_batches=[groups]))
         self.version += 1
 
     async def sample(self, generator: VLLMGenerator, prompts: int = 4) -> list[tuple[list[int], Completion]]:

@@ -20,8 +20,8 @@ from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
-from megatron_async_rlhf.learner.protocol import TrainPreferences
-from megatron_async_rlhf.types import Sequence
+from megatron_async_rlhf.learner.protocol import TrainRollout
+from megatron_async_rlhf.types import Sequence, TrainingGroup
 
 TINY = {"layers": 4, "hidden_size": 64, "ffn_size": 128, "heads": 4, "context_length": 64}
 STEPS = 2
@@ -38,10 +38,9 @@ def train(config: RunConfig, vocab_size: int, placement: Placement) -> int:
     learner = MegatronLearner(config, arch, placement)
     learner.start_reinforcement()
     row = Sequence(token_ids=[1] * (arch.context_length + 1), prompt_length=1)  # its last token is no position
+    group = TrainingGroup(sequences=[row, row], rewards=[1.0, 0.0], sampler_logprobs=[[], []])
     for version in range(STEPS):
-        learner.train_preferences(
-            TrainPreferences(version=version, pairs=[row] * (2 * config.schedule.prompts_per_step))
-        )
+        learner.train_rollout(TrainRollout(version=version, mini_batches=[[group] * config.schedule.prompts_per_step]))
     return sum(parameter.nbytes for chunk in learner.chunks for parameter in chunk.parameters())
 
 

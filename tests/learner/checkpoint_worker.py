@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from learner_worker import counted, digests_of, make_learner, sequences_of
+from learner_worker import counted, digests_of, make_learner, preferences, sequences_of
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError
@@ -24,7 +24,6 @@ from megatron_async_rlhf.learner.protocol import (
     FinishCheckpoint,
     ResumeReinforcement,
     SaveCheckpoint,
-    TrainPreferences,
     TrainSupervised,
 )
 from megatron_async_rlhf.weights.digest import digest
@@ -43,9 +42,7 @@ def steps(learner: MegatronLearner, job: dict, versions: range) -> list[dict]:
     """Version 0 has no pairs: the optimizer takes its first step at version 1."""
     pairs = [[], *job["pairs"]]
     return [
-        counted(
-            learner.train_preferences(TrainPreferences(version=version, pairs=sequences_of(pairs[version]))).metrics
-        )
+        counted(learner.train_rollout(preferences(version, sequences_of(pairs[version]))).steps[0])
         for version in versions
     ]
 

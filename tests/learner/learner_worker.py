@@ -26,8 +26,8 @@ from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.output import output_matrix
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.megatron.weights import named_parameters
-from megatron_async_rlhf.learner.protocol import ExportWeights, Score, TrainPreferences, TrainSupervised
-from megatron_async_rlhf.types import Sequence, StepMetrics
+from megatron_async_rlhf.learner.protocol import ExportWeights, Score, TrainRollout, TrainSupervised
+from megatron_async_rlhf.types import Sequence, StepMetrics, TrainingGroup
 from megatron_async_rlhf.weights.digest import digest
 
 
@@ -41,6 +41,15 @@ def make_learner(job: dict, model: dict, placement: Placement) -> MegatronLearne
 
 def sequences_of(rows: list) -> list[Sequence]:
     return [Sequence(token_ids=token_ids, prompt_length=prompt_length) for token_ids, prompt_length in rows]
+
+
+def preferences(version: int, pairs: list[Sequence]) -> TrainRollout:
+    """One mini-batch of chosen and rejected sequences, alternating."""
+    groups = [
+        TrainingGroup(sequences=pairs[i : i + 2], rewards=[1.0, 0.0], sampler_logprobs=[[], []])
+        for i in range(0, len(pairs), 2)
+    ]
+    return TrainRollout(version=version, mini_batches=[groups])
 
 
 def logits_of(learner: MegatronLearner, sequences: list[Sequence]) -> list[torch.Tensor]:
@@ -148,21 +157,18 @@ def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
     learner.export_weights(ExportWeights(directory=str(directory / "warm")))
 
     pair_lists = [sequences_of(rows) for rows in job["pairs"]]
-    too_early = TrainPreferences(version=0, pairs=pair_lists[0])
-    result["too early"] = error_of(learner.train_preferences, too_early)
+    too_early = preferences(0, pair_lists[0])
+    result["too early"] = error_of(learner.train_rollout, too_early)
     learner.start_reinforcement()
     before = digests_of(learner)
-    result["empty"] = learner.train_preferences(TrainPreferences(version=0, pairs=[])).metrics.values
+    result["empty"] = learner.train_rollout(preferences(0, [])).steps[0].values
     result["version after empty"] = learner.version
-    result["wrong version"] = error_of(learner.train_preferences, too_early)
+    result["wrong version"] = error_of(learner.train_rollout, too_early)
     result["version after wrong version"] = learner.version
     result["changed by an empty and a refused step"] = before != digests_of(learner)
-    answers = [
-        learner.train_preferences(TrainPreferences(version=version, pairs=pairs))
-        for version, pairs in enumerate(pair_lists, start=1)
-    ]
-    result["preferences"] = [counted(answer.metrics) for answer in answers]
-    result["measured"] = answers[0].metrics.values
+    answers = [learner.train_rollout(preferences(version, pairs)) for version, pairs in enumerate(pair_lists, start=1)]
+    result["preferences"] = [counted(answer.steps[0]) for answer in answers]
+    result["measured"] = answers[0].steps[0].values
     result["span names"] = sorted(span.name for span in answers[0].spans)
     result["preference logprobs"] = [answer.logprobs for answer in answers]
     result["version"] = learner.version
@@ -176,7 +182,7 @@ def train_long(learner: MegatronLearner, job: dict) -> list[dict[str, float]]:
     """RL from the initial weights; every step's metrics."""
     learner.start_reinforcement()
     return [
-        counted(learner.train_preferences(TrainPreferences(version=version, pairs=sequences_of(rows))).metrics)
+        counted(learner.train_rollout(preferences(version, sequences_of(rows))).steps[0])
         for version, rows in enumerate(job["long run"])
     ]
 
@@ -189,7 +195,7 @@ def blow_up(learner: MegatronLearner, job: dict) -> dict:
     result = {"supervised": error_of(learner.train_supervised, TrainSupervised(step=1, sequences=sequences))}
     learner.start_reinforcement()
     pairs = sequences_of(job["pairs"][0])
-    result["preferences"] = error_of(learner.train_preferences, TrainPreferences(version=0, pairs=pairs))
+    result["preferences"] = error_of(learner.train_rollout, preferences(0, pairs))
     result["version"] = learner.version
     result["changed"] = before != digests_of(learner)
     return result

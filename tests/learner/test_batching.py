@@ -73,7 +73,7 @@ def test_the_packed_form_names_the_same_sequences_and_padding_apart(multiple: in
 
 def test_completions_are_summed_by_sequence():
     for batch in cut(sequence_parallel=4):
-        sums_S = batch.sum_completions(batch.targets_T.float())
+        sums_S = batch.completions.sum(batch.targets_T.float())
         rows = batch.split_completions(batch.targets_T)
         assert sums_S.tolist() == [sum(rows[index]) for index in batch.indices]
 
@@ -104,7 +104,7 @@ def test_a_rank_without_sequences_takes_part_without_weight():
     (batch,) = cut(rank=6, ranks=7)
     assert batch.indices == [-1, -1]
     assert batch.num_tokens == 0
-    assert torch.equal(batch.sum_completions(torch.ones(len(batch.tokens_T))), torch.zeros(2))
+    assert torch.equal(batch.completions.sum(torch.ones(len(batch.tokens_T))), torch.zeros(2))
 
 
 def test_interleaved_stages_get_rows_of_one_width_and_as_many_as_go_round():

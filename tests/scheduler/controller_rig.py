@@ -10,7 +10,7 @@ from megatron_async_rlhf.checkpoint.run_state import RunState
 from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.learner.protocol import PushWeights, TrainPreferences
+from megatron_async_rlhf.learner.protocol import PushWeights, TrainRollout
 from megatron_async_rlhf.rewards.base import Score
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
@@ -80,5 +80,5 @@ class Rig:
 
     def order(self):
         """What the learner did: a version for each training step, `p` and a version for each push."""
-        names = {TrainPreferences: "", PushWeights: "p"}
+        names = {TrainRollout: "", PushWeights: "p"}
         return [f"{names[type(c)]}{c.version}" for c in self.learner.commands if type(c) in names]

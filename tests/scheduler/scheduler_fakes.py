@@ -14,7 +14,7 @@ from megatron_async_rlhf.learner.protocol import (
     PushReport,
     PushWeights,
     SaveCheckpoint,
-    TrainPreferences,
+    TrainRollout,
 )
 from megatron_async_rlhf.types import Completion, StepMetrics
 
@@ -49,13 +49,15 @@ class FakeLearner:
             case FinishCheckpoint():
                 self._asked += 1
                 return Answer(id=0, saved=self._asked > self._polls)
-        assert isinstance(command, TrainPreferences)
+        assert isinstance(command, TrainRollout)
         assert command.version == self.version
         self.version += 1
         return Answer(
             id=0,
-            metrics=StepMetrics(values={"loss": 1.0}),
-            logprobs=[[-1.0] * (len(s.token_ids) - s.prompt_length) for s in command.pairs],
+            steps=[StepMetrics(values={"loss": 1.0})],
+            logprobs=[
+                [-1.0] * (len(s.token_ids) - s.prompt_length) for g in command.mini_batches[0] for s in g.sequences
+            ],
         )
 
 

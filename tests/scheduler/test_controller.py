@@ -5,7 +5,7 @@ import pytest
 from controller_rig import Rig
 
 from megatron_async_rlhf.errors import GeneratorError, NonFiniteLossError, StaleSampleError
-from megatron_async_rlhf.learner.protocol import TrainPreferences
+from megatron_async_rlhf.learner.protocol import TrainRollout
 from megatron_async_rlhf.scheduler.pacing import Pacer
 
 
@@ -48,7 +48,7 @@ def test_sync_and_zero_staleness_train_on_the_same(tmp_path):
         (tmp_path / mode).mkdir()
         rig = Rig(tmp_path / mode, mode=mode, max_staleness=0)
         rig.run()
-        batches.append([c.pairs for c in rig.learner.commands if isinstance(c, TrainPreferences)])
+        batches.append([c.mini_batches for c in rig.learner.commands if isinstance(c, TrainRollout)])
     assert batches[0] == batches[1]
 
 

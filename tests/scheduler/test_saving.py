@@ -9,13 +9,13 @@ from controller_rig import Rig
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.run_state import read_run_state
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, LearnerError
-from megatron_async_rlhf.learner.protocol import FinishCheckpoint, SaveCheckpoint, TrainPreferences
+from megatron_async_rlhf.learner.protocol import FinishCheckpoint, SaveCheckpoint, TrainRollout
 
 ALL = {"every_steps": 1, "keep_last": None}
 
 
 def trained(rig):
-    return [command.pairs for command in rig.learner.commands if isinstance(command, TrainPreferences)]
+    return [command.mini_batches for command in rig.learner.commands if isinstance(command, TrainRollout)]
 
 
 def go_on(directory, version, **settings):
@@ -74,7 +74,7 @@ def test_a_batch_that_waits_is_saved(tmp_path):
 
 
 def names(rig):
-    kinds = {SaveCheckpoint: "save", FinishCheckpoint: "asked", TrainPreferences: "train"}
+    kinds = {SaveCheckpoint: "save", FinishCheckpoint: "asked", TrainRollout: "train"}
     return [kinds[type(command)] for command in rig.learner.commands if type(command) in kinds]
 
 
@@ -135,8 +135,8 @@ def test_an_unknown_metric_is_refused_at_the_first_step(tmp_path):
 
     async def train(command, execute=rig.learner.execute):
         answer = await execute(command)
-        if isinstance(command, TrainPreferences):
-            answer.metrics.values["num_pairs"] = 3.0
+        if isinstance(command, TrainRollout):
+            answer.steps[0].values["num_pairs"] = 3.0
         return answer
 
     rig.learner.execute = train

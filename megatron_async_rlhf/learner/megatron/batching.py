@@ -8,11 +8,14 @@ Shape legend: T tokens, S sequences.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_async_rlhf.algorithms.segments import Segments
 from megatron_async_rlhf.data.packing import plan_bins
+from megatron_async_rlhf.learner.megatron.context import share_of_rank
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.types import Sequence
 
@@ -26,6 +29,7 @@ class MicroBatch:
         targets_T: the next token of the same sequence at each position, [T].
         mask_T: True where the target is a completion token, [T].
         segments_T: which sequence of the micro-batch each position belongs to; S for padding, [T].
+        share_T: positions that this rank computes, all unless context-parallel ranks divide them, [T / ranks].
         packed: where each sequence, and the padding, ends.
         indices: which sequence of the command each one is, the parts of a unit in order; -1 for a sequence that only
             keeps ranks in step, [S].
@@ -38,16 +42,17 @@ class MicroBatch:
     targets_T: torch.Tensor
     mask_T: torch.Tensor
     segments_T: torch.Tensor
+    share_T: torch.Tensor
     packed: PackedSeqParams
     indices: list[int]
     num_tokens: int
     reference_T: torch.Tensor | None = None
     policy_T: torch.Tensor | None = None
 
-    def sum_completions(self, values_T: torch.Tensor) -> torch.Tensor:
-        """Sum over each sequence's completion tokens, [S]; differentiable."""
-        sums = values_T.new_zeros(len(self.indices) + 1)  # the last one collects the padding
-        return sums.index_add(0, self.segments_T, values_T * self.mask_T)[:-1]
+    @property
+    def completions(self) -> Segments:
+        """Sums and means over each sequence's completion tokens."""
+        return Segments(mask_T=self.mask_T, segments_T=self.segments_T, count=len(self.indices))
 
     def split_completions(self, values_T: torch.Tensor) -> dict[int, list[float]]:
         """Each sequence's values on its completion tokens in order, by its index in the command."""
@@ -122,23 +127,25 @@ def _lay(sequences: Seq[Sequence], indices: list[int], width: int, placement: Pl
         in_row.append(padding)
     nowhere = len(sequences)
     segments += [nowhere] * padding
+    ends = [0, *accumulate(in_row)]
     return MicroBatch(
         tokens_T=torch.tensor(tokens + [0] * padding),
         targets_T=torch.tensor(targets + [0] * padding),
         mask_T=torch.tensor(mask + [False] * padding),
         segments_T=torch.tensor(segments),
-        packed=_packed(in_row),
+        share_T=share_of_rank(ends, placement.context_rank, placement.context_parallel),
+        packed=_packed(ends, longest=max(in_row)),
         indices=indices,
         num_tokens=sum(1 for s in segments if s != nowhere and indices[s] >= 0),
     )
 
 
-def _packed(lengths: list[int]) -> PackedSeqParams:
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+def _packed(ends: list[int], longest: int) -> PackedSeqParams:
+    ends_S = torch.tensor(ends, dtype=torch.int32)
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
+        cu_seqlens_q=ends_S,
+        cu_seqlens_kv=ends_S,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )

@@ -10,20 +10,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 
-def share_of_row(ends: torch.Tensor) -> torch.Tensor:
-    """The positions of the row that this rank computes, in the order it has them, [T / ranks].
-
-    Args:
-        ends: where each sequence ends, with a 0 before, [sequences + 1].
-    """
-    rank, ranks = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    if ranks == 1:
-        return torch.arange(ends[-1], device=ends.device)
-    return share_of_rank(ends.tolist(), rank, ranks).to(ends.device)
-
-
 def share_of_rank(ends: list[int], rank: int, ranks: int) -> torch.Tensor:
-    """The positions of one rank, [T / ranks]; arguments as `parts_of_rank`."""
+    """The positions of the row that a rank computes, in the order it has them, [T / ranks]; see `parts_of_rank`."""
+    if ranks == 1:
+        return torch.arange(ends[-1])
     return torch.cat([torch.arange(first, last) for _, first, last in parts_of_rank(ends, rank, ranks)])
 
 

@@ -1,7 +1,7 @@
 """Which modules make up a layer on which device, and what is fused there.
 
-cpu:  Megatron's own linear layers, our norm and attention
-cuda: Transformer Engine's, which also run in FP8; norms are fused into the linear layers behind them
+Transformer Engine: on a GPU where it is installed; also runs in FP8, with norms fused into the linear layers behind them
+local:              everywhere else: Megatron's own linear layers, our norm, attention and activation
 """
 
 import importlib.util

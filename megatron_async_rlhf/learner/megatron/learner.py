@@ -48,7 +48,7 @@ from megatron_async_rlhf.learner.protocol import (
     ResumeReinforcement,
     SaveCheckpoint,
     Score,
-    TrainPreferences,
+    TrainRollout,
     TrainSupervised,
 )
 from megatron_async_rlhf.types import Sequence, StepMetrics
@@ -132,23 +132,28 @@ class MegatronLearner:
             self._meter.add(span)
         return self._answer(command.id, saved=span is not None)
 
-    def train_preferences(self, command: TrainPreferences) -> Answer:
-        """One online-DPO step; a step without pairs advances the version and changes nothing."""
+    def train_rollout(self, command: TrainRollout) -> Answer:
+        """An optimizer step per mini-batch and epoch; one without groups advances the version and changes nothing."""
         if self._reference is None:
-            raise LearnerError("TrainPreferences came before StartReinforcement: there is no reference policy yet")
+            raise LearnerError("TrainRollout came before StartReinforcement: there is no reference policy yet")
         if command.version != self.version:
             raise LearnerError(f"asked to train policy version {command.version}, but the learner is at {self.version}")
-        metrics: dict[str, float] = {"num_pairs": len(command.pairs) / 2}
+        steps: list[StepMetrics] = []
         logprobs: list[list[float]] = []
-        if command.pairs:
-            batches = self._cut(command.pairs, unit=2)
-            self._score_by_reference(batches)
-            loss = self._preference_loss(num_pairs=len(command.pairs) // 2)
-            metrics |= self._optimize(self._passes, batches, loss, f"step {command.version}")
-            metrics |= self._measured(command.pairs, passes=4)
-            logprobs = gather_policy_logprobs(batches, self.placement, len(command.pairs))
-        self.version += 1
-        return self._answer(command.id, metrics, logprobs=logprobs)
+        for groups in command.mini_batches * command.epochs:
+            pairs = [sequence for group in groups for sequence in group.sequences]
+            metrics: dict[str, float] = {"num_pairs": len(pairs) / 2}
+            if pairs:
+                batches = self._cut(pairs, unit=2)
+                self._score_by_reference(batches)
+                loss = self._preference_loss(num_pairs=len(pairs) // 2)
+                metrics |= self._optimize(self._passes, batches, loss, f"step {self.version}")
+                metrics |= self._measured(pairs, passes=4)
+                if not steps:
+                    logprobs = gather_policy_logprobs(batches, self.placement, len(pairs))
+            self.version += 1
+            steps.append(StepMetrics(values=metrics))
+        return self._answer(command.id, steps=steps, logprobs=logprobs)
 
     def score(self, command: Score) -> Answer:
         """Policy log-probabilities of each sequence's completion tokens."""
@@ -220,8 +225,8 @@ class MegatronLearner:
         algorithm = self.config.algorithm
 
         def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
-            policy_S = batch.sum_completions(logprobs_T)
-            reference_S = batch.sum_completions(batch.reference_T)
+            policy_S = batch.completions.sum(logprobs_T)
+            reference_S = batch.completions.sum(batch.reference_T)
             return online_dpo_loss(
                 policy_S[0::2],
                 policy_S[1::2],

@@ -1,19 +1,17 @@
 """Builds the policy (and its reference copy) as Megatron's `GPTModel`s for this rank's stages and shard."""
 
-import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from megatron_async_rlhf.config.architecture import Architecture, RopeScaling
-from megatron_async_rlhf.config.sections import LearnerSection, Precision, Recompute
+from megatron_async_rlhf.config.sections import LearnerSection, Recompute
 from megatron_async_rlhf.learner.megatron.fp8 import fp8_keys
 from megatron_async_rlhf.learner.megatron.layers import device_keys, stage_spec
 from megatron_async_rlhf.learner.megatron.output import defer_output
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-
-TORCH_DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from megatron_async_rlhf.weights.stored import DTYPES
 
 # What backward computes again instead of keeping it: attention, or all inside a layer.
 _RECOMPUTE: dict[Recompute, dict] = {
@@ -25,7 +23,7 @@ _RECOMPUTE: dict[Recompute, dict] = {
 
 def transformer_config(arch: Architecture, placement: Placement, learner: LearnerSection) -> TransformerConfig:
     """Megatron's description of a dense decoder without dropout."""
-    dtype = TORCH_DTYPE[learner.precision]
+    dtype = DTYPES[learner.weights_dtype]
     interleaved = placement.virtual_stages > 1
     return TransformerConfig(
         num_layers=arch.layers,

@@ -5,7 +5,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_async_rlhf.config.sections import LearnerSection, OptimizerKeys
 from megatron_async_rlhf.learner.megatron.data_parallel import ReplicatedPolicy
-from megatron_async_rlhf.learner.megatron.model import TORCH_DTYPE
+from megatron_async_rlhf.weights.stored import DTYPES
 
 
 def build_optimizer(
@@ -29,7 +29,7 @@ def build_optimizer(
             adam_eps=keys.adam_eps,
             clip_grad=keys.clip_grad,
             bf16=learner.precision == "bf16",
-            params_dtype=TORCH_DTYPE[learner.precision],
+            params_dtype=DTYPES[learner.weights_dtype],
             fp8_recipe=learner.fp8.recipe if learner.fp8 else None,
             use_distributed_optimizer=learner.distributed_optimizer,
             overlap_param_gather=learner.overlap_param_gather,

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch
-from megatron_async_rlhf.learner.megatron.context import share_of_row, sum_over_context
+from megatron_async_rlhf.learner.megatron.context import sum_over_context
 from megatron_async_rlhf.learner.megatron.logprobs import vocab_parallel_logprobs
 from megatron_async_rlhf.learner.megatron.output import output_matrix
 from megatron_async_rlhf.learner.megatron.parallel import Placement
@@ -68,9 +68,8 @@ class Passes:
 
     def _logprobs_of(self, batch: MicroBatch, matrix_VH: torch.Tensor, hidden_1TH: torch.Tensor) -> torch.Tensor:
         """[T]; 0 where the target is no completion token: no loss reads those, so nothing is computed for them."""
-        share_T = share_of_row(batch.packed.cu_seqlens_q)
-        mine_N = batch.mask_T[share_T].nonzero().squeeze(1)
-        positions_N = share_T[mine_N]
+        mine_N = batch.mask_T[batch.share_T].nonzero().squeeze(1)
+        positions_N = batch.share_T[mine_N]
         logprobs_N = self._logprobs(
             hidden_1TH.squeeze(0).index_select(0, mine_N), matrix_VH, batch.targets_T[positions_N]
         )
@@ -109,7 +108,7 @@ class Passes:
 def _forward(batches: Iterator[MicroBatch], model: GPTModel, *, on_hidden: Callable):
     batch = next(batches)
     output = model(
-        input_ids=batch.tokens_T[share_of_row(batch.packed.cu_seqlens_q)].unsqueeze(0),
+        input_ids=batch.tokens_T[batch.share_T].unsqueeze(0),
         position_ids=None,  # rotary angles come from `packed`
         attention_mask=None,
         packed_seq_params=batch.packed,

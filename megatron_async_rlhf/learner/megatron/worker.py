@@ -39,7 +39,7 @@ from megatron_async_rlhf.learner.protocol import (
     Score,
     StartReinforcement,
     Stop,
-    TrainPreferences,
+    TrainRollout,
     TrainSupervised,
     decode_command,
     encode_answer,
@@ -125,8 +125,8 @@ def _execute(learner: MegatronLearner, command: AnyCommand) -> Answer:
             return Answer(id=command.id)
         case ResumeReinforcement():
             return learner.resume_reinforcement(command)
-        case TrainPreferences():
-            return learner.train_preferences(command)
+        case TrainRollout():
+            return learner.train_rollout(command)
         case Score():
             return learner.score(command)
         case JoinTransfer():

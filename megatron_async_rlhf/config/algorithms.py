@@ -1,0 +1,191 @@
+"""The `algorithm` section: one class per algorithm, chosen by `algorithm.type`.
+
+Defaults are the paper's (Noukhovitch et al., arXiv 2410.18252) where it has the algorithm; where its table and its code
+differ, both are reachable and a comment says which is which. Formulas are in `megatron_async_rlhf.algorithms`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
+
+from megatron_async_rlhf.config.section import Section
+
+
+class AlgorithmKeys(Section):
+    """What all algorithms have: how many samples, and what is done to rewards before anything is learned from them."""
+
+    samples_per_prompt: PositiveInt = 2  # K
+    missing_eos_reward: float | None = -1.0  # replaces the reward of a cut-off completion; null keeps its reward
+    reward_scale: Literal["none", "batch", "running"] = "none"  # divide by the spread of this step's, or all, rewards
+    overlong_buffer: PositiveInt | None = None  # DAPO: within so many tokens of the limit, reward falls by up to 1
+
+
+class OnlineDPOSection(AlgorithmKeys):
+    """Online DPO (Guo et al. 2024) as the paper runs it: best against worst of K samples."""
+
+    type: Literal["online_dpo"] = "online_dpo"
+    samples_per_prompt: int = Field(2, ge=2)  # K; the paper also trains with 4
+    beta: PositiveFloat = 0.1  # the paper: 0.1 (TL;DR, GSM8K), 0.03 (8B chatbot)
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+
+
+class BestOfNSection(AlgorithmKeys):
+    """Supervised learning on the best of K samples; no KL."""
+
+    type: Literal["best_of_n"] = "best_of_n"
+    samples_per_prompt: int = Field(2, ge=2)
+
+
+class KLKeys(Section):
+    """KL(policy || reference): a penalty in the reward, or a term of the loss."""
+
+    coefficient: float = Field(0.05, ge=0)  # the paper: 0.05; 0 needs no reference policy
+    place: Literal["reward", "loss"] = "reward"  # the paper: reward
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    # Of a loss term: `policy` is the KL's own gradient, `estimator` differentiates the estimator (GRPO's k3 term).
+    gradient: Literal["policy", "estimator"] = "policy"
+
+
+class GRPOKLKeys(KLKeys):
+    """As GRPO has it: a term of the loss."""
+
+    coefficient: float = Field(0.04, ge=0)
+    place: Literal["loss"] = "loss"
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    gradient: Literal["policy", "estimator"] = "estimator"
+
+
+class CorrectionKeys(Section):
+    """Weights for samples of another policy than the one before the update: `rho = pi_proximal / pi_sampler`.
+
+    none: the paper | truncate: min(rho, high) of each token | mask: IcePop, tokens with rho outside [low, high] do not
+    count | mask_sequences: the same of whole completions | decoupled: rho itself, decoupled PPO.
+    """
+
+    type: Literal["none", "truncate", "mask", "mask_sequences", "decoupled"] = "none"
+    low: float | None = Field(None, ge=0)  # default 0.5 for mask, else 0
+    high: PositiveFloat | None = None  # default 2 for truncate and mask_sequences, 5 for mask; decoupled has none
+
+    @model_validator(mode="after")
+    def check_bounds(self) -> "CorrectionKeys":
+        if self.type in ("none", "decoupled") and (self.low, self.high) != (None, None):
+            raise ValueError(f"algorithm.correction.type = {self.type} has no low and high; remove them")
+        low, high = self.bounds
+        if low > high:
+            raise ValueError(f"algorithm.correction.low = {low:g} is above algorithm.correction.high = {high:g}")
+        return self
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Of rho, given or by default."""
+        low = 0.5 if self.type == "mask" else 0.0
+        high = {"truncate": 2.0, "mask": 5.0, "mask_sequences": 2.0}.get(self.type, float("inf"))
+        return (low if self.low is None else self.low), (high if self.high is None else self.high)
+
+    @property
+    def level(self) -> Literal["token", "sequence"]:
+        """What rho is of."""
+        return "sequence" if self.type == "mask_sequences" else "token"
+
+    @property
+    def kind(self) -> Literal["none", "truncate", "mask"]:
+        """In the terms of `algorithms.corrections`."""
+        kinds = {"truncate": "truncate", "decoupled": "truncate", "mask": "mask", "mask_sequences": "mask"}
+        return kinds.get(self.type, "none")
+
+
+class RatioKeys(AlgorithmKeys):
+    """Losses made of the ratio of the policy's probabilities to an earlier policy's."""
+
+    # What the ratio is taken against: `proximal`, the policy before the update (the paper's code), which staleness does
+    # not show in unless a correction puts it there; or `sampler`, the policy that generated the token.
+    ratio_base: Literal["proximal", "sampler"] = "proximal"
+    clip_low: float = Field(0.2, ge=0, le=1)
+    clip_high: PositiveFloat = 0.2  # DAPO: 0.28
+    kl: KLKeys = Field(default_factory=KLKeys)
+    correction: CorrectionKeys = Field(default_factory=CorrectionKeys)
+
+    @model_validator(mode="after")
+    def check_correction(self) -> "RatioKeys":
+        if self.ratio_base == "sampler" and self.correction.type != "none":
+            raise ValueError(
+                f"algorithm.correction.type = {self.correction.type} corrects a ratio to the proximal policy; with "
+                "algorithm.ratio_base = sampler nothing is left to correct: set one of them back"
+            )
+        return self
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether the loss knows that another policy sampled."""
+        return self.ratio_base == "sampler" or self.correction.type != "none"
+
+
+class PPOSection(RatioKeys):
+    """PPO with a value model, a Megatron model of its own."""
+
+    type: Literal["ppo"] = "ppo"
+    samples_per_prompt: PositiveInt = 1
+    gamma: float = Field(1.0, gt=0, le=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    whiten_advantages: bool = True
+    value_coefficient: PositiveFloat = 0.1  # of the value loss; the paper: 0.1
+    value_clip: PositiveFloat | None = 0.2  # null: no clip
+    value_learning_rate: PositiveFloat | None = None  # default: the learner's
+    value_hf: str | None = None  # directory the value model starts from, a reward model; default: the policy
+    # The paper's code gives a completion shorter than the limit one more step, after its last token, and scores it there.
+    score_after_end: bool = False
+    dual_clip: float | None = Field(None, gt=1)  # bounds the loss of bad tokens that became likelier; INTELLECT-2: 4
+
+
+class RLOOSection(RatioKeys):
+    """REINFORCE leave-one-out: the plain policy gradient, no ratio but the correction's."""
+
+    type: Literal["rloo"] = "rloo"
+    samples_per_prompt: int = Field(2, ge=2)
+
+
+class ProximalRLOOSection(RatioKeys):
+    """RLOO with the clipped ratio of whole completions: the paper's own variant."""
+
+    type: Literal["proximal_rloo"] = "proximal_rloo"
+    samples_per_prompt: int = Field(2, ge=2)
+
+
+class GRPOSection(RatioKeys):
+    """GRPO and its successors, as four choices: see the table in `algorithms.grpo`."""
+
+    type: Literal["grpo"] = "grpo"
+    samples_per_prompt: int = Field(8, ge=2)
+    kl: GRPOKLKeys = Field(default_factory=GRPOKLKeys)
+    scale_advantages: bool = True  # divide by the group's standard deviation; Dr. GRPO: false
+    normalisation: Literal["token", "sequence", "constant"] = "sequence"  # DAPO, CISPO: token; Dr. GRPO: constant
+    ratio: Literal["token", "sequence", "sequence_token"] = "token"  # GSPO: sequence
+    loss: Literal["clip", "cispo"] = "clip"
+    cispo_high: PositiveFloat = 5.0  # most that CISPO lets a token's ratio count
+    dual_clip: float | None = Field(None, gt=1)
+
+
+SECTIONS: dict[str, type[AlgorithmKeys]] = {
+    "online_dpo": OnlineDPOSection,
+    "ppo": PPOSection,
+    "rloo": RLOOSection,
+    "proximal_rloo": ProximalRLOOSection,
+    "best_of_n": BestOfNSection,
+    "grpo": GRPOSection,
+}
+
+
+def _type_of(value: Any) -> str | None:
+    """The tag of a tree from YAML or of a section; online DPO where nothing is said."""
+    return value.get("type", "online_dpo") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+AlgorithmSection = Annotated[
+    Annotated[OnlineDPOSection, Tag("online_dpo")]
+    | Annotated[PPOSection, Tag("ppo")]
+    | Annotated[RLOOSection, Tag("rloo")]
+    | Annotated[ProximalRLOOSection, Tag("proximal_rloo")]
+    | Annotated[BestOfNSection, Tag("best_of_n")]
+    | Annotated[GRPOSection, Tag("grpo")],
+    Discriminator(_type_of, custom_error_type="algorithm_type", custom_error_message="unknown"),
+]
