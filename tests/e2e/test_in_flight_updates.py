@@ -9,16 +9,18 @@ import os
 import signal
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from push_rig import PushRig, Receiver, logprobs_of, push_rig
+from push_rig import START_S, PushRig, Receiver, logprobs_of, push_rig
 from transformers import AutoModelForCausalLM
 
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator, continued_seed
+from megatron_async_rlhf.launch.process import Process
 from megatron_async_rlhf.types import Completion, Prompt
 
 CONTEXT = 1024
@@ -36,7 +38,7 @@ class InFlightRig:
     def __init__(self, runner: asyncio.Runner, rig: PushRig, directory: Path) -> None:
         self.run = runner.run
         self.rig, self._directory = rig, directory
-        self.keeping, self.other = rig.generators
+        self.keeping, self.other = rig.generators[0], rig.generators[-1]
         self.models: dict[int, torch.nn.Module] = {}
         # Longer than a block of the cache, so that it could be shared.
         token_ids = [token for prompt in rig.materials.train for token in prompt.token_ids][: BLOCK + 30]
@@ -106,25 +108,29 @@ class InFlightRig:
         return logprobs_of(self.models[version], self.prompt.token_ids, completion.token_ids)
 
 
-@pytest.fixture(scope="module")
-def rig(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("in_flight")
-    # The first steps change the weights much, the later ones as little as RL of a large model does.
-    rates = ["learner.learning_rate=0.003", "learner.min_learning_rate=3e-6", "schedule.steps=3"]
-    sizes = [f"model.context_length={CONTEXT}", f"learner.micro_batch_tokens={2 * CONTEXT}", "generator.replicas=2"]
-    streaming = ["schedule.generation=streaming", "schedule.in_flight_updates=keep"]
+# The first steps change the weights much, the later ones as little as RL of a large model does.
+RATES = ["learner.learning_rate=0.003", "learner.min_learning_rate=3e-6", "schedule.steps=3"]
+SIZES = [f"model.context_length={CONTEXT}", f"learner.micro_batch_tokens={2 * CONTEXT}"]
+KEEPING = ["schedule.generation=streaming", "schedule.in_flight_updates=keep"]
+
+
+@contextmanager
+def in_flight_rig(directory: Path, *overrides: str, **options):
     with asyncio.Runner() as runner:
-        starting = push_rig(
-            directory, *rates, *sizes, *streaming, without={"generator.1": "--no-enable-prefix-caching"}
-        )
+        starting = push_rig(directory, *RATES, *SIZES, *KEEPING, *overrides, **options)
         rig = InFlightRig(runner, runner.run(starting.__aenter__()), directory)
         try:
-            runner.run(rig.push_to_both())
-            for generator in rig.rig.generators:
-                runner.run(generator.resume())
             yield rig
         finally:
             runner.run(starting.__aexit__(None, None, None))
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory):
+    directory, without = tmp_path_factory.mktemp("in_flight"), {"generator.1": "--no-enable-prefix-caching"}
+    with in_flight_rig(directory, "generator.replicas=2", without=without) as rig:
+        rig.run(rig.push_to_both())
+        yield rig
 
 
 def test_frozen_completions_go_on_with_new_weights(rig: InFlightRig):
@@ -279,7 +285,7 @@ def test_reconnecting_leaks_nothing(rig: InFlightRig):
 
 
 def test_a_generator_that_dies_is_noticed_at_once(rig: InFlightRig):
-    """Its engine alone, then all of it; and a server started in its place is not taken for it."""
+    """Its engine alone, then all of it; a server started in its place is not taken for it, until it has weights."""
 
     async def lose(generator: VLLMGenerator, kill) -> None:
         task = rig.begin(generator, seed=13)
@@ -296,6 +302,48 @@ def test_a_generator_that_dies_is_noticed_at_once(rig: InFlightRig):
             if Path(f"/proc/{pid}/comm").read_text().startswith("VLLM::EngineCor") and os.getsid(pid) == other.pid:
                 os.kill(pid, signal.SIGKILL)
 
+    async def start_again() -> None:
+        processes, name = rig.rig.processes, rig.other.name
+        other.kill_group(signal.SIGKILL)
+        processes[name] = Process(other.spec, other.log.parent)
+        async with asyncio.timeout(START_S):
+            while not await rig.other.is_ready():
+                await asyncio.sleep(0.25)
+        rig.other.version = rig.rig.version  # had nothing been asked of it while it was gone
+        with pytest.raises(GeneratorGoneError, match="started again and has no weights"):
+            await rig.other.sample(rig.request(15, samples=2, longest=5))
+        assert rig.other.version == -1
+        rig.rig.weights._connected = False
+        await rig.push(Receiver(rig.other, "keep", True))
+        assert rig.other.version == rig.rig.version
+        await rig.other.resume()
+        for completion in await rig.other.sample(rig.request(15, samples=2, longest=5)):
+            assert rig.gaps(completion)[rig.rig.version] <= 1e-4
+
     other = rig.rig.processes[rig.other.name]
     rig.run(lose(rig.other, kill_engine))
     rig.run(lose(rig.keeping, lambda: rig.rig.signal(rig.keeping.name, signal.SIGKILL)))
+    rig.run(start_again())
+
+
+@pytest.mark.skipif(
+    os.environ.get("ASYNC_RLHF_TEST_THOROUGH") != "1", reason="takes long: set ASYNC_RLHF_TEST_THOROUGH=1"
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_tensor_parallel_workers_receive_while_requests_are_frozen(tmp_path, recompute):
+    with in_flight_rig(tmp_path, "generator.tensor_parallel=2") as rig:
+
+        async def sample():
+            await rig.push(Receiver(rig.other, "keep", recompute))
+            await rig.rig.change_weights()
+            task = await rig.begin_and_freeze(rig.other, seed=1)
+            await rig.push(Receiver(rig.other, "keep", recompute))
+            await rig.other.resume()
+            return await task
+
+        spanning = [c for c in rig.run(sample()) if set(c.versions) == {0, 1}]
+        assert len(spanning) >= 4
+        for completion in spanning:
+            gaps = rig.gaps(completion)
+            assert gaps[0] <= 1e-4
+            assert gaps[1] <= 1e-4 if recompute else 1e-3 < gaps[1] < rig.drift(completion)
