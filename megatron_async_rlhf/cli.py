@@ -119,6 +119,34 @@ def train(
 
 
 @app.command()
+def sft(config: ConfigArgument, set: SetOption = []) -> None:
+    """Run the warm start alone, `warm_start` and `data` of a configuration, and export the policy.
+
+    RL runs then start from it with model.hf=<run>/checkpoints/final and warm_start.steps=0.
+
+    Example: async-rlhf sft examples/quickstart.yaml -s run.name=sft
+    """
+    from megatron_async_rlhf.launch.display import Display
+    from megatron_async_rlhf.launch.local import Supervisor
+    from megatron_async_rlhf.launch.plan import plan_sft
+    from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory
+    from megatron_async_rlhf.prepare import load_materials, make_model_template
+
+    resolved = load_config(config, set)
+    if not resolved.warm_start.steps:
+        raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
+    check_writable(resolved)
+    with tempfile.TemporaryDirectory() as scratch:
+        template = Path(scratch) / "model"
+        make_model_template(resolved, template)
+        load_materials(resolved, template)
+        run_dir, aside = create_run_directory(resolved, template)
+    if aside is not None:
+        typer.echo(f"an earlier run is now in {aside}")
+    raise typer.Exit(Supervisor(resolved, plan_sft(resolved, run_dir), run_dir, Display()).run())
+
+
+@app.command()
 def import_hf(
     hf_dir: Annotated[Path, typer.Argument(help="Hugging Face directory: safetensors, config.json, tokenizer.")],
     out: Annotated[Path, typer.Argument(help="The checkpoint to write; must not exist, or be empty.")],

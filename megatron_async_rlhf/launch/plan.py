@@ -84,9 +84,26 @@ def plan_processes(
     )
 
 
-def _controller(run_dir: Path, addresses: list[str], resume_from: int | None) -> ProcessSpec:
+def plan_sft(config: RunConfig, run_dir: Path) -> ProcessPlan:
+    """The same without generators: learner ranks on all cores or GPUs, and the controller of `async-rlhf sft`."""
+    ranks = config.learner.world_size
+    if config.run.device == "cuda":
+        devices, _ = place_on_gpus(ranks, 0, shared=False)
+    else:
+        cores = sorted(os.sched_getaffinity(0))
+        devices = [cores[rank % len(cores)] for rank in range(ranks)]
+    rendezvous, command = _free_ports(2)
+    learners = [
+        _learner(config, run_dir, rank, device, rendezvous=rendezvous, command=command)
+        for rank, device in enumerate(devices)
+    ]
+    addresses = ["--learner", f"tcp://{_HOST}:{command}"]
+    return ProcessPlan(learners=learners, generators=[], controller=_controller(run_dir, addresses, None, module="sft"))
+
+
+def _controller(run_dir: Path, addresses: list[str], resume_from: int | None, module: str = "app") -> ProcessSpec:
     resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
-    command = [sys.executable, "-m", "megatron_async_rlhf.app", "--run-dir", str(run_dir), *addresses, *resume]
+    command = [sys.executable, "-m", f"megatron_async_rlhf.{module}", "--run-dir", str(run_dir), *addresses, *resume]
     return ProcessSpec(name="controller", arguments=command, environment={"OMP_NUM_THREADS": "1"}, cores=[])
 
 
