@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_async_rlhf.config.load import dump_config, load_config
+from megatron_async_rlhf.config.load import dump_config, load_config, read_tree
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
@@ -126,6 +126,7 @@ def sft(config: ConfigArgument, set: SetOption = []) -> None:
 
     Example: async-rlhf sft examples/quickstart.yaml -s run.name=sft
     """
+    from megatron_async_rlhf.launch.abilities import check_device
     from megatron_async_rlhf.launch.display import Display
     from megatron_async_rlhf.launch.local import Supervisor
     from megatron_async_rlhf.launch.plan import plan_sft
@@ -140,10 +141,64 @@ def sft(config: ConfigArgument, set: SetOption = []) -> None:
         template = Path(scratch) / "model"
         make_model_template(resolved, template)
         load_materials(resolved, template)
+        if resolved.run.device == "cuda":
+            (Path(scratch) / "config.yaml").write_text(dump_config(resolved))
+            check_device(Path(scratch) / "config.yaml")
         run_dir, aside = create_run_directory(resolved, template)
     if aside is not None:
         typer.echo(f"an earlier run is now in {aside}")
     raise typer.Exit(Supervisor(resolved, plan_sft(resolved, run_dir), run_dir, Display()).run())
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="Configuration with a sweep section, such as examples/sweep.yaml.")],
+    set: SetOption = [],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list all runs, start nothing.")] = False,
+    only: Annotated[
+        list[str], typer.Option(help="Only these points: axis=label or axis=label,label. Repeatable.")
+    ] = [],
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Start no more runs after so long; the same command goes on later.")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Results, table and plot of what there is; start nothing.")
+    ] = False,
+) -> None:
+    """Train every combination of the axes in the configuration's sweep section, and compare them.
+
+    Completed runs are not repeated. Exit code 0 if all are completed, 1 if one failed, 130 if some are left to do.
+
+    Example: async-rlhf sweep examples/sweep.yaml --only seed=0 --max-seconds 3600
+    """
+    from rich.console import Console
+
+    from megatron_async_rlhf.sweep.driver import Driver, check_directory, parse_only
+    from megatron_async_rlhf.sweep.points import expand
+    from megatron_async_rlhf.sweep.preflight import check_points
+    from megatron_async_rlhf.sweep.report import write_report
+    from megatron_async_rlhf.sweep.results import collect, write_results
+    from megatron_async_rlhf.sweep.table import print_points
+
+    whole = expand(read_tree(config, set))
+    points = whole.only(parse_only(only))
+    check_directory(whole.directory)
+    console = Console(highlight=False, soft_wrap=True)
+    if report_only:
+        write_report(console, whole)
+        return
+    check_points(whole, points)
+    if dry_run:
+        print_points(console, whole, points)
+        return
+    driver = Driver(
+        whole,
+        note=lambda line: console.print(line, markup=False),
+        after_point=lambda: write_results(whole, collect(whole)),
+    )
+    code = driver.run(points, max_seconds=max_seconds)
+    write_report(console, whole)
+    raise typer.Exit(code)
 
 
 @app.command()

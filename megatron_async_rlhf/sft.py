@@ -19,7 +19,7 @@ from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import AsyncRLHFError, DataError
+from megatron_async_rlhf.errors import AsyncRLHFError
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, Learner, Stop
 from megatron_async_rlhf.prepare import Materials, load_materials
@@ -39,15 +39,12 @@ async def run_stages(
 ) -> None:
     """
     Raises:
-        DataError: no training prompt has a solution.
-        LearnerError: a step failed.
+        LearnerError: a step failed, or took longer than learner.timeout_s.
     """
     steps, size = config.warm_start.steps, config.warm_start.batch_size
     began = time.time()
     recorder.stage("start")
     solvable = [prompt for prompt in materials.train if prompt.index in materials.solved]
-    if not solvable:
-        raise DataError(f"data.train = {config.data.train}: no prompt has a solution to imitate")
     await learner.execute(Hello())
     recorder.stage("warm start", steps=steps)
     recorder.loop_started(startup_s=time.time() - began)
@@ -56,6 +53,7 @@ async def run_stages(
     recorder.loop_ended()
     trained = [materials.solved[prompt.index] for step in range(steps) for prompt in order.batch(step, size)]
     recorder.totals.steps = steps
+    recorder.totals.train_busy_s = recorder.totals.wall_s
     recorder.totals.samples_trained = len(trained)
     recorder.totals.tokens_trained = sum(len(s.token_ids) - s.prompt_length for s in trained)
     recorder.stage("export")

@@ -42,7 +42,10 @@ class SweepSection(Section):
         if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
             return rules
         return [
-            {name: [str(label) for label in (given if isinstance(given, list) else [given])] for name, given in r.items()}
+            {
+                name: [str(label) for label in (given if isinstance(given, list) else [given])]
+                for name, given in r.items()
+            }
             for r in rules
         ]
 
@@ -101,13 +104,13 @@ def _keys(choices: Choices) -> set[str]:
 
 def _choices(axis: str, choices: Any) -> Any:
     if not isinstance(choices, dict):
-        raise ValueError(f"sweep.axes.{axis} = {choices}: must be {{label: {{key: value}}}} or {{key: [values]}}")
+        raise ValueError(f"axis {axis} = {choices}: must be {{label: {{key: value}}}} or {{key: [values]}}")
     lists = [key for key, values in choices.items() if isinstance(values, list)]
     if lists:
         if len(choices) > 1:
-            raise ValueError(f"sweep.axes.{axis}: {lists[0]} = [...] must be the axis' only key; an axis moves one")
+            raise ValueError(f"axis {axis}: {lists[0]} = [...] must be the axis' only key; an axis moves one")
         ((key, values),) = choices.items()
         if len({str(value) for value in values}) < len(values):
-            raise ValueError(f"sweep.axes.{axis}: {key} has a value twice")
+            raise ValueError(f"axis {axis}: {key} has a value twice")
         return {str(value): {str(key): value} for value in values}
     return {str(label): {} if overrides is None else overrides for label, overrides in choices.items()}
