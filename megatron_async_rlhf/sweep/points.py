@@ -86,7 +86,7 @@ def expand(tree: dict[str, Any]) -> Sweep:
         try:
             points.append(_point(tree, labels, base.sweep, directory, warm_start))
         except ConfigError as error:
-            problems.append(f"{_name(labels)}: {'; '.join(str(error).splitlines())}")
+            problems.append(f"{name_of(labels)}: {'; '.join(str(error).splitlines())}")
     if problems:
         raise ConfigError("\n".join(problems))
     if not points:
@@ -96,6 +96,11 @@ def expand(tree: dict[str, Any]) -> Sweep:
         if names.count(name) > 1:
             raise ConfigError(f"sweep.axes: two points would be called {name}; give one another label")
     return Sweep(directory=directory, section=base.sweep, warm_start=warm_start, points=points)
+
+
+def name_of(labels: Labels, separator: str = "-") -> str:
+    """The labels in the order of the axes; one that is only a number says too little without its axis."""
+    return separator.join(label if label[0].isalpha() else f"{axis}{label}" for axis, label in labels.items())
 
 
 def _combinations(sweep: SweepSection) -> list[Labels]:
@@ -123,15 +128,10 @@ def _point(
     for axis, label in labels.items():
         for key, value in sweep.axes[axis][label].items():
             set_key(own, key, copy.deepcopy(value))
-    name = _name(labels)
+    name = name_of(labels)
     set_key(own, "run.name", name)
     set_key(own, "run.dir", str(directory / name))
     return Point(name=name, labels=labels, config=check_tree(own))
-
-
-def _name(labels: Labels) -> str:
-    """A label that is only a number says too little without its axis."""
-    return "-".join(label if label[0].isalpha() else f"{axis}{label}" for axis, label in labels.items())
 
 
 def _warm_start(tree: dict[str, Any], base: RunConfig, directory: Path) -> RunConfig:

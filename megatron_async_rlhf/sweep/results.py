@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from megatron_async_rlhf.config.sweep import SweepSection
-from megatron_async_rlhf.sweep.points import Labels, Point, Sweep
+from megatron_async_rlhf.sweep.points import Labels, Point, Sweep, name_of
 from megatron_async_rlhf.sweep.progress import progress_of
 from megatron_async_rlhf.telemetry.files import METRICS, replace_file
 from megatron_async_rlhf.telemetry.summary import read_summary
@@ -99,8 +99,8 @@ def grouped(section: SweepSection, results: list[PointResult]) -> list[Group]:
     """Means over seeds start here. In the order of the points; groups without a completed point are left out."""
     members: dict[tuple[str, str], list[PointResult]] = {}
     for result in results:
-        line = " ".join(result.labels[axis] for axis in section.line_axes) or "all"
-        staleness = " ".join(result.labels[axis] for axis in section.staleness_axes) or "-"
+        line = name_of({axis: result.labels[axis] for axis in section.line_axes}, " ") or "all"
+        staleness = name_of({axis: result.labels[axis] for axis in section.staleness_axes}, " ") or "-"
         members.setdefault((line, staleness), []).append(result)
     groups = []
     for (line, staleness), points in members.items():

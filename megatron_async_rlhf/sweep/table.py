@@ -27,20 +27,21 @@ def print_points(console: Console, sweep: Sweep, points: Sequence[Point]) -> Non
 
 def print_groups(console: Console, groups: Sequence[Group]) -> None:
     """Means over seeds, with the range in brackets."""
-    numbers = ("before", "reward", "KL", "staleness mean", "max", "seconds")
-    table = Table("line", "staleness", "seeds", title="held-out reward and KL to the reference")
+    numbers = ("before", "reward", "KL", "staleness", "s")
+    table = Table(
+        "line", "point", "seeds", caption="means over seeds [range]; staleness: mean / max; s: of the RL loop"
+    )
     for column in numbers:
         table.add_column(column, justify="right")
     for group in groups:
         table.add_row(
             group.line,
             group.staleness,
-            f"{len(group.rewards)} of {group.points}",
+            f"{len(group.rewards)}/{group.points}",
             _mean(group.rewards_before),
             _range(group.rewards),
             _range(group.kl),
-            f"{group.staleness_mean:.2f}",
-            str(group.staleness_max),
+            f"{group.staleness_mean:.2f} / {group.staleness_max}",
             f"{group.seconds:.0f}",
         )
     console.print(table)
