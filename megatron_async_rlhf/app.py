@@ -32,12 +32,14 @@ from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, ResumeReinforcement, StartReinforcement, Stop
 from megatron_async_rlhf.prepare import Materials, load_materials
 from megatron_async_rlhf.scheduler.controller import Controller
+from megatron_async_rlhf.scheduler.evaluation import Evaluation
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
+from megatron_async_rlhf.scheduler.recording import RolloutLog
 from megatron_async_rlhf.scheduler.stages import evaluate, warm_start
 from megatron_async_rlhf.scheduler.state import BEGINNING
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
+from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Span
 from megatron_async_rlhf.weights.hf_mapping import elements_held
@@ -67,12 +69,19 @@ class Job:
         self._materials = materials
         self._learner = learner
         self._generators = generators
-        self._pool = GeneratorPool(generators)
         elements = elements_held(materials.architecture, config.generator.tensor_parallel) * len(generators)
         held = elements * ITEM_BYTES[config.generator.dtype]
         self.recorder = Recorder(
             config, run_dir, EventStream(), bytes_held_by_generators=held, totals=resumed.totals if resumed else None
         )
+        self._pool = GeneratorPool(
+            generators,
+            max_concurrent=config.generator.max_concurrent,
+            return_timeout_s=config.generator.start_timeout_s,
+            on_lost=self._lost,
+        )
+        prompts = PromptOrder(materials.train, config.run.seed)
+        self._evaluation = Evaluation(config, materials.eval, materials.reward, self.recorder)
         self._weight_sync = WeightSync(learner, generators, config, transfer)
         self._saver = CheckpointSaver(config, run_dir, learner, self.recorder, resumed)
         self._controller = Controller(
@@ -81,9 +90,11 @@ class Job:
             pool=self._pool,
             weight_sync=self._weight_sync,
             reward=materials.reward,
-            prompts=PromptOrder(materials.train, config.run.seed),
+            prompts=prompts,
             recorder=self.recorder,
             checkpoints=self._saver,
+            evaluation=self._evaluation,
+            rollout_log=RolloutLog(run_dir / ROLLOUT_DIR) if config.schedule.record else None,
             state=resumed.controller if resumed else BEGINNING,
         )
         self.cut_short = self._interrupted = False
@@ -162,13 +173,14 @@ class Job:
     async def _evaluate(self, when: str) -> None:
         self.recorder.stage(f"evaluate {when}")
         start = time.time()
-        materials = self._materials
-        metrics = await evaluate(
-            self._config, self._pool, self._learner, materials.eval, materials.reward, self.recorder, when
-        )
+        metrics = await evaluate(self._evaluation, self._config, self._pool, self._learner, self.recorder, when)
         self.recorder.evaluated(
             when, metrics, Span(name=f"evaluate {when}", start=start, end=time.time(), process="generators")
         )
+
+    def _lost(self, generator: VLLMGenerator, samples: int) -> None:
+        self.recorder.cancelled(samples)
+        self.recorder.activity("generators", f"{generator.name} is gone")
 
     async def _export(self) -> None:
         self.recorder.stage("export")

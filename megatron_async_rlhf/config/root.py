@@ -57,6 +57,18 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def check_rollout_boundaries(self) -> "RunConfig":
+        updates = self.schedule.updates_per_rollout
+        every = {"checkpoint.every_steps": self.checkpoint.every_steps, "schedule.eval_every": self.schedule.eval_every}
+        for key, value in every.items():
+            if value is not None and value % updates:
+                raise ValueError(
+                    f"{key} = {value} is no multiple of schedule.mini_batches x schedule.epochs = {updates}, the steps on "
+                    "one rollout"
+                )
+        return self
+
+    @model_validator(mode="after")
     def check_learner(self) -> "RunConfig":
         check_parallelism(self.learner)
         check_device(self.run.device, self.learner)

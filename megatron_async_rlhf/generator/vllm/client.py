@@ -8,7 +8,7 @@ import msgspec
 
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
-from megatron_async_rlhf.generator.protocol import SamplingRequest
+from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.types import Completion
 
 _NO_LIMIT = 0.0
@@ -78,9 +78,9 @@ class VLLMGenerator:
             raise GeneratorError(f"{self.name}: weight versions cover {len(versions)} of {length} tokens")
         return versions
 
-    async def pause(self) -> None:
-        """Freeze the engine; requests queue until `resume`."""
-        await self._post("/pause?mode=keep")
+    async def pause(self, how: Pause = "keep") -> None:
+        """From now on requests queue until `resume`; see `Pause` for those under way."""
+        await self._post(f"/pause?mode={how}")
 
     async def resume(self) -> None:
         await self._post("/resume")
@@ -104,7 +104,7 @@ class VLLMGenerator:
         """
         await self._post("/init_weight_transfer_engine", {"init_info": info}, timeout_s=timeout_s)
 
-    async def receive_weights(self, *, version: int, verify: bool) -> None:
+    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = False) -> None:
         """The server's half of a push. The engine must be paused; its prefix cache is empty afterwards.
 
         Returns when every worker holds the weights and, if `verify`, the learner has found them equal to its own. It

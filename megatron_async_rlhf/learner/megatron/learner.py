@@ -142,7 +142,7 @@ class MegatronLearner:
         logprobs: list[list[float]] = []
         for groups in command.mini_batches * command.epochs:
             pairs = [sequence for group in groups for sequence in group.sequences]
-            metrics: dict[str, float] = {"num_pairs": len(pairs) / 2}
+            metrics: dict[str, float] = {"num_sequences": len(pairs), "num_pairs": len(pairs) / 2}
             if pairs:
                 batches = self._cut(pairs, unit=2)
                 self._score_by_reference(batches)
