@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from megatron_async_rlhf.config.advice import advice
 from megatron_async_rlhf.config.load import dump_config, load_config, read_tree
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
@@ -83,6 +84,8 @@ def train(
     from megatron_async_rlhf.prepare import load_materials, make_model_template
 
     resolved = load_config(config, set)
+    for line in advice(resolved):
+        typer.echo(f"warning: {line}", err=True)
     check_writable(resolved)
     run_dir, version = resolved.run.path.absolute(), None
     if resume:
