@@ -49,7 +49,7 @@ def steps(learner: MegatronLearner, job: dict, versions: range) -> list[dict]:
 
 def adam_digests(learner: MegatronLearner) -> list:
     """Of this rank's own share, in the order of the groups."""
-    (inner,) = learner._optimizer.chained_optimizers
+    (inner,) = learner.policy.optimizer.chained_optimizers
     adam = inner.optimizer
     return [
         {key: digest(value).hex() for key, value in adam.state[parameter].items()}
@@ -60,7 +60,7 @@ def adam_digests(learner: MegatronLearner) -> list:
 
 def outcome(learner: MegatronLearner, metrics: list[dict], directory: Path) -> dict:
     learner.export_weights(ExportWeights(directory=str(directory)))
-    rates = [group["lr"] for group in learner._optimizer.param_groups]
+    rates = [group["lr"] for group in learner.policy.optimizer.param_groups]
     return {
         "metrics": metrics, "weights": digests_of(learner), "adam": adam_digests(learner), "rates": rates,
         "random": torch.rand(3).tolist(), "version": learner.version,

@@ -99,13 +99,12 @@ def logits_of(learner: MegatronLearner, sequences: list[Sequence]) -> list[torch
 
 def gradients_of(learner: MegatronLearner, sequences: list[Sequence]) -> dict[str, torch.Tensor]:
     """Of the supervised loss, reduced over data-parallel ranks; changes nothing."""
-    learner._policy.begin_step()
     count = sum(len(sequence.token_ids) - sequence.prompt_length for sequence in sequences)
 
     def loss(batch, logprobs_T):
         return supervised_loss(logprobs_T, batch.mask_T, num_tokens=count)
 
-    learner._warm_start_passes.train_pass(learner._policy.chunks, learner._cut(sequences, unit=1), loss)
+    learner.policy.accumulate(learner._warm_start_passes, learner._cut(sequences), loss)
     return {name: parameter.main_grad.clone() for name, parameter in named_parameters(learner.chunks).items()}
 
 
@@ -152,7 +151,7 @@ def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
         counted(learner.train_supervised(TrainSupervised(step=step, sequences=sequences)).metrics)
         for step in range(job["supervised_steps"])
     ]
-    micro_batches = len(learner._cut(sequences, unit=1)) * job["supervised_steps"]
+    micro_batches = len(learner._cut(sequences)) * job["supervised_steps"]
     result["runs"] = {part: number / micro_batches for part, number in runs.items()}
     learner.export_weights(ExportWeights(directory=str(directory / "warm")))
 
@@ -173,7 +172,7 @@ def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
     result["preference logprobs"] = [answer.logprobs for answer in answers]
     result["version"] = learner.version
     result["digests"] = digests_of(learner)
-    result["adam state"] = sum(state["exp_avg"].numel() for _, state in learner._optimizer.state.items())
+    result["adam state"] = sum(state["exp_avg"].numel() for _, state in learner.policy.optimizer.state.items())
     learner.export_weights(ExportWeights(directory=str(directory / "final")))
     return result
 
