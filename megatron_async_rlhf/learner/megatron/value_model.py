@@ -7,7 +7,6 @@ A head that is not given starts at zero: the first values are 0 everywhere, so t
 come rather than noise, the same in every layout, and the body follows as soon as the head has made its first step.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,17 +15,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
-from megatron_async_rlhf.checkpoint.sources import open_weights
+from megatron_async_rlhf.checkpoint.value_source import HF_HEAD, open_value_source, value_body
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.sections import LearnerSection
-from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.weights import load_parameters, named_parameters
-from megatron_async_rlhf.weights.stored import WeightReader, read_blocks
+from megatron_async_rlhf.weights.stored import read_blocks
 
-HF_HEAD = "score.weight"  # of Transformers' models for sequence classification, [1, H]
-_HEAD = "output_layer.score"  # in Megatron's
+_HEAD = "output_layer.score"
 
 
 class ValueHead(torch.nn.Module):
@@ -53,7 +50,7 @@ class ValueHead(torch.nn.Module):
 
 def build_value_model(arch: Architecture, placement: Placement, learner: LearnerSection) -> list[GPTModel]:
     """This rank's chunks, one per virtual stage, on its device; the head is zero, the rest is yet to be filled."""
-    chunks = build_model(_untied(arch), placement, learner)
+    chunks = build_model(value_body(arch), placement, learner)
     if placement.is_last_stage:
         chunks[-1].output_layer = ValueHead(chunks[-1].config).to(placement.device)
     return chunks
@@ -72,33 +69,14 @@ def read_value_model(value_model: list[GPTModel], arch: Architecture, placement:
     """Fill with the weights of a Hugging Face directory; without `score.weight` in it the head stays zero.
 
     Raises:
-        CheckpointError, MappingError: weights that are missing or do not fit.
+        CheckpointError: weights that are missing or do not fit.
     """
-    reader = open_weights(source)
-    check_head(reader, arch)
-    load_parameters(_body(value_model), _untied(arch), placement, reader)
+    reader = open_value_source(source, arch)
+    load_parameters(_body(value_model), value_body(arch), placement, reader)
     if placement.is_last_stage and HF_HEAD in reader.tensors:
         score = value_model[-1].output_layer.score
         for block in read_blocks(reader, HF_HEAD, (0, 1), (0, arch.hidden_size), score.dtype):
             score.copy_(block)
-
-
-def check_head(reader: WeightReader, arch: Architecture) -> None:
-    """
-    Raises:
-        CheckpointError: a head with another number of outputs than one.
-    """
-    found = reader.tensors.get(HF_HEAD)
-    if found is not None and found.shape != (1, arch.hidden_size):
-        raise CheckpointError(
-            f"algorithm.value_hf = {reader.label}: {HF_HEAD} has shape {found.shape}, a value model's is "
-            f"(1, {arch.hidden_size}); give a reward model with one label"
-        )
-
-
-def _untied(arch: Architecture) -> Architecture:
-    """There is no output matrix that an embedding could be tied to."""
-    return replace(arch, tie_embeddings=False)
 
 
 def _body(value_model: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
