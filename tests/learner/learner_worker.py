@@ -1,19 +1,17 @@
 """The learner ranks of the tests: drive `MegatronLearner` as told by a JSON file and write down what happened.
 
-Run as `learner_worker.py <job.json>` with MASTER_ADDR and MASTER_PORT set. Results go beside the job: `rank<r>.json`
-and `rank<r>.log` from every rank, weights and logits once. Ranks are forked, because importing megatron takes
-longer than all they do.
+Run as `learner_worker.py <job.json>`. Results go beside the job: `rank<r>.json` and `ranks-rank<r>.log` from every
+rank, weights and logits once.
 """
 
 import dataclasses
 import json
-import os
 import sys
-import traceback
 from collections import Counter
 from pathlib import Path
 
 import torch
+from forked_ranks import run_ranks
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -201,7 +199,6 @@ def blow_up(learner: MegatronLearner, job: dict) -> dict:
 
 
 def run_rank(rank: int, path: Path, job: dict) -> None:
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     config = RunConfig.model_validate(job["config"] | {"model": job["models"]["plain"]["section"]})
     placement = join_learner(config.learner, config.run.device)
     results = {}
@@ -218,33 +215,12 @@ def run_rank(rank: int, path: Path, job: dict) -> None:
     torch.distributed.destroy_process_group()
 
 
-def fork_rank(rank: int, path: Path, job: dict) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    log = os.open(path.parent / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
-        run_rank(rank, path, job)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def main() -> int:
-    """The first rank that fails ends the program; whoever started it ends the other ranks."""
     path = Path(sys.argv[1])
     job = json.loads(path.read_text())
-    ranks = job["config"]["learner"]["ranks"]
-    os.environ["WORLD_SIZE"] = str(ranks)
-    for rank in range(ranks):
-        fork_rank(rank, path, job)
-    return next((1 for _ in range(ranks) if os.wait()[1]), 0)
+    return not run_ranks(
+        job["config"]["learner"]["ranks"], path.parent, "ranks", lambda rank: run_rank(rank, path, job)
+    )
 
 
 if __name__ == "__main__":

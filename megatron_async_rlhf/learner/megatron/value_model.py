@@ -23,7 +23,7 @@ from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.weights import load_parameters, named_parameters
 from megatron_async_rlhf.weights.stored import read_blocks
 
-_HEAD = "output_layer.score"
+_HEAD = "output_layer.weight"
 
 
 class ValueHead(torch.nn.Module):
@@ -35,14 +35,14 @@ class ValueHead(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.score = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
-        self.score.sequence_parallel = config.sequence_parallel
+        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
         self.sequence_parallel = config.sequence_parallel
 
     def forward(
         self, input_: torch.Tensor, weight: None = None, runtime_gather_output: bool | None = None
     ) -> tuple[torch.Tensor, None]:
-        values = F.linear(input_.float(), self.score.float())
+        values = F.linear(input_.float(), self.weight.float())
         if self.sequence_parallel:
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
         return values, None
@@ -74,9 +74,9 @@ def read_value_model(value_model: list[GPTModel], arch: Architecture, placement:
     reader = open_value_source(source, arch)
     load_parameters(_body(value_model), value_body(arch), placement, reader)
     if placement.is_last_stage and HF_HEAD in reader.tensors:
-        score = value_model[-1].output_layer.score
-        for block in read_blocks(reader, HF_HEAD, (0, 1), (0, arch.hidden_size), score.dtype):
-            score.copy_(block)
+        head = value_model[-1].output_layer.weight
+        for block in read_blocks(reader, HF_HEAD, (0, 1), (0, arch.hidden_size), head.dtype):
+            head.copy_(block)
 
 
 def _body(value_model: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
