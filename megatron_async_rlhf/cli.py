@@ -81,7 +81,7 @@ def train(
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.resume import find_resumption
     from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory, reopen_run_directory
-    from megatron_async_rlhf.prepare import load_materials, make_model_template
+    from megatron_async_rlhf.prepare import check_value_weights, load_materials, make_model_template
 
     resolved = load_config(config, set)
     for line in advice(resolved):
@@ -102,6 +102,7 @@ def train(
         if version is None:
             make_model_template(resolved, template)
         architecture = load_materials(resolved, template).architecture
+        check_value_weights(resolved, architecture)
         refuse_too_large(resolved, architecture)
         plan = plan_processes(resolved, run_dir, architecture.context_length, version)
         if resolved.run.device == "cuda":
@@ -325,7 +326,13 @@ def _print_plan(config: RunConfig) -> None:
     """All that can be said without starting anything: of a model that is not here, what follows from its shape."""
     from megatron_async_rlhf.estimate.report import describe
     from megatron_async_rlhf.launch.plan import plan_processes
-    from megatron_async_rlhf.prepare import load_materials, make_model_template, missing_inputs, outline
+    from megatron_async_rlhf.prepare import (
+        check_value_weights,
+        load_materials,
+        make_model_template,
+        missing_inputs,
+        outline,
+    )
 
     missing = missing_inputs(config)
     if missing:
@@ -335,6 +342,7 @@ def _print_plan(config: RunConfig) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             make_model_template(config, Path(scratch))
             materials = load_materials(config, Path(scratch))
+        check_value_weights(config, materials.architecture)
         architecture, transfer = materials.architecture, materials.transfer
         prompts = f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out"
     typer.echo(dump_config(config))
