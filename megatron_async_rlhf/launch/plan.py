@@ -90,17 +90,34 @@ def plan_processes(
         *(argument for port in generator_ports for argument in ("--generator", f"http://{_HOST}:{port}")),
         *("--transfer", f"{_HOST}:{transfer}"),
     ]
+    resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
     return ProcessPlan(
         learners=learners,
         generators=generators,
-        controller=_controller(run_dir, addresses, resume_from),
+        controller=_controller(run_dir, [*addresses, *resume]),
         restarts=config.generator.restarts if records_versions() else 0,
     )
 
 
-def _controller(run_dir: Path, addresses: list[str], resume_from: int | None) -> ProcessSpec:
-    resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
-    command = [sys.executable, "-m", "megatron_async_rlhf.app", "--run-dir", str(run_dir), *addresses, *resume]
+def plan_learner_alone(config: RunConfig, run_dir: Path, module: str, arguments: Sequence[str] = ()) -> ProcessPlan:
+    """The same without generators: learner ranks on all cores or GPUs, and the module as their controller."""
+    ranks = config.learner.world_size
+    if config.run.device == "cuda":
+        devices, _ = place_on_gpus(ranks, 0, shared=False)
+    else:
+        cores = sorted(os.sched_getaffinity(0))
+        devices = [cores[rank % len(cores)] for rank in range(ranks)]
+    rendezvous, command = _free_ports(2)
+    learners = [
+        _learner(config, run_dir, rank, device, rendezvous=rendezvous, command=command)
+        for rank, device in enumerate(devices)
+    ]
+    addresses = ["--learner", f"tcp://{_HOST}:{command}", *arguments]
+    return ProcessPlan(learners=learners, generators=[], controller=_controller(run_dir, addresses, module=module))
+
+
+def _controller(run_dir: Path, arguments: list[str], module: str = "app") -> ProcessSpec:
+    command = [sys.executable, "-m", f"megatron_async_rlhf.{module}", "--run-dir", str(run_dir), *arguments]
     return ProcessSpec(name="controller", arguments=command, environment={"OMP_NUM_THREADS": "1"}, cores=[])
 
 
