@@ -35,9 +35,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 class InFlightRig:
     """The rig, an event loop that outlives a test, and the weights of every version so far."""
 
-    def __init__(self, runner: asyncio.Runner, rig: PushRig, directory: Path) -> None:
+    def __init__(self, runner: asyncio.Runner, rig: PushRig) -> None:
         self.run = runner.run
-        self.rig, self._directory = rig, directory
+        self.rig = rig
         self.keeping, self.other = rig.generators[0], rig.generators[-1]
         self.models: dict[int, torch.nn.Module] = {}
         # Longer than a block of the cache, so that it could be shared.
@@ -49,8 +49,8 @@ class InFlightRig:
         rig, version = self.rig, self.rig.version
         rig.weights.receivers = list(receivers)
         await rig.weights.push(version)
-        exported = await rig.export()
-        self.models[version] = AutoModelForCausalLM.from_pretrained(exported.rename(self._directory / f"v{version}"))
+        if version not in self.models:
+            self.models[version] = AutoModelForCausalLM.from_pretrained(await rig.export())
 
     async def push_to_both(self, how: Pause = "keep", *, recompute: bool = True) -> None:
         """`other` receives as asked, `keeping` always keeps."""
@@ -118,7 +118,7 @@ KEEPING = ["schedule.generation=streaming", "schedule.in_flight_updates=keep"]
 def in_flight_rig(directory: Path, *overrides: str, **options):
     with asyncio.Runner() as runner:
         starting = push_rig(directory, *RATES, *SIZES, *KEEPING, *overrides, **options)
-        rig = InFlightRig(runner, runner.run(starting.__aenter__()), directory)
+        rig = InFlightRig(runner, runner.run(starting.__aenter__()))
         try:
             yield rig
         finally:
@@ -272,7 +272,7 @@ def test_reconnecting_leaks_nothing(rig: InFlightRig):
 
     async def reconnect(times: int):
         for _ in range(times):
-            rig.rig.weights._connected = False
+            rig.rig.weights.disconnect()
             await rig.rig.weights.push(rig.rig.version)
 
     rig.run(reconnect(2))
@@ -309,11 +309,13 @@ def test_a_generator_that_dies_is_noticed_at_once(rig: InFlightRig):
         async with asyncio.timeout(START_S):
             while not await rig.other.is_ready():
                 await asyncio.sleep(0.25)
-        rig.other.version = rig.rig.version  # had nothing been asked of it while it was gone
-        with pytest.raises(GeneratorGoneError, match="started again and has no weights"):
-            await rig.other.sample(rig.request(15, samples=2, longest=5))
-        assert rig.other.version == -1
-        rig.rig.weights._connected = False
+        for ask in (rig.other.pause, lambda: rig.other.sample(rig.request(15, samples=2, longest=5))):
+            await rig.other.resume()
+            rig.other.version = rig.rig.version  # had nothing been asked of it while it was gone
+            with pytest.raises(GeneratorGoneError, match="started again and has no weights"):
+                await ask()
+            assert rig.other.version == -1
+        rig.rig.weights.disconnect()
         await rig.push(Receiver(rig.other, "keep", True))
         assert rig.other.version == rig.rig.version
         await rig.other.resume()

@@ -107,8 +107,7 @@ class VLLMGenerator:
         if spans is None:  # vLLM before 0.30 keeps no record; its weights only change while nothing runs
             return [self.version] * length
         if any(not span["version"].isdecimal() for span in spans):
-            self.version = -1
-            raise GeneratorGoneError(f"{self.name}: its server was started again and has no weights yet")
+            raise self._started_again()
         versions = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
         if len(versions) != length:
             raise GeneratorError(f"{self.name}: weight versions cover {len(versions)} of {length} tokens")
@@ -120,9 +119,28 @@ class VLLMGenerator:
         Requests under way freeze with their cache (`keep`), run to their end first (`wait`: this takes as long as
         they do), or end here and return what they have, `interrupted` (`abort`). With nobody left to use it the cache
         is emptied: what comes next must not depend on what went before.
+
+        Raises:
+            GeneratorGoneError: as `sample`; a push must not begin with a server that is not the one that was connected.
         """
         clear_cache = how != "keep" or not self._under_way
         await self._ask(f"/pause?mode={how}&clear_cache={str(clear_cache).lower()}")
+        if self.version >= 0 and await self._label() not in (None, str(self.version)):
+            raise self._started_again()
+
+    async def _label(self) -> str | None:
+        """What the server calls its weights; None if it cannot tell: vLLM before 0.30."""
+        try:
+            return (await self._server.get("/weight_info"))["weight_version"]
+        except GeneratorGoneError:
+            self.version = -1
+            raise
+        except GeneratorError:
+            return None
+
+    def _started_again(self) -> GeneratorGoneError:
+        self.version = -1
+        return GeneratorGoneError(f"{self.name}: its server was started again and has no weights yet")
 
     async def resume(self) -> None:
         await self._ask("/resume")
