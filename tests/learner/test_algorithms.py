@@ -120,19 +120,21 @@ def plain(trained: Trained) -> dict[str, PlainLearner]:
     return learners
 
 
-def same(value: float) -> object:
-    return pytest.approx(value, rel=1e-4, abs=2e-6)
+def assert_same_steps(ours: list[dict], theirs: list[dict], *, but: tuple[str, ...] = ()) -> None:
+    """All of `theirs` but some metrics, to 1e-4; what is a sum of terms that nearly cancel, to 1e-5 of the largest."""
+    assert len(ours) == len(theirs) >= 2
+    largest = {key: max(abs(step.get(key, 0.0)) for step in theirs) for step in theirs for key in step}
+    for number, (our_step, their_step) in enumerate(zip(ours, theirs, strict=True)):
+        for key in their_step.keys() - set(but):
+            close = pytest.approx(their_step[key], rel=1e-4, abs=1e-5 * max(1.0, largest[key]))
+            assert our_step[key] == close, (number, key)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_rank_trains_as_a_loop_without_megatron(trained: Trained, plain: dict[str, PlainLearner], name: str):
     ours, theirs = trained.result(ONE, name)["steps"], plain[name].history
-    assert len(ours) == len(theirs) >= 6
-    for number, (our_step, their_step) in enumerate(zip(ours, theirs, strict=True)):
-        for key, value in their_step.items():
-            if key in our_step or key != "kl_to_reference":
-                assert our_step[key] == same(value), (number, key)
     has_reference = name not in ("best_of_n", "grpo_sequences")
+    assert_same_steps(ours, theirs, but=() if has_reference else ("kl_to_reference",))
     assert all(("kl_to_reference" in step) == has_reference for step in ours if step["num_sequences"])
     norms = [step["grad_norm"] for step in theirs if step["num_sequences"]]
     assert max(norms) > LEARNER["clip_grad"], "clipping must matter"
@@ -177,10 +179,8 @@ def test_the_cases_reach_what_they_are_about(trained: Trained):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_layout_trains_as_one_rank_does(trained: Trained, layout: Layout, name: str):
     ours, theirs = trained.result(layout, name), trained.result(ONE, name)
-    for number, (our_step, their_step) in enumerate(zip(ours["steps"], theirs["steps"], strict=True)):
-        assert our_step.keys() == their_step.keys()
-        for key in their_step.keys() - {"padding"}:
-            assert our_step[key] == same(their_step[key]), (number, key)
+    assert [set(step) for step in ours["steps"]] == [set(step) for step in theirs["steps"]]
+    assert_same_steps(ours["steps"], theirs["steps"], but=("padding",))
     our_weights, their_weights = trained.exported(layout, name), trained.exported(ONE, name)
     for key, tensor in their_weights.items():
         assert (our_weights[key] - tensor).abs().max() <= 2e-4 * tensor.abs().max(), key
@@ -196,9 +196,7 @@ def test_every_rank_reports_the_same(trained: Trained, layout: Layout):
 @pytest.mark.parametrize("alone", ALONE)
 def test_packed_sequences_train_as_each_does_alone(trained: Trained, alone: str):
     ours, theirs = trained.result(ONE, alone)["steps"], trained.result(ONE, ALONE[alone])["steps"]
-    for number, (our_step, their_step) in enumerate(zip(ours, theirs, strict=True)):
-        for key, value in their_step.items():
-            assert our_step[key] == same(value), (number, key)
+    assert_same_steps(ours, theirs)
 
 
 @pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=str)
@@ -281,9 +279,7 @@ def test_the_same_layout_goes_on_bit_for_bit(trained: Trained, layout: Layout, n
 def test_another_layout_goes_on_closely(trained: Trained, layout: Layout, name: str):
     theirs = trained.result(ONE, name)["steps"]
     ours = trained.result(layout, name, "from another layout")["steps"]
-    for number, (our_step, their_step) in enumerate(zip(ours, theirs[-len(ours) :], strict=True)):
-        for key in their_step.keys() - {"padding"}:
-            assert our_step[key] == same(their_step[key]), (number, key)
+    assert_same_steps(ours, theirs[-len(ours) :], but=("padding",))
 
 
 @pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=str)
