@@ -19,7 +19,6 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState, read_run_state
 from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
@@ -29,23 +28,22 @@ from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError, MismatchError
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, ResumeReinforcement, StartReinforcement, Stop
+from megatron_async_rlhf.learner.protocol import Hello, ResumeReinforcement, Stop
+from megatron_async_rlhf.lifecycle import EXIT_INTERRUPTED, begin_reinforcement, close_failed, export_policy
 from megatron_async_rlhf.prepare import Materials, load_materials
 from megatron_async_rlhf.scheduler.controller import Controller
+from megatron_async_rlhf.scheduler.evaluation import Evaluation
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
-from megatron_async_rlhf.scheduler.stages import evaluate, warm_start
+from megatron_async_rlhf.scheduler.recording import RolloutLog
+from megatron_async_rlhf.scheduler.stages import evaluate
 from megatron_async_rlhf.scheduler.state import BEGINNING
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Span
 from megatron_async_rlhf.weights.hf_mapping import elements_held
 from megatron_async_rlhf.weights.plan import ITEM_BYTES
-
-_log = logging.getLogger(__name__)
-
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
 class Job:
@@ -67,12 +65,19 @@ class Job:
         self._materials = materials
         self._learner = learner
         self._generators = generators
-        self._pool = GeneratorPool(generators)
         elements = elements_held(materials.architecture, config.generator.tensor_parallel) * len(generators)
         held = elements * ITEM_BYTES[config.generator.dtype]
         self.recorder = Recorder(
             config, run_dir, EventStream(), bytes_held_by_generators=held, totals=resumed.totals if resumed else None
         )
+        self._pool = GeneratorPool(
+            generators,
+            max_concurrent=config.generator.max_concurrent,
+            return_timeout_s=config.generator.start_timeout_s,
+            on_lost=self._lost,
+        )
+        prompts = PromptOrder(materials.train, config.run.seed)
+        self._evaluation = Evaluation(config, materials.eval, materials.reward, self.recorder)
         self._weight_sync = WeightSync(learner, generators, config, transfer)
         self._saver = CheckpointSaver(config, run_dir, learner, self.recorder, resumed)
         self._controller = Controller(
@@ -81,9 +86,11 @@ class Job:
             pool=self._pool,
             weight_sync=self._weight_sync,
             reward=materials.reward,
-            prompts=PromptOrder(materials.train, config.run.seed),
+            prompts=prompts,
             recorder=self.recorder,
             checkpoints=self._saver,
+            evaluation=self._evaluation,
+            rollout_log=RolloutLog(run_dir / ROLLOUT_DIR) if config.schedule.record else None,
             state=resumed.controller if resumed else BEGINNING,
         )
         self.cut_short = self._interrupted = False
@@ -107,7 +114,7 @@ class Job:
             await self._save()
         else:
             await self._evaluate("after")
-        await self._export()
+        await export_policy(self._config, self._run_dir, self._learner, self.recorder)
         await self._learner.execute(Stop())
 
     async def out_of_time(self) -> None:
@@ -125,12 +132,7 @@ class Job:
         if self._resumed is not None:
             await self._load(self._resumed.controller.version)
             return
-        solvable = [prompt for prompt in self._materials.train if prompt.index in self._materials.solved]
-        if solvable:
-            self.recorder.stage("warm start", steps=self._config.warm_start.steps)
-            order = PromptOrder(solvable, self._config.run.seed)
-            await warm_start(self._config, self._learner, order, self._materials.solved, self.recorder)
-        await self._learner.execute(StartReinforcement())
+        await begin_reinforcement(self._config, self._learner, self._materials, self.recorder)
 
     async def _load(self, version: int) -> None:
         self.recorder.stage(f"load checkpoint of step {version}")
@@ -162,19 +164,14 @@ class Job:
     async def _evaluate(self, when: str) -> None:
         self.recorder.stage(f"evaluate {when}")
         start = time.time()
-        materials = self._materials
-        metrics = await evaluate(
-            self._config, self._pool, self._learner, materials.eval, materials.reward, self.recorder, when
-        )
+        metrics = await evaluate(self._evaluation, self._config, self._pool, self._learner, self.recorder, when)
         self.recorder.evaluated(
             when, metrics, Span(name=f"evaluate {when}", start=start, end=time.time(), process="generators")
         )
 
-    async def _export(self) -> None:
-        self.recorder.stage("export")
-        directory = self._run_dir / EXPORT_DIR
-        describe_weights(self._run_dir / POLICY_TEMPLATE_DIR, directory, self._config.learner.weights_dtype)
-        await self._learner.execute(ExportWeights(directory=str(directory)))
+    def _lost(self, generator: VLLMGenerator, samples: int) -> None:
+        self.recorder.cancelled(samples)
+        self.recorder.activity("generators", f"{generator.name} is gone")
 
 
 @asynccontextmanager
@@ -223,12 +220,9 @@ async def run_job(
 
 
 def _fail(job: Job, error: BaseException) -> int:
-    line = str(error) if isinstance(error, AsyncRLHFError) else f"{type(error).__name__}: {error}"
-    _log.error("run failed: %s", line, exc_info=error)
     if isinstance(error, MismatchError):
         job.recorder.mismatched(error.compared, len(error.mismatches))
-    job.recorder.close("failed", line)
-    return EXIT_FAILED
+    return close_failed(job.recorder, error)
 
 
 def _first_cause(group: BaseExceptionGroup) -> BaseException:

@@ -12,7 +12,7 @@ from megatron_async_rlhf.scheduler.state import ControllerState
 from megatron_async_rlhf.telemetry.files import RUN_STATE
 from megatron_async_rlhf.telemetry.summary import RunTotals
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class RunState(Struct, frozen=True, kw_only=True):
@@ -46,11 +46,12 @@ def read_run_state(checkpoint: Path) -> RunState:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
     except msgspec.MsgspecError as error:
         raise CheckpointError(f"{path} is broken or from another release ({error})") from None
+    if state.format != _FORMAT:
+        raise CheckpointError(f"{path} is from another release (format {state.format}, not {_FORMAT})")
     controller = state.controller
-    if state.format != _FORMAT or [b.index for b in controller.ready] != [
-        *range(controller.version, controller.next_batch)
-    ]:
-        raise CheckpointError(f"{path} is broken or from another release (format {state.format})")
+    groups = [*(group.index for group in controller.ready), *controller.unfinished]
+    if len(set(groups)) < len(groups) or any(not 0 <= index < controller.admitted for index in groups):
+        raise CheckpointError(f"{path} is broken: its groups do not add up")
     return state
 
 

@@ -63,8 +63,8 @@ class CheckpointSaver:
         if metric in metrics:
             self._seen.append(metrics[metric])
             self._metric_exists = True
-        # Not every step has every metric: one without pairs lacks the loss, a stale one the log-probability gap.
-        elif metrics.get("num_pairs") and not self._metric_exists:
+        # Not every step has every metric: one without groups lacks the loss, a stale one the log-probability gap.
+        elif metrics.get("num_sequences") and not self._metric_exists:
             raise ConfigError(
                 f"checkpoint.keep_best = {metric}: metrics.jsonl has no such metric; choose one of "
                 f"{', '.join(sorted(metrics))}"

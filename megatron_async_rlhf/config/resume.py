@@ -9,7 +9,8 @@ from megatron_async_rlhf.errors import ConfigError
 # rates, steps, transport and telemetry may change.
 _FIXED = (
     "run.seed", "model", "warm_start", "data", "reward", "algorithm", "generator.temperature", "learner.precision",
-    "schedule.mode", "schedule.max_staleness", "schedule.prompts_per_step",
+    "schedule.mode", "schedule.max_staleness", "schedule.prompts_per_step", "schedule.mini_batches", "schedule.epochs",
+    "schedule.generation",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from megatron_async_rlhf.config.sections import (
     WarmStartSection,
     WeightsSection,
 )
+from megatron_async_rlhf.config.sweep import SweepSection
 
 
 class RunConfig(Section):
@@ -37,6 +38,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
+    sweep: SweepSection | None = None  # what `async-rlhf sweep` makes of this configuration; a run ignores it
 
     @property
     def gpus(self) -> int:
@@ -52,6 +54,18 @@ class RunConfig(Section):
             raise ValueError(
                 "reward.type = gsm8k needs data.train with data.solution_field, answers ending `#### <number>`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_rollout_boundaries(self) -> "RunConfig":
+        updates = self.schedule.updates_per_rollout
+        every = {"checkpoint.every_steps": self.checkpoint.every_steps, "schedule.eval_every": self.schedule.eval_every}
+        for key, value in every.items():
+            if value is not None and value % updates:
+                raise ValueError(
+                    f"{key} = {value} is no multiple of schedule.mini_batches x schedule.epochs = {updates}, the steps on "
+                    "one rollout"
+                )
         return self
 
     @model_validator(mode="after")

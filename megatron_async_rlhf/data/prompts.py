@@ -64,9 +64,10 @@ class PromptOrder:
         """
         if step < 0 or size < 1:
             raise ValueError(f"no batch of {size} prompts at step {step}: size starts at 1, step at 0")
-        return [self._at(position) for position in range(step * size, (step + 1) * size)]
+        return [self.at(position) for position in range(step * size, (step + 1) * size)]
 
-    def _at(self, position: int) -> Prompt:
+    def at(self, position: int) -> Prompt:
+        """One prompt of the sequence, counted from 0."""
         epoch, place = divmod(position, len(self._prompts))
         return self._prompts[_shuffle(self._seed, epoch, len(self._prompts))[place]]
 

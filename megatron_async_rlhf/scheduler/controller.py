@@ -1,40 +1,47 @@
-"""The RL loop: one generation loop and one learning loop over shared pacing state.
+"""The RL loop: groups of completions flow to the learner, policy versions flow back to the generators.
 
-    prompts ──> generation loop ──> scored batches ──> learning loop ──> optimizer step ──┐
-                     ▲                                      │                             │
-                     └────────── weights, version v+1 <─────┴──────── version v+1 <───────┘
+    prompts ──> generation loop ──> complete groups, scored ──> learning loop ──> optimizer steps ──┐
+                     ▲                                               │                              │
+                     └────────────── weights, version v+1 <──────────┴──────── version v+1 <────────┘
 
-- generation loop: consumes prompts, produces scored batches into `_ready`; waits for `Pacer.may_submit`, which a
-  push unblocks.
-- learning loop: consumes `_ready`, produces policy versions; starts pushing them whenever the generators are between
-  batches, trains otherwise, also while a push is under way; waits for either to be possible.
+- generation loop: consumes prompts, starts a sampling task per group (`generation: streaming`) or per rollout
+  (`batch`), whose completions are scored and become ready; waits for `Pacer.admissible`, which a push, a group's end or
+  room on a generator unblock.
+- learning loop: consumes ready groups, produces policy versions; starts pushing them whenever the generators can take
+  them, trains otherwise, also while a push is under way; waits for either to be possible.
+- beside them: lost generators are watched for, stragglers are cancelled and sampled anew.
 
-Between two steps the state is small: the version and what waits in `_ready`. When a checkpoint is due the learning loop
-freezes it there and goes on; writing it ends in the background.
+Between two rollouts the state is small: the version, the groups that are ready, the numbers of those under way. When a
+checkpoint is due the learning loop freezes it there and goes on; writing it ends in the background.
 
-Synchronous training is the same two loops with a staleness bound of 0, which leaves them no room to overlap.
+Synchronous training is the same loop with a staleness bound of 0, which leaves the two sides no room to overlap.
 """
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from statistics import fmean
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import NonFiniteLossError
-from megatron_async_rlhf.generator.protocol import SamplingRequest
+from megatron_async_rlhf.errors import GeneratorError, MismatchError, NonFiniteLossError, TransferError
 from megatron_async_rlhf.learner.protocol import Learner, TrainRollout
 from megatron_async_rlhf.rewards.base import Reward
+from megatron_async_rlhf.scheduler.evaluation import Evaluation
+from megatron_async_rlhf.scheduler.generation import Generation
 from megatron_async_rlhf.scheduler.pacing import Pacer
-from megatron_async_rlhf.scheduler.pool import GeneratorPool, request_seed
-from megatron_async_rlhf.scheduler.scoring import logprob_gaps, make_pairs, score_batch
-from megatron_async_rlhf.scheduler.state import BEGINNING, Checkpoints, ControllerState, ReadyBatch
+from megatron_async_rlhf.scheduler.pool import GeneratorPool
+from megatron_async_rlhf.scheduler.recording import RolloutLog
+from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_facts
+from megatron_async_rlhf.scheduler.signal import Signal
+from megatron_async_rlhf.scheduler.state import BEGINNING, Checkpoints, ControllerState, ReadyGroup
+from megatron_async_rlhf.scheduler.training_batch import MiniBatch, make_mini_batch
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.files import FAILED_BATCH
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Span
+
+_PAUSES = {"none": "keep", "keep": "keep", "recompute": "keep", "resubmit": "abort"}
 
 
 class Controller:
@@ -51,22 +58,44 @@ class Controller:
         prompts: PromptOrder,
         recorder: Recorder,
         checkpoints: Checkpoints,
+        evaluation: Evaluation | None = None,
+        rollout_log: RolloutLog | None = None,
         state: ControllerState = BEGINNING,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """
+        Args:
+            evaluation: of held-out prompts, every `schedule.eval_every` steps.
+            rollout_log: keeps what is trained on.
+            clock: seconds; a simulation has its own.
+        """
         self._config = config
+        self._schedule = config.schedule
         self._learner = learner
         self._pool = pool
         self._weight_sync = weight_sync
-        self._reward = reward
-        self._prompts = prompts
         self._recorder = recorder
         self._checkpoints = checkpoints
-        self._pacer = Pacer(config.schedule.staleness_bound, state.version)
-        self._ready: deque[ReadyBatch] = deque(state.ready)
-        self._first_batch = state.next_batch
+        self._rollout_log = rollout_log
+        self._clock = clock
+        self._pacer = Pacer(config.schedule, state.version, state.admitted)
+        self._pacer.restore([(group.index, group.version) for group in state.ready], state.unfinished)
+        self._changed = Signal()
+        self._generation = Generation(
+            config,
+            pacer=self._pacer,
+            pool=pool,
+            reward=reward,
+            prompts=prompts,
+            recorder=recorder,
+            changed=self._changed,
+            ready=state.ready,
+            evaluation=evaluation,
+            clock=clock,
+        )
+        self._rewards = state.rewards
         self._push: asyncio.Task | None = None
         self._save: asyncio.Task | None = None
-        self._changed = asyncio.Condition()
         self._stopping = False
 
     async def run(self) -> None:
@@ -77,14 +106,22 @@ class Controller:
         """
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            generation = tasks.create_task(self._generation_loop())
+            await self._pool.resume()
+            beside = [
+                tasks.create_task(self._generation.run(tasks)),
+                tasks.create_task(self._pool.watch(self._returned)),
+            ]
+            if self._schedule.straggler_s is not None:
+                beside.append(tasks.create_task(self._generation.resample_stragglers(self._schedule.straggler_s)))
             await self._learning_loop()
-            generation.cancel()
+            for task in beside:
+                task.cancel()
+            self._generation.cancel()
 
     async def stop(self) -> None:
-        """Finish the optimizer step and push under way, then let `run` return."""
+        """Finish the rollout and push under way, then let `run` return."""
         self._stopping = True
-        await self._notify()
+        await self._changed.notify()
 
     @property
     def version(self) -> int:
@@ -92,102 +129,106 @@ class Controller:
 
     @property
     def state(self) -> ControllerState:
-        """What another controller can go on from; between steps, or after `run`."""
-        return ControllerState(version=self._pacer.trained, ready=list(self._ready))
-
-    async def _generation_loop(self) -> None:
-        """Consumes prompts, produces `_ready`; waits for pacing; unblocked by pushes."""
-        for batch in range(self._first_batch, self._config.schedule.steps):
-            await self._wait_until(lambda batch=batch: self._pacer.may_submit(batch))
-            self._pacer.generating = True
-            ready = await self._generate(batch)
-            self._pacer.generating = False
-            self._ready.append(ready)
-            await self._notify()
+        """What another controller can go on from; between rollouts, or after `run`."""
+        return ControllerState(
+            version=self._pacer.trained,
+            admitted=self._pacer.admitted,
+            ready=[self._generation.ready[index] for index in self._pacer.ready],
+            unfinished=self._pacer.unfinished,
+            rewards=self._rewards,
+        )
 
     async def _learning_loop(self) -> None:
-        """Consumes `_ready`, produces versions; waits for a batch or idle generators; unblocked by generation."""
+        """Consumes ready groups, produces versions; waits for a rollout or for generators that can take weights."""
         while True:
-            await self._wait_until(lambda: self._is_over() or self._pacer.may_push() or self._ready)
+            await self._changed.wait_until(lambda: self._is_over() or self._may_push() or self._pacer.next_rollout())
             if self._is_over():
                 return
-            if self._pacer.may_push():
+            if self._may_push():
                 await self._start_push()
                 continue
             self._pacer.learner_busy = True
-            await self._train(self._ready.popleft())
+            tickets, arrivals = self._pacer.next_rollout(), list(self._pacer.ready)
+            self._pacer.trained_on(tickets)
+            await self._train([self._generation.ready.pop(ticket.index) for ticket in tickets], arrivals)
             if self._checkpoints.is_due(self.version):
                 await self._start_save()
             self._pacer.learner_busy = False
-            await self._notify()
+            await self._changed.notify()
 
     def _is_over(self) -> bool:
-        steps = self._config.schedule.steps
-        return self._stopping or self._pacer.trained == self._pacer.pushed == steps
+        if self._pacer.pushing:
+            return False
+        return self._stopping or self._pacer.trained == self._pacer.pushed == self._schedule.steps
 
-    async def _generate(self, batch: int) -> ReadyBatch:
-        config = self._config
-        prompts = self._prompts.batch(batch, config.schedule.prompts_per_step)
-        requests = [
-            SamplingRequest(
-                prompt=prompt,
-                samples=config.algorithm.samples_per_prompt,
-                seed=request_seed(config.run.seed, "train", batch, position),
-                temperature=config.generator.temperature,
-                max_new_tokens=config.generator.max_new_tokens,
-                order=position,
-            )
-            for position, prompt in enumerate(prompts)
+    def _may_push(self) -> bool:
+        return self._pacer.may_push(waiting=bool(self._pool.returned), abandoned=not self._pool.serving)
+
+    async def _train(self, rollout: list[ReadyGroup], arrivals: list[int]) -> None:
+        """One rollout, chosen when the groups of `arrivals` were complete."""
+        version, schedule = self._pacer.trained, self._schedule
+        size = schedule.prompts_per_step
+        parts = [rollout[i : i + size] for i in range(0, len(rollout), size)]
+        batches = [self._mini_batch(part) for part in parts]
+        ages = [
+            self._pacer.staleness(_versions(parts[update % len(parts)]), update)
+            for update in range(schedule.updates_per_rollout)
         ]
-        self._recorder.activity("generators", f"batch {batch}")
-        start = time.time()
-        completions = await self._pool.sample(requests)
-        end = time.time()
-        self._recorder.activity("generators", "idle")
-        self._recorder.generated(completions, Span(name=f"batch {batch}", start=start, end=end, process="generators"))
-        scored = score_batch(prompts, completions, self._reward, config.algorithm.missing_eos_reward)
-        return ReadyBatch(index=batch, scored=scored, generate_s=end - start)
-
-    async def _train(self, ready: ReadyBatch) -> None:
-        version = self._pacer.trained
-        pairs = make_pairs(ready.scored.groups)
-        tokens = (v for group in ready.scored.groups for c in group.completions for v in c.versions)
-        ages = self._pacer.staleness(tokens)
         self._recorder.activity("learner", f"step {version}")
-        start = time.time()
+        command = TrainRollout(
+            version=version, mini_batches=[batch.groups for batch in batches], epochs=schedule.epochs
+        )
+        if self._rollout_log is not None:
+            self._rollout_log.write(command, rollout, arrivals)
+        start = self._clock()
         try:
-            answer = await self._learner.execute(TrainRollout(version=version, mini_batches=[pairs.training]))
+            answer = await self._learner.execute(command)
         except NonFiniteLossError as error:
-            saved = self._recorder.save_json(FAILED_BATCH, ready.scored.groups)
+            saved = self._recorder.save_json(FAILED_BATCH, [group.scored.group for group in rollout])
             raise NonFiniteLossError(f"{error}; the batch is in {saved}") from None
-        end = time.time()
+        end = self._clock()
         self._recorder.activity("learner", "idle")
         # Generators get the version before this one first, however the two race: schedules do not depend on speed.
-        await self._wait_until(lambda: not self._pacer.pushing)
-        self._pacer.trained = version + 1
-        gaps = logprob_gaps(pairs.completions, answer.logprobs, version)
+        await self._changed.wait_until(lambda: not self._pacer.pushing)
+        self._pacer.trained = version + schedule.updates_per_rollout
         span = Span(name=f"step {version}", start=start, end=end, process="learner")
-        groups = ready.scored.groups
-        self._recorder.trained(groups, pairs.sequences, pairs.skipped, ages, span, answer.spans)
+        self._recorder.learner_was_busy([span, *answer.spans])
+        gaps = logprob_gaps(batches[0].completions, answer.logprobs, version)
         self._recorder.logprob_gaps(gaps)
+        for update, step in enumerate(answer.steps):
+            part = update % len(parts)
+            values = {"time/train_s": (end - start) / len(answer.steps), **step.values}
+            if gaps and not update:
+                values |= {"logprob_gap/mean_abs": fmean(gaps), "logprob_gap/max_abs": max(gaps)}
+            self._report(version + update, parts[part], batches[part], ages[update], values)
+            if update < len(parts):
+                self._recorder.trained(len(batches[part].completions), _samples(parts[part]), batches[part].skipped)
+
+    def _report(
+        self, version: int, groups: list[ReadyGroup], batch: MiniBatch, ages: list[int], values: dict[str, float]
+    ) -> None:
+        """An optimizer step that took the learner from `version` to the next."""
+        self._recorder.stepped(ages, batch.tokens)
         metrics = {
-            **ready.scored.metrics,
-            **answer.steps[0].values,
-            "reward_margin": pairs.margin,
-            "pairs_skipped": pairs.skipped / len(groups),
+            **mean_facts(group.scored for group in groups),
+            **values,
+            "reward_margin": batch.margin,
+            "pairs_skipped": batch.skipped / len(groups),
             "staleness/mean": fmean(ages) if ages else 0.0,
             "staleness/max": max(ages, default=0),
-            "time/generate_s": ready.generate_s,
-            "time/train_s": end - start,
+            "time/generate_s": max(group.generate_s for group in groups),
         }
-        if gaps:
-            metrics |= {"logprob_gap/mean_abs": fmean(gaps), "logprob_gap/max_abs": max(gaps)}
         self._recorder.step(version, metrics)
-        self._recorder.samples(version, groups)
+        self._recorder.samples(version, [group.scored.group for group in groups])
         self._checkpoints.observe(metrics)
 
+    def _mini_batch(self, groups: list[ReadyGroup]) -> MiniBatch:
+        rollouts = [group.scored.group for group in groups]
+        batch, self._rewards = make_mini_batch(rollouts, self._config.algorithm, self._rewards)
+        return batch
+
     async def _start_save(self) -> None:
-        """Freeze the state after a step; its files are written while the loop goes on."""
+        """Freeze the state after a rollout; its files are written while the loop goes on."""
         for before in (self._push, self._save):  # what the totals should have in them, and the save before
             if before is not None:
                 await before
@@ -198,23 +239,54 @@ class Controller:
 
     async def _start_push(self) -> None:
         """The learner has begun to send when this returns, so that a training command finds it at the next version."""
-        version = self._pacer.trained
+        version, how = self._pacer.trained, self._schedule.in_flight_updates
         self._pacer.pushing = True
+        self._pool.hold()
+        self._generation.busy.freeze()
         self._recorder.activity("learner", f"push {version}")
-        await self._weight_sync.start(version)
-        self._push = self._tasks.create_task(self._finish_push(version))
+        receivers = [*self._pool.serving, *self._pool.returned]
+        try:
+            await self._weight_sync.start(version, receivers, how=_PAUSES[how], recompute=how == "recompute")
+        except (TransferError, GeneratorError) as error:
+            await self._push_failed(error, receivers)
+            return
+        self._push = self._tasks.create_task(self._finish_push(version, receivers))
 
-    async def _finish_push(self, version: int) -> None:
-        await self._weight_sync.arrived()
+    async def _finish_push(self, version: int, receivers: list) -> None:
+        try:
+            await self._weight_sync.arrived()
+        except TransferError as error:
+            await self._push_failed(error, receivers)
+            return
+        await self._pool.updated(self._weight_sync.receivers)
         self._pacer.pushed = version
         self._pacer.pushing = False
-        await self._notify()
+        if self._schedule.generation == "streaming":
+            await self._pool.resume()
+        self._generation.busy.thaw()
+        await self._changed.notify()
         self._recorder.pushed(*await self._weight_sync.report())
 
-    async def _wait_until(self, condition: Callable[[], object]) -> None:
-        async with self._changed:
-            await self._changed.wait_for(condition)
+    async def _push_failed(self, error: Exception, receivers: list) -> None:
+        """Nobody holds weights now. If a generator died, the others are tried again; else there is no way on."""
+        lost = [receiver for receiver in receivers if receiver not in self._weight_sync.receivers]
+        if isinstance(error, MismatchError) or not lost:
+            raise error
+        self._recorder.stage(f"push failed without {', '.join(r.name for r in lost)}, trying again: {error}")
+        await self._pool.without_weights(lost)
+        self._pacer.pushing = False
+        await self._changed.notify()
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    def _returned(self, generator: object) -> None:
+        self._weight_sync.disconnect()
+        self._recorder.activity("generators", f"{generator.name} is back")
+        self._tasks.create_task(self._changed.notify())
+
+
+def _versions(groups: Iterable[ReadyGroup]) -> Iterator[int]:
+    """Of every token."""
+    return (v for group in groups for completion in group.scored.group.completions for v in completion.versions)
+
+
+def _samples(groups: Iterable[ReadyGroup]) -> int:
+    return sum(len(group.scored.group.completions) for group in groups)

@@ -1,50 +1,220 @@
-"""Staleness kept by admission: who may start what, decided on four integers.
+"""Staleness kept by admission: which groups may start, which are trained next, when weights change hands.
 
-Batch `i` is trained by the optimizer step that turns policy version `i` into `i + 1`. Generators sample it with the
-version they hold when it is submitted or a later one (weights only move forward), so admitting batch `i` only when
+A group is one prompt with its samples; a rollout is the `schedule.groups_per_rollout` groups that the learner makes
+`schedule.updates_per_rollout` optimizer steps of. Rollout `r` starts at policy version `r x updates`, and weights change
+hands between rollouts only. With `admitted` groups so far, another may start if it belongs to a rollout that is at most
+`bound` steps ahead of the weights the generators hold:
 
-    i - pushed <= bound
+    admitted < (pushed + bound + updates) / updates x groups
 
-bounds the staleness of every token at consumption, `i - version(token) <= bound`, whatever the speeds are. With
-bound 0 generation and learning alternate (sync); with bound 1 every batch after the first is exactly one step
-off-policy, the schedule of the paper (arXiv 2410.18252, figure 2).
+A group is sampled by the version it was admitted at or a later one, so it must be trained in a rollout that starts at
+most `bound` steps after that: its deadline. Admission leaves no more groups with a deadline than rollouts up to it have
+room for; `next_rollout` never takes a group so that this stops being true. Hence no group is ever too old, whatever the
+speeds are, and none is dropped for its age: docs/staleness.md has the proof.
+
+Everything here is arithmetic on a few integers, without clock or event loop.
 """
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 
+from msgspec import Struct
+
+from megatron_async_rlhf.config.sections import ScheduleSection
 from megatron_async_rlhf.errors import StaleSampleError
 
 
-class Pacer:
-    """State of the schedule. Weights change hands only while no batch is being generated."""
+class Ticket(Struct, frozen=True, kw_only=True):
+    """A group that was admitted.
 
-    def __init__(self, bound: int, version: int = 0) -> None:
-        self.bound = bound
-        self.trained = version  # policy version the learner is at
-        self.pushed = version  # policy version the generators hold
-        self.generating = False
+    Attributes:
+        index: which group of the run; decides prompt and seeds.
+        number: how many tickets came before; a group that is sampled anew gets a new number.
+        attempt: how often it was sampled before.
+        version: policy version the generators held; no token of it is older.
+    """
+
+    index: int
+    number: int
+    attempt: int = 0
+    version: int = 0
+
+
+class Pacer:
+    """State of the schedule.
+
+    Attributes:
+        trained: policy version the learner is at.
+        pushed: policy version the generators hold.
+        admitted: groups that were ever started.
+        running: groups under way, by index, oldest number first.
+        ready: complete groups the learner has not had, by index, in order of arrival.
+    """
+
+    def __init__(self, schedule: ScheduleSection, version: int = 0, admitted: int = 0) -> None:
+        self._schedule = schedule
+        self._bound = schedule.staleness_bound
+        self._in_flight = schedule.in_flight_updates != "none"
+        self._updates, self._groups = schedule.updates_per_rollout, schedule.groups_per_rollout
+        self._numbers = 0
+        self._again: deque[tuple[int, int]] = deque()  # index and attempt of groups to start once more
+        self.trained = self.pushed = version
+        self.admitted = admitted
+        self.running: dict[int, Ticket] = {}
+        self.ready: dict[int, Ticket] = {}
         self.pushing = False
         self.learner_busy = False
+        self.evaluating = False  # pushes wait, so that an evaluation sees one version
 
-    def may_submit(self, batch: int) -> bool:
-        """A batch may start if the bound holds and no push is about to take the generators."""
-        push_is_next = self.trained > self.pushed and not self.learner_busy
-        return batch - self.pushed <= self.bound and not self.pushing and not push_is_next
+    def admissible(self, room: int) -> int:
+        """How many groups may start now, if there is room for so many."""
+        limit = self._schedule.rollouts * self._groups
+        if self._bound is not None:
+            limit = min(limit, (self.pushed + self._bound + self._updates) // self._updates * self._groups)
+        allowed = len(self._again) + limit - self.admitted
+        if self._schedule.generation == "batch":
+            push_is_next = self.trained > self.pushed and not self.learner_busy and not self.evaluating
+            closed = self.running or self.pushing or push_is_next
+            return self._groups if allowed >= self._groups and room and not closed else 0
+        if self._schedule.max_groups is not None:
+            allowed = min(allowed, self._schedule.max_groups - len(self.running) - len(self.ready))
+        # Without updates in flight the generators have to come to an end for a push.
+        closed = self.pushing or (self.trained > self.pushed and not self._in_flight and not self.evaluating)
+        return 0 if closed else max(0, min(allowed, room))
 
-    def may_push(self) -> bool:
-        """Newer weights exist and the generators are between batches."""
-        return self.trained > self.pushed and not self.generating and not self.pushing
+    def admit(self, count: int) -> list[Ticket]:
+        """The next groups, which are running from now on: those to be sampled anew first."""
+        tickets = []
+        for _ in range(count):
+            if self._again:
+                index, attempt = self._again.popleft()
+            else:
+                index, attempt = self.admitted, 0
+                self.admitted += 1
+            ticket = Ticket(index=index, number=self._numbers, attempt=attempt, version=self.pushed)
+            self._numbers += 1
+            self.running[index] = ticket
+            tickets.append(ticket)
+        return tickets
 
-    def staleness(self, versions: Iterable[int]) -> list[int]:
-        """Staleness of tokens if they are trained on now, in optimizer steps.
+    def restore(self, ready: Iterable[tuple[int, int]], unfinished: Iterable[int]) -> None:
+        """What an earlier run left: complete groups with their versions, and groups it had started."""
+        for index, version in sorted(ready, key=lambda group: group[1]):
+            self.ready[index] = Ticket(index=index, number=self._numbers, version=version)
+            self._numbers += 1
+        self._again.extend((index, 0) for index in unfinished)
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Indices of admitted groups that are not complete."""
+        return sorted([*self.running, *(index for index, _ in self._again)])
+
+    def arrived(self, index: int) -> Ticket:
+        """A group is complete."""
+        ticket = self.ready[index] = self.running.pop(index)
+        return ticket
+
+    def sample_anew(self, index: int) -> None:
+        """A running group was cancelled; it starts once more, with newer weights."""
+        ticket = self.running.pop(index)
+        self._again.append((index, ticket.attempt + 1))
+
+    def next_rollout(self) -> list[Ticket] | None:
+        """The groups to train now, by index, or None if too few are complete, or one that must be among them is not."""
+        if len(self.ready) < self._groups:
+            return None
+        outstanding = self._outstanding()
+        if self._schedule.order == "fifo":
+            first = outstanding[: self._groups]
+            return _by_index(first) if all(ticket.index in self.ready for ticket in first) else None
+        candidates = self._candidates(outstanding)
+        chosen: dict[int, Ticket] = {}
+        if self._bound is not None:
+            for deadline, needed in self._needed(outstanding):
+                due = [ticket for ticket in candidates if self._deadline(ticket) <= deadline]
+                if len(due) < needed:
+                    return None
+                for ticket in due:
+                    if sum(self._deadline(other) <= deadline for other in chosen.values()) >= needed:
+                        break
+                    chosen[ticket.index] = ticket
+        for ticket in candidates:
+            if len(chosen) == self._groups:
+                break
+            chosen[ticket.index] = ticket
+        return _by_index(chosen.values()) if len(chosen) == self._groups else None
+
+    def trained_on(self, tickets: Sequence[Ticket]) -> None:
+        """The learner has had these."""
+        for ticket in tickets:
+            del self.ready[ticket.index]
+
+    def stragglers(self) -> set[int]:
+        """Running groups without which the learner cannot go on, although enough others are complete."""
+        if self.learner_busy or len(self.ready) < self._groups or self.next_rollout() is not None:
+            return set()
+        outstanding = self._outstanding()
+        if self._bound is None or self._schedule.order == "fifo":
+            late = outstanding[: self._groups]
+        else:
+            soonest = next(deadline for deadline, _ in self._needed(outstanding))
+            late = [ticket for ticket in outstanding if self._deadline(ticket) <= soonest]
+        return {ticket.index for ticket in late if ticket.index in self.running}
+
+    def may_push(self, *, waiting: bool = False, abandoned: bool = False) -> bool:
+        """Newer weights exist, or a generator is `waiting` for any, and the generators can take them.
+
+        Where groups must not meet two versions, they can when nothing is running, or when all that runs has been
+        `abandoned`: no generator is at it any more.
+        """
+        if self.pushing or not (self.trained > self.pushed or waiting):
+            return False
+        return abandoned or not (self.evaluating or (self.running and not self._in_flight))
+
+    def staleness(self, versions: Iterable[int], update: int = 0) -> list[int]:
+        """Staleness of tokens if they are trained on now, in the `update`-th step of their rollout, in optimizer steps.
 
         Raises:
             StaleSampleError: a token breaks the bound, or is from the future.
         """
-        ages = [self.trained - version for version in versions]
-        if ages and not 0 <= min(ages) <= max(ages) <= self.bound:
+        now = self.trained + update
+        ages = [now - version for version in versions]
+        largest = float("inf") if self._bound is None else self._bound + update
+        if ages and not 0 <= min(ages) <= max(ages) <= largest:
             raise StaleSampleError(
-                f"training version {self.trained} on tokens of versions {self.trained - max(ages)} to "
-                f"{self.trained - min(ages)} breaks max_staleness = {self.bound}; this is a bug in pacing"
+                f"training version {now} on tokens of versions {now - max(ages)} to {now - min(ages)} breaks "
+                f"max_staleness = {self._bound}; this is a bug in pacing"
             )
         return ages
+
+    def _outstanding(self) -> list[Ticket]:
+        """In the order of their numbers, which is that of their deadlines too."""
+        return sorted((*self.running.values(), *self.ready.values()), key=lambda ticket: ticket.number)
+
+    def _candidates(self, outstanding: list[Ticket]) -> list[Ticket]:
+        """Complete groups, those preferred by `schedule.order` first."""
+        if self._schedule.order == "freshest":
+            return sorted(self.ready.values(), key=lambda ticket: (-ticket.version, ticket.number))
+        window = self._schedule.window or 2 * self._groups
+        near = {ticket.index for ticket in outstanding[:window]}
+        return [ticket for ticket in self.ready.values() if ticket.index in near]
+
+    def _deadline(self, ticket: Ticket) -> int:
+        """The last version at which a rollout with this group may start."""
+        return ticket.version + self._bound
+
+    def _needed(self, outstanding: list[Ticket]) -> list[tuple[int, int]]:
+        """(deadline, how many groups with it or an earlier one must be trained now), where any must, earliest first."""
+        needed, seen = [], 0
+        for position, ticket in enumerate(outstanding):
+            seen += 1
+            deadline = self._deadline(ticket)
+            is_last = position + 1 == len(outstanding) or self._deadline(outstanding[position + 1]) > deadline
+            later = (deadline - self.trained) // self._updates  # rollouts after this one, up to the deadline
+            if is_last and seen > later * self._groups:
+                needed.append((deadline, seen - later * self._groups))
+        return needed
+
+
+def _by_index(tickets: Iterable[Ticket]) -> list[Ticket]:
+    return sorted(tickets, key=lambda ticket: ticket.index)

@@ -1,45 +1,250 @@
-"""All generators as one: batches dealt over replicas in a fixed order, weights received by all or none."""
+"""All generators as one: requests go to whoever has the least to do, and elsewhere when a generator dies.
+
+    serving ──(gone)──> lost ──(answers again)──> returned ──(a push reached it)──> serving
+
+Two ways to sample. `sample_together`: requests are dealt in a fixed order, queued while the engines are paused, and run
+in that order, so that which sequences share a forward pass does not depend on the network. `sample`: a request goes to
+the least loaded generator at once.
+"""
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
 
-from megatron_async_rlhf.generator.protocol import Generator, SamplingRequest
+from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
+from megatron_async_rlhf.generator.protocol import Generator, Pause, SamplingRequest
 from megatron_async_rlhf.types import Completion
+
+_WATCH_S = 0.5
+
+
+class Standing(Enum):
+    """Of a generator in its pool."""
+
+    SERVING = auto()
+    LOST = auto()
+    RETURNED = auto()
+
+
+@dataclass
+class Member:
+    """One generator; `load` counts the completions it is sampling."""
+
+    generator: Generator
+    standing: Standing = Standing.SERVING
+    load: int = 0
 
 
 class GeneratorPool:
-    """Replicas that hold the same policy version between pushes."""
+    """Generators that hold the same policy version between pushes."""
 
-    def __init__(self, generators: Sequence[Generator]) -> None:
-        self.generators = list(generators)
+    def __init__(
+        self,
+        generators: Sequence[Generator],
+        *,
+        max_concurrent: int,
+        return_timeout_s: float,
+        on_lost: Callable[[Generator, int], None] = lambda generator, samples: None,
+    ) -> None:
+        """
+        Args:
+            max_concurrent: completions one generator samples at once.
+            return_timeout_s: how long requests wait for a generator when none is left.
+            on_lost: told of every request that died with its generator: how many completions it was for.
+        """
+        self.members = [Member(generator) for generator in generators]
+        self._max_concurrent = max_concurrent
+        self._return_timeout_s = return_timeout_s
+        self._on_lost = on_lost
+        self._changed = asyncio.Condition()
+        self._paused = False
+
+    @property
+    def serving(self) -> list[Generator]:
+        return [member.generator for member in self._serving()]
+
+    @property
+    def returned(self) -> list[Generator]:
+        """Alive again, without weights."""
+        return [member.generator for member in self.members if member.standing is Standing.RETURNED]
 
     @property
     def version(self) -> int:
-        """The version of the most outdated replica."""
-        return min(generator.version for generator in self.generators)
+        """The version of the most outdated generator that serves."""
+        return min(generator.version for generator in self.serving)
 
-    async def sample(self, requests: Sequence[SamplingRequest]) -> list[list[Completion]]:
-        """Completions of every request, in order.
+    @property
+    def room(self) -> int:
+        """Completions that could start at once."""
+        return sum(max(0, self._max_concurrent - member.load) for member in self._serving())
 
-        Requests are queued while the engines are paused and run in their `order`, so that which sequences share a
-        forward pass does not depend on the network.
-        """
+    async def sample_together(self, requests: Sequence[SamplingRequest]) -> list[list[Completion]]:
+        """Completions of every request, in order. Nothing else may be running."""
         await self.pause()
-        shares = [requests[i :: len(self.generators)] for i in range(len(self.generators))]
+        members = await self._available()
+        shares = [requests[i :: len(members)] for i in range(len(members))]
         async with asyncio.TaskGroup() as tasks:
             pending = [
-                [tasks.create_task(generator.sample(request)) for request in share]
-                for generator, share in zip(self.generators, shares, strict=True)
+                [tasks.create_task(self._sample_at(member, request)) for request in share]
+                for member, share in zip(members, shares, strict=True)
             ]
-            for generator, share in zip(self.generators, shares, strict=True):
-                await generator.wait_queued(len(share))
-            await asyncio.gather(*(generator.resume() for generator in self.generators))
+            queued = [
+                tasks.create_task(self._wait_queued(member, len(share)))
+                for member, share in zip(members, shares, strict=True)
+            ]
+            await asyncio.gather(*queued)
+            await self.resume()
         answers = [[task.result() for task in share] for share in pending]
         return [answers[i % len(answers)][i // len(answers)] for i in range(len(requests))]
 
-    async def pause(self) -> None:
-        await asyncio.gather(*(generator.pause() for generator in self.generators))
+    async def sample(self, request: SamplingRequest) -> list[Completion]:
+        """Completions of one request, from start to end, wherever that takes it."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._paused)
+        members = await self._available()
+        return await self._sample_at(min(members, key=lambda member: member.load), request)
+
+    def hold(self) -> None:
+        """Start nothing until `resume`."""
+        self._paused = True
+
+    async def pause(self, how: Pause = "keep") -> None:
+        self.hold()
+        await self._everywhere(lambda generator: generator.pause(how))
+
+    async def resume(self) -> None:
+        await self._everywhere(lambda generator: generator.resume())
+        self._paused = False
+        await self._notify()
+
+    async def watch(self, on_return: Callable[[Generator], object]) -> None:
+        """For ever: notice when lost generators answer again.
+
+        Raises:
+            GeneratorError: all are lost, and none came back in time.
+        """
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(self._lost)
+            deadline = asyncio.get_running_loop().time() + self._return_timeout_s
+            while lost := self._lost():
+                for member in lost:
+                    if await member.generator.is_ready():
+                        member.standing = Standing.RETURNED
+                        on_return(member.generator)
+                        await self._notify()
+                if len(lost) == len(self.members) == len(self._lost()):
+                    if asyncio.get_running_loop().time() > deadline:
+                        raise self._nobody_left()
+                else:
+                    deadline = asyncio.get_running_loop().time() + self._return_timeout_s
+                await asyncio.sleep(_WATCH_S)
+
+    async def lost(self, generator: Generator) -> None:
+        """A generator does not answer any more."""
+        for member in self.members:
+            if member.generator is generator:
+                member.standing = Standing.LOST
+        await self._notify()
+
+    async def updated(self, generators: Sequence[Generator]) -> None:
+        """These hold the newest weights, all others none."""
+        for member in self.members:
+            if member.generator in generators:
+                member.standing = Standing.SERVING
+            elif member.standing is Standing.SERVING:
+                member.standing = Standing.LOST
+        await self._notify()
+
+    async def without_weights(self, lost: Sequence[Generator]) -> None:
+        """A push failed: these are gone, and all others hold parts of two versions."""
+        for member in self.members:
+            if member.generator in lost:
+                member.standing = Standing.LOST
+            elif member.standing is Standing.SERVING:
+                member.standing = Standing.RETURNED
+        await self._notify()
+
+    async def _sample_at(self, member: Member, request: SamplingRequest) -> list[Completion]:
+        member.load += request.samples
+        try:
+            completions = await member.generator.sample(request)
+        except GeneratorGoneError:
+            await self.lost(member.generator)
+            self._on_lost(member.generator, request.samples)
+            completions = None
+        finally:
+            member.load -= request.samples
+        await self._notify()
+        if completions is None:
+            return await self.sample(request)
+        if not any(completion.interrupted for completion in completions):
+            return completions
+        return list(await asyncio.gather(*(self._complete(c, i, request) for i, c in enumerate(completions))))
+
+    async def _complete(self, completion: Completion, index: int, request: SamplingRequest) -> Completion:
+        """Go on with one of a request's completions that was cut off, until it is whole."""
+        if not completion.interrupted:
+            return completion
+        rest = SamplingRequest(
+            prompt=request.prompt,
+            samples=1,
+            seed=request.seed if request.samples == 1 else request_seed(request.seed, index),
+            temperature=request.temperature,
+            max_new_tokens=request.max_new_tokens,
+            order=request.order,
+            begun=completion,
+        )
+        (whole,) = await self.sample(rest)
+        return whole
+
+    async def _wait_queued(self, member: Member, count: int) -> None:
+        try:
+            await member.generator.wait_queued(count)
+        except GeneratorGoneError:
+            await self.lost(member.generator)
+
+    async def _available(self) -> list[Member]:
+        """Members that serve, once there are any.
+
+        Raises:
+            GeneratorError: none came back in time.
+        """
+        if not self._serving():
+            try:
+                async with asyncio.timeout(self._return_timeout_s), self._changed:
+                    await self._changed.wait_for(self._serving)
+            except TimeoutError:
+                raise self._nobody_left() from None
+        return self._serving()
+
+    def _nobody_left(self) -> GeneratorError:
+        names = ", ".join(member.generator.name for member in self.members)
+        return GeneratorError(
+            f"no generator is left ({names}) and none was back within {self._return_timeout_s:g} s, "
+            "generator.start_timeout_s; see their logs"
+        )
+
+    def _lost(self) -> list[Member]:
+        return [member for member in self.members if member.standing is Standing.LOST]
+
+    def _serving(self) -> list[Member]:
+        return [member for member in self.members if member.standing is Standing.SERVING]
+
+    async def _everywhere(self, call: Callable[[Generator], object]) -> None:
+        async def one(generator: Generator) -> None:
+            try:
+                await call(generator)
+            except GeneratorGoneError:
+                await self.lost(generator)
+
+        await asyncio.gather(*(one(generator) for generator in self.serving))
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
 
 
 def request_seed(*identity: object) -> int:

@@ -1,17 +1,16 @@
 """What happens around the RL loop: the supervised warm start before it, the held-out evaluation before and after."""
 
-from collections.abc import Sequence as Seq
 from statistics import fmean
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.learner.protocol import Learner, Score, TrainSupervised
-from megatron_async_rlhf.rewards.base import Reward
-from megatron_async_rlhf.scheduler.pool import GeneratorPool, request_seed
-from megatron_async_rlhf.scheduler.scoring import as_sequence, logprob_gaps, score_batch
+from megatron_async_rlhf.scheduler.evaluation import Evaluation
+from megatron_async_rlhf.scheduler.pool import GeneratorPool
+from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_facts
+from megatron_async_rlhf.scheduler.training_batch import as_sequence
 from megatron_async_rlhf.telemetry.recorder import Recorder
-from megatron_async_rlhf.types import Prompt, Sequence
+from megatron_async_rlhf.types import Sequence
 
 
 async def warm_start(
@@ -30,39 +29,20 @@ async def warm_start(
 
 
 async def evaluate(
-    config: RunConfig,
-    pool: GeneratorPool,
-    learner: Learner,
-    prompts: Seq[Prompt],
-    reward: Reward,
-    recorder: Recorder,
-    when: str,
+    evaluation: Evaluation, config: RunConfig, pool: GeneratorPool, learner: Learner, recorder: Recorder, when: str
 ) -> dict[str, float]:
-    """Held-out metrics of the version the generators hold: one completion per prompt, the same seeds every time.
+    """Held-out metrics of the version the generators hold.
 
     At the sampling temperature the learner scores the same completions; what it and the samplers disagree on goes
     into the run's log-probability gap. Both must be at the same version.
     """
-    training = config.generator.temperature
-    temperature = training if config.generator.eval_temperature is None else config.generator.eval_temperature
-    requests = [
-        SamplingRequest(
-            prompt=prompt,
-            samples=1,
-            seed=request_seed(config.run.seed, "eval", position),
-            temperature=temperature,
-            max_new_tokens=config.generator.max_new_tokens,
-            order=position,
-        )
-        for position, prompt in enumerate(prompts)
-    ]
-    completions = await pool.sample(requests)
-    scored = score_batch(prompts, completions, reward, config.algorithm.missing_eos_reward)
-    recorder.evaluation_samples(when, scored.groups)
-    if temperature != training:
-        return scored.metrics
-    flat = [group[0] for group in completions]
-    answer = await learner.execute(Score(sequences=[as_sequence(p, c) for p, c in zip(prompts, flat, strict=True)]))
-    gaps = logprob_gaps(flat, answer.logprobs, pool.version)
+    completions = await pool.sample_together(evaluation.requests())
+    scored = evaluation.score(completions, when)
+    metrics = mean_facts(scored)
+    if evaluation.temperature != config.generator.temperature:
+        return metrics
+    sequences = [as_sequence(one.group.prompt, one.group.completions[0]) for one in scored]
+    answer = await learner.execute(Score(sequences=sequences))
+    gaps = logprob_gaps([group[0] for group in completions], answer.logprobs, pool.version)
     recorder.logprob_gaps(gaps)
-    return scored.metrics | ({"logprob_gap": fmean(gaps)} if gaps else {})
+    return metrics | ({"logprob_gap": fmean(gaps)} if gaps else {})

@@ -4,37 +4,46 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from megatron_async_rlhf.scheduler.scoring import ScoredBatch
+from megatron_async_rlhf.algorithms.reward_shaping import RewardMoments
+from megatron_async_rlhf.scheduler.scoring import ScoredGroup
 
 
-class ReadyBatch(Struct, frozen=True, kw_only=True):
-    """A scored batch waiting for the learner; `generate_s` is how long the generators were at it."""
+class ReadyGroup(Struct, frozen=True, kw_only=True):
+    """A group waiting for the learner.
+
+    Attributes:
+        index: which group of the run.
+        version: policy version it was admitted at.
+        generate_s: from its submission to its last completion.
+    """
 
     index: int
-    scored: ScoredBatch
+    version: int
+    scored: ScoredGroup
     generate_s: float
 
 
 class ControllerState(Struct, frozen=True, kw_only=True):
-    """The loop between two optimizer steps.
+    """The loop between two rollouts.
 
-    A batch that was being generated is not in it. It is generated anew: its prompts and seeds depend on its index only.
+    What was being generated is not in it but by number: it is generated anew, from the same prompts.
 
     Attributes:
         version: policy version the learner is at.
-        ready: scored batches not trained on yet, of the indices `version`, `version + 1` ...
+        admitted: groups that were ever started: the data cursor.
+        ready: complete groups not trained on yet, in order of arrival.
+        unfinished: indices of the groups that were under way.
+        rewards: of all groups trained on, for `algorithm.reward_scale = running`.
     """
 
-    version: int
-    ready: list[ReadyBatch]
-
-    @property
-    def next_batch(self) -> int:
-        """Index of the first batch that has yet to be generated: the data cursor."""
-        return self.version + len(self.ready)
+    version: int = 0
+    admitted: int = 0
+    ready: list[ReadyGroup] = []
+    unfinished: list[int] = []
+    rewards: RewardMoments = RewardMoments()
 
 
-BEGINNING = ControllerState(version=0, ready=[])
+BEGINNING = ControllerState()
 
 
 class Checkpoints(Protocol):

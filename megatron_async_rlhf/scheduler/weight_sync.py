@@ -10,7 +10,7 @@ which connects anew to those that are still alive.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from megatron_async_rlhf.errors import (
     MismatchError,
     TransferError,
 )
+from megatron_async_rlhf.generator.protocol import Pause
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     FinishPush,
@@ -44,11 +45,11 @@ class Receiver(Protocol):
 
     async def is_ready(self) -> bool: ...
 
-    async def pause(self) -> None: ...
+    async def pause(self, how: Pause = "keep") -> None: ...
 
     async def join_transfer(self, info: dict[str, Any], *, timeout_s: float) -> None: ...
 
-    async def receive_weights(self, *, version: int, verify: bool) -> None: ...
+    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = False) -> None: ...
 
 
 class WeightSync:
@@ -59,8 +60,14 @@ class WeightSync:
     """
 
     def __init__(
-        self, learner: Learner, receivers: Sequence[Receiver], config: RunConfig, address: tuple[str, int]
+        self,
+        learner: Learner,
+        receivers: Sequence[Receiver],
+        config: RunConfig,
+        address: tuple[str, int],
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        self._clock = clock
         self.receivers = list(receivers)
         self._learner = learner
         self._config = config
@@ -71,21 +78,39 @@ class WeightSync:
         self._span: Span | None = None
         self._answer: Answer | None = None  # of FinishPush, if it came before it was asked for
 
-    async def start(self, version: int) -> None:
-        """Begin to bring every generator to `version`; nothing may be generating. Then await `arrived`.
+    async def start(
+        self,
+        version: int,
+        receivers: Sequence[Receiver] | None = None,
+        *,
+        how: Pause = "keep",
+        recompute: bool = False,
+    ) -> None:
+        """Begin to bring every generator to `version`. Then await `arrived`.
+
+        Args:
+            receivers: the generators that are to have it; None: the same as before.
+            how: what becomes of requests under way.
+            recompute: those that stay make their cache again with the new weights.
 
         Raises:
             TransferError: nobody could be reached, or not all members met.
         """
         weights = self._config.weights
         verify = weights.verify == "every" or (weights.verify == "first" and self._pushes == 0)
-        started = time.time()
+        started = self._clock()
+        if receivers is not None and list(receivers) != self.receivers:
+            self.receivers, self._connected = list(receivers), False
         if not self._connected:
             await self._connect()
-        await asyncio.gather(*(receiver.pause() for receiver in self.receivers))
+        await self._pause(how)
         self._answer = None
         await self._learner.execute(PushWeights(version=version, verify=verify))
-        self._receiving = asyncio.create_task(self._receive(version, verify, started))
+        self._receiving = asyncio.create_task(self._receive(version, verify, recompute, started))
+
+    def disconnect(self) -> None:
+        """Meet anew before the next push: one of the generators is another process now."""
+        self._connected = False
 
     async def arrived(self) -> None:
         """Return when every generator holds the version, verified if that was asked for; the engines stay paused.
@@ -109,9 +134,29 @@ class WeightSync:
         await self.arrived()
         return await self.report()
 
-    async def _receive(self, version: int, verify: bool, started: float) -> None:
+    async def _pause(self, how: Pause) -> None:
+        """Those that are gone are out.
+
+        Raises:
+            TransferError: naming them.
+        """
+        results = await asyncio.gather(*(receiver.pause(how) for receiver in self.receivers), return_exceptions=True)
+        gone = [error for error in results if isinstance(error, GeneratorGoneError)]
+        others = [error for error in results if isinstance(error, BaseException) and error not in gone]
+        if others:
+            raise others[0]
+        if gone:
+            self.receivers = [
+                receiver
+                for receiver, result in zip(self.receivers, results, strict=True)
+                if not isinstance(result, GeneratorGoneError)
+            ]
+            self._connected = False
+            raise TransferError("; ".join(str(error) for error in gone))
+
+    async def _receive(self, version: int, verify: bool, recompute: bool, started: float) -> None:
         tasks = {
-            asyncio.create_task(receiver.receive_weights(version=version, verify=verify)): receiver
+            asyncio.create_task(receiver.receive_weights(version=version, verify=verify, recompute=recompute)): receiver
             for receiver in self.receivers
         }
         try:
@@ -119,7 +164,7 @@ class WeightSync:
         except AsyncRLHFError as error:
             raise await self._failure(version, error, tasks) from None
         finally:
-            self._span = Span(name=f"push {version}", start=started, end=time.time(), process="weights")
+            self._span = Span(name=f"push {version}", start=started, end=self._clock(), process="weights")
 
     async def _all_done(self, tasks: dict[asyncio.Task, Receiver]) -> None:
         """Raises what the first that failed raised."""

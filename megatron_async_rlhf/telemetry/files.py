@@ -5,6 +5,7 @@ from pathlib import Path
 
 RESOLVED_CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+WARM_START = "warm_start.jsonl"
 SAMPLES = "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
@@ -16,6 +17,7 @@ CHECKPOINT_DIR = "checkpoints"
 REFERENCE_DIR = "checkpoints/reference"  # the reference policy's weights, unless they can be read from model.hf
 RUN_STATE = "run_state.msgpack"  # in a checkpoint: the controller's part
 EXPORT_DIR = "checkpoints/final"  # the finished policy as a Hugging Face directory
+ROLLOUT_DIR = "rollouts"  # what was trained on, with schedule.record
 FAILED_BATCH = "non_finite_batch.json"
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import msgspec
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE, replace_file
+from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE, WARM_START, replace_file
 from megatron_async_rlhf.telemetry.summary import RunTotals
 from megatron_async_rlhf.telemetry.trace import write_trace
 from megatron_async_rlhf.telemetry.wandb_log import WandbLog
@@ -31,8 +31,10 @@ class Recorder:
         *,
         bytes_held_by_generators: int,
         totals: RunTotals | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`totals`: of the run so far, if this one goes on with it."""
+        """`totals`: of the run so far, if this one goes on with it. `clock`: seconds; a simulation has its own."""
+        self._clock = clock
         self._config = config
         self._dir = run_dir
         self._events = events
@@ -59,53 +61,61 @@ class Recorder:
 
     def warm_start_step(self, step: int, values: dict[str, float], spans: Iterable[Span]) -> None:
         self._spans += spans
+        with (self._dir / WARM_START).open("a") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         self._events.emit("warm_start", step=step + 1, steps=self._config.warm_start.steps, loss=values["loss"])
         self._wandb.log({"warm_start/loss": values["loss"], "warm_start/step": step})
 
     def loop_started(self, startup_s: float) -> None:
         """The RL loop begins: its wall clock starts, or goes on."""
         self.totals.startup_s += startup_s
-        self._loop_start = time.time() - self.totals.wall_s
+        self._loop_start = self._clock() - self.totals.wall_s
 
     def loop_ended(self) -> None:
         if self._loop_start is not None:
-            self.totals.wall_s = time.time() - self._loop_start
+            self.totals.wall_s = self._clock() - self._loop_start
             self._loop_start = None
 
-    def generated(self, completions: Sequence[Sequence[Completion]], span: Span) -> None:
-        """One batch was sampled in `span`."""
-        self.totals.samples_generated += sum(len(group) for group in completions)
-        self.totals.tokens_generated += sum(len(c.token_ids) for group in completions for c in group)
+    def generated(self, completions: Iterable[Completion]) -> None:
+        """These completions came whole."""
+        for completion in completions:
+            self.totals.samples_generated += 1
+            self.totals.tokens_generated += len(completion.token_ids)
+
+    def cancelled(self, samples: int) -> None:
+        """So many completions were begun and given up."""
+        self.totals.samples_generated += samples
+        self.totals.samples_cancelled += samples
+
+    def generators_were_busy(self, span: Span) -> None:
+        """At least one completion was being sampled."""
         self.totals.generate_busy_s += span.end - span.start
         self._spans.append(span)
 
-    def trained(
-        self,
-        groups: Sequence[RolloutGroup],
-        sequences: Sequence,
-        skipped: int,
-        ages: Sequence[int],
-        span: Span,
-        inner: Iterable[Span],
-    ) -> None:
-        """One optimizer step took `span`; `sequences` of `groups` were trained, `ages` are staleness per token."""
-        samples = sum(len(group.completions) for group in groups)
-        self.totals.steps += 1
-        self.totals.samples_trained += len(sequences)
-        self.totals.samples_dropped += samples - len(sequences)
-        self.totals.tokens_trained += sum(len(s.token_ids) - s.prompt_length for s in sequences)
+    def learner_was_busy(self, spans: Sequence[Span]) -> None:
+        """A rollout took `spans[0]`."""
+        self.totals.train_busy_s += spans[0].end - spans[0].start
+        self._spans += spans
+
+    def trained(self, samples: int, of: int, skipped: int) -> None:
+        """The learner has had `samples` of the `of` completions of a mini-batch; `skipped` groups taught nothing."""
+        self.totals.samples_trained += samples
+        self.totals.samples_dropped += of - samples
         self.totals.pairs_skipped += skipped
+
+    def stepped(self, ages: Sequence[int], tokens: int) -> None:
+        """One optimizer step on `tokens`; `ages` are the staleness of all tokens of its groups."""
+        self.totals.steps += 1
+        self.totals.tokens_trained += tokens
         self.totals.staleness.update(ages)
-        self.totals.train_busy_s += span.end - span.start
-        self._spans += [span, *inner]
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """All metrics of one optimizer step: a line of metrics.jsonl, a progress event, a W&B step."""
-        line = {"step": step, "time": time.time(), **values}
+        line = {"step": step, "time": self._clock(), **values}
         self._metrics.write(json.dumps(line) + "\n")
         self._wandb.log(line)
         if self._loop_start is not None:
-            self.totals.wall_s = time.time() - self._loop_start
+            self.totals.wall_s = self._clock() - self._loop_start
         rate = self.totals.samples_generated / self.totals.wall_s if self.totals.wall_s else 0.0
         self._events.emit(
             "step",
@@ -172,7 +182,7 @@ class Recorder:
             self.totals.logprob_gap.add(*gaps)
 
     def evaluated(self, when: str, metrics: dict[str, float], span: Span) -> None:
-        """Held-out metrics `before` or `after` RL."""
+        """Held-out metrics `before` or `after` RL, or at a `step` of it."""
         self.totals.evaluation[when] = metrics
         self._spans.append(span)
         self._events.emit("evaluated", when=when, metrics=metrics)

@@ -46,7 +46,7 @@ class RunTotals(Struct):
 
     mode: str
     algorithm: str
-    staleness_bound: int
+    staleness_bound: int | None
     steps: int = 0
     startup_s: float = 0.0
     wall_s: float = 0.0
@@ -55,6 +55,7 @@ class RunTotals(Struct):
     samples_generated: int = 0
     samples_trained: int = 0
     samples_dropped: int = 0
+    samples_cancelled: int = 0
     tokens_generated: int = 0
     tokens_trained: int = 0
     pairs_skipped: int = 0
@@ -88,6 +89,7 @@ class RunTotals(Struct):
             "samples_generated": self.samples_generated,
             "samples_trained": self.samples_trained,
             "samples_dropped": self.samples_dropped,
+            "samples_cancelled": self.samples_cancelled,
             "tokens_generated": self.tokens_generated,
             "tokens_trained": self.tokens_trained,
             "pairs_skipped": self.pairs_skipped,

@@ -21,9 +21,10 @@ from megatron_async_rlhf.errors import CheckpointError, ConfigError
 from megatron_async_rlhf.launch.resume import find_resumption
 from megatron_async_rlhf.launch.run_directory import reopen_run_directory
 from megatron_async_rlhf.prepare import make_model_template
-from megatron_async_rlhf.scheduler.scoring import ScoredBatch
-from megatron_async_rlhf.scheduler.state import ControllerState, ReadyBatch
+from megatron_async_rlhf.scheduler.scoring import ScoredGroup
+from megatron_async_rlhf.scheduler.state import ControllerState, ReadyGroup
 from megatron_async_rlhf.telemetry.summary import RunTotals
+from megatron_async_rlhf.types import Prompt, RolloutGroup
 
 CONFIG = {
     "model": {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96},
@@ -36,8 +37,10 @@ TOTALS = RunTotals(mode="async", algorithm="online_dpo", staleness_bound=1, step
 
 
 def run_state(version: int, *waiting: int) -> RunState:
-    ready = [ReadyBatch(index=i, scored=ScoredBatch(groups=[], metrics={}), generate_s=1.0) for i in waiting]
-    controller = ControllerState(version=version, ready=ready)
+    prompt = Prompt(index=0, text="", token_ids=[1], reference={})
+    scored = ScoredGroup(group=RolloutGroup(prompt=prompt, completions=[], rewards=[]), facts=[])
+    ready = [ReadyGroup(index=i, version=version, scored=scored, generate_s=1.0) for i in waiting]
+    controller = ControllerState(version=version, admitted=max(waiting, default=0) + 1, ready=ready)
     return RunState(controller=controller, totals=TOTALS, metric="reward", scores={version: 0.5})
 
 
@@ -185,8 +188,8 @@ def cut(path: Path) -> None:
         (lambda c: cut(c / "run_state.msgpack"), "step_000004/run_state.msgpack is broken or from another release"),
         (lambda c: (c / "run_state.msgpack").write_bytes(b"\x80"), "is broken or from another release"),
         (
-            lambda c: (c / "run_state.msgpack").write_bytes(encode_run_state(run_state(4, 6))),
-            "is broken or from another release",
+            lambda c: (c / "run_state.msgpack").write_bytes(encode_run_state(run_state(4, 6, 6))),
+            "its groups do not add up",
         ),
     ],
 )
@@ -280,7 +283,7 @@ def test_a_state_comes_back_as_it_was(found: Found):
     state = read_run_state(found.places.path(4))
     assert state == run_state(4, 4)
     assert state.totals.staleness.total() == 3
-    assert state.controller.next_batch == 5
+    assert state.controller.admitted == 5
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,14 @@ class Rig:
         )
         self.saver = CheckpointSaver(self.config, directory, self.learner, self.recorder, resumed)
         prompts = [Prompt(index=i, text=str(i), token_ids=[1, 2], reference={}) for i in range(20)]
+        self.prompts = PromptOrder(prompts, seed)
         self.controller = Controller(
             self.config,
             learner=self.learner,
-            pool=GeneratorPool(self.generators),
+            pool=GeneratorPool(self.generators, max_concurrent=8, return_timeout_s=5),
             weight_sync=WeightSync(self.learner, self.generators, self.config, ("127.0.0.1", 1)),
             reward=LengthReward(),
-            prompts=PromptOrder(prompts, seed),
+            prompts=self.prompts,
             recorder=self.recorder,
             checkpoints=self.saver,
             state=state,

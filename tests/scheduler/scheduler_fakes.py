@@ -96,7 +96,7 @@ class FakeGenerator:
         while self.sampling < count:
             await asyncio.sleep(0)
 
-    async def pause(self) -> None:
+    async def pause(self, how: str = "keep") -> None:
         assert not self.sampling
         self._running.clear()
 
@@ -109,7 +109,7 @@ class FakeGenerator:
     async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
         pass
 
-    async def receive_weights(self, *, version: int, verify: bool) -> None:
+    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = False) -> None:
         assert not self.sampling and not self._running.is_set()
         await asyncio.sleep(self._rng.random() * 0.008)
         assert not self.sampling and not self._running.is_set()

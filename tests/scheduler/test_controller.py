@@ -4,6 +4,7 @@ import json
 import pytest
 from controller_rig import Rig
 
+from megatron_async_rlhf.config.sections import ScheduleSection
 from megatron_async_rlhf.errors import GeneratorError, NonFiniteLossError, StaleSampleError
 from megatron_async_rlhf.learner.protocol import TrainRollout
 from megatron_async_rlhf.scheduler.pacing import Pacer
@@ -95,7 +96,7 @@ def test_the_batch_of_a_non_finite_loss_is_kept(tmp_path):
 
 
 def test_tokens_outside_the_bound_are_a_bug():
-    pacer = Pacer(bound=1)
+    pacer = Pacer(ScheduleSection(max_staleness=1))
     pacer.trained = 5
     assert pacer.staleness([5, 4, 4]) == [0, 1, 1]
     assert pacer.staleness([]) == []

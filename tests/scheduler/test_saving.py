@@ -48,18 +48,18 @@ def test_the_bound_holds_and_every_batch_counts_once_after_a_resume(tmp_path, se
     whole.run()
     version = 1 + seed % 8
     state = read_run_state(RunCheckpoints(tmp_path).path(version)).controller
-    assert [batch.index for batch in state.ready] == list(range(version, state.next_batch))
+    waiting = [group.index for group in state.ready]
+    assert sorted([*waiting, *state.unfinished]) == list(range(3 * version, state.admitted))
     rest = go_on(tmp_path, version, **settings)
     totals = rest.recorder.totals
     assert totals.steps == 9 == rest.learner.version
     assert max(totals.staleness) <= bound
     assert totals.samples_generated == 9 * 3 * 2 == totals.samples_trained + totals.samples_dropped
-    kept = [[group.prompt.index for group in batch.scored.groups] for batch in state.ready]
-    indices = [[prompt.index for prompt in rest.controller._prompts.batch(i, 3)] for i in range(version, 9)]
-    assert kept == indices[: len(kept)]
+    kept = [group.scored.group.prompt.index for group in state.ready]
+    assert kept == [rest.prompts.at(index).index for index in waiting]
     seeds = [seed for generator in rest.generators for seed in generator.seeds]
     before = [seed for generator in whole.generators for seed in generator.seeds]
-    assert seeds == before[3 * state.next_batch :]  # generated batches are not generated again
+    assert set(seeds) == set(before[3 * version + len(waiting) :])  # what waits is not generated again
 
 
 def test_a_batch_that_waits_is_saved(tmp_path):
@@ -136,7 +136,7 @@ def test_an_unknown_metric_is_refused_at_the_first_step(tmp_path):
     async def train(command, execute=rig.learner.execute):
         answer = await execute(command)
         if isinstance(command, TrainRollout):
-            answer.steps[0].values["num_pairs"] = 3.0
+            answer.steps[0].values["num_sequences"] = 3.0
         return answer
 
     rig.learner.execute = train
@@ -148,7 +148,11 @@ def test_an_unknown_metric_is_refused_at_the_first_step(tmp_path):
 
 def test_a_metric_that_only_some_steps_have_is_known_once_seen(tmp_path):
     rig = Rig(tmp_path, checkpoint={"every_steps": 2, "keep_best": "logprob_gap/mean_abs"})
-    for metrics in ({"num_pairs": 0.0}, {"num_pairs": 2.0, "logprob_gap/mean_abs": 0.1}, {"num_pairs": 2.0}):
+    for metrics in (
+        {"num_sequences": 0.0},
+        {"num_sequences": 2.0, "logprob_gap/mean_abs": 0.1},
+        {"num_sequences": 2.0},
+    ):
         rig.saver.observe(metrics)
 
 
@@ -211,4 +215,5 @@ def test_a_stop_leaves_a_state_to_go_on_from(tmp_path):
     rest = go_on(tmp_path, version, steps=version + 4, max_staleness=2)
     totals = rest.recorder.totals
     assert totals.steps == version + 4
-    assert totals.samples_generated == (version + 4) * 3 * 2 == totals.samples_trained + totals.samples_dropped
+    assert totals.samples_trained + totals.samples_dropped == (version + 4) * 3 * 2
+    assert totals.samples_generated == (version + 4) * 3 * 2 + totals.samples_cancelled

@@ -1,7 +1,10 @@
 import pytest
 
+from megatron_async_rlhf.algorithms.reward_shaping import RewardMoments
+from megatron_async_rlhf.config.algorithms import OnlineDPOSection
 from megatron_async_rlhf.rewards.base import Score
-from megatron_async_rlhf.scheduler.scoring import logprob_gaps, make_pairs, score_batch
+from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_facts, score_group
+from megatron_async_rlhf.scheduler.training_batch import make_mini_batch
 from megatron_async_rlhf.types import Completion, Prompt
 
 PROMPT = Prompt(index=0, text="p", token_ids=[5, 6], reference={})
@@ -25,29 +28,41 @@ def completion(*token_ids, finished=True):
     )
 
 
+def scored(samples, missing_eos_reward=None):
+    algorithm = OnlineDPOSection(missing_eos_reward=missing_eos_reward)
+    return score_group(PROMPT, samples, First(), algorithm, max_new_tokens=8)
+
+
+def pairs_of(*groups):
+    algorithm = OnlineDPOSection()
+    return make_mini_batch([scored(samples).group for samples in groups], algorithm, RewardMoments())[0]
+
+
 def test_a_completion_without_an_end_earns_the_penalty_instead():
     samples = [completion(9, finished=False), completion(2)]
-    kept = score_batch([PROMPT], [samples], First(), None)
-    penalised = score_batch([PROMPT], [samples], First(), -1.0)
-    assert kept.groups[0].rewards == [0.9, 0.2]
-    assert penalised.groups[0].rewards == [-1.0, 0.2]
-    assert penalised.metrics["reward"] == pytest.approx(0.55)
-    assert penalised.metrics["reward_penalised"] == pytest.approx(-0.4)
-    assert penalised.metrics["finished"] == 0.5
-    assert penalised.metrics["seen"] == 1.0
+    assert scored(samples).group.rewards == [0.9, 0.2]
+    penalised = scored(samples, -1.0)
+    assert penalised.group.rewards == [-1.0, 0.2]
+    facts = mean_facts([penalised])
+    assert facts["reward"] == pytest.approx(0.55)
+    assert facts["reward_penalised"] == pytest.approx(-0.4)
+    assert facts["finished"] == 0.5
+    assert facts["seen"] == 1.0
 
 
 def test_pairs_are_best_then_worst_and_ties_are_counted():
-    samples = [[completion(3), completion(8, 1), completion()], [completion(4), completion(4, 4), completion(4)]]
-    pairs = make_pairs(score_batch([PROMPT, PROMPT], samples, First(), None).groups)
-    assert [s.token_ids for s in pairs.sequences] == [[5, 6, 8, 1], [5, 6]]
-    assert [s.prompt_length for s in pairs.sequences] == [2, 2]
-    assert (pairs.skipped, pairs.margin) == (1, 0.8)
+    batch = pairs_of([completion(3), completion(8, 1), completion()], [completion(4), completion(4, 4), completion(4)])
+    sequences = [sequence for group in batch.groups for sequence in group.sequences]
+    assert [s.token_ids for s in sequences] == [[5, 6, 8, 1], [5, 6]]
+    assert [s.prompt_length for s in sequences] == [2, 2]
+    assert batch.groups[0].rewards == [0.8, 0.0]
+    assert batch.groups[0].sampler_logprobs == [[-0.5, -0.5], []]
+    assert (batch.skipped, batch.margin) == (1, 0.8)
 
 
 def test_a_batch_of_ties_has_no_pairs():
-    pairs = make_pairs(score_batch([PROMPT], [[completion(1), completion(1)]], First(), None).groups)
-    assert (pairs.sequences, pairs.skipped, pairs.margin) == ([], 1, 0.0)
+    batch = pairs_of([completion(1), completion(1)])
+    assert (batch.groups, batch.completions, batch.skipped, batch.margin) == ([], [], 1, 0.0)
 
 
 def test_gaps_are_taken_over_tokens_of_the_same_version_only():

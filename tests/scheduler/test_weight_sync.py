@@ -46,13 +46,13 @@ class Receiver:
     async def is_ready(self) -> bool:
         return self.alive
 
-    async def pause(self) -> None:
+    async def pause(self, how: str = "keep") -> None:
         assert self.alive
 
     async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
         self.joined.append(info)
 
-    async def receive_weights(self, *, version: int, verify: bool) -> None:
+    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = False) -> None:
         self.verified.append(verify)
         fate = self._fates.pop(0) if self._fates else None
         if fate == "hang":
@@ -150,7 +150,7 @@ def test_a_generator_that_hangs_is_found_out_through_the_learner():
 
 def test_a_push_may_take_longer_than_the_timeout_while_it_moves():
     class Slow(Receiver):
-        async def receive_weights(self, *, version: int, verify: bool) -> None:
+        async def receive_weights(self, *, version: int, verify: bool, recompute: bool = False) -> None:
             await asyncio.sleep(0.45)
             self.version = version
 

@@ -1,0 +1,181 @@
+"""The generators' side of the loop: prompts become complete, scored groups.
+
+    Pacer.admit ──> a sampling task per group, or per rollout ──> completions ──> rewards ──> `ready`
+
+`generation: batch` samples a rollout together, and the held-out prompts with it when an evaluation is due;
+`streaming` starts each group as soon as it is admitted and a generator has room. An evaluation holds pushes back until it
+has ended, so that it sees one policy version, while training prompts go on being sampled.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.prompts import PromptOrder
+from megatron_async_rlhf.generator.protocol import SamplingRequest
+from megatron_async_rlhf.rewards.base import Reward
+from megatron_async_rlhf.scheduler.evaluation import Evaluation
+from megatron_async_rlhf.scheduler.pacing import Pacer, Ticket
+from megatron_async_rlhf.scheduler.pool import GeneratorPool, request_seed
+from megatron_async_rlhf.scheduler.scoring import mean_facts, score_group
+from megatron_async_rlhf.scheduler.signal import Signal
+from megatron_async_rlhf.scheduler.state import ReadyGroup
+from megatron_async_rlhf.telemetry.busy import BusyTime
+from megatron_async_rlhf.telemetry.recorder import Recorder
+from megatron_async_rlhf.types import Completion, Span
+
+
+class Generation:
+    """Sampling tasks and what came of them.
+
+    Attributes:
+        ready: complete groups by index; the pacer says which of them are still to be trained.
+        busy: when anything is being sampled.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        pacer: Pacer,
+        pool: GeneratorPool,
+        reward: Reward,
+        prompts: PromptOrder,
+        recorder: Recorder,
+        changed: Signal,
+        ready: Sequence[ReadyGroup] = (),
+        evaluation: Evaluation | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._schedule = config.schedule
+        self._pacer = pacer
+        self._pool = pool
+        self._reward = reward
+        self._prompts = prompts
+        self._recorder = recorder
+        self._changed = changed
+        self._evaluation = evaluation
+        self._evaluated = pacer.pushed
+        self._clock = clock
+        self._samplers: dict[int, asyncio.Task] = {}  # by group index; those of a rollout share one
+        self.ready = {group.index: group for group in ready}
+        self.busy = BusyTime("generate", "generators", clock, recorder.generators_were_busy)
+
+    def cancel(self) -> None:
+        """Give up what is under way."""
+        for task in self._samplers.values():
+            task.cancel()
+
+    async def run(self, tasks: asyncio.TaskGroup) -> None:
+        """Consumes prompts, starts sampling tasks; waits for admission; unblocked by pushes and finished groups."""
+        while True:
+            await self._changed.wait_until(lambda: self._admissible() or self._evaluation_is_due())
+            tickets = self._pacer.admit(self._admissible())
+            evaluating = self._evaluation_is_due()
+            if evaluating:
+                self._evaluated = self._pacer.pushed
+                self._pacer.evaluating = True
+            if self._schedule.generation == "batch":
+                task = tasks.create_task(self._sample_rollout(tickets, evaluating))
+                self._samplers |= {ticket.index: task for ticket in tickets}
+                continue
+            for ticket in tickets:
+                self._samplers[ticket.index] = tasks.create_task(self._sample_group(ticket))
+            if evaluating:
+                tasks.create_task(self._evaluate())
+
+    def _admissible(self) -> int:
+        return self._pacer.admissible(-(-self._pool.room // self._config.algorithm.samples_per_prompt))
+
+    def _evaluation_is_due(self) -> bool:
+        """The generators hold a version that is to be evaluated; the last one is by the stage that follows."""
+        every, version = self._schedule.eval_every, self._pacer.pushed
+        if self._evaluation is None or every is None or self._pacer.pushing or self._pacer.evaluating:
+            return False
+        waits_for_rollout = self._schedule.generation == "batch" and bool(self._pacer.running)
+        return version % every == 0 and self._evaluated < version < self._schedule.steps and not waits_for_rollout
+
+    async def _sample_rollout(self, tickets: list[Ticket], evaluating: bool) -> None:
+        """A rollout, and the held-out prompts if they are due, in one go: everything starts and ends together."""
+        start = self._clock()
+        requests = [self._request(ticket) for ticket in tickets]
+        extra = self._evaluation.requests() if evaluating else []
+        async with self._under_way(len(tickets)):
+            completions = await self._pool.sample_together([*requests, *extra])
+            for ticket, samples in zip(tickets, completions, strict=False):
+                self._arrived(ticket, samples, start)
+            if evaluating:
+                self._evaluation_ended(completions[len(requests) :], start)
+
+    async def _sample_group(self, ticket: Ticket) -> None:
+        start = self._clock()
+        async with self._under_way(1):
+            self._arrived(ticket, await self._pool.sample(self._request(ticket)), start)
+
+    async def _evaluate(self) -> None:
+        start = self._clock()
+        async with self._under_way(0):
+            completions = await asyncio.gather(*(self._pool.sample(r) for r in self._evaluation.requests()))
+            self._evaluation_ended(completions, start)
+
+    def _evaluation_ended(self, completions: Sequence[list[Completion]], start: float) -> None:
+        self._pacer.evaluating = False
+        name = f"step {self._evaluated}"
+        versions = {version for (completion,) in completions for version in completion.versions}
+        if len(versions) > 1:  # a generator died with its part, and what was left met newer weights
+            self._recorder.stage(f"no evaluation at {name}: a generator was lost meanwhile")
+            return
+        scored = self._evaluation.score(completions, name)
+        span = Span(name=f"evaluate {name}", start=start, end=self._clock(), process="generators")
+        self._recorder.evaluated(name, mean_facts(scored), span)
+
+    @asynccontextmanager
+    async def _under_way(self, groups: int) -> AsyncIterator[None]:
+        """Around the sampling of so many groups: keeps account of the time, and of what is cancelled."""
+        try:
+            with self.busy:
+                yield
+        except asyncio.CancelledError:
+            self._recorder.cancelled(groups * self._config.algorithm.samples_per_prompt)
+            raise
+        finally:
+            await self._changed.notify()
+
+    def _request(self, ticket: Ticket) -> SamplingRequest:
+        config, (step, position) = self._config, divmod(ticket.index, self._schedule.prompts_per_step)
+        again = (ticket.attempt,) if ticket.attempt else ()
+        return SamplingRequest(
+            prompt=self._prompts.at(ticket.index),
+            samples=config.algorithm.samples_per_prompt,
+            seed=request_seed(config.run.seed, "train", step, position, *again),
+            temperature=config.generator.temperature,
+            max_new_tokens=config.generator.max_new_tokens,
+            order=ticket.number,
+        )
+
+    def _arrived(self, ticket: Ticket, completions: list[Completion], start: float) -> None:
+        config, prompt = self._config, self._prompts.at(ticket.index)
+        scored = score_group(prompt, completions, self._reward, config.algorithm, config.generator.max_new_tokens)
+        self._pacer.arrived(ticket.index)
+        del self._samplers[ticket.index]
+        self.ready[ticket.index] = ReadyGroup(
+            index=ticket.index, version=ticket.version, scored=scored, generate_s=self._clock() - start
+        )
+        self._recorder.generated(completions)
+
+    async def resample_stragglers(self, limit_s: float) -> None:
+        """Cancels groups the learner has waited for in vain, and has them sampled anew."""
+        while True:
+            await self._changed.wait_until(self._pacer.stragglers)
+            late = self._pacer.stragglers()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(limit_s):
+                    await self._changed.wait_until(lambda late=late: not late & self._pacer.stragglers())
+                continue
+            for index in late & self._pacer.stragglers():
+                self._samplers.pop(index).cancel()
+                self._pacer.sample_anew(index)
+            await self._changed.notify()

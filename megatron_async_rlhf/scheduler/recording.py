@@ -1,0 +1,83 @@
+"""What was trained on, kept so that a learner alone can do it again: `async-rlhf replay`."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from megatron_async_rlhf.errors import CheckpointError
+from megatron_async_rlhf.learner.protocol import TrainRollout
+from megatron_async_rlhf.scheduler.state import ReadyGroup
+
+
+class RecordedGroup(Struct, frozen=True, kw_only=True):
+    """Where a group of a rollout came from.
+
+    Attributes:
+        index: which group of the run.
+        version: policy version it was admitted at.
+        versions: the versions that sampled its tokens, of each completion, without repeats.
+        generate_s: how long it took.
+    """
+
+    index: int
+    version: int
+    versions: list[list[int]]
+    generate_s: float
+
+
+class RecordedRollout(Struct, frozen=True, kw_only=True):
+    """One command to the learner; `groups` are those of all its mini-batches, in order.
+
+    Attributes:
+        arrived: indices of all groups that were complete then, in order of arrival.
+    """
+
+    command: TrainRollout
+    groups: list[RecordedGroup]
+    arrived: list[int]
+
+
+class RolloutLog:
+    """A file per rollout, so that a run that goes on from a checkpoint replaces what it does again."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def write(self, command: TrainRollout, rollout: Sequence[ReadyGroup], arrived: list[int]) -> None:
+        groups = [
+            RecordedGroup(
+                index=group.index,
+                version=group.version,
+                versions=[list(dict.fromkeys(c.versions)) for c in group.scored.group.completions],
+                generate_s=group.generate_s,
+            )
+            for group in rollout
+        ]
+        self._directory.mkdir(exist_ok=True)
+        record = RecordedRollout(command=command, groups=groups, arrived=arrived)
+        self._path(command.version).write_bytes(msgspec.msgpack.encode(record))
+
+    def read(self) -> Iterator[RecordedRollout]:
+        """In the order they were trained.
+
+        Raises:
+            CheckpointError: one line; a file is broken, or a rollout is missing.
+        """
+        version = 0
+        paths = sorted(self._directory.glob("step_*.msgpack"))
+        for path in paths:
+            if path != self._path(version):
+                raise CheckpointError(
+                    f"{self._path(version)} is missing: the rollouts before {path.name} are not whole"
+                )
+            try:
+                record = msgspec.msgpack.decode(path.read_bytes(), type=RecordedRollout)
+            except (OSError, msgspec.MsgspecError) as error:
+                raise CheckpointError(f"{path} is broken or from another release ({error})") from None
+            yield record
+            version += len(record.command.mini_batches) * record.command.epochs
+
+    def _path(self, version: int) -> Path:
+        return self._directory / f"step_{version:06d}.msgpack"
