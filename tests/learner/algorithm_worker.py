@@ -59,6 +59,7 @@ def outcome(learner: MegatronLearner, result: dict) -> dict:
     models = [learner.policy] if value_model is None else [learner.policy, value_model]
     return result | {
         "version": learner.version,
+        "numbers": [sum(p.numel() for chunk in model.chunks for p in chunk.parameters()) for model in models],
         "weights": digests_of(learner),
         "values": value_digests(learner),
         "adam": [adam_digests(model) for model in models],

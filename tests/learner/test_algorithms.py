@@ -26,7 +26,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_async_rlhf.config.architecture import architecture_of_hf
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.holdings import learner_holdings, value_holdings
 from megatron_async_rlhf.learner.flops import forward_flops
+from megatron_async_rlhf.weights.layout import LearnerLayout
 
 WORKER = Path(__file__).with_name("algorithm_worker.py")
 TIMEOUT_S = 300
@@ -256,6 +258,20 @@ def test_utilisation_counts_the_passes_that_were_made(trained: Trained, name: st
     assert measured["model_flops_utilisation"] == pytest.approx(flops / 2 / (seconds * PEAK_TFLOPS * 1e12))
     assert measured["tokens_per_s"] == pytest.approx(sum(lengths) / 2 / seconds)
     assert ("time/values_s" in measured) == (name == "ppo")
+
+
+@pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=str)
+def test_the_memory_estimate_counts_the_value_models_numbers(trained: Trained, layout: Layout):
+    arch = architecture_of_hf(Path(trained.models["policy"]))
+    held = LearnerLayout(
+        tensor_parallel=layout.tensor, pipeline_parallel=layout.pipeline, data_parallel=layout.data * layout.context
+    )
+    stages = zip(learner_holdings(arch, held), value_holdings(arch, held), strict=True)
+    expected = [[policy.total, value.total] for policy, value in stages]
+    ranks = trained.ranks(layout, "ppo")
+    first_of_stages = ranks[:: len(ranks) // layout.pipeline]
+    assert [rank["numbers"] for rank in first_of_stages] == expected
+    assert trained.result(layout, "grpo")["numbers"] == expected[0][:1]
 
 
 SAVED = [name for name in IN_LAYOUTS if name.startswith(("ppo", "rloo"))]
