@@ -3,14 +3,15 @@
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from megatron_async_rlhf.config.advice import advice
 from megatron_async_rlhf.config.load import dump_config, load_config, read_tree
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
-from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
+from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -80,9 +81,11 @@ def train(
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.resume import find_resumption
     from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory, reopen_run_directory
-    from megatron_async_rlhf.prepare import load_materials, make_model_template
+    from megatron_async_rlhf.prepare import check_value_weights, load_materials, make_model_template
 
     resolved = load_config(config, set)
+    for line in advice(resolved):
+        typer.echo(f"warning: {line}", err=True)
     check_writable(resolved)
     run_dir, version = resolved.run.path.absolute(), None
     if resume:
@@ -99,6 +102,7 @@ def train(
         if version is None:
             make_model_template(resolved, template)
         architecture = load_materials(resolved, template).architecture
+        check_value_weights(resolved, architecture)
         refuse_too_large(resolved, architecture)
         plan = plan_processes(resolved, run_dir, architecture.context_length, version)
         if resolved.run.device == "cuda":
@@ -129,7 +133,7 @@ def sft(config: ConfigArgument, set: SetOption = []) -> None:
     from megatron_async_rlhf.launch.abilities import check_device
     from megatron_async_rlhf.launch.display import Display
     from megatron_async_rlhf.launch.local import Supervisor
-    from megatron_async_rlhf.launch.plan import plan_sft
+    from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory
     from megatron_async_rlhf.prepare import load_materials, make_model_template
 
@@ -147,7 +151,50 @@ def sft(config: ConfigArgument, set: SetOption = []) -> None:
         run_dir, aside = create_run_directory(resolved, template)
     if aside is not None:
         typer.echo(f"an earlier run is now in {aside}")
-    raise typer.Exit(Supervisor(resolved, plan_sft(resolved, run_dir), run_dir, Display()).run())
+    raise typer.Exit(Supervisor(resolved, plan_learner_alone(resolved, run_dir, "sft"), run_dir, Display()).run())
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run with schedule.record = true.")],
+    out: Annotated[Path | None, typer.Option(help="Directory of the new run; default: <run>.replay beside it.")] = None,
+) -> None:
+    """Train again on what a run has recorded, without generators, and prove that the same bits come out.
+
+    Losses and gradient norms are compared at every step, the weights at the end.
+
+    Example: async-rlhf replay runs/quickstart
+    """
+    from megatron_async_rlhf.checkpoint.sources import open_holders
+    from megatron_async_rlhf.launch.display import Display
+    from megatron_async_rlhf.launch.local import Supervisor
+    from megatron_async_rlhf.launch.plan import plan_learner_alone
+    from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory
+    from megatron_async_rlhf.scheduler.recording import RolloutLog
+
+    run = run.absolute()
+    if not (run / RESOLVED_CONFIG).is_file():
+        raise ConfigError(f"{run} is no run: it has no {RESOLVED_CONFIG}")
+    earlier = load_config(run / RESOLVED_CONFIG)
+    recorded = sum(1 for _ in RolloutLog(run / ROLLOUT_DIR).read())
+    if not recorded:
+        raise ConfigError(f"{run} has recorded nothing; it must be run with schedule.record = true")
+    section = earlier.run.model_copy(update={"dir": out or run.with_name(f"{run.name}.replay")})
+    config = earlier.model_copy(update={"run": section})
+    check_writable(config)
+    run_dir, aside = create_run_directory(config, run / POLICY_TEMPLATE_DIR)
+    if aside is not None:
+        typer.echo(f"an earlier run is now in {aside}")
+    plan = plan_learner_alone(config, run_dir, "replay", ["--recorded", str(run)])
+    code = Supervisor(config, plan, run_dir, Display()).run()
+    if code:
+        raise typer.Exit(code)
+    if recorded < earlier.schedule.rollouts or not (run / EXPORT_DIR).is_dir():
+        typer.echo(
+            f"{recorded} rollouts came out the same; {run} was not completed, so there are no weights to compare"
+        )
+        return
+    _compare(*open_holders(str(run), str(run_dir), None), None)
 
 
 @app.command()
@@ -255,9 +302,15 @@ def verify_weights(
     Example: async-rlhf verify-weights models/Qwen2.5-0.5B checkpoints/qwen
     """
     from megatron_async_rlhf.checkpoint.sources import open_holders
+
+    _compare(*open_holders(a, b, config), cast)
+
+
+def _compare(a: Any, b: Any, cast: Dtype | None) -> None:
+    """Of two open holders of weights; exits with 1 if they differ."""
     from megatron_async_rlhf.weights.verify import compare
 
-    result = compare(*open_holders(a, b, config), cast)
+    result = compare(a, b, cast)
     compared = f"{result.num_bytes} bytes in {result.boxes} pieces compared"
     if not result.exact:
         compared += ", negative zeros taken for positive ones"
@@ -273,7 +326,13 @@ def _print_plan(config: RunConfig) -> None:
     """All that can be said without starting anything: of a model that is not here, what follows from its shape."""
     from megatron_async_rlhf.estimate.report import describe
     from megatron_async_rlhf.launch.plan import plan_processes
-    from megatron_async_rlhf.prepare import load_materials, make_model_template, missing_inputs, outline
+    from megatron_async_rlhf.prepare import (
+        check_value_weights,
+        load_materials,
+        make_model_template,
+        missing_inputs,
+        outline,
+    )
 
     missing = missing_inputs(config)
     if missing:
@@ -283,6 +342,7 @@ def _print_plan(config: RunConfig) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             make_model_template(config, Path(scratch))
             materials = load_materials(config, Path(scratch))
+        check_value_weights(config, materials.architecture)
         architecture, transfer = materials.architecture, materials.transfer
         prompts = f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out"
     typer.echo(dump_config(config))

@@ -60,3 +60,7 @@ class StaleSampleError(AsyncRLHFError, AssertionError):
 
 class ProcessDiedError(AsyncRLHFError, RuntimeError):
     """A process of the run ended when it should not have: names it and quotes the end of its log."""
+
+
+class ReplayError(AsyncRLHFError, RuntimeError):
+    """Training again on recorded rollouts came out differently."""

@@ -15,23 +15,19 @@ import signal
 import time
 from pathlib import Path
 
-from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import AsyncRLHFError
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, Learner, Stop
+from megatron_async_rlhf.learner.protocol import Hello, Learner, Stop
+from megatron_async_rlhf.lifecycle import EXIT_INTERRUPTED, close_failed, export_policy
 from megatron_async_rlhf.prepare import Materials, load_materials
 from megatron_async_rlhf.scheduler.stages import warm_start
 from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.telemetry.summary import RunTotals
-
-_log = logging.getLogger(__name__)
-
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
 async def run_stages(
@@ -56,10 +52,7 @@ async def run_stages(
     recorder.totals.train_busy_s = recorder.totals.wall_s
     recorder.totals.samples_trained = len(trained)
     recorder.totals.tokens_trained = sum(len(s.token_ids) - s.prompt_length for s in trained)
-    recorder.stage("export")
-    directory = run_dir / EXPORT_DIR
-    describe_weights(run_dir / POLICY_TEMPLATE_DIR, directory, config.learner.weights_dtype)
-    await learner.execute(ExportWeights(directory=str(directory)))
+    await export_policy(config, run_dir, learner, recorder)
     await learner.execute(Stop())
 
 
@@ -79,10 +72,7 @@ async def run_job(run_dir: Path, learner_address: str) -> int:
         recorder.close("interrupted", None)
         return EXIT_INTERRUPTED
     except (AsyncRLHFError, OSError) as error:
-        line = str(error) if isinstance(error, AsyncRLHFError) else f"{type(error).__name__}: {error}"
-        _log.error("sft failed: %s", line, exc_info=error)
-        recorder.close("failed", line)
-        return EXIT_FAILED
+        return close_failed(recorder, error)
     finally:
         learner.close()
     recorder.close("completed", None)

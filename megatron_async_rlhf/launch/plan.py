@@ -79,13 +79,12 @@ def plan_processes(
         *(argument for port in generator_ports for argument in ("--generator", f"http://{_HOST}:{port}")),
         *("--transfer", f"{_HOST}:{transfer}"),
     ]
-    return ProcessPlan(
-        learners=learners, generators=generators, controller=_controller(run_dir, addresses, resume_from)
-    )
+    resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
+    return ProcessPlan(learners=learners, generators=generators, controller=_controller(run_dir, [*addresses, *resume]))
 
 
-def plan_sft(config: RunConfig, run_dir: Path) -> ProcessPlan:
-    """The same without generators: learner ranks on all cores or GPUs, and the controller of `async-rlhf sft`."""
+def plan_learner_alone(config: RunConfig, run_dir: Path, module: str, arguments: Sequence[str] = ()) -> ProcessPlan:
+    """The same without generators: learner ranks on all cores or GPUs, and the module as their controller."""
     ranks = config.learner.world_size
     if config.run.device == "cuda":
         devices, _ = place_on_gpus(ranks, 0, shared=False)
@@ -97,13 +96,12 @@ def plan_sft(config: RunConfig, run_dir: Path) -> ProcessPlan:
         _learner(config, run_dir, rank, device, rendezvous=rendezvous, command=command)
         for rank, device in enumerate(devices)
     ]
-    addresses = ["--learner", f"tcp://{_HOST}:{command}"]
-    return ProcessPlan(learners=learners, generators=[], controller=_controller(run_dir, addresses, None, module="sft"))
+    addresses = ["--learner", f"tcp://{_HOST}:{command}", *arguments]
+    return ProcessPlan(learners=learners, generators=[], controller=_controller(run_dir, addresses, module=module))
 
 
-def _controller(run_dir: Path, addresses: list[str], resume_from: int | None, module: str = "app") -> ProcessSpec:
-    resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
-    command = [sys.executable, "-m", f"megatron_async_rlhf.{module}", "--run-dir", str(run_dir), *addresses, *resume]
+def _controller(run_dir: Path, arguments: list[str], module: str = "app") -> ProcessSpec:
+    command = [sys.executable, "-m", f"megatron_async_rlhf.{module}", "--run-dir", str(run_dir), *arguments]
     return ProcessSpec(name="controller", arguments=command, environment={"OMP_NUM_THREADS": "1"}, cores=[])
 
 
