@@ -10,7 +10,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.sweep.points import expand
 from megatron_async_rlhf.sweep.preflight import check_points
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "sweep.yaml"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def refused(action) -> list[str]:
@@ -161,15 +161,20 @@ def test_points_of_different_models_are_checked_each_against_its_own(make):
     assert line.startswith("ranks4-heads2: learner.tensor_parallel = 4")
 
 
-def test_the_example_compares_like_with_like():
-    sweep = expand(read_tree(EXAMPLE))
-    check_points(sweep, sweep.points)
+@pytest.mark.parametrize(
+    ("name", "axis", "oldest"),
+    [("sweep", "updates", {1: 0, 2: 1, 4: 3, 8: 7, 16: 15}), ("sweep_corrections", "ahead", {0: 0, 1: 1, 4: 7, 8: 15})],
+)
+def test_the_examples_compare_like_with_like(name: str, axis: str, oldest: dict[int, int]):
+    sweep = expand(read_tree(EXAMPLES / f"{name}.yaml"))
+    check_points(sweep, sweep.only({"seed": ["0"]}))
     schedules = [point.config.schedule for point in sweep.points]
     samples = {s.steps * s.prompts_per_step * p.config.algorithm.samples_per_prompt
                for s, p in zip(schedules, sweep.points, strict=True)}  # fmt: skip
     assert len(samples) == 1
-    assert {s.mini_batches for s in schedules} == {1, 2, 4, 8, 16}
     assert min(s.rollouts for s in schedules) >= 4
-    assert {s.staleness_bound for s in schedules} == {0}
+    bounds = {p.labels[axis]: s.staleness_bound + s.updates_per_rollout - 1
+              for s, p in zip(schedules, sweep.points, strict=True)}  # fmt: skip
+    assert bounds == {str(label): age for label, age in oldest.items()}
     assert {p.config.run.seed for p in sweep.points} == {0, 1, 2}
-    assert (sweep.section.seed_axes, sweep.section.staleness_axes) == (["seed"], ["updates"])
+    assert (sweep.section.seed_axes, sweep.section.staleness_axes) == (["seed"], [axis])
