@@ -1,6 +1,6 @@
 """What a configuration allows but its user should know."""
 
-from megatron_async_rlhf.config.algorithms import RatioKeys
+from megatron_async_rlhf.config.algorithms import PolicyGradientKeys
 from megatron_async_rlhf.config.root import RunConfig
 
 
@@ -8,7 +8,7 @@ def advice(config: RunConfig) -> list[str]:
     """One line each, naming the keys."""
     lines = []
     algorithm, bound = config.algorithm, config.schedule.staleness_bound
-    if isinstance(algorithm, RatioKeys) and bound != 0 and not algorithm.is_corrected:
+    if isinstance(algorithm, PolicyGradientKeys) and bound != 0 and not algorithm.is_corrected:
         staleness = "null (no bound)" if bound is None else bound
         lines.append(
             f"algorithm.type = {algorithm.type} with schedule.max_staleness = {staleness} trains on samples of older "

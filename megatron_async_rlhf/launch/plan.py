@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.generator.vllm.server import server_command, server_environment
+from megatron_async_rlhf.generator.vllm.server import records_versions, server_command, server_environment
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
 
 _HOST = "127.0.0.1"
@@ -28,11 +28,16 @@ class ProcessSpec(Struct, frozen=True, kw_only=True):
 
 
 class ProcessPlan(Struct, frozen=True, kw_only=True):
-    """All processes, in starting order; the controller is the one that decides when the run is over."""
+    """All processes, in starting order; the controller is the one that decides when the run is over.
+
+    Attributes:
+        restarts: how often each generator may be started again.
+    """
 
     learners: list[ProcessSpec]
     generators: list[ProcessSpec]
     controller: ProcessSpec
+    restarts: int = 0
 
     @property
     def processes(self) -> list[ProcessSpec]:
@@ -48,8 +53,14 @@ def plan_processes(
         resume_from: policy version of the checkpoint to go on from.
 
     Raises:
-        ConfigError: a configured port is in use.
+        ConfigError: a configured port is in use, or this machine's vLLM cannot do what is configured.
     """
+    in_flight = config.schedule.in_flight_updates
+    if in_flight in ("keep", "recompute") and not records_versions():
+        raise ConfigError(
+            f"schedule.in_flight_updates = {in_flight} needs vLLM 0.30 or newer, which records the version of every "
+            "token; set resubmit or none"
+        )
     ranks, workers = config.learner.world_size, config.generator.workers
     on_gpus = config.run.device == "cuda"
     if on_gpus:
@@ -80,7 +91,12 @@ def plan_processes(
         *("--transfer", f"{_HOST}:{transfer}"),
     ]
     resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
-    return ProcessPlan(learners=learners, generators=generators, controller=_controller(run_dir, [*addresses, *resume]))
+    return ProcessPlan(
+        learners=learners,
+        generators=generators,
+        controller=_controller(run_dir, [*addresses, *resume]),
+        restarts=config.generator.restarts if records_versions() else 0,
+    )
 
 
 def plan_learner_alone(config: RunConfig, run_dir: Path, module: str, arguments: Sequence[str] = ()) -> ProcessPlan:

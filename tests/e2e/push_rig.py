@@ -124,11 +124,14 @@ def logprobs_of(model, prompt: list[int], completion: list[int]) -> list[float]:
 
 
 @asynccontextmanager
-async def push_rig(directory: Path, *overrides: str, alter: dict[str, dict] | None = None):
+async def push_rig(
+    directory: Path, *overrides: str, alter: dict[str, dict] | None = None, without: dict[str, str] | None = None
+):
     """Starts everything and ends it, whatever happens in between.
 
     Args:
         alter: name of a generator -> changes to the `config.json` it is started with.
+        without: name of a generator -> an option its server is not given.
     """
     config = load_config(CONFIG, [f"run.dir={directory / 'run'}", "generator.temperature=1.0", *overrides])
     template = directory / "template"
@@ -138,6 +141,11 @@ async def push_rig(directory: Path, *overrides: str, alter: dict[str, dict] | No
     run_dir, _ = create_run_directory(config, template)
     (run_dir / "logs").mkdir(exist_ok=True)
     specs = [*(_altered(spec, run_dir, (alter or {}).get(spec.name)) for spec in plan.generators), *plan.learners]
+    for i, spec in enumerate(specs):
+        if option := (without or {}).get(spec.name):
+            arguments = [argument for argument in spec.arguments if argument != option]
+            assert len(arguments) == len(spec.arguments) - 1
+            specs[i] = msgspec.structs.replace(spec, arguments=arguments)
     processes = {spec.name: Process(spec, run_dir / "logs", pipe_stdout=False) for spec in specs}
     arguments = plan.controller.arguments
     values = {key: [b for a, b in zip(arguments, arguments[1:], strict=False) if a == key] for key in arguments}
