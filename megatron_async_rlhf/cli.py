@@ -84,8 +84,7 @@ def train(
     from megatron_async_rlhf.prepare import check_value_weights, load_materials, make_model_template
 
     resolved = load_config(config, set)
-    for line in advice(resolved):
-        typer.echo(f"warning: {line}", err=True)
+    _warn(resolved)
     check_writable(resolved)
     run_dir, version = resolved.run.path.absolute(), None
     if resume:
@@ -322,6 +321,11 @@ def _compare(a: Any, b: Any, cast: Dtype | None) -> None:
     typer.echo(f"different: {result.first}")
     typer.echo(f"{len(result.differing)} of {result.tensors} tensors differ, {compared}")
     raise typer.Exit(1)
+
+
+def _warn(config: RunConfig) -> None:
+    for line in advice(config):
+        typer.echo(f"warning: {line}", err=True)
 
 
 def _print_plan(config: RunConfig) -> None:
