@@ -123,6 +123,8 @@ class Driver:
             return EXIT_INTERRUPTED
         if not ended_in_time:
             reason = f"it took longer than sweep.point_timeout_s = {self._sweep.section.point_timeout_s:g}"
+        elif returned == EXIT_COMPLETED:
+            reason = f"its {RESOLVED_CONFIG} is not what it was given: was the program changed meanwhile? start again"
         else:
             reason = progress.error or (self._process.last_lines(1) or [self._process.ending()])[0]
         self._note(f"{name}: failed after {seconds}: {reason}; see {self._process.log}")

@@ -27,7 +27,9 @@ def main() -> None:
         raise SystemExit(2)
     directory = Path(tree["run"]["dir"])
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(Path(config).read_text())
+    if behaviour == "drift":  # as another version of the program would, that knows other keys
+        tree["new_section"] = {}
+    (directory / "config.yaml").write_text(yaml.safe_dump(tree))
     if behaviour == "hang":
         time.sleep(600)
     if behaviour == "ask to stop":  # what Ctrl-C in the terminal is to the sweep
@@ -38,6 +40,7 @@ def main() -> None:
             time.sleep(0.01)
     status, error, code = {
         "complete": ("completed", None, 0),
+        "drift": ("completed", None, 0),
         "fail": ("failed", "learner.0: it went wrong", 1),
         "interrupt": ("interrupted", None, 130),
         "ask to stop": ("interrupted", None, 130),

@@ -122,6 +122,12 @@ def test_runs_of_another_configuration_do_not_count(rig: Rig, three: Sweep, make
     assert rig.drive(other_start)[1][0] == START
 
 
+def test_a_program_that_changes_under_a_sweep_is_named(rig: Rig, three: Sweep):
+    rig.behave({"beta0.1": "drift"})
+    assert rig.drive(three)[0] == 1
+    assert any(note.startswith("beta0.1: failed") and "was the program changed" in note for note in rig.notes)
+
+
 def test_an_interrupt_reaches_the_run_and_ends_the_sweep(rig: Rig, three: Sweep):
     before = signal.getsignal(signal.SIGINT)
     rig.behave({"beta0.1": "ask to stop"})
