@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.config.load import load_config
-from megatron_async_rlhf.generator.protocol import SamplingRequest
+from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.launch.plan import ProcessSpec, plan_processes
 from megatron_async_rlhf.launch.process import Process
@@ -28,6 +28,25 @@ from megatron_async_rlhf.types import Completion, TrainingGroup
 
 CONFIG = Path(__file__).with_name("tiny.yaml")
 START_S = 180
+
+
+class Receiver:
+    """A generator that takes part in a push in a mode of its own, whatever the others do."""
+
+    def __init__(self, generator: VLLMGenerator, how: Pause, recompute: bool) -> None:
+        self.name, self._generator, self._how, self._recompute = generator.name, generator, how, recompute
+
+    async def is_ready(self) -> bool:
+        return await self._generator.is_ready()
+
+    async def pause(self, how: Pause = "keep") -> None:
+        await self._generator.pause(self._how)
+
+    async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
+        await self._generator.join_transfer(info, timeout_s=timeout_s)
+
+    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None:
+        await self._generator.receive_weights(version=version, verify=verify, recompute=self._recompute)
 
 
 class PushRig:

@@ -36,6 +36,7 @@ class VLLMGenerator:
         self.tensor_parallel = tensor_parallel
         self._tokenizer = tokenizer
         self._timeout_s = request_timeout_s
+        self._under_way = 0  # requests
         self._server = Connection(name, url, request_timeout_s)
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:
@@ -50,24 +51,26 @@ class VLLMGenerator:
             raise GeneratorError(f"{self.name}: only one sample can go on from what was begun, not {request.samples}")
         if begun.finished or left <= 0:
             return [self._completion(begun.token_ids, begun.logprobs, begun.versions, aborted=False)]
-        answer = await self._ask(
-            "/inference/v1/generate",
-            {
-                "token_ids": request.prompt.token_ids + begun.token_ids,
-                "priority": request.order,
-                "sampling_params": {
-                    "n": request.samples,
-                    "seed": continued_seed(request.seed, len(begun.token_ids)),
-                    "temperature": request.temperature,
-                    "top_p": 1.0,
-                    "top_k": 0,
-                    "max_tokens": left,
-                    "logprobs": 0,
-                    "stop_token_ids": [self._tokenizer.eos_token_id],
-                    "detokenize": False,
-                },
+        body = {
+            "token_ids": request.prompt.token_ids + begun.token_ids,
+            "priority": request.order,
+            "sampling_params": {
+                "n": request.samples,
+                "seed": continued_seed(request.seed, len(begun.token_ids)),
+                "temperature": request.temperature,
+                "top_p": 1.0,
+                "top_k": 0,
+                "max_tokens": left,
+                "logprobs": 0,
+                "stop_token_ids": [self._tokenizer.eos_token_id],
+                "detokenize": False,
             },
-        )
+        }
+        self._under_way += 1
+        try:
+            answer = await self._ask("/inference/v1/generate", body)
+        finally:
+            self._under_way -= 1
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != request.samples:
             raise GeneratorError(f"{self.name}: asked for {request.samples} completions, got {len(choices)}")
@@ -104,8 +107,7 @@ class VLLMGenerator:
         if spans is None:  # vLLM before 0.30 keeps no record; its weights only change while nothing runs
             return [self.version] * length
         if any(not span["version"].isdecimal() for span in spans):
-            self.version = -1
-            raise GeneratorGoneError(f"{self.name}: its server was started again and has no weights yet")
+            raise self._started_again()
         versions = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
         if len(versions) != length:
             raise GeneratorError(f"{self.name}: weight versions cover {len(versions)} of {length} tokens")
@@ -115,9 +117,30 @@ class VLLMGenerator:
         """Stop the engine; what is asked from now on is queued until `resume`.
 
         Requests under way freeze with their cache (`keep`), run to their end first (`wait`: this takes as long as
-        they do), or end here and return what they have, `interrupted` (`abort`).
+        they do), or end here and return what they have, `interrupted` (`abort`). With nobody left to use it the cache
+        is emptied: what comes next must not depend on what went before.
+
+        Raises:
+            GeneratorGoneError: as `sample`; a push must not begin with a server that is not the one that was connected.
         """
-        await self._ask(f"/pause?mode={how}&clear_cache=false")
+        clear_cache = how != "keep" or not self._under_way
+        await self._ask(f"/pause?mode={how}&clear_cache={str(clear_cache).lower()}")
+        if self.version >= 0 and await self._label() not in (None, str(self.version)):
+            raise self._started_again()
+
+    async def _label(self) -> str | None:
+        """What the server calls its weights; None if it cannot tell: vLLM before 0.30."""
+        try:
+            return (await self._server.get("/weight_info"))["weight_version"]
+        except GeneratorGoneError:
+            self.version = -1
+            raise
+        except GeneratorError:
+            return None
+
+    def _started_again(self) -> GeneratorGoneError:
+        self.version = -1
+        return GeneratorGoneError(f"{self.name}: its server was started again and has no weights yet")
 
     async def resume(self) -> None:
         await self._ask("/resume")
