@@ -98,7 +98,7 @@ class Trained:
         rollout = {} if case.get("once") else {"mini_batches": 2, "epochs": 2}
         schedule = {"mode": "sync", "steps": STEPS} | rollout
         config = {"algorithm": section_of(case, self.models), "schedule": schedule}
-        return config | ({"learner": {"micro_batch_tokens": CONTEXT_LENGTH // 2}} if name in ALONE else {})
+        return config | ({"learner": {"micro_batch_tokens": 1}} if name in ALONE else {})
 
 
 @pytest.fixture(scope="module")
