@@ -62,9 +62,10 @@ CASES = {
         },
     },
 }  # fmt: skip
-# One sequence a micro-batch.
-ALONE = {"ppo_alone": "ppo", "ppo_value_hf_once_alone": "ppo_value_hf_once"}
-IN_LAYOUTS = ["rloo", "proximal_rloo", "ppo", "ppo_value_hf_once", "grpo"]
+# One sequence a micro-batch; data-parallel ranks then fill up with sequences that only keep them in step.
+ALONE = {"ppo_alone": "ppo", "ppo_value_hf_once_alone": "ppo_value_hf_once", "rloo_alone": "rloo"}
+IN_LAYOUTS = ["rloo", "rloo_alone", "proximal_rloo", "ppo", "ppo_value_hf_once", "grpo"]
+SAVED = ["rloo", "ppo", "ppo_value_hf_once"]  # a checkpoint of these is resumed from
 ONE = Layout()
 LAYOUTS = [
     Layout(tensor=2, sequence_parallel=True),

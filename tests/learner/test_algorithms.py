@@ -13,6 +13,7 @@ from algorithm_cases import (
     LEARNER,
     LONGEST,
     ONE,
+    SAVED,
     STEPS,
     make_rollouts,
     rollouts_of,
@@ -54,7 +55,7 @@ class Trained:
             },
             "policy": self.models["policy"],
             "cases": {
-                name: {"config": config, "commands": self.commands(name), "saved": name.startswith(("ppo", "rloo"))}
+                name: {"config": config, "commands": self.commands(name), "saved": name in SAVED}
                 for name, config in self.configs.items()
             },
             "layouts": [
@@ -97,7 +98,7 @@ class Trained:
         rollout = {} if case.get("once") else {"mini_batches": 2, "epochs": 2}
         schedule = {"mode": "sync", "steps": STEPS} | rollout
         config = {"algorithm": section_of(case, self.models), "schedule": schedule}
-        return config | ({"learner": {"micro_batch_tokens": CONTEXT_LENGTH // 2}} if name in ALONE else {})
+        return config | ({"learner": {"micro_batch_tokens": 1}} if name in ALONE else {})
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +273,6 @@ def test_the_memory_estimate_counts_the_value_models_numbers(trained: Trained, l
     first_of_stages = ranks[:: len(ranks) // layout.pipeline]
     assert [rank["numbers"] for rank in first_of_stages] == expected
     assert trained.result(layout, "grpo")["numbers"] == expected[0][:1]
-
-
-SAVED = [name for name in IN_LAYOUTS if name.startswith(("ppo", "rloo"))]
 
 
 @pytest.mark.parametrize("name", SAVED)
