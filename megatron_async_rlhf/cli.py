@@ -229,7 +229,9 @@ def sweep(
     whole = expand(read_tree(config, set))
     points = whole.only(parse_only(only))
     check_directory(whole.directory)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(
+        highlight=False, soft_wrap=True, width=max(Console().width, 110)
+    )  # a table cut short says nothing
     if report_only:
         write_report(console, whole)
         return

@@ -21,6 +21,7 @@ from megatron_async_rlhf.launch.process import Process
 from megatron_async_rlhf.sweep.points import Point, Sweep
 from megatron_async_rlhf.sweep.progress import progress_of
 from megatron_async_rlhf.telemetry.files import LOG_DIR, RESOLVED_CONFIG, replace_file
+from megatron_async_rlhf.telemetry.summary import read_summary
 
 OWN_COMMAND = (sys.executable, "-m", "megatron_async_rlhf")
 EXIT_COMPLETED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
@@ -35,6 +36,7 @@ class Driver:
         note: takes a line for who watches.
         after_point: called after every point that ran.
         command: what stands for `async-rlhf`.
+        clock: seconds, for the limits on time.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class Driver:
         note: Callable[[str], None],
         after_point: Callable[[], None],
         command: Sequence[str] = OWN_COMMAND,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sweep = sweep
         self._note = note
         self._after_point = after_point
         self._command = command
+        self._clock = clock
         self._interrupts = 0
         self._process: Process | None = None
 
@@ -58,10 +62,10 @@ class Driver:
         Returns:
             The exit code: 0 all of `points` are completed, 1 one of them failed, 130 some are left to do.
         """
-        began = time.monotonic()
+        began = self._clock()
         previous = {n: signal.signal(n, self._on_interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return self._run(points, lambda: max_seconds is not None and time.monotonic() - began >= max_seconds)
+            return self._run(points, lambda: max_seconds is not None and self._clock() - began >= max_seconds)
         finally:
             if self._process is not None:
                 self._process.kill_group(signal.SIGKILL)
@@ -71,9 +75,8 @@ class Driver:
     def _run(self, points: Sequence[Point], is_late: Callable[[], bool]) -> int:
         todo = [point for point in points if progress_of(point.config).status != "completed"]
         self._note(f"{len(points) - len(todo)} of {len(points)} points are completed, {len(todo)} to do")
-        start = self._sweep.warm_start
-        if todo and start is not None and progress_of(start).status != "completed":
-            code = self._one("sft", "warm start", start)
+        if todo and not self._has_start() and not is_late():
+            code = self._one("sft", "warm start", self._sweep.warm_start)
             if code != EXIT_COMPLETED:
                 return code
         codes = set()
@@ -86,6 +89,11 @@ class Driver:
             codes.add(self._one("train", point.name, point.config))
             self._after_point()
         return next((code for code in (EXIT_FAILED, EXIT_INTERRUPTED) if code in codes), EXIT_COMPLETED)
+
+    def _has_start(self) -> bool:
+        """The directory's name says what the start was made of; keys it does not depend on may have changed."""
+        start = self._sweep.warm_start
+        return start is None or read_summary(start.run.path).get("status") == "completed"
 
     def _one(self, subcommand: str, name: str, config: RunConfig) -> int:
         """Run one and say how it ended, to whoever watches and as one of the exit codes."""
@@ -102,10 +110,10 @@ class Driver:
             environment={},
             cores=[],
         )
-        began = time.monotonic()
+        began = self._clock()
         self._process = Process(spec, logs)
         ended_in_time = self._wait(config)
-        seconds = f"{time.monotonic() - began:.0f} s"
+        seconds = f"{self._clock() - began:.0f} s"
         progress, returned = progress_of(config), self._process.returncode
         if returned == EXIT_COMPLETED and progress.status == "completed":
             self._note(f"{name}: completed in {seconds}")
@@ -115,6 +123,8 @@ class Driver:
             return EXIT_INTERRUPTED
         if not ended_in_time:
             reason = f"it took longer than sweep.point_timeout_s = {self._sweep.section.point_timeout_s:g}"
+        elif returned == EXIT_COMPLETED:
+            reason = f"its {RESOLVED_CONFIG} is not what it was given: was the program changed meanwhile? start again"
         else:
             reason = progress.error or (self._process.last_lines(1) or [self._process.ending()])[0]
         self._note(f"{name}: failed after {seconds}: {reason}; see {self._process.log}")
@@ -122,7 +132,7 @@ class Driver:
 
     def _wait(self, config: RunConfig) -> bool:
         """For the end of the process, passing on interrupts; False if it had to be ended for its time."""
-        deadline = time.monotonic() + self._sweep.section.point_timeout_s
+        deadline = self._clock() + self._sweep.section.point_timeout_s
         passed_on = 0
         while self._process.returncode is None:
             if self._interrupts > passed_on:
@@ -130,8 +140,8 @@ class Driver:
                 self._process.signal(signal.SIGTERM)
                 # It ends itself within this; another interrupt would make it end at once.
                 grace = config.launch.interrupt_grace_s + 2 * config.launch.shutdown_grace_s
-                deadline = min(deadline, time.monotonic() + grace)
-            if time.monotonic() > deadline:
+                deadline = min(deadline, self._clock() + grace)
+            if self._clock() > deadline:
                 self._end(config)
                 return False
             time.sleep(_POLL_S)
@@ -139,11 +149,11 @@ class Driver:
 
     def _end(self, config: RunConfig) -> None:
         """Twice, which makes a run end without saving; then by force, which takes all its processes along."""
-        deadline = time.monotonic() + 2 * config.launch.shutdown_grace_s
+        deadline = self._clock() + 2 * config.launch.shutdown_grace_s
         for _ in range(2):
             self._process.signal(signal.SIGTERM)
             time.sleep(2 * _POLL_S)
-        while self._process.returncode is None and time.monotonic() < deadline:
+        while self._process.returncode is None and self._clock() < deadline:
             time.sleep(_POLL_S)
         self._process.kill_group(signal.SIGKILL)
 

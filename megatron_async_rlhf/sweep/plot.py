@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.sweep.results import Group, pareto_front
 
@@ -40,6 +42,7 @@ def write_plot(groups: Sequence[Group], directory: Path) -> list[Path]:
 
 
 def _draw_staleness(axes, groups: Sequence[Group], lines: Sequence[str]) -> None:
+    axes.set_xscale("function", functions=(lambda age: np.log2(1 + age), lambda place: 2.0**place - 1))
     for number, line in enumerate(lines):
         own = sorted((group for group in groups if group.line == line), key=lambda group: group.staleness_max)
         ages = [group.staleness_max for group in own]
@@ -56,7 +59,6 @@ def _draw_staleness(axes, groups: Sequence[Group], lines: Sequence[str]) -> None
     if before:
         axes.axhline(fmean(before), color="grey", linestyle=":", linewidth=1)
     ages = sorted({group.staleness_max for group in groups})
-    axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xticks(ages, [str(age) for age in ages])
     axes.minorticks_off()
     axes.set_xlabel("staleness of the oldest sample, optimizer steps")
@@ -85,5 +87,5 @@ def _draw_kl(axes, groups: Sequence[Group], lines: Sequence[str]) -> None:
             )
     front = pareto_front(list(groups))
     axes.plot([fmean(g.kl) for g in front], [fmean(g.rewards) for g in front], "k--", linewidth=1)
-    axes.set_xlabel("KL to the reference at the end, nats per completion (numbers: staleness)")
+    axes.set_xlabel("KL to the reference at the end, nats (numbers: staleness)")
     axes.set_ylabel("held-out reward")

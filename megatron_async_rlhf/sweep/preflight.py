@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import ConfigError, DataError
+from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError
 from megatron_async_rlhf.launch.run_directory import check_writable
-from megatron_async_rlhf.prepare import load_materials, make_model_template
+from megatron_async_rlhf.prepare import check_value_weights, load_materials, make_model_template
 from megatron_async_rlhf.sweep.points import Point, Sweep
 
 
@@ -29,8 +29,8 @@ def check_points(sweep: Sweep, points: Sequence[Point]) -> None:
                 check_writable(point.config)
                 template = Path(scratch) / str(len(checked))
                 make_model_template(sweep.warm_start or point.config, template)
-                load_materials(point.config, template)
-            except (ConfigError, DataError) as error:
+                check_value_weights(point.config, load_materials(point.config, template).architecture)
+            except (CheckpointError, ConfigError, DataError) as error:
                 problems.append(f"{point.name}: {'; '.join(str(error).splitlines())}")
     if problems:
         raise ConfigError("\n".join(problems))

@@ -29,7 +29,10 @@ def print_groups(console: Console, groups: Sequence[Group]) -> None:
     """Means over seeds, with the range in brackets."""
     numbers = ("before", "reward", "KL", "staleness", "s")
     table = Table(
-        "line", "point", "seeds", caption="means over seeds [range]; staleness: mean / max; s: of the RL loop"
+        "line",
+        "point",
+        "seeds",
+        caption="means over seeds, their range in brackets; staleness: mean / max; s: of the RL loop",
     )
     for column in numbers:
         table.add_column(column, justify="right")

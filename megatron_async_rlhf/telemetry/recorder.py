@@ -62,7 +62,7 @@ class Recorder:
     def warm_start_step(self, step: int, values: dict[str, float], spans: Iterable[Span]) -> None:
         self._spans += spans
         with (self._dir / WARM_START).open("a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+            file.write(json.dumps({"step": step, "time": self._clock(), **values}) + "\n")
         self._events.emit("warm_start", step=step + 1, steps=self._config.warm_start.steps, loss=values["loss"])
         self._wandb.log({"warm_start/loss": values["loss"], "warm_start/step": step})
 

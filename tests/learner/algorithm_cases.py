@@ -8,7 +8,7 @@ from learner_ranks import CONTEXT_LENGTH, REINFORCEMENT, TEMPERATURE, VOCAB_SIZE
 from plain_training import completion_logprobs
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-LEARNER = REINFORCEMENT | {"learning_rate": 2e-3, "min_learning_rate": 1e-4, "clip_grad": 1.5, "weight_decay": 0.1}
+LEARNER = REINFORCEMENT | {"learning_rate": 6e-4, "min_learning_rate": 1e-4, "clip_grad": 1.5, "weight_decay": 0.1}
 STEPS = 16  # of the learning-rate schedule
 LONGEST = 20  # generator.max_new_tokens
 
@@ -36,7 +36,7 @@ CASES = {
     "ppo": {
         "algorithm": {
             "type": "ppo", "kl": {"coefficient": 0.3}, "correction": {"type": "truncate", "high": 1.1},
-            "value_learning_rate": 5e-3,
+            "value_learning_rate": 3e-3,
         },
     },
     "ppo_value_hf_once": {
@@ -62,9 +62,10 @@ CASES = {
         },
     },
 }  # fmt: skip
-# One sequence a micro-batch.
-ALONE = {"ppo_alone": "ppo", "ppo_value_hf_once_alone": "ppo_value_hf_once"}
-IN_LAYOUTS = ["rloo", "proximal_rloo", "ppo", "ppo_value_hf_once", "grpo"]
+# One sequence a micro-batch; data-parallel ranks then fill up with sequences that only keep them in step.
+ALONE = {"ppo_alone": "ppo", "ppo_value_hf_once_alone": "ppo_value_hf_once", "rloo_alone": "rloo"}
+IN_LAYOUTS = ["rloo", "rloo_alone", "proximal_rloo", "ppo", "ppo_value_hf_once", "grpo"]
+SAVED = ["rloo", "ppo", "ppo_value_hf_once"]  # a checkpoint of these is resumed from
 ONE = Layout()
 LAYOUTS = [
     Layout(tensor=2, sequence_parallel=True),

@@ -59,6 +59,7 @@ def outcome(learner: MegatronLearner, result: dict) -> dict:
     models = [learner.policy] if value_model is None else [learner.policy, value_model]
     return result | {
         "version": learner.version,
+        "numbers": [sum(p.numel() for chunk in model.chunks for p in chunk.parameters()) for model in models],
         "weights": digests_of(learner),
         "values": value_digests(learner),
         "adam": [adam_digests(model) for model in models],
@@ -105,7 +106,10 @@ def run_case(job: dict, case: dict, placement: Placement, directory: Path, befor
 def refusals(job: dict, placement: Placement) -> dict:
     """A rollout without anything, without what the sampler said, and one whose first update ruins the value model."""
     case, result = job["cases"]["ppo"], {}
-    absurd = {"algorithm": case["config"]["algorithm"] | {"value_learning_rate": 1e30}}
+    absurd = {
+        "algorithm": case["config"]["algorithm"] | {"value_learning_rate": 1e30},
+        "learner": {"weight_decay": 0.0},  # which at such a rate would overflow to zeros
+    }
     model = {"section": {"hf": job["policy"]}, "config": case["config"] | absurd}
     (rollout, _), *_ = case["commands"]
     one, two = make_learner(job, model, placement), make_learner(job, model, placement)

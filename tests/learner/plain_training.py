@@ -87,7 +87,7 @@ class PlainLearner:
     def train_rollout(self, mini_batches: list[list[dict]], epochs: int) -> None:
         batches = [self.samples_of(groups) for groups in mini_batches]
         with torch.no_grad():
-            for batch in batches:
+            for batch in filter(None, batches):
                 self.prepare(batch)
         for _ in range(epochs):
             for batch in batches:

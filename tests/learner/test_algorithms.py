@@ -13,6 +13,7 @@ from algorithm_cases import (
     LEARNER,
     LONGEST,
     ONE,
+    SAVED,
     STEPS,
     make_rollouts,
     rollouts_of,
@@ -26,7 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_async_rlhf.config.architecture import architecture_of_hf
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.holdings import learner_holdings, value_holdings
 from megatron_async_rlhf.learner.flops import forward_flops
+from megatron_async_rlhf.weights.layout import LearnerLayout
 
 WORKER = Path(__file__).with_name("algorithm_worker.py")
 TIMEOUT_S = 300
@@ -52,7 +55,7 @@ class Trained:
             },
             "policy": self.models["policy"],
             "cases": {
-                name: {"config": config, "commands": self.commands(name), "saved": name.startswith(("ppo", "rloo"))}
+                name: {"config": config, "commands": self.commands(name), "saved": name in SAVED}
                 for name, config in self.configs.items()
             },
             "layouts": [
@@ -95,7 +98,7 @@ class Trained:
         rollout = {} if case.get("once") else {"mini_batches": 2, "epochs": 2}
         schedule = {"mode": "sync", "steps": STEPS} | rollout
         config = {"algorithm": section_of(case, self.models), "schedule": schedule}
-        return config | ({"learner": {"micro_batch_tokens": CONTEXT_LENGTH // 2}} if name in ALONE else {})
+        return config | ({"learner": {"micro_batch_tokens": 1}} if name in ALONE else {})
 
 
 @pytest.fixture(scope="module")
@@ -120,19 +123,21 @@ def plain(trained: Trained) -> dict[str, PlainLearner]:
     return learners
 
 
-def same(value: float) -> object:
-    return pytest.approx(value, rel=1e-4, abs=2e-6)
+def assert_same_steps(ours: list[dict], theirs: list[dict], *, but: tuple[str, ...] = ()) -> None:
+    """All of `theirs` but some metrics, to 1e-4; what is a sum of terms that nearly cancel, to 1e-5 of the largest."""
+    assert len(ours) == len(theirs) >= 2
+    largest = {key: max(abs(step.get(key, 0.0)) for step in theirs) for step in theirs for key in step}
+    for number, (our_step, their_step) in enumerate(zip(ours, theirs, strict=True)):
+        for key in their_step.keys() - set(but):
+            close = pytest.approx(their_step[key], rel=1e-4, abs=1e-5 * max(1.0, largest[key]))
+            assert our_step[key] == close, (number, key)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_rank_trains_as_a_loop_without_megatron(trained: Trained, plain: dict[str, PlainLearner], name: str):
     ours, theirs = trained.result(ONE, name)["steps"], plain[name].history
-    assert len(ours) == len(theirs) >= 6
-    for number, (our_step, their_step) in enumerate(zip(ours, theirs, strict=True)):
-        for key, value in their_step.items():
-            if key in our_step or key != "kl_to_reference":
-                assert our_step[key] == same(value), (number, key)
     has_reference = name not in ("best_of_n", "grpo_sequences")
+    assert_same_steps(ours, theirs, but=() if has_reference else ("kl_to_reference",))
     assert all(("kl_to_reference" in step) == has_reference for step in ours if step["num_sequences"])
     norms = [step["grad_norm"] for step in theirs if step["num_sequences"]]
     assert max(norms) > LEARNER["clip_grad"], "clipping must matter"
@@ -177,10 +182,8 @@ def test_the_cases_reach_what_they_are_about(trained: Trained):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_layout_trains_as_one_rank_does(trained: Trained, layout: Layout, name: str):
     ours, theirs = trained.result(layout, name), trained.result(ONE, name)
-    for number, (our_step, their_step) in enumerate(zip(ours["steps"], theirs["steps"], strict=True)):
-        assert our_step.keys() == their_step.keys()
-        for key in their_step.keys() - {"padding"}:
-            assert our_step[key] == same(their_step[key]), (number, key)
+    assert [set(step) for step in ours["steps"]] == [set(step) for step in theirs["steps"]]
+    assert_same_steps(ours["steps"], theirs["steps"], but=("padding",))
     our_weights, their_weights = trained.exported(layout, name), trained.exported(ONE, name)
     for key, tensor in their_weights.items():
         assert (our_weights[key] - tensor).abs().max() <= 2e-4 * tensor.abs().max(), key
@@ -196,9 +199,7 @@ def test_every_rank_reports_the_same(trained: Trained, layout: Layout):
 @pytest.mark.parametrize("alone", ALONE)
 def test_packed_sequences_train_as_each_does_alone(trained: Trained, alone: str):
     ours, theirs = trained.result(ONE, alone)["steps"], trained.result(ONE, ALONE[alone])["steps"]
-    for number, (our_step, their_step) in enumerate(zip(ours, theirs, strict=True)):
-        for key, value in their_step.items():
-            assert our_step[key] == same(value), (number, key)
+    assert_same_steps(ours, theirs)
 
 
 @pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=str)
@@ -260,7 +261,18 @@ def test_utilisation_counts_the_passes_that_were_made(trained: Trained, name: st
     assert ("time/values_s" in measured) == (name == "ppo")
 
 
-SAVED = [name for name in IN_LAYOUTS if name.startswith(("ppo", "rloo"))]
+@pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=str)
+def test_the_memory_estimate_counts_the_value_models_numbers(trained: Trained, layout: Layout):
+    arch = architecture_of_hf(Path(trained.models["policy"]))
+    held = LearnerLayout(
+        tensor_parallel=layout.tensor, pipeline_parallel=layout.pipeline, data_parallel=layout.data * layout.context
+    )
+    stages = zip(learner_holdings(arch, held), value_holdings(arch, held), strict=True)
+    expected = [[policy.total, value.total] for policy, value in stages]
+    ranks = trained.ranks(layout, "ppo")
+    first_of_stages = ranks[:: len(ranks) // layout.pipeline]
+    assert [rank["numbers"] for rank in first_of_stages] == expected
+    assert trained.result(layout, "grpo")["numbers"] == expected[0][:1]
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -281,9 +293,7 @@ def test_the_same_layout_goes_on_bit_for_bit(trained: Trained, layout: Layout, n
 def test_another_layout_goes_on_closely(trained: Trained, layout: Layout, name: str):
     theirs = trained.result(ONE, name)["steps"]
     ours = trained.result(layout, name, "from another layout")["steps"]
-    for number, (our_step, their_step) in enumerate(zip(ours, theirs[-len(ours) :], strict=True)):
-        for key in their_step.keys() - {"padding"}:
-            assert our_step[key] == same(their_step[key]), (number, key)
+    assert_same_steps(ours, theirs[-len(ours) :], but=("padding",))
 
 
 @pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=str)
