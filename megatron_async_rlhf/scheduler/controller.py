@@ -260,6 +260,7 @@ class Controller:
             return
         await self._pool.updated(self._weight_sync.receivers)
         self._pacer.pushed = version
+        self._generation.weights_arrived()
         self._pacer.pushing = False
         if self._schedule.generation == "streaming":
             await self._pool.resume()
