@@ -162,7 +162,9 @@ class Controller:
         return self._stopping or self._pacer.trained == self._pacer.pushed == self._schedule.steps
 
     def _may_push(self) -> bool:
-        return self._pacer.may_push(waiting=bool(self._pool.returned), abandoned=not self._pool.serving)
+        serving, returned = self._pool.serving, self._pool.returned
+        somebody = bool(serving or returned)  # else wait for a generator to come back
+        return somebody and self._pacer.may_push(waiting=bool(returned), abandoned=not serving)
 
     async def _train(self, rollout: list[ReadyGroup], arrivals: list[int]) -> None:
         """One rollout, chosen when the groups of `arrivals` were complete."""
@@ -261,7 +263,8 @@ class Controller:
         await self._pool.updated(self._weight_sync.receivers)
         self._pacer.pushed = version
         self._pacer.pushing = False
-        if self._schedule.generation == "streaming":
+        # A batch resumes its engines itself, but not those that came back while it was under way.
+        if self._schedule.generation == "streaming" or self._pacer.running or self._pacer.evaluating:
             await self._pool.resume()
         self._generation.busy.thaw()
         await self._changed.notify()

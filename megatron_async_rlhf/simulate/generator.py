@@ -20,6 +20,7 @@ from megatron_async_rlhf.simulate.scenario import Scenario
 from megatron_async_rlhf.types import Completion
 
 _LEARNS_S = 0.001  # how long it takes until the whole pool knows what one request was told
+_POLL_S = 0.005
 _HEALTH_S = 5.0
 
 
@@ -75,17 +76,17 @@ class SimulatedGenerator:
         self._requests: dict[int, _Request] = {}
         self._numbers = count()
         self._is_up, self._hangs = True, False
-        self._known_empty_since: float | None = None
+        self._noticed_at: float | None = None  # when it was told first that this server is gone, or has no weights
         self.engines = [self._new_engine()]
         self._engine.set_weights(version)
 
     # Its clients: the pool and the weight sync.
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:
-        """As `Generator.sample`; of a restarted one that nobody had told about, GeneratorGoneError like the real one."""
+        """As `Generator.sample`; like the real one, it only finds out afterwards that there were no weights."""
         await self._reach("/generate")
-        if self.version < 0:
-            self._was_asked_without_weights()
+        is_empty, engine = self.version < 0, self._engine
+        self._check_is_not_known_empty()
         self._ledger.asked(request)
         mine = _Request([self._begin(request, i) for i in range(request.samples)], request.order)
         number = next(self._numbers)
@@ -97,21 +98,19 @@ class SimulatedGenerator:
                 interrupted = await mine.answer
                 await self._travel()
         except TimeoutError:
-            self._withdraw(mine)
-            raise GeneratorGoneError(f"{self.name}: no answer to /generate within {self._timeout_s:g} s") from None
-        except asyncio.CancelledError:
-            self._withdraw(mine)
-            raise
+            raise self._gone(f"no answer to /generate within {self._timeout_s:g} s") from None
         finally:
-            self._requests.pop(number, None)
+            self._withdraw(engine, self._requests.pop(number))
+        if is_empty:
+            raise self._gone("its server was started again and has no weights yet")
         self._loop.progress()
-        return [self._completion(sample, request, interrupted) for sample in mine.samples]
+        return [self._completion(engine, sample, request, interrupted) for sample in mine.samples]
 
     async def pause(self, how: Pause = "keep") -> None:
         await self._reach("/pause")
         if how == "abort":
             for request in list(self._requests.values()):
-                self._withdraw(request)
+                self._withdraw(self._engine, request)
                 self._end(request, interrupted=True)
         if how == "wait":
             while not self._engine.is_idle:
@@ -125,7 +124,7 @@ class SimulatedGenerator:
     async def wait_queued(self, count: int) -> None:
         while len(self._requests) < count:
             await self._reach("/load")
-            await asyncio.sleep(self._scenario.speeds.answer_s)
+            await asyncio.sleep(_POLL_S)
 
     async def is_ready(self) -> bool:
         if self._hangs:
@@ -147,7 +146,7 @@ class SimulatedGenerator:
         self._engine.set_weights(version)
         if recompute:
             self._engine.recompute(sum(self._context(request) for request in self._requests.values()))
-        self.version, self._known_empty_since = version, None
+        self.version, self._noticed_at = version, None
 
     # Its fate.
 
@@ -158,7 +157,7 @@ class SimulatedGenerator:
         self._exchange.lose(self.name)
         for request in self._requests.values():
             if not request.answer.done():
-                request.answer.set_exception(GeneratorGoneError(f"{self.name}: the server is gone"))
+                request.answer.set_exception(self._gone("the server is gone"))
 
     def hang(self) -> None:
         """From now on nothing is answered, and nothing gets on."""
@@ -170,7 +169,9 @@ class SimulatedGenerator:
         if self._is_up:
             self.crash()
         self._is_up, self._hangs = True, False
-        self.version, self._known_empty_since = -1, None
+        self.version = -1
+        if self._noticed_at is not None:
+            self._noticed_at = self._loop.time()
         self.engines.append(self._new_engine())
 
     @property
@@ -184,9 +185,14 @@ class SimulatedGenerator:
         """Raises GeneratorGoneError if nobody answers."""
         if self._hangs:
             await asyncio.sleep(self._timeout_s)
-            raise GeneratorGoneError(f"{self.name}: no answer to {path} within {self._timeout_s:g} s")
+            raise self._gone(f"no answer to {path} within {self._timeout_s:g} s")
         if not self._is_up:
-            raise GeneratorGoneError(f"{self.name}: {path} failed, the server is gone")
+            raise self._gone(f"{path} failed, the server is gone")
+
+    def _gone(self, why: str) -> GeneratorGoneError:
+        if self._noticed_at is None:
+            self._noticed_at = self._loop.time()
+        return GeneratorGoneError(f"{self.name}: {why}")
 
     async def _unless_gone(self, call: Any) -> Any:
         """An error that came because this process died is told as such."""
@@ -195,17 +201,14 @@ class SimulatedGenerator:
             return await call
         except GeneratorError:
             if engine is not self._engine or not self._is_up:
-                raise GeneratorGoneError(f"{self.name}: the server is gone") from None
+                raise self._gone("the server is gone") from None
             await self._reach("/update_weights")
             raise
 
-    def _was_asked_without_weights(self) -> None:
-        now = self._loop.time()
-        if self._known_empty_since is None:
-            self._known_empty_since = now
-        if now > self._known_empty_since + _LEARNS_S + self._scenario.speeds.answer_s:
+    def _check_is_not_known_empty(self) -> None:
+        known = self._noticed_at is not None and self._loop.time() > self._noticed_at + _LEARNS_S
+        if known and self.version < 0:
             raise InvariantError(f"{self.name} is asked to sample, but it is known to have no weights")
-        raise GeneratorGoneError(f"{self.name}: its server was started again and has no weights yet")
 
     def _check_paused(self, version: int) -> None:
         if not self._engine.paused:
@@ -239,10 +242,11 @@ class SimulatedGenerator:
         if not request.answer.done():
             request.answer.set_result(interrupted)
 
-    def _withdraw(self, request: _Request) -> None:
+    def _withdraw(self, engine: Engine, request: _Request) -> None:
+        """What is not done will not be."""
         for sample in request.samples:
             if not sample.is_done:
-                self._engine.remove(sample.sequence)
+                engine.remove(sample.sequence)
 
     def _context(self, request: _Request) -> int:
         """Tokens in the cache."""
@@ -253,10 +257,12 @@ class SimulatedGenerator:
         if longest:
             await asyncio.sleep(longest * self._random.random())
 
-    def _completion(self, sample: _Sample, request: SamplingRequest, interrupted: bool) -> Completion:
+    def _completion(
+        self, engine: Engine, sample: _Sample, request: SamplingRequest, interrupted: bool
+    ) -> Completion:
         begun = sample.begun
-        new = sample.sequence.left if sample.is_done else self._engine.done(sample.sequence)
-        versions = (begun.versions if begun else []) + self._engine.versions(sample.sequence, new)
+        new = sample.sequence.left if sample.is_done else engine.done(sample.sequence)
+        versions = (begun.versions if begun else []) + engine.versions(sample.sequence, new)
         self._ledger.stamped(sample.id, versions)
         length = len(versions)
         wanted = self._ledger.samples[sample.id].drawn

@@ -6,6 +6,7 @@ and at which version from the learner's commands.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 from msgspec import Struct
 
@@ -14,6 +15,7 @@ from megatron_async_rlhf.errors import InvariantError
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.learner.protocol import TrainRollout
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
+from megatron_async_rlhf.scheduler.state import ReadyGroup
 from megatron_async_rlhf.telemetry.summary import RunTotals
 from megatron_async_rlhf.types import Completion
 
@@ -56,6 +58,7 @@ class Ledger:
         self.ages: Counter[int] = Counter()
         self.trained: set[int] = set()
         self._outstanding: set[int] = set()
+        self._rollout: set[int] = set()  # groups the learner is told of next
 
     # From the generators.
 
@@ -95,21 +98,36 @@ class Ledger:
 
     # From the learner.
 
+    def write(self, command: TrainRollout, rollout: Sequence[ReadyGroup], arrived: list[int]) -> None:
+        """In the place of a `RolloutLog`: all groups of the rollout, also those that teach nothing."""
+        schedule, groups = self._schedule, [group.scored.group for group in rollout]
+        if len(groups) != schedule.groups_per_rollout or command.epochs != schedule.epochs:
+            raise InvariantError(f"version {command.version} is trained on {len(groups)} groups, {command.epochs} times")
+        self._rollout = {group.prompt.token_ids[0] for group in groups}
+        if len(self._rollout) < len(groups) or not self._rollout <= self._outstanding:
+            raise InvariantError(
+                f"version {command.version} is trained on groups {sorted(self._rollout)}, outstanding are "
+                f"{sorted(self._outstanding)}"
+            )
+        self._outstanding -= self._rollout
+        self.trained |= self._rollout
+        size = schedule.prompts_per_step
+        for update in range(schedule.updates_per_rollout):
+            place = update % schedule.mini_batches * size
+            for group in groups[place : place + size]:
+                for completion in group.completions:
+                    self._check_ages(completion.token_ids[0], command.version, update)
+
     def train(self, command: TrainRollout, version: int) -> None:
         """A rollout begins, at the learner's `version`."""
         if command.version != version:
             raise InvariantError(f"the learner is at version {version}, the command for version {command.version}")
-        schedule = self._schedule
-        sizes = [len(batch) for batch in command.mini_batches]
-        if sizes != [schedule.prompts_per_step] * schedule.mini_batches or command.epochs != schedule.epochs:
-            raise InvariantError(f"version {version} is trained on mini-batches of {sizes}, {command.epochs} times")
-        for update in range(schedule.updates_per_rollout):
-            for group in command.mini_batches[update % len(sizes)]:
-                for sequence in group.sequences:
-                    self._check_ages(sequence.token_ids[sequence.prompt_length], version, update)
-        for batch in command.mini_batches:
-            for group in batch:
-                self._train_once({sequence.token_ids[0] for sequence in group.sequences}, version)
+        sequences = [s for batch in command.mini_batches for group in batch for s in group.sequences]
+        for sequence in sequences:
+            record = self.samples[sequence.token_ids[sequence.prompt_length]]
+            if record.group != sequence.token_ids[0] or record.group not in self._rollout:
+                raise InvariantError(f"version {version} is trained on a sample of group {record.group} by mistake")
+        self._rollout = set()
 
     def _check_ages(self, sample: int, version: int, update: int) -> None:
         record = self.samples[sample]
@@ -123,18 +141,14 @@ class Ledger:
         if sum(tokens for _, tokens in record.versions) != record.length:
             raise InvariantError(f"sample {sample} of group {record.group} is trained before it is whole")
 
-    def _train_once(self, groups: set[int], version: int) -> None:
-        if len(groups) != 1 or not groups <= self._outstanding:
-            raise InvariantError(f"version {version} is trained on groups {sorted(groups)}, not one that was started")
-        self._outstanding -= groups
-        self.trained |= groups
-
     # At the end.
 
     def check_end(self, totals: RunTotals) -> None:
         """After the last step."""
         schedule = self._schedule
         groups = schedule.rollouts * schedule.groups_per_rollout
+        if totals.staleness != self.ages:
+            raise InvariantError(f"staleness is told as {dict(totals.staleness)}, but was {dict(self.ages)}")
         if self.trained != set(range(groups)) or self._outstanding:
             raise InvariantError(f"{len(self.trained)} of {groups} groups were trained, {len(self._outstanding)} left")
         if totals.samples_generated != totals.samples_trained + totals.samples_dropped + totals.samples_cancelled:

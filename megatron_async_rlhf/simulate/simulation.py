@@ -130,6 +130,7 @@ class Simulation:
             recorder=self.recorder,
             checkpoints=NoCheckpoints(),
             evaluation=self._evaluation(),
+            rollout_log=self.ledger,
             state=state,
             clock=clock,
         )

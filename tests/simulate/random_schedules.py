@@ -60,7 +60,7 @@ def random_scenario(random: Random, seed: int) -> Scenario:
             Fault(
                 generator=random.randrange(generators),
                 at=random.random() * 30,
-                back_s=random.choice([0.01, 1.0, 10.0, 40.0]),
+                back_s=random.choice([1.0, 10.0, 40.0]),
                 hangs=random.random() < 0.3,
             )
             for _ in range(random.randint(1, 3))
