@@ -1,5 +1,6 @@
 """The `async-rlhf` command."""
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -116,6 +117,67 @@ def train(
     from megatron_async_rlhf.launch.local import Supervisor
 
     raise typer.Exit(Supervisor(resolved, plan, run_dir, Display()).run())
+
+
+@app.command()
+def simulate(
+    config: ConfigArgument,
+    set: SetOption = [],
+    generators: Annotated[int | None, typer.Option(min=1, help="Default: generator.replicas.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Completions in all; default: schedule.steps.")] = None,
+    from_run: Annotated[
+        Path | None, typer.Option(help="A finished run: lengths and times are as they were there, unless given.")
+    ] = None,
+    lengths: Annotated[str | None, typer.Option(help="constant:TOKENS or lognormal:MEAN:SIGMA.")] = None,
+    token_s: Annotated[float | None, typer.Option(min=0, help="Seconds of a decoding step, whatever is in it.")] = None,
+    sequence_s: Annotated[float | None, typer.Option(min=0, help="And for each sequence in it.")] = None,
+    train_s: Annotated[float | None, typer.Option(min=0, help="Seconds of an optimizer step.")] = None,
+    train_token_s: Annotated[float | None, typer.Option(min=0, help="And for each token in it.")] = None,
+    push_s: Annotated[float | None, typer.Option(min=0, help="Seconds the engines are paused for new weights.")] = None,
+    crashes_per_hour: Annotated[float, typer.Option(min=0, help="Of each generator.")] = 0.0,
+    back_s: Annotated[float, typer.Option(min=0.1, help="Seconds until it is back, on average.")] = 60.0,
+    slow: Annotated[int, typer.Option(min=0, help="So many generators are three times as slow.")] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    trace: Annotated[Path | None, typer.Option(help="Write the timeline, for Perfetto.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Run the scheduler on imaginary machines, in virtual time, next to the synchronous schedule.
+
+    All promises of the schedule are checked meanwhile; exit code 1 if one is broken.
+
+    Example: async-rlhf simulate examples/llama8b_async.yaml --samples 20000 --push-s 4
+    """
+    from megatron_async_rlhf.simulate import command
+
+    resolved = command.load_sized(config, set, samples)
+    number = generators or resolved.generator.replicas
+    speeds = {
+        "token_s": token_s,
+        "sequence_s": sequence_s,
+        "train_s": train_s,
+        "train_token_s": train_token_s,
+        "push_s": push_s,
+    }
+    scenario = command.make_scenario(
+        resolved,
+        from_run,
+        lengths,
+        speeds,
+        generators=number,
+        crashes_per_hour=crashes_per_hour,
+        back_s=back_s,
+        slowness=dict.fromkeys(range(min(slow, number)), 3.0),
+        seed=seed,
+    )
+    report = command.run(resolved, scenario, trace)
+    if json_:
+        typer.echo(json.dumps(report, indent=1))
+        return
+    from rich.console import Console
+
+    from megatron_async_rlhf.simulate.report import show
+
+    show(Console(), report)
 
 
 @app.command()

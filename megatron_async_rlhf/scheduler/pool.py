@@ -19,6 +19,7 @@ from megatron_async_rlhf.generator.protocol import Generator, Pause, SamplingReq
 from megatron_async_rlhf.types import Completion
 
 _WATCH_S = 0.5
+_MOST_LOSSES = 9  # of generators with one request under way
 
 
 class Standing(Enum):
@@ -102,13 +103,13 @@ class GeneratorPool:
         answers = [[task.result() for task in share] for share in pending]
         return [answers[i % len(answers)][i // len(answers)] for i in range(len(requests))]
 
-    async def sample(self, request: SamplingRequest) -> list[Completion]:
-        """Completions of one request, from start to end, wherever that takes it."""
+    async def sample(self, request: SamplingRequest, losses: int = 0) -> list[Completion]:
+        """Completions of one request, from start to end, wherever that takes it; `losses` generators died of it."""
         if self._paused:
             async with self._changed:
                 await self._changed.wait_for(lambda: not self._paused)
         await self._available()
-        return await self._sample_at(self._least_loaded(), request)
+        return await self._sample_at(self._least_loaded(), request, losses)
 
     def hold(self) -> None:
         """Start nothing until `resume`."""
@@ -162,18 +163,23 @@ class GeneratorPool:
         await self._stand(Standing.LOST, *(m for m in self.members if m.generator.name in names))
         await self._stand(Standing.RETURNED, *self._serving)
 
-    async def _sample_at(self, member: Member, request: SamplingRequest) -> list[Completion]:
+    async def _sample_at(self, member: Member, request: SamplingRequest, losses: int = 0) -> list[Completion]:
         self._add_load(member, request.samples)
         try:
             completions = await member.generator.sample(request)
-        except GeneratorGoneError:
+        except GeneratorGoneError as error:
+            if losses == _MOST_LOSSES:
+                raise GeneratorError(
+                    f"a request failed at {losses + 1} generators one after the other, which is hardly their fault; if it "
+                    f"takes longer than generator.request_timeout_s, raise that: {error}"
+                ) from None
             await self.lost(member.generator)
             self._on_lost(member.generator, request.samples)
             completions = None
         finally:
             self._add_load(member, -request.samples)
         if completions is None:
-            return await self.sample(request)
+            return await self.sample(request, losses + 1)
         if not any(completion.interrupted for completion in completions):
             return completions
         return list(await asyncio.gather(*(self._complete(c, i, request) for i, c in enumerate(completions))))

@@ -73,11 +73,7 @@ class NoCheckpoints:
 
 
 class Simulation:
-    """Everything of one simulated run; made inside its event loop.
-
-    Attributes:
-        stop_at: seconds after which the controller is told to stop; another one may go on from its state.
-    """
+    """Everything of one simulated run, or of the part of it after `state`; made inside its event loop."""
 
     def __init__(
         self,
@@ -90,6 +86,12 @@ class Simulation:
         totals: RunTotals | None = None,
         forgets: bool = True,
     ) -> None:
+        """
+        Args:
+            directory: for files.
+            ledger, totals: of the run so far.
+            forgets: the learner does not keep what it was given.
+        """
         clock = asyncio.get_running_loop().time
         self.config, self.scenario = config, scenario
         self.ledger = ledger or Ledger(config)
@@ -110,9 +112,8 @@ class Simulation:
             )
             for i in range(scenario.generators)
         ]
-        events = EventStream(_Nowhere())
-        self.recorder = Recorder(
-            config, directory, events, bytes_held_by_generators=0, totals=totals, clock=clock
+        self.recorder = _Recorder(
+            config, directory, EventStream(_Nowhere()), bytes_held_by_generators=0, totals=totals, clock=clock
         )
         self.pool = GeneratorPool(
             self.generators,
@@ -208,6 +209,11 @@ class _Prompts(PromptOrder):
 
 def _prompt(number: int, tokens: int) -> Prompt:
     return Prompt(index=number, text="", token_ids=[number] + [0] * (tokens - 1), reference={})
+
+
+class _Recorder(Recorder):
+    def write_summary(self, status: str, error: str | None) -> None:
+        """Nobody looks at it while the simulation goes."""
 
 
 class _Nowhere(io.TextIOBase):

@@ -43,8 +43,8 @@ def random_config(random: Random) -> RunConfig:
         generator={
             "max_new_tokens": random.choice([16, 64]),
             "max_concurrent": random.choice([1, 3, 16]),
-            "request_timeout_s": 60.0,
-            "start_timeout_s": 500.0,
+            "request_timeout_s": 400.0,
+            "start_timeout_s": 2000.0,
         },
         algorithm={"samples_per_prompt": random.choice([2, 4])},
         data={"eval_prompts": random.randint(1, 5)},
