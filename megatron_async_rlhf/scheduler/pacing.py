@@ -15,7 +15,7 @@ speeds are, and none is dropped for its age: docs/staleness.md has the proof.
 Everything here is arithmetic on a few integers, without clock or event loop.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -170,14 +170,17 @@ class Pacer:
             return False
         return abandoned or not (self.evaluating or (self.running and not self._in_flight))
 
-    def staleness(self, versions: Iterable[int], update: int = 0) -> list[int]:
+    def staleness(self, versions: Counter[int], update: int = 0) -> Counter[int]:
         """Staleness of tokens if they are trained on now, in the `update`-th step of their rollout, in optimizer steps.
+
+        Args:
+            versions: how many tokens each version sampled.
 
         Raises:
             StaleSampleError: a token breaks the bound, or is from the future.
         """
         now = self.trained + update
-        ages = [now - version for version in versions]
+        ages = Counter({now - version: tokens for version, tokens in versions.items()})
         largest = float("inf") if self._bound is None else self._bound + update
         if ages and not 0 <= min(ages) <= max(ages) <= largest:
             raise StaleSampleError(

@@ -41,7 +41,12 @@ class Member:
 
 
 class GeneratorPool:
-    """Generators that hold the same policy version between pushes."""
+    """Generators that hold the same policy version between pushes.
+
+    Attributes:
+        serving: those that hold it.
+        returned: those that are alive again, without weights.
+    """
 
     def __init__(
         self,
@@ -64,15 +69,6 @@ class GeneratorPool:
         self._changed = asyncio.Condition()
         self._paused = False
         self._recount()
-
-    @property
-    def serving(self) -> list[Generator]:
-        return [member.generator for member in self._serving]
-
-    @property
-    def returned(self) -> list[Generator]:
-        """Alive again, without weights."""
-        return [member.generator for member in self._returned]
 
     @property
     def version(self) -> int:
@@ -238,7 +234,9 @@ class GeneratorPool:
     def _recount(self) -> None:
         """What is asked for every request, and changes only with somebody's standing."""
         of = {standing: [m for m in self.members if m.standing is standing] for standing in Standing}
-        self._serving, self._lost, self._returned = of[Standing.SERVING], of[Standing.LOST], of[Standing.RETURNED]
+        self._serving, self._lost = of[Standing.SERVING], of[Standing.LOST]
+        self.serving: list[Generator] = [member.generator for member in self._serving]
+        self.returned: list[Generator] = [member.generator for member in of[Standing.RETURNED]]
         self._by_load = [(member.load, member.place) for member in self._serving]
         heapq.heapify(self._by_load)
         self._room = sum(self._room_of(member) for member in self._serving)
