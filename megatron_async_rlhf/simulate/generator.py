@@ -257,9 +257,7 @@ class SimulatedGenerator:
         if longest:
             await asyncio.sleep(longest * self._random.random())
 
-    def _completion(
-        self, engine: Engine, sample: _Sample, request: SamplingRequest, interrupted: bool
-    ) -> Completion:
+    def _completion(self, engine: Engine, sample: _Sample, request: SamplingRequest, interrupted: bool) -> Completion:
         begun = sample.begun
         new = sample.sequence.left if sample.is_done else engine.done(sample.sequence)
         versions = (begun.versions if begun else []) + engine.versions(sample.sequence, new)

@@ -74,9 +74,7 @@ class Ledger:
 
     def new_sample(self, request: SamplingRequest, drawn: int) -> int:
         """Its number."""
-        record = SampleRecord(
-            group=request.prompt.token_ids[0], drawn=drawn, length=min(drawn, request.max_new_tokens)
-        )
+        record = SampleRecord(group=request.prompt.token_ids[0], drawn=drawn, length=min(drawn, request.max_new_tokens))
         self.samples.append(record)
         return len(self.samples) - 1
 
@@ -102,7 +100,9 @@ class Ledger:
         """In the place of a `RolloutLog`: all groups of the rollout, also those that teach nothing."""
         schedule, groups = self._schedule, [group.scored.group for group in rollout]
         if len(groups) != schedule.groups_per_rollout or command.epochs != schedule.epochs:
-            raise InvariantError(f"version {command.version} is trained on {len(groups)} groups, {command.epochs} times")
+            raise InvariantError(
+                f"version {command.version} is trained on {len(groups)} groups, {command.epochs} times"
+            )
         self._rollout = {group.prompt.token_ids[0] for group in groups}
         if len(self._rollout) < len(groups) or not self._rollout <= self._outstanding:
             raise InvariantError(

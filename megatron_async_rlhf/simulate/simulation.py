@@ -1,9 +1,9 @@
 """The real controller, pacer, pool and weight sync among simulated machines, in virtual time.
 
-    RunConfig + Scenario ──> Controller <──> GeneratorPool, WeightSync <──> simulated generators, learner
-                                │                                                  │
-                                ▼                                                  ▼
-                        Recorder's totals ─────────> invariants <───────────── ledger
+RunConfig + Scenario ──> Controller <──> GeneratorPool, WeightSync <──> simulated generators, learner
+                            │                                                  │
+                            ▼                                                  ▼
+                    Recorder's totals ─────────> invariants <───────────── ledger
 """
 
 import asyncio
@@ -96,9 +96,7 @@ class Simulation:
         self.config, self.scenario = config, scenario
         self.ledger = ledger or Ledger(config)
         exchange = Exchange(scenario.speeds.push_s, config.weights.timeout_s)
-        self.learner = SimulatedLearner(
-            scenario.speeds, self.ledger, exchange, version=state.version, forgets=forgets
-        )
+        self.learner = SimulatedLearner(scenario.speeds, self.ledger, exchange, version=state.version, forgets=forgets)
         self.generators = [
             SimulatedGenerator(
                 f"generator.{i}",

@@ -1,7 +1,7 @@
 """An event loop whose clock jumps: nothing ever sleeps, and a deadlock is found instead of waited in.
 
-    select(timeout) ──> nothing to run now ──> the clock is at the next timer
-                   └──> no timer either    ──> DeadlockError, naming what every task waits in
+select(timeout) ──> nothing to run now ──> the clock is at the next timer
+               └──> no timer either    ──> DeadlockError, naming what every task waits in
 """
 
 import asyncio
