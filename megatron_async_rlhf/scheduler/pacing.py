@@ -136,7 +136,7 @@ class Pacer:
         candidates = self._candidates()
         chosen: dict[int, Ticket] = {}
         for deadline, needed in self._needed():
-            due = [ticket for ticket in candidates if self._deadline(ticket) <= deadline]
+            due = [ticket for ticket in candidates if self._deadline(ticket.version) <= deadline]
             if len(due) < needed:
                 return None
             for ticket in due:
@@ -216,9 +216,9 @@ class Pacer:
         near = {ticket.index for ticket in self._first(self._window)}
         return [ticket for ticket in self.ready.values() if ticket.index in near]
 
-    def _deadline(self, ticket: Ticket) -> int:
-        """The last version at which a rollout with this group may start."""
-        return ticket.version + self._bound
+    def _deadline(self, version: int) -> int:
+        """The last version at which a rollout with a group that was admitted at `version` may start."""
+        return version + self._bound
 
     def _needed(self) -> list[tuple[int, int]]:
         """(deadline, how many groups with it or an earlier one must be trained now), where any must, earliest first."""
@@ -227,7 +227,7 @@ class Pacer:
         needed, seen = [], 0
         for version, count in self._of_version.items():
             seen += count
-            deadline = version + self._bound
+            deadline = self._deadline(version)
             later = (deadline - self.trained) // self._updates  # rollouts after this one, up to the deadline
             if seen > later * self._groups:
                 needed.append((deadline, seen - later * self._groups))
@@ -237,7 +237,7 @@ class Pacer:
         """Groups the next rollout is made of, or must be chosen from, and enough of them are not complete."""
         near = self._first(self._window)
         for deadline, needed in self._needed() if self._schedule.order != "fifo" else []:
-            due = [ticket for ticket in near if self._deadline(ticket) <= deadline]
+            due = [ticket for ticket in near if self._deadline(ticket.version) <= deadline]
             if sum(ticket.index in self.ready for ticket in due) < needed:
                 return due
         return near
