@@ -31,6 +31,7 @@ EXTRAS = {
     # torchaudio, which break `import transformers`: tools/setup_env.sh leaves them out.
     "cpu": [
         "datasets==5.2.0",
+        "matplotlib==3.11.2",
         "megatron-core==0.16.1",
         "torch==2.13.0+cpu",
         "transformers==5.19.0",
@@ -40,6 +41,7 @@ EXTRAS = {
     # NVIDIA apex is used when it can be imported. It is not here because PyPI's `apex` is another project.
     "gpu": [
         "datasets>=3",
+        "matplotlib>=3.8",  # pictures of `async-rlhf sweep`
         "megatron-core>=0.16",
         "torch>=2.7",
         "transformer-engine[pytorch]>=2.4",

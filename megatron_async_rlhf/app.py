@@ -19,7 +19,6 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState, read_run_state
 from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
@@ -29,25 +28,22 @@ from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError, MismatchError
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, ResumeReinforcement, StartReinforcement, Stop
+from megatron_async_rlhf.learner.protocol import Hello, ResumeReinforcement, Stop
+from megatron_async_rlhf.lifecycle import EXIT_INTERRUPTED, begin_reinforcement, close_failed, export_policy
 from megatron_async_rlhf.prepare import Materials, load_materials
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.recording import RolloutLog
-from megatron_async_rlhf.scheduler.stages import evaluate, warm_start
+from megatron_async_rlhf.scheduler.stages import evaluate
 from megatron_async_rlhf.scheduler.state import BEGINNING
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Span
 from megatron_async_rlhf.weights.hf_mapping import elements_held
 from megatron_async_rlhf.weights.plan import ITEM_BYTES
-
-_log = logging.getLogger(__name__)
-
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
 class Job:
@@ -118,7 +114,7 @@ class Job:
             await self._save()
         else:
             await self._evaluate("after")
-        await self._export()
+        await export_policy(self._config, self._run_dir, self._learner, self.recorder)
         await self._learner.execute(Stop())
 
     async def out_of_time(self) -> None:
@@ -136,12 +132,7 @@ class Job:
         if self._resumed is not None:
             await self._load(self._resumed.controller.version)
             return
-        solvable = [prompt for prompt in self._materials.train if prompt.index in self._materials.solved]
-        if solvable:
-            self.recorder.stage("warm start", steps=self._config.warm_start.steps)
-            order = PromptOrder(solvable, self._config.run.seed)
-            await warm_start(self._config, self._learner, order, self._materials.solved, self.recorder)
-        await self._learner.execute(StartReinforcement())
+        await begin_reinforcement(self._config, self._learner, self._materials, self.recorder)
 
     async def _load(self, version: int) -> None:
         self.recorder.stage(f"load checkpoint of step {version}")
@@ -181,12 +172,6 @@ class Job:
     def _lost(self, generator: VLLMGenerator, samples: int) -> None:
         self.recorder.cancelled(samples)
         self.recorder.activity("generators", f"{generator.name} is gone")
-
-    async def _export(self) -> None:
-        self.recorder.stage("export")
-        directory = self._run_dir / EXPORT_DIR
-        describe_weights(self._run_dir / POLICY_TEMPLATE_DIR, directory, self._config.learner.weights_dtype)
-        await self._learner.execute(ExportWeights(directory=str(directory)))
 
 
 @asynccontextmanager
@@ -235,12 +220,9 @@ async def run_job(
 
 
 def _fail(job: Job, error: BaseException) -> int:
-    line = str(error) if isinstance(error, AsyncRLHFError) else f"{type(error).__name__}: {error}"
-    _log.error("run failed: %s", line, exc_info=error)
     if isinstance(error, MismatchError):
         job.recorder.mismatched(error.compared, len(error.mismatches))
-    job.recorder.close("failed", line)
-    return EXIT_FAILED
+    return close_failed(job.recorder, error)
 
 
 def _first_cause(group: BaseExceptionGroup) -> BaseException:

@@ -1,17 +1,18 @@
 """The `async-rlhf` command."""
 
-import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from megatron_async_rlhf.config.load import dump_config, load_config
+from megatron_async_rlhf.config.advice import advice
+from megatron_async_rlhf.config.load import dump_config, load_config, read_tree
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
-from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
+from megatron_async_rlhf.simulate.command import simulate
+from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -81,9 +82,10 @@ def train(
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.resume import find_resumption
     from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory, reopen_run_directory
-    from megatron_async_rlhf.prepare import load_materials, make_model_template
+    from megatron_async_rlhf.prepare import check_value_weights, load_materials, make_model_template
 
     resolved = load_config(config, set)
+    _warn(resolved)
     check_writable(resolved)
     run_dir, version = resolved.run.path.absolute(), None
     if resume:
@@ -100,6 +102,7 @@ def train(
         if version is None:
             make_model_template(resolved, template)
         architecture = load_materials(resolved, template).architecture
+        check_value_weights(resolved, architecture)
         refuse_too_large(resolved, architecture)
         plan = plan_processes(resolved, run_dir, architecture.context_length, version)
         if resolved.run.device == "cuda":
@@ -119,65 +122,135 @@ def train(
     raise typer.Exit(Supervisor(resolved, plan, run_dir, Display()).run())
 
 
+app.command()(simulate)
+
+
 @app.command()
-def simulate(
-    config: ConfigArgument,
-    set: SetOption = [],
-    generators: Annotated[int | None, typer.Option(min=1, help="Default: generator.replicas.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Completions in all; default: schedule.steps.")] = None,
-    from_run: Annotated[
-        Path | None, typer.Option(help="A finished run: lengths and times are as they were there, unless given.")
-    ] = None,
-    lengths: Annotated[str | None, typer.Option(help="constant:TOKENS or lognormal:MEAN:SIGMA.")] = None,
-    token_s: Annotated[float | None, typer.Option(min=0, help="Seconds of a decoding step, whatever is in it.")] = None,
-    sequence_s: Annotated[float | None, typer.Option(min=0, help="And for each sequence in it.")] = None,
-    train_s: Annotated[float | None, typer.Option(min=0, help="Seconds of an optimizer step.")] = None,
-    train_token_s: Annotated[float | None, typer.Option(min=0, help="And for each token in it.")] = None,
-    push_s: Annotated[float | None, typer.Option(min=0, help="Seconds the engines are paused for new weights.")] = None,
-    crashes_per_hour: Annotated[float, typer.Option(min=0, help="Of each generator.")] = 0.0,
-    back_s: Annotated[float, typer.Option(min=0.1, help="Seconds until it is back, on average.")] = 60.0,
-    slow: Annotated[int, typer.Option(min=0, help="So many generators are three times as slow.")] = 0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    trace: Annotated[Path | None, typer.Option(help="Write the timeline, for Perfetto.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-) -> None:
-    """Run the scheduler on imaginary machines, in virtual time, next to the synchronous schedule.
+def sft(config: ConfigArgument, set: SetOption = []) -> None:
+    """Run the warm start alone, `warm_start` and `data` of a configuration, and export the policy.
 
-    All promises of the schedule are checked meanwhile; exit code 1 if one is broken.
+    RL runs then start from it with model.hf=<run>/checkpoints/final and warm_start.steps=0.
 
-    Example: async-rlhf simulate examples/llama8b_async.yaml --samples 20000 --push-s 4
+    Example: async-rlhf sft examples/quickstart.yaml -s run.name=sft
     """
-    from megatron_async_rlhf.simulate import command
+    from megatron_async_rlhf.launch.abilities import check_device
+    from megatron_async_rlhf.launch.display import Display
+    from megatron_async_rlhf.launch.local import Supervisor
+    from megatron_async_rlhf.launch.plan import plan_learner_alone
+    from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory
+    from megatron_async_rlhf.prepare import load_materials, make_model_template
 
-    resolved = command.load_sized(config, set, samples)
-    number = generators or resolved.generator.replicas
-    speeds = {
-        "token_s": token_s,
-        "sequence_s": sequence_s,
-        "train_s": train_s,
-        "train_token_s": train_token_s,
-        "push_s": push_s,
-    }
-    scenario = command.make_scenario(
-        resolved,
-        from_run,
-        lengths,
-        speeds,
-        generators=number,
-        crashes_per_hour=crashes_per_hour,
-        back_s=back_s,
-        slowness=dict.fromkeys(range(min(slow, number)), 3.0),
-        seed=seed,
-    )
-    report = command.run(resolved, scenario, trace)
-    if json_:
-        typer.echo(json.dumps(report, indent=1))
+    resolved = load_config(config, set)
+    if not resolved.warm_start.steps:
+        raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
+    check_writable(resolved)
+    with tempfile.TemporaryDirectory() as scratch:
+        template = Path(scratch) / "model"
+        make_model_template(resolved, template)
+        load_materials(resolved, template)
+        if resolved.run.device == "cuda":
+            (Path(scratch) / "config.yaml").write_text(dump_config(resolved))
+            check_device(Path(scratch) / "config.yaml")
+        run_dir, aside = create_run_directory(resolved, template)
+    if aside is not None:
+        typer.echo(f"an earlier run is now in {aside}")
+    raise typer.Exit(Supervisor(resolved, plan_learner_alone(resolved, run_dir, "sft"), run_dir, Display()).run())
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run with schedule.record = true.")],
+    out: Annotated[Path | None, typer.Option(help="Directory of the new run; default: <run>.replay beside it.")] = None,
+) -> None:
+    """Train again on what a run has recorded, without generators, and prove that the same bits come out.
+
+    Losses and gradient norms are compared at every step, the weights at the end.
+
+    Example: async-rlhf replay runs/quickstart
+    """
+    from megatron_async_rlhf.checkpoint.sources import open_holders
+    from megatron_async_rlhf.launch.display import Display
+    from megatron_async_rlhf.launch.local import Supervisor
+    from megatron_async_rlhf.launch.plan import plan_learner_alone
+    from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory
+    from megatron_async_rlhf.scheduler.recording import RolloutLog
+
+    run = run.absolute()
+    if not (run / RESOLVED_CONFIG).is_file():
+        raise ConfigError(f"{run} is no run: it has no {RESOLVED_CONFIG}")
+    earlier = load_config(run / RESOLVED_CONFIG)
+    recorded = sum(1 for _ in RolloutLog(run / ROLLOUT_DIR).read())
+    if not recorded:
+        raise ConfigError(f"{run} has recorded nothing; it must be run with schedule.record = true")
+    section = earlier.run.model_copy(update={"dir": out or run.with_name(f"{run.name}.replay")})
+    config = earlier.model_copy(update={"run": section})
+    check_writable(config)
+    run_dir, aside = create_run_directory(config, run / POLICY_TEMPLATE_DIR)
+    if aside is not None:
+        typer.echo(f"an earlier run is now in {aside}")
+    plan = plan_learner_alone(config, run_dir, "replay", ["--recorded", str(run)])
+    code = Supervisor(config, plan, run_dir, Display()).run()
+    if code:
+        raise typer.Exit(code)
+    if recorded < earlier.schedule.rollouts or not (run / EXPORT_DIR).is_dir():
+        typer.echo(
+            f"{recorded} rollouts came out the same; {run} was not completed, so there are no weights to compare"
+        )
         return
+    _compare(*open_holders(str(run), str(run_dir), None), None)
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="Configuration with a sweep section, such as examples/sweep.yaml.")],
+    set: SetOption = [],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list all runs, start nothing.")] = False,
+    only: Annotated[
+        list[str], typer.Option(help="Only these points: axis=label or axis=label,label. Repeatable.")
+    ] = [],
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Start no more runs after so long; the same command goes on later.")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Results, table and plot of what there is; start nothing.")
+    ] = False,
+) -> None:
+    """Train every combination of the axes in the configuration's sweep section, and compare them.
+
+    Completed runs are not repeated. Exit code 0 if all are completed, 1 if one failed, 130 if some are left to do.
+
+    Example: async-rlhf sweep examples/sweep.yaml --only seed=0 --max-seconds 3600
+    """
     from rich.console import Console
 
-    from megatron_async_rlhf.simulate.report import show
+    from megatron_async_rlhf.sweep.driver import Driver, check_directory, parse_only
+    from megatron_async_rlhf.sweep.points import expand
+    from megatron_async_rlhf.sweep.preflight import check_points
+    from megatron_async_rlhf.sweep.report import write_report
+    from megatron_async_rlhf.sweep.results import collect, write_results
+    from megatron_async_rlhf.sweep.table import print_points
 
-    show(Console(), report)
+    whole = expand(read_tree(config, set))
+    points = whole.only(parse_only(only))
+    check_directory(whole.directory)
+    console = Console(
+        highlight=False, soft_wrap=True, width=max(Console().width, 110)
+    )  # a table cut short says nothing
+    if report_only:
+        write_report(console, whole)
+        return
+    check_points(whole, points)
+    if dry_run:
+        print_points(console, whole, points)
+        return
+    driver = Driver(
+        whole,
+        note=lambda line: console.print(line, markup=False),
+        after_point=lambda: write_results(whole, collect(whole)),
+    )
+    code = driver.run(points, max_seconds=max_seconds)
+    write_report(console, whole)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -234,9 +307,15 @@ def verify_weights(
     Example: async-rlhf verify-weights models/Qwen2.5-0.5B checkpoints/qwen
     """
     from megatron_async_rlhf.checkpoint.sources import open_holders
+
+    _compare(*open_holders(a, b, config), cast)
+
+
+def _compare(a: Any, b: Any, cast: Dtype | None) -> None:
+    """Of two open holders of weights; exits with 1 if they differ."""
     from megatron_async_rlhf.weights.verify import compare
 
-    result = compare(*open_holders(a, b, config), cast)
+    result = compare(a, b, cast)
     compared = f"{result.num_bytes} bytes in {result.boxes} pieces compared"
     if not result.exact:
         compared += ", negative zeros taken for positive ones"
@@ -248,11 +327,22 @@ def verify_weights(
     raise typer.Exit(1)
 
 
+def _warn(config: RunConfig) -> None:
+    for line in advice(config):
+        typer.echo(f"warning: {line}", err=True)
+
+
 def _print_plan(config: RunConfig) -> None:
     """All that can be said without starting anything: of a model that is not here, what follows from its shape."""
     from megatron_async_rlhf.estimate.report import describe
     from megatron_async_rlhf.launch.plan import plan_processes
-    from megatron_async_rlhf.prepare import load_materials, make_model_template, missing_inputs, outline
+    from megatron_async_rlhf.prepare import (
+        check_value_weights,
+        load_materials,
+        make_model_template,
+        missing_inputs,
+        outline,
+    )
 
     missing = missing_inputs(config)
     if missing:
@@ -262,6 +352,7 @@ def _print_plan(config: RunConfig) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             make_model_template(config, Path(scratch))
             materials = load_materials(config, Path(scratch))
+        check_value_weights(config, materials.architecture)
         architecture, transfer = materials.architecture, materials.transfer
         prompts = f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out"
     typer.echo(dump_config(config))

@@ -68,3 +68,7 @@ class DeadlockError(AsyncRLHFError, RuntimeError):
 
 class InvariantError(AsyncRLHFError, AssertionError):
     """A simulation that broke a promise of the schedule: a bug in scheduling. Names the promise and the group."""
+
+
+class ReplayError(AsyncRLHFError, RuntimeError):
+    """Training again on recorded rollouts came out differently."""

@@ -14,6 +14,7 @@ from megatron_async_rlhf.config.architecture import (
     Architecture,
     architecture_of,
     architecture_of_hf,
+    check_value_architecture,
     policy_architecture,
 )
 from megatron_async_rlhf.config.layout_rules import check_layouts
@@ -79,7 +80,25 @@ def outline(config: RunConfig, template: Path) -> tuple[Architecture, TransferPl
     """
     architecture = policy_architecture(config.model, template)
     check_layouts(config, architecture)
+    if (source := value_source(config)) is not None:
+        check_value_architecture(source, hf_files_of(source), architecture)
     return architecture, configured_transfer(config, architecture)
+
+
+def value_source(config: RunConfig) -> Path | None:
+    """What PPO's value model starts from, if not from the policy."""
+    return config.algorithm.value_hf if config.algorithm.has_value_model else None
+
+
+def check_value_weights(config: RunConfig, architecture: Architecture) -> None:
+    """
+    Raises:
+        CheckpointError: `algorithm.value_hf` lacks a weight, or has one that does not fit.
+    """
+    if (source := value_source(config)) is not None:
+        from megatron_async_rlhf.checkpoint.value_source import open_value_source  # brings torch
+
+        open_value_source(source, architecture)
 
 
 def missing_inputs(config: RunConfig) -> list[str]:

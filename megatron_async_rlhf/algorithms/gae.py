@@ -18,16 +18,12 @@ def generalised_advantages(
     *,
     gamma: float,
     lam: float,
-    last_values_S: torch.Tensor | None = None,
-    last_rewards_S: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages and returns (`A + V`), 0 off completion tokens, [T] each.
 
-    By default a completion ends with its last token: the state after it is worth 0, and its score belongs on that
-    token (`Segments.place_last`). The paper's code lets the episode of a completion shorter than the longest allowed
-    go on for one more step: the state after its last token has a value, `last_values_S`, and only then comes the
-    score, `last_rewards_S`, which is also that value's target in the value loss. Give both to do as it does, with 0 in
-    both for a completion of full length, whose score is on its last token.
+    A completion ends with its last token: the state after it is worth 0, and its score belongs on that token
+    (`Segments.place_last`). The paper's code lets the episode of a completion shorter than the longest allowed go on
+    for one more step, after its last token, and scores it there; ours does not.
 
     Args:
         rewards_T: reward of each token, [T].
@@ -38,13 +34,9 @@ def generalised_advantages(
     owners_N = segments.segments_T[positions_N]
     rewards_N, values_N = rewards_T[positions_N], values_T[positions_N]
     is_last_N = segments.last_T()[positions_N]
-    zeros_S = values_T.new_zeros(segments.count)
-    after_S = zeros_S if last_values_S is None else last_values_S
-    score_S = zeros_S if last_rewards_S is None else last_rewards_S
 
-    next_values_N = torch.where(is_last_N, after_S[owners_N], values_N.roll(-1))
+    next_values_N = torch.where(is_last_N, 0, values_N.roll(-1))
     advantages_N = rewards_N + gamma * next_values_N - values_N
-    advantages_N += torch.where(is_last_N, gamma * lam * (score_S - after_S)[owners_N], 0)
     # Each round doubles the number of steps that every token has summed up: log2(N) rounds in place of N steps.
     span = 1
     while span < len(advantages_N):

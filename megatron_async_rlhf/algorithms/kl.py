@@ -75,4 +75,4 @@ def kl_loss(
     if weight_T is not None:
         estimates_T = estimates_T * weight_T.detach().where(mask_T, 0)
     total = (estimates_T * share_T).sum()
-    return total, {"kl_loss": total.detach(), "kl_to_reference": mean}
+    return total, {"kl_loss": total.detach(), "kl/per_token": mean}

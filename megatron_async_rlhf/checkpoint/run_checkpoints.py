@@ -19,8 +19,8 @@ _PARTIAL = ".partial"
 
 
 def has_own_reference(config: RunConfig) -> bool:
-    """Whether the reference policy is nowhere else: fresh weights, or a warm start made it."""
-    return config.model.hf is None or config.warm_start.steps > 0
+    """Whether there is a reference policy that is nowhere else: fresh weights, or a warm start made it."""
+    return config.algorithm.has_reference and (config.model.hf is None or config.warm_start.steps > 0)
 
 
 class RunCheckpoints:

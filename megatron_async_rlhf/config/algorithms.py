@@ -4,6 +4,7 @@ Defaults are the paper's (Noukhovitch et al., arXiv 2410.18252) where it has the
 differ, both are reachable and a comment says which is which. Formulas are in `megatron_async_rlhf.algorithms`.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
@@ -19,6 +20,35 @@ class AlgorithmKeys(Section):
     reward_scale: Literal["none", "batch", "running"] = "none"  # divide by the spread of this step's, or all, rewards
     overlong_buffer: PositiveInt | None = None  # DAPO: within so many tokens of the limit, reward falls by up to 1
 
+    @property
+    def trained_samples(self) -> int:
+        """Samples of a prompt that are trained on, at most."""
+        return self.samples_per_prompt
+
+    @property
+    def sequences_together(self) -> int:
+        """Sequences that the loss needs in one micro-batch."""
+        return 1
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether anything is learned from the reference policy."""
+        return False
+
+    @property
+    def has_value_model(self) -> bool:
+        return False
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether the loss knows that another policy sampled, and so needs its log-probabilities."""
+        return False
+
+    def scores_policy_first(self, updates: int) -> bool:
+        """Whether a rollout begins with a pass for the proximal policy's log-probabilities: the policy's, before the
+        first of the `updates` that the rollout is for. With one update the training pass itself computes them."""
+        return False
+
 
 class OnlineDPOSection(AlgorithmKeys):
     """Online DPO (Guo et al. 2024) as the paper runs it: best against worst of K samples."""
@@ -28,12 +58,28 @@ class OnlineDPOSection(AlgorithmKeys):
     beta: PositiveFloat = 0.1  # the paper: 0.1 (TL;DR, GSM8K), 0.03 (8B chatbot)
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
 
+    @property
+    def trained_samples(self) -> int:
+        return 2
+
+    @property
+    def sequences_together(self) -> int:
+        return 2  # chosen and rejected
+
+    @property
+    def has_reference(self) -> bool:
+        return True
+
 
 class BestOfNSection(AlgorithmKeys):
     """Supervised learning on the best of K samples; no KL."""
 
     type: Literal["best_of_n"] = "best_of_n"
     samples_per_prompt: int = Field(2, ge=2)
+
+    @property
+    def trained_samples(self) -> int:
+        return 1
 
 
 class KLKeys(Section):
@@ -44,6 +90,28 @@ class KLKeys(Section):
     estimator: Literal["k1", "k2", "k3"] = "k1"
     # Of a loss term: `policy` is the KL's own gradient, `estimator` differentiates the estimator (GRPO's k3 term).
     gradient: Literal["policy", "estimator"] = "policy"
+
+    @model_validator(mode="after")
+    def check_gradient(self) -> "KLKeys":
+        if self.gradient == "estimator" and self.place == "reward":
+            raise ValueError(
+                "algorithm.kl.gradient = estimator is of a term of the loss: set algorithm.kl.place = loss, or "
+                "algorithm.kl.gradient = policy"
+            )
+        if self.gradient == "estimator" and self.estimator == "k1":
+            raise ValueError(
+                "algorithm.kl.estimator = k1 differentiated as it is pushes nowhere on average: set algorithm.kl.gradient "
+                "= policy, or algorithm.kl.estimator = k2 or k3"
+            )
+        return self
+
+    @property
+    def in_reward(self) -> bool:
+        return self.coefficient > 0 and self.place == "reward"
+
+    @property
+    def in_loss(self) -> bool:
+        return self.coefficient > 0 and self.place == "loss"
 
 
 class GRPOKLKeys(KLKeys):
@@ -60,6 +128,8 @@ class CorrectionKeys(Section):
 
     none: the paper | truncate: min(rho, high) of each token | mask: IcePop, tokens with rho outside [low, high] do not
     count | mask_sequences: the same of whole completions | decoupled: rho itself, decoupled PPO.
+
+    Where the loss is of whole completions (rloo, proximal_rloo) so is rho: the product over the tokens.
     """
 
     type: Literal["none", "truncate", "mask", "mask_sequences", "decoupled"] = "none"
@@ -94,7 +164,35 @@ class CorrectionKeys(Section):
         return kinds.get(self.type, "none")
 
 
-class RatioKeys(AlgorithmKeys):
+class PolicyGradientKeys(AlgorithmKeys):
+    """Losses that weigh log-probabilities with advantages."""
+
+    kl: KLKeys = Field(default_factory=KLKeys)
+    correction: CorrectionKeys = Field(default_factory=CorrectionKeys)
+
+    @property
+    def has_reference(self) -> bool:
+        return self.kl.coefficient > 0
+
+    @property
+    def is_corrected(self) -> bool:
+        return self.correction.type != "none"
+
+    @property
+    def correction_level(self) -> Literal["token", "sequence"]:
+        """What the correction's rho is of."""
+        return self.correction.level
+
+    @property
+    def uses_proximal(self) -> bool:
+        """Whether the loss has the proximal policy in it."""
+        return self.correction.type != "none"
+
+    def scores_policy_first(self, updates: int) -> bool:
+        return self.kl.in_reward or (updates > 1 and self.uses_proximal)
+
+
+class RatioKeys(PolicyGradientKeys):
     """Losses made of the ratio of the policy's probabilities to an earlier policy's."""
 
     # What the ratio is taken against: `proximal`, the policy before the update (the paper's code), which staleness does
@@ -102,8 +200,6 @@ class RatioKeys(AlgorithmKeys):
     ratio_base: Literal["proximal", "sampler"] = "proximal"
     clip_low: float = Field(0.2, ge=0, le=1)
     clip_high: PositiveFloat = 0.2  # DAPO: 0.28
-    kl: KLKeys = Field(default_factory=KLKeys)
-    correction: CorrectionKeys = Field(default_factory=CorrectionKeys)
 
     @model_validator(mode="after")
     def check_correction(self) -> "RatioKeys":
@@ -116,8 +212,11 @@ class RatioKeys(AlgorithmKeys):
 
     @property
     def is_corrected(self) -> bool:
-        """Whether the loss knows that another policy sampled."""
         return self.ratio_base == "sampler" or self.correction.type != "none"
+
+    @property
+    def uses_proximal(self) -> bool:
+        return self.ratio_base == "proximal"
 
 
 class PPOSection(RatioKeys):
@@ -131,17 +230,35 @@ class PPOSection(RatioKeys):
     value_coefficient: PositiveFloat = 0.1  # of the value loss; the paper: 0.1
     value_clip: PositiveFloat | None = 0.2  # null: no clip
     value_learning_rate: PositiveFloat | None = None  # default: the learner's
-    value_hf: str | None = None  # directory the value model starts from, a reward model; default: the policy
-    # The paper's code gives a completion shorter than the limit one more step, after its last token, and scores it there.
-    score_after_end: bool = False
+    value_hf: Path | None = (
+        None  # Hugging Face directory the value model starts from, a reward model; default: the policy
+    )
     dual_clip: float | None = Field(None, gt=1)  # bounds the loss of bad tokens that became likelier; INTELLECT-2: 4
 
+    @model_validator(mode="after")
+    def check_dual_clip(self) -> "PPOSection":
+        _check_dual_clip(self.dual_clip, self.clip_high)
+        return self
 
-class RLOOSection(RatioKeys):
+    @property
+    def has_value_model(self) -> bool:
+        return True
+
+
+class RLOOSection(PolicyGradientKeys):
     """REINFORCE leave-one-out: the plain policy gradient, no ratio but the correction's."""
 
     type: Literal["rloo"] = "rloo"
     samples_per_prompt: int = Field(2, ge=2)
+
+    @model_validator(mode="after")
+    def check_whole_completions(self) -> "RLOOSection":
+        _check_whole_completions(self)
+        return self
+
+    @property
+    def correction_level(self) -> Literal["token", "sequence"]:
+        return "sequence"
 
 
 class ProximalRLOOSection(RatioKeys):
@@ -149,6 +266,15 @@ class ProximalRLOOSection(RatioKeys):
 
     type: Literal["proximal_rloo"] = "proximal_rloo"
     samples_per_prompt: int = Field(2, ge=2)
+
+    @model_validator(mode="after")
+    def check_whole_completions(self) -> "ProximalRLOOSection":
+        _check_whole_completions(self)
+        return self
+
+    @property
+    def correction_level(self) -> Literal["token", "sequence"]:
+        return "sequence"
 
 
 class GRPOSection(RatioKeys):
@@ -163,6 +289,34 @@ class GRPOSection(RatioKeys):
     loss: Literal["clip", "cispo"] = "clip"
     cispo_high: PositiveFloat = 5.0  # most that CISPO lets a token's ratio count
     dual_clip: float | None = Field(None, gt=1)
+
+    @model_validator(mode="after")
+    def check_loss(self) -> "GRPOSection":
+        _check_dual_clip(self.dual_clip, self.clip_high)
+        if self.loss == "cispo":
+            for key in ("clip_low", "clip_high", "dual_clip", "ratio"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f"algorithm.{key} = {getattr(self, key)} has no meaning with algorithm.loss = cispo, which bounds "
+                        "each token's ratio by algorithm.cispo_high: remove it, or set algorithm.loss = clip"
+                    )
+        return self
+
+
+def _check_dual_clip(dual_clip: float | None, clip_high: float) -> None:
+    if dual_clip is not None and dual_clip <= 1 + clip_high:
+        raise ValueError(
+            f"algorithm.dual_clip = {dual_clip:g} must be above 1 + algorithm.clip_high = {1 + clip_high:g}, where the "
+            "ratio's own clip ends"
+        )
+
+
+def _check_whole_completions(section: PolicyGradientKeys) -> None:
+    if section.correction.type == "mask":
+        raise ValueError(
+            f"algorithm.correction.type = mask leaves single tokens out, but the loss of algorithm.type = {section.type} "
+            "is of whole completions: set algorithm.correction.type = mask_sequences"
+        )
 
 
 SECTIONS: dict[str, type[AlgorithmKeys]] = {

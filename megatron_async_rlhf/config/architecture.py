@@ -138,6 +138,31 @@ def policy_architecture(model: ModelSection, template: Path) -> Architecture:
     return replace(arch, context_length=asked)
 
 
+def check_value_architecture(source: Path, directory: Path, policy: Architecture) -> None:
+    """Refuse a model to start the value model from that is not of the policy's shape.
+
+    Args:
+        source: `algorithm.value_hf`.
+        directory: where its `config.json` is.
+
+    Raises:
+        ConfigError: one line naming the first number that differs; or see `architecture_of_hf`.
+    """
+    where = f"algorithm.value_hf = {source}"
+    try:
+        found = asdict(architecture_of_hf(directory))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"model.hf = {directory}", where, 1)) from None
+    for name, needed in asdict(policy).items():
+        if name in ("tie_embeddings", "init_std"):
+            continue  # it has no output matrix, and nothing is drawn
+        if found[name] != needed and not (name == "context_length" and found[name] > needed):
+            raise ConfigError(
+                f"{where}: its {name} = {found[name]} is not the policy's {needed}; give a model of the policy's shape, "
+                "or remove algorithm.value_hf to start from the policy"
+            )
+
+
 def read_hf_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a Hugging Face directory.
 

@@ -28,10 +28,12 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
             f"generator.max_new_tokens = {config.generator.max_new_tokens} leaves no room for a prompt in "
             f"the context of {arch.context_length} tokens"
         )
-    if config.learner.micro_batch_tokens < 2 * arch.context_length:
+    together = config.algorithm.sequences_together
+    if config.learner.micro_batch_tokens < together * arch.context_length:
+        what = "a preference pair of the longest sequences" if together == 2 else "one of the longest sequences"
         raise ConfigError(
-            f"learner.micro_batch_tokens = {config.learner.micro_batch_tokens} must hold a preference pair of the "
-            f"longest sequences: at least 2 x {arch.context_length} = {2 * arch.context_length}"
+            f"learner.micro_batch_tokens = {config.learner.micro_batch_tokens} must hold {what}: at least "
+            f"{together} x {arch.context_length} = {together * arch.context_length}"
         )
     if config.run.device == "cpu" and arch.head_dim not in _CPU_HEAD_SIZES:
         raise ConfigError(

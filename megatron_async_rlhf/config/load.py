@@ -18,6 +18,15 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: one line per problem, each naming key, value and rule.
     """
+    return check_tree(read_tree(path, overrides))
+
+
+def read_tree(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The sections in `path` as plain values, with overrides applied in order and nothing else checked.
+
+    Raises:
+        ConfigError: no YAML file of sections, or an override that is none.
+    """
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -30,10 +39,34 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"config file {path} must hold sections (run, model, learner...), not {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
+    return tree
+
+
+def check_tree(tree: dict[str, Any]) -> RunConfig:
+    """
+    Raises:
+        ConfigError: one line per problem, each naming key, value and rule.
+    """
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_lines_of(error))) from None
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set `section.key` in `tree`, making the sections on the way.
+
+    Raises:
+        ConfigError: a section on the way is a value.
+    """
+    node, parts = tree, key.split(".")
+    for depth, part in enumerate(parts[:-1]):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {key!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+    node[parts[-1]] = value
 
 
 def dump_config(config: RunConfig) -> str:
@@ -43,21 +76,14 @@ def dump_config(config: RunConfig) -> str:
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
+    key = key.strip()
+    if not separator or not all(key.split(".")):
         raise ConfigError(f"override {override!r} must look like section.key=value")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
-    node = tree
-    for depth, part in enumerate(parts[:-1]):
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
-    node[parts[-1]] = value
+    set_key(tree, key, value)
 
 
 def _lines_of(error: ValidationError) -> list[str]:

@@ -19,6 +19,7 @@ from megatron_async_rlhf.config.sections import (
     WarmStartSection,
     WeightsSection,
 )
+from megatron_async_rlhf.config.sweep import SweepSection
 
 
 class RunConfig(Section):
@@ -37,6 +38,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
+    sweep: SweepSection | None = None  # what `async-rlhf sweep` makes of this configuration; a run ignores it
 
     @property
     def gpus(self) -> int:

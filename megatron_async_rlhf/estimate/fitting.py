@@ -94,7 +94,8 @@ def _changes(config: RunConfig, arch: Architecture) -> Iterator[tuple[str, dict]
         yield "learner.distributed_optimizer = true", {"distributed_optimizer": True}
     if on_gpu and learner.precision == "fp32":
         yield "learner.precision = bf16", {"precision": "bf16"}
-    smallest = max(2 * arch.context_length, 1024)  # a preference pair; below, matrix products get inefficient
+    # What the loss needs together; below 1024, matrix products get inefficient.
+    smallest = max(config.algorithm.sequences_together * arch.context_length, 1024)
     shorter = {max(smallest, learner.micro_batch_tokens // part) for part in (2, 4, 16)} | {smallest}
     for tokens in sorted(shorter, reverse=True):
         yield f"learner.micro_batch_tokens = {tokens}", {"micro_batch_tokens": tokens}

@@ -1,6 +1,6 @@
 """How many numbers each stage of the learner, and each generator worker, holds: from the layouts, nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from megatron_async_rlhf.config.architecture import Architecture
@@ -37,6 +37,15 @@ def learner_holdings(arch: Architecture, layout: LearnerLayout) -> list[Holding]
         _holding(learner_pieces(arch, layout, stage * ranks_of_stage), vocabulary)
         for stage in range(layout.pipeline_parallel)
     ]
+
+
+def value_holdings(arch: Architecture, layout: LearnerLayout) -> list[Holding]:
+    """As `learner_holdings`, of a value model: the last stage has one row in place of the output matrix."""
+    stages = learner_holdings(replace(arch, tie_embeddings=False), layout)
+    last = stages[-1]
+    output = last.vocabulary * arch.hidden_size
+    stages[-1] = replace(last, total=last.total - output + arch.hidden_size)
+    return stages
 
 
 def generator_holding(arch: Architecture, tensor_parallel: int) -> Holding:

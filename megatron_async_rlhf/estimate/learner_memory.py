@@ -1,6 +1,6 @@
 """Peak memory of one learner rank of each pipeline stage, in bytes.
 
-always there: weights, gradients, optimizer, reference, staging buffers of a push, fixed part
+always there: weights, gradients, optimizer, reference, value model, staging buffers of a push, fixed part
 on top, the largest of:
     forward-backward   what the layers of all micro-batches in flight keep, and the worst moment of a backward pass
     optimizer          temporaries of Adam
@@ -20,7 +20,7 @@ from megatron_async_rlhf.estimate.activations import (
     head_bytes,
     layer_bytes,
 )
-from megatron_async_rlhf.estimate.holdings import Holding, learner_holdings
+from megatron_async_rlhf.estimate.holdings import Holding, learner_holdings, value_holdings
 from megatron_async_rlhf.weights.layout import LearnerLayout
 from megatron_async_rlhf.weights.plan import ITEM_BYTES
 
@@ -40,6 +40,7 @@ class LearnerMemory:
     gradients: int
     optimizer: int
     reference: int
+    value: int  # PPO's value model: weights, gradients and optimizer
     activations: int  # kept between forward and backward
     working: int  # the worst moment on top of what is kept
     push: int
@@ -61,25 +62,29 @@ def learner_memory(config: RunConfig, arch: Architecture) -> list[LearnerMemory]
 def micro_batch_tokens(config: RunConfig, arch: Architecture) -> int:
     """Tokens of the largest micro-batch of one rank: the budget, or all there is to train on if that is less."""
     learner = config.learner
-    preferences = 2 * arch.context_length * -(-config.schedule.prompts_per_step // learner.data_parallel)
+    samples = config.algorithm.trained_samples
+    trained = samples * arch.context_length * -(-config.schedule.prompts_per_step // learner.data_parallel)
     solutions = 0
     if config.warm_start.steps:
         solutions = arch.context_length * -(-config.warm_start.batch_size // learner.data_parallel)
-    return min(learner.micro_batch_tokens, max(preferences, solutions)) // learner.context_parallel
+    return min(learner.micro_batch_tokens, max(trained, solutions)) // learner.context_parallel
 
 
 def micro_batches(config: RunConfig, arch: Architecture) -> int:
     """Most micro-batches of one step on one rank: all sequences at full length."""
-    pairs = -(-config.schedule.prompts_per_step // config.learner.data_parallel)
-    return -(-2 * arch.context_length * pairs // config.learner.micro_batch_tokens)
+    prompts = -(-config.schedule.prompts_per_step // config.learner.data_parallel)
+    return -(-config.algorithm.trained_samples * arch.context_length * prompts // config.learner.micro_batch_tokens)
 
 
 def _stage_memory(config: RunConfig, arch: Architecture, stage: int, holding: Holding) -> LearnerMemory:
     learner = config.learner
     weights = _weights(learner, arch, stage, holding)
-    resident, on_cpu = learner.reference == "resident", config.run.device == "cpu"
-    swapped = 0 if resident else 2 * weights  # in host memory: the reference's, and the policy's during its pass
+    on_cpu = config.run.device == "cpu"
+    reference = weights if config.algorithm.has_reference else 0
+    resident = learner.reference == "resident"
+    swapped = 0 if resident else 2 * reference  # in host memory: the reference's, and the policy's during its pass
     optimizer, optimizer_on_host = _optimizer(config, holding)
+    value, value_on_host = _value_model(config, arch, stage)
     activations, backward = _forward_backward(config, arch, stage, holding)
     adam = _adam_temporaries(config, holding)
     push = 2 * min(config.weights.staging_bytes, weights)
@@ -89,13 +94,27 @@ def _stage_memory(config: RunConfig, arch: Architecture, stage: int, holding: Ho
         weights=weights,
         gradients=FLOAT32 * holding.total,  # Megatron's gradient buffer, reduced in float32
         optimizer=optimizer,
-        reference=weights if resident else swapped if on_cpu else 0,
+        reference=reference if resident else swapped if on_cpu else 0,
+        value=value,
         activations=activations,
         working=max(backward, adam - activations, 0),
         push=push,
         fixed=FIXED_CPU if on_cpu else FIXED_CUDA,
-        host=optimizer_on_host + (0 if on_cpu else swapped),
+        host=optimizer_on_host + value_on_host + (0 if on_cpu else swapped),
     )
+
+
+def _value_model(config: RunConfig, arch: Architecture, stage: int) -> tuple[int, int]:
+    """Bytes of weights, gradients and optimizer of a stage's part of the value model, on the device and on the host.
+
+    Its passes take turns with the policy's, whose output matrix makes those the larger ones.
+    """
+    if not config.algorithm.has_value_model:
+        return 0, 0
+    learner = config.learner
+    holding = value_holdings(arch, LearnerLayout.of(learner))[stage]
+    optimizer, on_host = _optimizer(config, holding)
+    return _weights(learner, arch, stage, holding) + FLOAT32 * holding.total + optimizer, on_host
 
 
 def _weights(learner: LearnerSection, arch: Architecture, stage: int, holding: Holding) -> int:

@@ -21,7 +21,17 @@ from megatron_async_rlhf.estimate.speed import (
 
 # A start is only refused beyond what the estimate may be wrong by (docs/estimate.md).
 ACCURACY = 0.15
-_LEARNER_COLUMNS = ("weights", "gradients", "optimizer", "reference", "activations", "working", "push", "fixed")
+_LEARNER_COLUMNS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "reference",
+    "value",
+    "activations",
+    "working",
+    "push",
+    "fixed",
+)
 _GENERATOR_COLUMNS = ("weights", "cache", "activations", "push", "fixed")
 
 
@@ -58,9 +68,10 @@ def refuse_too_large(config: RunConfig, arch: Architecture) -> None:
 def _tables(memory: RunMemory) -> list[str]:
     learner = Table(box=None, pad_edge=False)
     learner.add_column("learner stage")
-    _add_columns(learner, _LEARNER_COLUMNS)
+    columns = tuple(name for name in _LEARNER_COLUMNS if name != "value" or memory.learner[0].value)
+    _add_columns(learner, columns)
     for stage, rank in enumerate(memory.learner):
-        learner.add_row(str(stage), *_row(rank, _LEARNER_COLUMNS))
+        learner.add_row(str(stage), *_row(rank, columns))
     generator = Table(box=None, pad_edge=False)
     generator.add_column("generator")
     _add_columns(generator, _GENERATOR_COLUMNS)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.devices import DEVICES, Device
 from megatron_async_rlhf.estimate.generator_memory import GeneratorMemory, cache_bytes_per_token
-from megatron_async_rlhf.learner.flops import output_flops, token_flops
+from megatron_async_rlhf.learner.flops import output_flops, passes_before_updates, token_flops
 from megatron_async_rlhf.weights.plan import ITEM_BYTES
 
 # Assumptions, printed with the figures: shares of the peak that dense models of some billion parameters reach.
@@ -40,11 +39,16 @@ class Speed:
         return max(self.train_s, self.generate_s)
 
 
-def trained_token_flops(arch: Architecture, learner: LearnerSection, length: int) -> float:
-    """Forward, backward (twice that), the reference's forward, and what is computed again."""
-    passes = 5 if learner.recompute == "full" else 4
+def trained_token_flops(config: RunConfig, arch: Architecture, length: int) -> float:
+    """In one optimizer step: forward, backward (twice that), what is computed again, and a step's share of the passes
+    before the updates, which an epoch more does not repeat. The same of a value model, which has no logits."""
+    algorithm, schedule = config.algorithm, config.schedule
+    training = 4 if config.learner.recompute == "full" else 3
+    before = passes_before_updates(algorithm, schedule.updates_per_rollout) / schedule.epochs
     # Logits are computed again in blocks, see `learner/megatron/logprobs.py`.
-    return passes * token_flops(arch, length / 2) + output_flops(arch)
+    policy = (training + before) * token_flops(arch, length / 2) + output_flops(arch)
+    value = (training + 1 / schedule.epochs) * (token_flops(arch, length / 2) - output_flops(arch))
+    return policy + value * algorithm.has_value_model
 
 
 def estimate_speed(config: RunConfig, arch: Architecture, memory: GeneratorMemory) -> Speed:
@@ -54,8 +58,8 @@ def estimate_speed(config: RunConfig, arch: Architecture, memory: GeneratorMemor
     prompt = min(config.data.max_prompt_tokens or arch.context_length, arch.context_length - completion)
     length = prompt + completion
     peak = device.flops.get("fp8", device.flops["bf16"]) if learner.fp8 else device.flops[learner.precision]
-    trained_per_s = LEARNER_UTILISATION * peak * learner.world_size / trained_token_flops(arch, learner, length)
-    trained = 2 * config.schedule.prompts_per_step * length
+    trained_per_s = LEARNER_UTILISATION * peak * learner.world_size / trained_token_flops(config, arch, length)
+    trained = config.algorithm.trained_samples * config.schedule.prompts_per_step * length
 
     samples = config.schedule.prompts_per_step * config.algorithm.samples_per_prompt / generator.replicas
     at_once = max(1.0, min(samples, generator.max_concurrent, memory.cache_tokens / length))

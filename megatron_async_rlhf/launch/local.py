@@ -1,8 +1,13 @@
 """Runs a job on this machine: starts every process, shows progress, watches them all, and ends them together.
 
     start all ─> watch ──┬─ controller ends with 0 ───────────────> completed
-                         ├─ any process dies ──> end the others ──> failed, naming it and its last log lines
+                         ├─ a generator dies in training ──> start it again, same name, port, cores and log
+                         ├─ any other death ──> end the others ──> failed, naming it and its last log lines
                          └─ Ctrl-C ──> controller finishes its step, saves and exports ──> interrupted
+
+A generator that has been started again `generator.restarts` times stays down when it dies once more: the controller
+goes on with the others, and ends the run when none is left. Before training begins a death is more likely a setting
+that cannot work, and ends the run.
 
 The supervisor never talks to learner or generators; it owns only their lives. The controller's events come
 through its standard output.
@@ -43,6 +48,8 @@ class Supervisor:
         self._processes: list[Process] = []
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._interrupts = 0
+        self._training = False
+        self._restarts = {spec.name: 0 for spec in plan.generators}
         self._failure: str | None = None  # the controller's own account, if it gave one
 
     def run(self) -> int:
@@ -67,9 +74,12 @@ class Supervisor:
             is_controller = spec is self._plan.controller
             self._processes.append(Process(spec, log_dir, pipe_stdout=is_controller))
         self._controller = self._processes[-1]
-        pids = {process.name: process.pid for process in self._processes}
-        (self._run_dir / PROCESSES).write_text(json.dumps(pids) + "\n")
+        self._write_pids()
         threading.Thread(target=self._read_events, daemon=True).start()
+
+    def _write_pids(self) -> None:
+        pids = {process.name: process.pid for process in self._processes}
+        replace_file(self._run_dir / PROCESSES, json.dumps(pids) + "\n")
 
     def _read_events(self) -> None:
         for line in self._controller.stdout:
@@ -100,6 +110,7 @@ class Supervisor:
                     f"the step under way did not finish within {self._config.launch.interrupt_grace_s:g} s",
                     [],
                 )
+            self._revive()
             if self._dead():
                 time.sleep(_SETTLE_S)
                 self._drain_events()
@@ -109,11 +120,37 @@ class Supervisor:
             time.sleep(_POLL_S)
 
     def _dead(self) -> list[Process]:
-        """Processes that ended when they should not have. Learner ranks leave just before the controller does."""
+        """Processes that ended when they should not have. Learner ranks leave just before the controller does, and a
+        generator that may no longer be started again is the controller's affair."""
         learners = {spec.name for spec in self._plan.learners}
+        expendable = set(self._restarts) if self._can_revive() else set()
         return [
-            p for p in self._processes if p.returncode is not None and not (p.returncode == 0 and p.name in learners)
+            p
+            for p in self._processes
+            if p.returncode is not None and p.name not in expendable and not (p.returncode == 0 and p.name in learners)
         ]
+
+    def _can_revive(self) -> bool:
+        return self._training and self._plan.restarts > 0
+
+    def _revive(self) -> None:
+        """Start generators that died again, unless they have been too often."""
+        if not self._can_revive():
+            return
+        for i, process in enumerate(self._processes):
+            used = self._restarts.get(process.name)
+            if used is None or process.returncode is None or used > self._plan.restarts:
+                continue
+            self._restarts[process.name] = used + 1
+            process.kill_group(signal.SIGKILL)  # its workers hold the cores, and perhaps the port
+            if used == self._plan.restarts:
+                self._display.note(f"{process.name} {process.ending()}; generator.restarts = {used} are used up")
+                continue
+            self._display.note(
+                f"{process.name} {process.ending()}; started again ({used + 1} of {self._plan.restarts})"
+            )
+            self._processes[i] = Process(process.spec, self._run_dir / LOG_DIR)
+            self._write_pids()
 
     def _blame(self) -> tuple[str, str, list[str]]:
         """A process that died by itself comes before a controller that only reports what it saw."""
@@ -132,6 +169,7 @@ class Supervisor:
                 event = self._events.get_nowait()
             except queue.Empty:
                 return
+            self._training = self._training or (event["event"] == "stage" and event["name"] == "train")
             if event["event"] == "closed" and event["status"] == "failed":
                 self._failure = event["error"]
             self._display.show(event)

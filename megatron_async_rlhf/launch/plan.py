@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.generator.vllm.server import server_command, server_environment
+from megatron_async_rlhf.generator.vllm.server import records_versions, server_command, server_environment
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
 
 _HOST = "127.0.0.1"
@@ -28,11 +28,16 @@ class ProcessSpec(Struct, frozen=True, kw_only=True):
 
 
 class ProcessPlan(Struct, frozen=True, kw_only=True):
-    """All processes, in starting order; the controller is the one that decides when the run is over."""
+    """All processes, in starting order; the controller is the one that decides when the run is over.
+
+    Attributes:
+        restarts: how often each generator may be started again.
+    """
 
     learners: list[ProcessSpec]
     generators: list[ProcessSpec]
     controller: ProcessSpec
+    restarts: int = 0
 
     @property
     def processes(self) -> list[ProcessSpec]:
@@ -48,8 +53,14 @@ def plan_processes(
         resume_from: policy version of the checkpoint to go on from.
 
     Raises:
-        ConfigError: a configured port is in use.
+        ConfigError: a configured port is in use, or this machine's vLLM cannot do what is configured.
     """
+    in_flight = config.schedule.in_flight_updates
+    if in_flight in ("keep", "recompute") and not records_versions():
+        raise ConfigError(
+            f"schedule.in_flight_updates = {in_flight} needs vLLM 0.30 or newer, which records the version of every "
+            "token; set resubmit or none"
+        )
     ranks, workers = config.learner.world_size, config.generator.workers
     on_gpus = config.run.device == "cuda"
     if on_gpus:
@@ -79,14 +90,34 @@ def plan_processes(
         *(argument for port in generator_ports for argument in ("--generator", f"http://{_HOST}:{port}")),
         *("--transfer", f"{_HOST}:{transfer}"),
     ]
+    resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
     return ProcessPlan(
-        learners=learners, generators=generators, controller=_controller(run_dir, addresses, resume_from)
+        learners=learners,
+        generators=generators,
+        controller=_controller(run_dir, [*addresses, *resume]),
+        restarts=config.generator.restarts if records_versions() else 0,
     )
 
 
-def _controller(run_dir: Path, addresses: list[str], resume_from: int | None) -> ProcessSpec:
-    resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
-    command = [sys.executable, "-m", "megatron_async_rlhf.app", "--run-dir", str(run_dir), *addresses, *resume]
+def plan_learner_alone(config: RunConfig, run_dir: Path, module: str, arguments: Sequence[str] = ()) -> ProcessPlan:
+    """The same without generators: learner ranks on all cores or GPUs, and the module as their controller."""
+    ranks = config.learner.world_size
+    if config.run.device == "cuda":
+        devices, _ = place_on_gpus(ranks, 0, shared=False)
+    else:
+        cores = sorted(os.sched_getaffinity(0))
+        devices = [cores[rank % len(cores)] for rank in range(ranks)]
+    rendezvous, command = _free_ports(2)
+    learners = [
+        _learner(config, run_dir, rank, device, rendezvous=rendezvous, command=command)
+        for rank, device in enumerate(devices)
+    ]
+    addresses = ["--learner", f"tcp://{_HOST}:{command}", *arguments]
+    return ProcessPlan(learners=learners, generators=[], controller=_controller(run_dir, addresses, module=module))
+
+
+def _controller(run_dir: Path, arguments: list[str], module: str = "app") -> ProcessSpec:
+    command = [sys.executable, "-m", f"megatron_async_rlhf.{module}", "--run-dir", str(run_dir), *arguments]
     return ProcessSpec(name="controller", arguments=command, environment={"OMP_NUM_THREADS": "1"}, cores=[])
 
 

@@ -49,7 +49,7 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
         RunCheckpoints(directory).remove_leftovers()
         _keep_lines(directory / METRICS, lambda line: line["step"] < version)
         _keep_lines(directory / SAMPLES, lambda line: line["step"] < version)
-        _keep_lines(directory / EVALUATIONS, lambda line: line["when"] == "before")
+        _keep_lines(directory / EVALUATIONS, lambda line: _step_of_evaluation(line["when"]) <= version)
         replace_file(directory / RESOLVED_CONFIG, dump_config(config))
     except OSError as error:
         raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
@@ -71,6 +71,11 @@ def check_writable(config: RunConfig) -> None:
         raise ConfigError(
             f"run.dir = {config.run.path}: {parent} cannot be written ({error.strerror or error})"
         ) from None
+
+
+def _step_of_evaluation(when: str) -> float:
+    """Of `before`, `step <n>`, `after`."""
+    return float({"before": "0", "after": "inf"}.get(when, when.removeprefix("step ")))
 
 
 def _keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:

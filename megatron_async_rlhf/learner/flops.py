@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from megatron_async_rlhf.config.algorithms import AlgorithmKeys
 from megatron_async_rlhf.config.architecture import Architecture
 
 
@@ -26,6 +27,23 @@ def forward_flops(arch: Architecture, lengths: Sequence[int], outputs: int | Non
     # A token sees the half of its sequence on average.
     whole = sum(length * token_flops(arch, length / 2) for length in lengths)
     return whole - skipped * output_flops(arch)
+
+
+def passes_before_updates(algorithm: AlgorithmKeys, updates: int) -> int:
+    """Forward passes of the policy's shape over a rollout before the first of its `updates`: reference, proximal policy."""
+    return algorithm.has_reference + algorithm.scores_policy_first(updates)
+
+
+def rollout_flops(
+    arch: Architecture, algorithm: AlgorithmKeys, lengths: Sequence[int], outputs: int, *, updates: int, epochs: int
+) -> float:
+    """Of a rollout whose sequences are trained `epochs` times each; a backward pass counts as two forward passes.
+
+    The value model is trained as often and computes its values once before; it has no output matrix.
+    """
+    training = 3 * epochs
+    policy = (training + passes_before_updates(algorithm, updates)) * forward_flops(arch, lengths, outputs)
+    return policy + (training + 1) * forward_flops(arch, lengths, 0) * algorithm.has_value_model
 
 
 def token_flops(arch: Architecture, context: float) -> float:

@@ -9,11 +9,14 @@ from megatron_async_rlhf.types import Span
 # The metrics of an optimizer step and the spans each sums; the reduction is part of forward-backward.
 _STEP_METRICS = {
     "time/reference_s": ("reference",),
+    "time/proximal_s": ("proximal",),
+    "time/values_s": ("values",),
     "time/forward_backward_s": ("forward-backward",),
     "time/gradient_reduction_s": ("gradient reduction",),
     "time/optimizer_s": ("gradient norm", "optimizer"),
 }
-_WORK = ("time/reference_s", "time/forward_backward_s", "time/optimizer_s")
+_PART_OF_ANOTHER = "time/gradient_reduction_s"
+_ONLY_IF_MADE = ("time/proximal_s", "time/values_s")
 
 
 class Meter:
@@ -42,22 +45,26 @@ class Meter:
         spans, self._spans = self._spans, []
         return spans
 
-    def step_metrics(self, tokens: float, flops: float, peak_flops: float | None) -> dict[str, float]:
-        """Seconds, `tokens_per_s` and, if the peak is known, `model_flops_utilisation` of the step since `take`.
+    def step_metrics(
+        self, tokens: float, flops: float, peak_flops: float | None, *, steps: int = 1
+    ) -> dict[str, float]:
+        """Seconds, `tokens_per_s` and, if the peak is known, `model_flops_utilisation` of the steps since `take`.
 
         Rates are over the time the learner works; waiting for a weight push is not counted.
 
         Args:
-            tokens: of the step, on all ranks.
-            flops: model FLOPs of the step, on all ranks.
+            tokens: of the steps, on all ranks.
+            flops: model FLOPs of the steps, on all ranks.
             peak_flops: that all ranks' devices together could do in a second.
+            steps: optimizer steps; each gets as large a share of the seconds, whichever of them a pass was for.
         """
         seconds = {
             metric: sum(span.end - span.start for span in self._spans if span.name in names)
             for metric, names in _STEP_METRICS.items()
         }
-        working = sum(seconds[metric] for metric in _WORK)
+        working = sum(value for metric, value in seconds.items() if metric != _PART_OF_ANOTHER)
         rates = {"tokens_per_s": tokens / working}
         if peak_flops is not None:
             rates["model_flops_utilisation"] = flops / (working * peak_flops)
-        return seconds | rates
+        made = {m: value / steps for m, value in seconds.items() if value or m not in _ONLY_IF_MADE}
+        return made | rates

@@ -30,7 +30,8 @@ class TrainSupervised(Command, frozen=True, kw_only=True, tag=True):
 
 
 class StartReinforcement(Command, frozen=True, kw_only=True, tag=True):
-    """Copies the policy into the reference model and starts a fresh optimizer: policy version 0."""
+    """Makes the policy version 0, with a fresh optimizer: also the reference and the start of a value model, if the
+    algorithm has them."""
 
 
 class ResumeReinforcement(Command, frozen=True, kw_only=True, tag=True):

@@ -250,7 +250,7 @@ class Controller:
         self._recorder.activity("learner", f"push {version}")
         receivers = [*self._pool.serving, *self._pool.returned]
         try:
-            await self._weight_sync.start(version, receivers, how=_PAUSES[how], recompute=how == "recompute")
+            await self._weight_sync.start(version, receivers, how=_PAUSES[how], recompute=how != "keep")
         except (TransferError, GeneratorError) as error:
             await self._push_failed(error, receivers)
             return

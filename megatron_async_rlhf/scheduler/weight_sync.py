@@ -49,7 +49,7 @@ class Receiver(Protocol):
 
     async def join_transfer(self, info: dict[str, Any], *, timeout_s: float) -> None: ...
 
-    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = False) -> None: ...
+    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None: ...
 
 
 class WeightSync:
@@ -84,14 +84,14 @@ class WeightSync:
         receivers: Sequence[Receiver] | None = None,
         *,
         how: Pause = "keep",
-        recompute: bool = False,
+        recompute: bool = True,
     ) -> None:
         """Begin to bring every generator to `version`. Then await `arrived`.
 
         Args:
             receivers: the generators that are to have it; None: the same as before.
             how: what becomes of requests under way.
-            recompute: those that stay make their cache again with the new weights.
+            recompute: the generators empty their caches, those of frozen requests too, which older weights made.
 
         Raises:
             TransferError: nobody could be reached, or not all members met.

@@ -135,7 +135,7 @@ class SimulatedGenerator:
         await self._reach("/init_weight_transfer_engine")
         await self._unless_gone(self._exchange.meet(info["session"], self.name))
 
-    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = False) -> None:
+    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None:
         await self._reach("/update_weights")
         self._check_paused(version)
         self.version = -1

@@ -173,7 +173,8 @@ def simulate(config: RunConfig, scenario: Scenario, trace: Path | None = None) -
         trace: file for the timeline, in virtual time.
 
     Raises:
-        DeadlockError, InvariantError, ExceptionGroup: a bug, here or in the scheduler.
+        DeadlockError, InvariantError, StaleSampleError: a bug, here or in the scheduler.
+        GeneratorError: what befell the generators was too much.
     """
     with tempfile.TemporaryDirectory() as directory:
 
@@ -183,16 +184,24 @@ def simulate(config: RunConfig, scenario: Scenario, trace: Path | None = None) -
             simulation.recorder.close("completed", None)
             return simulation.outcome()
 
-        outcome = run_in_virtual_time(whole(), patience_s=patience_of(config, scenario))
+        try:
+            outcome = run_in_virtual_time(whole(), patience_s=_patience(config, scenario))
+        except BaseExceptionGroup as group:
+            raise _first_of(group) from group
         if trace is not None:
             trace.write_bytes((Path(directory) / "trace.json").read_bytes())
         return outcome
 
 
-def patience_of(config: RunConfig, scenario: Scenario) -> float:
+def _patience(config: RunConfig, scenario: Scenario) -> float:
     """Longer than any wait that the configuration limits."""
     waits = (config.generator.start_timeout_s, config.generator.request_timeout_s, config.weights.timeout_s)
     return 10 * (sum(waits) + config.learner.timeout_s + scenario.back_s)
+
+
+def _first_of(group: BaseExceptionGroup) -> BaseException:
+    error = group.exceptions[0]
+    return _first_of(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 class _Prompts(PromptOrder):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 RESOLVED_CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+WARM_START = "warm_start.jsonl"
 SAMPLES = "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"

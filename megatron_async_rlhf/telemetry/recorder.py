@@ -12,7 +12,7 @@ import msgspec
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE, replace_file
+from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE, WARM_START, replace_file
 from megatron_async_rlhf.telemetry.summary import RunTotals
 from megatron_async_rlhf.telemetry.trace import write_trace
 from megatron_async_rlhf.telemetry.wandb_log import WandbLog
@@ -62,6 +62,8 @@ class Recorder:
 
     def warm_start_step(self, step: int, values: dict[str, float], spans: Iterable[Span]) -> None:
         self._spans += spans
+        with (self._dir / WARM_START).open("a") as file:
+            file.write(json.dumps({"step": step, "time": self._clock(), **values}) + "\n")
         self._events.emit("warm_start", step=step + 1, steps=self._config.warm_start.steps, loss=values["loss"])
         self._wandb.log({"warm_start/loss": values["loss"], "warm_start/step": step})
 

@@ -33,22 +33,6 @@ def test_advantages_and_returns_by_definition(gamma: float, lam: float, order: l
     assert (returns_T[~row.segments.mask_T] == 0).all()
 
 
-@pytest.mark.parametrize(("gamma", "lam"), COEFFICIENTS)
-def test_the_score_after_the_last_token_is_one_more_step_of_the_episode(gamma: float, lam: float):
-    row = PackedRow(LENGTHS)
-    rewards_SL, values_SL = random_values(LENGTHS, 0, -1, 1), random_values(LENGTHS, 1, -1, 1)
-    last_values_S, last_rewards_S = (random_values(LENGTHS, seed, -1, 1)[:, 0] for seed in (2, 3))
-    advantages_T, _ = generalised_advantages(
-        row.lay(rewards_SL), row.lay(values_SL), row.segments, gamma=gamma, lam=lam,
-        last_values_S=last_values_S, last_rewards_S=last_rewards_S,
-    )  # fmt: skip
-    for s, length in enumerate(LENGTHS):
-        rewards = [*rewards_SL[s, :length].tolist(), last_rewards_S[s].item()]
-        values = [*values_SL[s, :length].tolist(), last_values_S[s].item()]
-        expected = by_definition(rewards, values, gamma, lam)[:-1]
-        assert row.tokens(advantages_T)[s] == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
-
 def test_without_discount_the_return_is_the_reward_to_come():
     row = PackedRow(LENGTHS)
     score_T = row.segments.place_last(torch.arange(8.0, dtype=torch.float64))

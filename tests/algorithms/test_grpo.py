@@ -155,7 +155,7 @@ def test_with_kl_in_the_loss_equals_trl(loss_type: str, bias_correction: bool):
     assert_same_loss(policy_loss + 0.3 * kl, theirs, policy_SL)
     if not bias_correction:
         (their_kl,) = trainer._metrics["train"]["kl"]
-        assert metrics["kl_to_reference"].item() == pytest.approx(their_kl, rel=1e-9)
+        assert metrics["kl/per_token"].item() == pytest.approx(their_kl, rel=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])

@@ -39,7 +39,7 @@ def test_loss_and_gradient_by_loops(estimator: str, gradient: str, weighted: boo
             gradient_SL[s, t] = weight_SL[s, t] * (d if gradient == "policy" else slope(d)) / COUNT
     assert ours.item() == pytest.approx(total, rel=1e-9)
     torch.testing.assert_close(torch.autograd.grad(ours, policy_SL)[0], gradient_SL, rtol=1e-9, atol=1e-12)
-    assert metrics["kl_to_reference"].item() == pytest.approx(mean, rel=1e-9)
+    assert metrics["kl/per_token"].item() == pytest.approx(mean, rel=1e-9)
     assert not any(value.requires_grad for value in metrics.values())
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.config.load import load_config
-from megatron_async_rlhf.generator.protocol import SamplingRequest
+from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.launch.plan import ProcessSpec, plan_processes
 from megatron_async_rlhf.launch.process import Process
@@ -28,6 +28,25 @@ from megatron_async_rlhf.types import Completion, TrainingGroup
 
 CONFIG = Path(__file__).with_name("tiny.yaml")
 START_S = 180
+
+
+class Receiver:
+    """A generator that takes part in a push in a mode of its own, whatever the others do."""
+
+    def __init__(self, generator: VLLMGenerator, how: Pause, recompute: bool) -> None:
+        self.name, self._generator, self._how, self._recompute = generator.name, generator, how, recompute
+
+    async def is_ready(self) -> bool:
+        return await self._generator.is_ready()
+
+    async def pause(self, how: Pause = "keep") -> None:
+        await self._generator.pause(self._how)
+
+    async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
+        await self._generator.join_transfer(info, timeout_s=timeout_s)
+
+    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None:
+        await self._generator.receive_weights(version=version, verify=verify, recompute=self._recompute)
 
 
 class PushRig:
@@ -124,11 +143,14 @@ def logprobs_of(model, prompt: list[int], completion: list[int]) -> list[float]:
 
 
 @asynccontextmanager
-async def push_rig(directory: Path, *overrides: str, alter: dict[str, dict] | None = None):
+async def push_rig(
+    directory: Path, *overrides: str, alter: dict[str, dict] | None = None, without: dict[str, str] | None = None
+):
     """Starts everything and ends it, whatever happens in between.
 
     Args:
         alter: name of a generator -> changes to the `config.json` it is started with.
+        without: name of a generator -> an option its server is not given.
     """
     config = load_config(CONFIG, [f"run.dir={directory / 'run'}", "generator.temperature=1.0", *overrides])
     template = directory / "template"
@@ -138,6 +160,11 @@ async def push_rig(directory: Path, *overrides: str, alter: dict[str, dict] | No
     run_dir, _ = create_run_directory(config, template)
     (run_dir / "logs").mkdir(exist_ok=True)
     specs = [*(_altered(spec, run_dir, (alter or {}).get(spec.name)) for spec in plan.generators), *plan.learners]
+    for i, spec in enumerate(specs):
+        if option := (without or {}).get(spec.name):
+            arguments = [argument for argument in spec.arguments if argument != option]
+            assert len(arguments) == len(spec.arguments) - 1
+            specs[i] = msgspec.structs.replace(spec, arguments=arguments)
     processes = {spec.name: Process(spec, run_dir / "logs", pipe_stdout=False) for spec in specs}
     arguments = plan.controller.arguments
     values = {key: [b for a, b in zip(arguments, arguments[1:], strict=False) if a == key] for key in arguments}

@@ -15,7 +15,7 @@ from megatron_async_rlhf.estimate.generator_memory import (
     generator_memory,
 )
 from megatron_async_rlhf.estimate.holdings import generator_holding
-from megatron_async_rlhf.estimate.speed import estimate_speed
+from megatron_async_rlhf.estimate.speed import estimate_speed, trained_token_flops
 from megatron_async_rlhf.generator.vllm.server import server_command
 from megatron_async_rlhf.learner.flops import token_flops
 from megatron_async_rlhf.prepare import outline
@@ -91,6 +91,27 @@ def test_steps_follow_the_schedules(llama8b):
     # attention and for the logits' second time.
     matrices = arch.num_parameters - arch.vocab_size * arch.hidden_size
     assert speed.train_s == pytest.approx(1.045 * 256 * 1536 * 8 * matrices / (0.4 * 4 * 989e12), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "policy_passes", "value_passes"),
+    [
+        (["algorithm={type: best_of_n}"], 3, 0),
+        (["algorithm={type: online_dpo}"], 4, 0),
+        (["algorithm={type: rloo}"], 5, 0),  # the KL in the reward is the proximal policy's
+        (["algorithm={type: ppo}", "schedule.epochs=2", "schedule.max_staleness=2"], 3 + 2 / 2, 3 + 1 / 2),
+        (["algorithm={type: ppo}", "learner.recompute=full"], 4 + 2, 4 + 1),
+    ],
+)
+def test_a_trained_token_takes_the_passes_of_its_algorithm(
+    llama8b, overrides: list[str], policy_passes: float, value_passes: float
+):
+    config, arch = llama8b(*overrides)
+    length, head = 1024, 2 * arch.vocab_size * arch.hidden_size
+    once = token_flops(arch, length / 2)
+    # Logits are computed once more; a value model has none.
+    expected = policy_passes * once + head + value_passes * (once - head)
+    assert trained_token_flops(config, arch, length) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

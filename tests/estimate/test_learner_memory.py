@@ -145,6 +145,32 @@ def test_a_padded_vocabulary_is_held():
     assert held == even
 
 
+def with_algorithm(algorithm: dict, learner: dict | None = None) -> LearnerMemory:
+    tree = config_of("one rank").model_dump(mode="json", exclude_unset=True)
+    config = RunConfig.model_validate(tree | {"algorithm": algorithm, "learner": tree["learner"] | (learner or {})})
+    (memory,) = learner_memory(config, architecture(config))
+    return memory
+
+
+@pytest.mark.parametrize("reference", ["resident", "swapped"])
+def test_without_a_reference_none_is_held(reference: str):
+    keys = {"reference": reference}
+    with_kl = with_algorithm({"type": "rloo"}, keys)
+    copies = 1 if reference == "resident" else 2
+    assert with_kl.reference == copies * with_kl.weights
+    assert with_algorithm({"type": "rloo", "kl": {"coefficient": 0}}, keys).reference == 0
+    assert with_algorithm({"type": "best_of_n"}, keys).reference == 0
+
+
+def test_a_value_model_is_a_policy_without_its_output_matrix():
+    memory, arch = with_algorithm({"type": "ppo"}), architecture(config_of("one rank"))
+    numbers = arch.num_parameters - arch.vocab_size * arch.hidden_size + arch.hidden_size
+    assert memory.value == (4 + 4 + 8) * numbers  # weights, gradients, two moments
+    assert with_algorithm({"type": "grpo"}).value == 0
+    two, without = ({"type": name, "samples_per_prompt": 2} for name in ("ppo", "rloo"))
+    assert with_algorithm(two).total == with_algorithm(without).total + memory.value
+
+
 def test_a_block_of_logits_is_the_learners():
     from megatron_async_rlhf.learner.megatron.logprobs import _BLOCK_ELEMENTS
 

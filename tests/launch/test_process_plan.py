@@ -43,16 +43,16 @@ def test_gpus_are_counted_among_those_we_see(monkeypatch):
 
 def test_tokens_are_asked_for_as_this_vllm_understands_it(tmp_path, monkeypatch):
     """Newer ones serve tokens only with an option that older ones refuse."""
-    server._scale_out_is_optional.cache_clear()
+    server._vllm_mentions.cache_clear()
     assert "--enable-scale-out" in plan().generators[0].arguments
     (tmp_path / "vllm" / "entrypoints" / "openai").mkdir(parents=True)
     (tmp_path / "vllm" / "__init__.py").touch()
     (tmp_path / "vllm" / "entrypoints" / "openai" / "cli_args.py").write_text("enable_server_load_tracking = False")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
-    server._scale_out_is_optional.cache_clear()
+    server._vllm_mentions.cache_clear()
     assert "--enable-scale-out" not in plan().generators[0].arguments
-    server._scale_out_is_optional.cache_clear()
+    server._vllm_mentions.cache_clear()
 
 
 def test_ipc_puts_learner_and_generator_on_one_gpu():

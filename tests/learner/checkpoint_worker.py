@@ -5,20 +5,20 @@ is on disk. A phase trains `first` steps, saves, trains on while the files are w
 """
 
 import json
-import os
-import socket
 import sys
 import time
-import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
+from forked_ranks import run_ranks
 from learner_worker import counted, digests_of, make_learner, preferences, sequences_of
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import join_learner
+from megatron_async_rlhf.learner.megatron.trained_model import TrainedModel
 from megatron_async_rlhf.learner.protocol import (
     ExportWeights,
     FinishCheckpoint,
@@ -47,9 +47,9 @@ def steps(learner: MegatronLearner, job: dict, versions: range) -> list[dict]:
     ]
 
 
-def adam_digests(learner: MegatronLearner) -> list:
+def adam_digests(model: TrainedModel) -> list:
     """Of this rank's own share, in the order of the groups."""
-    (inner,) = learner._optimizer.chained_optimizers
+    (inner,) = model.optimizer.chained_optimizers
     adam = inner.optimizer
     return [
         {key: digest(value).hex() for key, value in adam.state[parameter].items()}
@@ -60,9 +60,9 @@ def adam_digests(learner: MegatronLearner) -> list:
 
 def outcome(learner: MegatronLearner, metrics: list[dict], directory: Path) -> dict:
     learner.export_weights(ExportWeights(directory=str(directory)))
-    rates = [group["lr"] for group in learner._optimizer.param_groups]
+    rates = [group["lr"] for group in learner.policy.optimizer.param_groups]
     return {
-        "metrics": metrics, "weights": digests_of(learner), "adam": adam_digests(learner), "rates": rates,
+        "metrics": metrics, "weights": digests_of(learner), "adam": adam_digests(learner.policy), "rates": rates,
         "random": torch.rand(3).tolist(), "version": learner.version,
     }  # fmt: skip
 
@@ -121,7 +121,6 @@ def resume(learner: MegatronLearner, job: dict, phase: dict, directory: Path) ->
 
 
 def run_rank(rank: int, job: dict, phase: dict, path: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     config = job["config"] | {"learner": job["config"]["learner"] | phase["learner"]}
     checked = RunConfig.model_validate(config | {"model": job["model"]["section"]})
     learner = make_learner({"config": config}, job["model"], join_learner(checked.learner, "cpu"))
@@ -131,35 +130,12 @@ def run_rank(rank: int, job: dict, phase: dict, path: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def fork_rank(rank: int, job: dict, phase: dict, path: Path) -> int:
-    if pid := os.fork():
-        return pid
-    log = os.open(path.parent / f"{phase['name']}-rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
-        run_rank(rank, job, phase, path)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def main() -> int:
     path = Path(sys.argv[1])
     job = json.loads(path.read_text())
     for phase in job["phases"]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-        os.environ["WORLD_SIZE"] = str(phase["learner"]["ranks"])
-        ranks = range(phase["learner"]["ranks"])
-        for rank in ranks:
-            fork_rank(rank, job, phase, path)
-        if any(os.wait()[1] for _ in ranks):
+        act = partial(run_rank, job=job, phase=phase, path=path)
+        if not run_ranks(phase["learner"]["ranks"], path.parent, phase["name"], act):
             return 1
     return 0
 

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -237,22 +236,25 @@ def run_layout(layout: Layout, directory: Path, sources: dict[str, dict]) -> Lay
         "config": config, "models": sources, "sequences": make_sequences(), "pairs": make_pairs(),
         "supervised_steps": SUPERVISED_STEPS, "long run": make_long_run(), "long run config": LONG_RUN,
     }  # fmt: skip
+    run_worker(WORKER, directory, job, TIMEOUT_S)
+    return LayoutRun(layout, directory, sources)
+
+
+def run_worker(worker: Path, directory: Path, job: dict, timeout_s: float) -> None:
+    """Have `worker` do `job` in `directory`; whatever goes wrong, no rank of it stays, and their logs are quoted."""
     (directory / "job.json").write_text(json.dumps(job))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(WORKER), str(directory / "job.json")]
+    command = [sys.executable, str(worker), str(directory / "job.json")]
     with (directory / "worker.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, start_new_session=True
+        )
     try:
-        code = process.wait(TIMEOUT_S)
+        code = process.wait(timeout_s)
     except subprocess.TimeoutExpired:
-        code = f"no result within {TIMEOUT_S} s"
+        code = f"no result within {timeout_s} s"
     if code:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # a group of its own: this worker and its ranks
         process.wait()
         ends = [f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(directory.glob("*.log"))]
         raise AssertionError("\n".join([f"the learner ended with {code}", *ends]))
-    return LayoutRun(layout, directory, sources)

@@ -1,19 +1,17 @@
 """The learner ranks of the tests: drive `MegatronLearner` as told by a JSON file and write down what happened.
 
-Run as `learner_worker.py <job.json>` with MASTER_ADDR and MASTER_PORT set. Results go beside the job: `rank<r>.json`
-and `rank<r>.log` from every rank, weights and logits once. Ranks are forked, because importing megatron takes
-longer than all they do.
+Run as `learner_worker.py <job.json>`. Results go beside the job: `rank<r>.json` and `ranks-rank<r>.log` from every
+rank, weights and logits once.
 """
 
 import dataclasses
 import json
-import os
 import sys
-import traceback
 from collections import Counter
 from pathlib import Path
 
 import torch
+from forked_ranks import run_ranks
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -99,13 +97,12 @@ def logits_of(learner: MegatronLearner, sequences: list[Sequence]) -> list[torch
 
 def gradients_of(learner: MegatronLearner, sequences: list[Sequence]) -> dict[str, torch.Tensor]:
     """Of the supervised loss, reduced over data-parallel ranks; changes nothing."""
-    learner._policy.begin_step()
     count = sum(len(sequence.token_ids) - sequence.prompt_length for sequence in sequences)
 
     def loss(batch, logprobs_T):
         return supervised_loss(logprobs_T, batch.mask_T, num_tokens=count)
 
-    learner._warm_start_passes.train_pass(learner._policy.chunks, learner._cut(sequences, unit=1), loss)
+    learner.policy.accumulate(learner._warm_start_passes, learner._cut(sequences), loss)
     return {name: parameter.main_grad.clone() for name, parameter in named_parameters(learner.chunks).items()}
 
 
@@ -152,7 +149,7 @@ def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
         counted(learner.train_supervised(TrainSupervised(step=step, sequences=sequences)).metrics)
         for step in range(job["supervised_steps"])
     ]
-    micro_batches = len(learner._cut(sequences, unit=1)) * job["supervised_steps"]
+    micro_batches = len(learner._cut(sequences)) * job["supervised_steps"]
     result["runs"] = {part: number / micro_batches for part, number in runs.items()}
     learner.export_weights(ExportWeights(directory=str(directory / "warm")))
 
@@ -173,7 +170,7 @@ def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
     result["preference logprobs"] = [answer.logprobs for answer in answers]
     result["version"] = learner.version
     result["digests"] = digests_of(learner)
-    result["adam state"] = sum(state["exp_avg"].numel() for _, state in learner._optimizer.state.items())
+    result["adam state"] = sum(state["exp_avg"].numel() for _, state in learner.policy.optimizer.state.items())
     learner.export_weights(ExportWeights(directory=str(directory / "final")))
     return result
 
@@ -202,7 +199,6 @@ def blow_up(learner: MegatronLearner, job: dict) -> dict:
 
 
 def run_rank(rank: int, path: Path, job: dict) -> None:
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     config = RunConfig.model_validate(job["config"] | {"model": job["models"]["plain"]["section"]})
     placement = join_learner(config.learner, config.run.device)
     results = {}
@@ -219,33 +215,12 @@ def run_rank(rank: int, path: Path, job: dict) -> None:
     torch.distributed.destroy_process_group()
 
 
-def fork_rank(rank: int, path: Path, job: dict) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    log = os.open(path.parent / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
-        run_rank(rank, path, job)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def main() -> int:
-    """The first rank that fails ends the program; whoever started it ends the other ranks."""
     path = Path(sys.argv[1])
     job = json.loads(path.read_text())
-    ranks = job["config"]["learner"]["ranks"]
-    os.environ["WORLD_SIZE"] = str(ranks)
-    for rank in range(ranks):
-        fork_rank(rank, path, job)
-    return next((1 for _ in range(ranks) if os.wait()[1]), 0)
+    return not run_ranks(
+        job["config"]["learner"]["ranks"], path.parent, "ranks", lambda rank: run_rank(rank, path, job)
+    )
 
 
 if __name__ == "__main__":

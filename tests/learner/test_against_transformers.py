@@ -23,6 +23,7 @@ from learner_ranks import (
     make_pairs,
     make_sequences,
 )
+from plain_training import adamw, completion_logprobs, step
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -41,13 +42,6 @@ def transformers_model(run: LayoutRun, name: str, stage: str) -> PreTrainedModel
     directory = run.directory / name / stage
     (directory / "config.json").write_text(json.dumps(config))
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-
-
-def completion_logprobs(model: PreTrainedModel, row: tuple[list[int], int], temperature: float) -> torch.Tensor:
-    token_ids, prompt_length = torch.tensor(row[0]), row[1]
-    logits_TV = model(token_ids.unsqueeze(0)).logits[0] / temperature
-    logprobs_T = logits_TV.log_softmax(-1)[:-1].gather(-1, token_ids[1:, None]).squeeze(-1)
-    return logprobs_T[prompt_length - 1 :]
 
 
 def assert_close_rows(ours: list[list[float]], theirs: list[torch.Tensor]) -> None:
@@ -97,26 +91,6 @@ def test_a_preference_step_answers_with_the_logprobs_before_it(run: LayoutRun, n
     model = transformers_model(run, name, "warm")
     theirs = [completion_logprobs(model, row, TEMPERATURE) for row in make_pairs()[0]]
     assert_close_rows(run.result(name)["preference logprobs"][0], theirs)
-
-
-def adamw(model: PreTrainedModel, keys: dict) -> torch.optim.AdamW:
-    """Weight decay spares one-dimensional parameters, as in Megatron."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": keys["weight_decay"]},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=(keys["adam_beta1"], keys["adam_beta2"]), eps=keys["adam_eps"])
-
-
-def step(model: PreTrainedModel, optimizer: torch.optim.AdamW, loss: torch.Tensor, keys: dict, progress: float) -> dict:
-    learning_rate = keys["min_learning_rate"] + (keys["learning_rate"] - keys["min_learning_rate"]) * (1 - progress)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), keys["clip_grad"])
-    optimizer.step()
-    return {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": learning_rate}
 
 
 def assert_same_training(ours: list[dict], theirs: list[dict], ours_after: dict, model: PreTrainedModel) -> None:

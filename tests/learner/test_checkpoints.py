@@ -1,11 +1,6 @@
 """What a learner saved, a learner of the same layout goes on from bit for bit, one of another layout closely."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +14,7 @@ from learner_ranks import (
     Layout,
     make_pairs,
     make_sequences,
+    run_worker,
 )
 from safetensors.torch import load_file
 
@@ -86,24 +82,7 @@ class Ranks:
             "config": config, "model": {"section": SHAPE, "vocab_size": VOCAB_SIZE}, "phases": phases,
             "sequences": make_sequences(), "pairs": make_pairs(),
         }  # fmt: skip
-        (directory / "job.json").write_text(json.dumps(job))
-        self._run()
-
-    def _run(self) -> None:
-        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(WORKER), str(self.directory / "job.json")]
-        with (self.directory / "worker.log").open("w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            code = process.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            code = f"no result within {TIMEOUT_S} s"
-        if code:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # a group of its own: this worker and its ranks
-            process.wait()
-            ends = [f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.directory.glob("*.log"))]
-            raise AssertionError("\n".join([f"the learner ended with {code}", *ends]))
+        run_worker(WORKER, directory, job, TIMEOUT_S)
 
     def results(self, name: object) -> list[dict]:
         paths = sorted(self.directory.glob(f"{name}-rank*.json"))

@@ -7,7 +7,7 @@ from learner_ranks import LayoutRun
 @pytest.mark.parametrize("name", ["plain", "tied", "wide"])
 def test_a_step_without_pairs_advances_the_version_and_changes_no_weight(run: LayoutRun, name: str):
     for rank in run.ranks:
-        assert rank[name]["empty"] == {"num_pairs": 0.0}
+        assert rank[name]["empty"] == {"num_sequences": 0.0, "num_pairs": 0.0}
         assert rank[name]["version after empty"] == 1
         assert not rank[name]["changed by an empty and a refused step"]
 
@@ -32,7 +32,8 @@ def test_every_step_advances_the_version_by_one(run: LayoutRun):
 
 
 def test_pairs_are_counted(run: LayoutRun):
-    assert [step["num_pairs"] for step in run.result("plain")["preferences"]] == [5, 1, 5]
+    steps = run.result("plain")["preferences"]
+    assert [(step["num_pairs"], step["num_sequences"]) for step in steps] == [(5, 10), (1, 2), (5, 10)]
 
 
 @pytest.mark.parametrize(("stage", "what"), [("supervised", "warm start step 1"), ("preferences", "step 0")])

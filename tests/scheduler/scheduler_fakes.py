@@ -109,7 +109,7 @@ class FakeGenerator:
     async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
         pass
 
-    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = False) -> None:
+    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None:
         assert not self.sampling and not self._running.is_set()
         await asyncio.sleep(self._rng.random() * 0.008)
         assert not self.sampling and not self._running.is_set()

@@ -52,7 +52,7 @@ class Receiver:
     async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
         self.joined.append(info)
 
-    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = False) -> None:
+    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None:
         self.verified.append(verify)
         fate = self._fates.pop(0) if self._fates else None
         if fate == "hang":
@@ -150,7 +150,7 @@ def test_a_generator_that_hangs_is_found_out_through_the_learner():
 
 def test_a_push_may_take_longer_than_the_timeout_while_it_moves():
     class Slow(Receiver):
-        async def receive_weights(self, *, version: int, verify: bool, recompute: bool = False) -> None:
+        async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None:
             await asyncio.sleep(0.45)
             self.version = version
 

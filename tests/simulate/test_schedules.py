@@ -191,10 +191,9 @@ def test_a_promise_that_is_broken_is_found():
     async def stand(self, standing, *members, original=GeneratorPool._stand):
         await original(self, Standing.SERVING if standing is Standing.RETURNED else standing, *members)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(BaseExceptionGroup) as caught:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InvariantError, match="generator.0 .* known"):
         patch.setattr(GeneratorPool, "_stand", stand)
         simulate(config, scenario)
-    assert caught.group_contains(InvariantError, match="generator.0 is asked to sample, but it is known to have no")
 
 
 def test_a_deadlock_names_who_waits_for_what():

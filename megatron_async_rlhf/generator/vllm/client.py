@@ -1,21 +1,32 @@
-"""Talks to one vLLM server over HTTP: sampling, pausing, and the generator's half of a weight push. No vllm import."""
+"""Talks to one vLLM server: sampling, pausing, and the generator's half of a weight push. No vllm import.
+
+    sample ──> /inference/v1/generate ──────────────────────────────> completions, interrupted or not
+                     ▲ begun: goes on after these tokens ──────────────────────┘
+    pause(keep | wait | abort) ──> receive_weights(recompute | not) ──> resume
+
+What each token was sampled with is vLLM's own record (`weight_versions`), so it is right for a completion that lives
+through any number of updates.
+"""
 
 import asyncio
+import hashlib
 from typing import Any
-
-import aiohttp
-import msgspec
 
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
+from megatron_async_rlhf.generator.vllm.connection import NO_LIMIT, Connection
 from megatron_async_rlhf.types import Completion
 
-_NO_LIMIT = 0.0
+_NOTHING = Completion(token_ids=[], logprobs=[], versions=[], finished=False, text="")
 
 
 class VLLMGenerator:
-    """One server. `version` is the policy version of the weights it was last given; -1 before the first push."""
+    """One server.
+
+    `version` is the policy version of the weights it was last given; -1 before the first push, after one that failed,
+    and once its server is known to be gone: whatever is started in its place has no weights yet.
+    """
 
     def __init__(
         self, name: str, url: str, *, tokenizer: Tokenizer, tensor_parallel: int, request_timeout_s: float
@@ -25,47 +36,69 @@ class VLLMGenerator:
         self.tensor_parallel = tensor_parallel
         self._tokenizer = tokenizer
         self._timeout_s = request_timeout_s
-        # As many connections as requests, so that all can be queued at once. Idle ones are given up long before the
-        # server closes them (`server_environment`): a request sent on a connection that is just being closed would
-        # fail although both sides are well.
-        self._http = aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=5.0))
+        self._under_way = 0  # requests
+        self._server = Connection(name, url, request_timeout_s)
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:
-        """`request.samples` completions; their text has no special tokens."""
-        answer = await self._post(
-            "/inference/v1/generate",
-            {
-                "token_ids": request.prompt.token_ids,
-                "priority": request.order,
-                "sampling_params": {
-                    "n": request.samples,
-                    "seed": request.seed,
-                    "temperature": request.temperature,
-                    "top_p": 1.0,
-                    "top_k": 0,
-                    "max_tokens": request.max_new_tokens,
-                    "logprobs": 0,
-                    "stop_token_ids": [self._tokenizer.eos_token_id],
-                    "detokenize": False,
-                },
+        """`request.samples` completions; their text has no special tokens.
+
+        Raises:
+            GeneratorGoneError: the server ended or hangs, or was started again and has no weights.
+        """
+        begun = request.begun or _NOTHING
+        left = request.max_new_tokens - len(begun.token_ids)
+        if request.begun is not None and request.samples != 1:
+            raise GeneratorError(f"{self.name}: only one sample can go on from what was begun, not {request.samples}")
+        if begun.finished or left <= 0:
+            return [self._completion(begun.token_ids, begun.logprobs, begun.versions, aborted=False)]
+        body = {
+            "token_ids": request.prompt.token_ids + begun.token_ids,
+            "priority": request.order,
+            "sampling_params": {
+                "n": request.samples,
+                "seed": continued_seed(request.seed, len(begun.token_ids)),
+                "temperature": request.temperature,
+                "top_p": 1.0,
+                "top_k": 0,
+                "max_tokens": left,
+                "logprobs": 0,
+                "stop_token_ids": [self._tokenizer.eos_token_id],
+                "detokenize": False,
             },
-        )
+        }
+        self._under_way += 1
+        try:
+            answer = await self._ask("/inference/v1/generate", body)
+        finally:
+            self._under_way -= 1
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != request.samples:
             raise GeneratorError(f"{self.name}: asked for {request.samples} completions, got {len(choices)}")
-        return [self._completion(choice) for choice in choices]
+        return [self._continued(begun, choice) for choice in choices]
 
-    def _completion(self, choice: dict[str, Any]) -> Completion:
+    def _continued(self, begun: Completion, choice: dict[str, Any]) -> Completion:
         token_ids = choice["token_ids"] or []
         entries = (choice.get("logprobs") or {}).get("content") or []
         if len(entries) != len(token_ids):
             raise GeneratorError(f"{self.name}: {len(token_ids)} tokens came with {len(entries)} log-probabilities")
+        return self._completion(
+            begun.token_ids + token_ids,
+            begun.logprobs + [entry["logprob"] for entry in entries],
+            begun.versions + self._versions(choice, len(token_ids)),
+            aborted=choice["finish_reason"] == "abort",
+        )
+
+    def _completion(
+        self, token_ids: list[int], logprobs: list[float], versions: list[int], *, aborted: bool
+    ) -> Completion:
+        finished = bool(token_ids) and token_ids[-1] == self._tokenizer.eos_token_id
         return Completion(
             token_ids=token_ids,
-            logprobs=[entry["logprob"] for entry in entries],
-            versions=self._versions(choice, len(token_ids)),
-            finished=bool(token_ids) and token_ids[-1] == self._tokenizer.eos_token_id,
+            logprobs=logprobs,
+            versions=versions,
+            finished=finished,
             text=self._tokenizer.decode(token_ids),
+            interrupted=aborted and not finished,
         )
 
     def _versions(self, choice: dict[str, Any], length: int) -> list[int]:
@@ -73,23 +106,50 @@ class VLLMGenerator:
         spans = choice.get("weight_versions")
         if spans is None:  # vLLM before 0.30 keeps no record; its weights only change while nothing runs
             return [self.version] * length
+        if any(not span["version"].isdecimal() for span in spans):
+            raise self._started_again()
         versions = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
         if len(versions) != length:
             raise GeneratorError(f"{self.name}: weight versions cover {len(versions)} of {length} tokens")
         return versions
 
     async def pause(self, how: Pause = "keep") -> None:
-        """From now on requests queue until `resume`; see `Pause` for those under way."""
-        await self._post(f"/pause?mode={how}")
+        """Stop the engine; what is asked from now on is queued until `resume`.
+
+        Requests under way freeze with their cache (`keep`), run to their end first (`wait`: this takes as long as
+        they do), or end here and return what they have, `interrupted` (`abort`). With nobody left to use it the cache
+        is emptied: what comes next must not depend on what went before.
+
+        Raises:
+            GeneratorGoneError: as `sample`; a push must not begin with a server that is not the one that was connected.
+        """
+        clear_cache = how != "keep" or not self._under_way
+        await self._ask(f"/pause?mode={how}&clear_cache={str(clear_cache).lower()}")
+        if self.version >= 0 and await self._label() not in (None, str(self.version)):
+            raise self._started_again()
+
+    async def _label(self) -> str | None:
+        """What the server calls its weights; None if it cannot tell: vLLM before 0.30."""
+        try:
+            return (await self._server.get("/weight_info"))["weight_version"]
+        except GeneratorGoneError:
+            self.version = -1
+            raise
+        except GeneratorError:
+            return None
+
+    def _started_again(self) -> GeneratorGoneError:
+        self.version = -1
+        return GeneratorGoneError(f"{self.name}: its server was started again and has no weights yet")
 
     async def resume(self) -> None:
-        await self._post("/resume")
+        await self._ask("/resume")
 
     async def wait_queued(self, count: int) -> None:
         """Return once the server has taken in `count` requests; they run after `resume`."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                while (await self._get("/load"))["server_load"] < count:
+                while (await self._server.get("/load"))["server_load"] < count:
                     await asyncio.sleep(0.005)
         except TimeoutError:
             raise GeneratorError(
@@ -102,56 +162,52 @@ class VLLMGenerator:
         Args:
             info: the fields of the sink's `SinkInit`.
         """
-        await self._post("/init_weight_transfer_engine", {"init_info": info}, timeout_s=timeout_s)
+        await self._ask("/init_weight_transfer_engine", {"init_info": info}, timeout_s=timeout_s)
 
-    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = False) -> None:
-        """The server's half of a push. The engine must be paused; its prefix cache is empty afterwards.
+    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None:
+        """The server's half of a push. The engine must be paused, and stays so.
 
         Returns when every worker holds the weights and, if `verify`, the learner has found them equal to its own. It
         may take as long as weights keep moving: the workers themselves give up when nothing moves any more.
+
+        Args:
+            recompute: empty the cache: frozen requests compute theirs anew when they go on, and nobody finds a block
+                that older weights made. Otherwise they go on with the old one; the server must have been started
+                without a prefix cache then (`server_command` does, for in-flight updates that keep).
 
         Raises:
             GeneratorError: the push failed; `version` is -1 then, until one succeeds: parts of two versions may be mixed.
         """
         self.version = -1
-        await self._post("/start_weight_update")
-        await self._post("/update_weights", {"update_info": {"verify": verify}}, timeout_s=_NO_LIMIT)
-        await self._post("/finish_weight_update", {"weight_version": str(version)})
-        await self._post("/reset_prefix_cache")
+        await self._ask("/start_weight_update")
+        await self._ask("/update_weights", {"update_info": {"verify": verify}}, timeout_s=NO_LIMIT)
+        await self._ask("/finish_weight_update", {"weight_version": str(version)})
+        if recompute and not (await self._ask("/reset_prefix_cache?reset_running_requests=true"))["success"]:
+            raise GeneratorError(f"{self.name}: it could not empty its cache, which older weights made; see its log")
         self.version = version
 
     async def is_ready(self) -> bool:
         """True once the server answers; False while it is still starting."""
-        try:
-            async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=5.0)) as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
-            return False
+        return await self._server.is_healthy()
 
     async def close(self) -> None:
-        await self._http.close()
+        await self._server.close()
 
-    async def _get(self, path: str) -> dict[str, Any]:
-        return await self._request("GET", path, None, self._timeout_s)
-
-    async def _post(self, path: str, body: dict | None = None, timeout_s: float | None = None) -> dict[str, Any]:
-        return await self._request("POST", path, body, self._timeout_s if timeout_s is None else timeout_s)
-
-    async def _request(self, method: str, path: str, body: dict | None, limit: float) -> dict[str, Any]:
+    async def _ask(self, path: str, body: dict | None = None, timeout_s: float | None = None) -> dict[str, Any]:
         try:
-            async with self._http.request(
-                method, path, json=body, timeout=aiohttp.ClientTimeout(total=limit or None)
-            ) as response:
-                status, content = response.status, await response.read()
-        except TimeoutError:
-            raise GeneratorGoneError(
-                f"{self.name}: no answer to {path} within {limit:g} s; see its log, or raise generator.request_timeout_s"
-            ) from None
-        except aiohttp.ClientError as error:
-            raise GeneratorGoneError(
-                f"{self.name}: {path} failed, the server is gone ({type(error).__name__})"
-            ) from None
-        if status != 200:
-            detail = " ".join(content.decode(errors="replace").split())[:300]
-            raise GeneratorError(f"{self.name}: {path} answered {status}: {detail}")
-        return msgspec.json.decode(content) if content else {}
+            return await self._server.post(path, body, timeout_s)
+        except GeneratorGoneError:
+            self.version = -1
+            raise
+
+
+def continued_seed(seed: int, tokens: int) -> int:
+    """Of the sampler that goes on after `tokens` tokens: the same for the same two numbers, its noise unlike the first part's.
+
+    vLLM draws a request's noise from a generator of its own that starts at the seed; with the seed as it was the second
+    part would meet the first part's noise again.
+    """
+    if not tokens:
+        return seed
+    digest = hashlib.blake2b(repr((seed, tokens)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

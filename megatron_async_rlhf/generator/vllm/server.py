@@ -41,18 +41,30 @@ def server_command(config: RunConfig, model_dir: Path, port: int, context_length
         "--enable-server-load-tracking",
         "--disable-uvicorn-access-log",
         *(["--enable-scale-out"] if _scale_out_is_optional() else []),  # tokens in, tokens out
+        # Requests that keep their cache through an update hold blocks of older weights, and vLLM cannot empty its
+        # prefix cache while they do: the next request with the same prompt would go on from those.
+        *(["--no-enable-prefix-caching"] if config.schedule.in_flight_updates == "keep" else []),
         *_device_arguments(config),
     ]
 
 
-@cache
+def records_versions() -> bool:
+    """Whether vLLM records which weights sampled a token, as it does from 0.30 on; without a record an update must not
+    meet requests under way, and a server that was started again cannot be told from the one before."""
+    return _vllm_mentions("entrypoints/scale_out/token_in_token_out/protocol.py", "weight_versions")
+
+
 def _scale_out_is_optional() -> bool:
     """Whether vLLM has the option, without which newer versions serve no tokens; older ones always do, and refuse it."""
+    return _vllm_mentions("entrypoints/*/cli_args.py", "enable_scale_out")
+
+
+@cache
+def _vllm_mentions(files: str, word: str) -> bool:
     vllm = find_spec("vllm")
-    if vllm is None or vllm.origin is None:  # the machine that plans need not be the one that runs
+    if vllm is None or vllm.origin is None:  # the machine that plans need not be the one that runs: as the newest does
         return True
-    options = Path(vllm.origin).parent.glob("entrypoints/*/cli_args.py")
-    return any("enable_scale_out" in file.read_text() for file in options)
+    return any(word in file.read_text() for file in Path(vllm.origin).parent.glob(files))
 
 
 def _device_arguments(config: RunConfig) -> list[str]:

@@ -34,8 +34,15 @@ class MicroBatch:
         indices: which sequence of the command each one is, the parts of a unit in order; -1 for a sequence that only
             keeps ranks in step, [S].
         num_tokens: positions that hold a token of the command.
-        reference_T: the reference policy's log-probabilities on the last stage, once known, [T].
-        policy_T: the policy's, as computed by the training pass before the update, likewise.
+
+    The rest is known on the last stage only, once it is known, 0 off completion tokens:
+
+    Attributes:
+        sampler_T, reference_T: log-probabilities of the policy that sampled and of the reference policy, [T].
+        proximal_T: the policy's before the first update of the rollout, if a pass of its own computes them, [T].
+        policy_T: the policy's as the latest training pass computed them, before its update, [T].
+        values_T, returns_T: of the value model before the first update, and its targets, [T].
+        advantages_T, advantages_S: of each token, [T], or of each sequence, [S].
     """
 
     tokens_T: torch.Tensor
@@ -46,8 +53,19 @@ class MicroBatch:
     packed: PackedSeqParams
     indices: list[int]
     num_tokens: int
+    sampler_T: torch.Tensor | None = None
     reference_T: torch.Tensor | None = None
+    proximal_T: torch.Tensor | None = None
     policy_T: torch.Tensor | None = None
+    values_T: torch.Tensor | None = None
+    returns_T: torch.Tensor | None = None
+    advantages_T: torch.Tensor | None = None
+    advantages_S: torch.Tensor | None = None
+
+    @property
+    def is_real_S(self) -> torch.Tensor:
+        """False for a sequence that only keeps ranks in step, bool [S]."""
+        return torch.tensor([index >= 0 for index in self.indices], device=self.mask_T.device)
 
     @property
     def completions(self) -> Segments:
@@ -61,6 +79,19 @@ class MicroBatch:
         for owner, value in zip(owners, values, strict=True):
             rows[owner].append(value)
         return {index: row for index, row in zip(self.indices, rows, strict=True) if index >= 0}
+
+    def lay_completions(self, rows: Seq[Seq[float]]) -> torch.Tensor:
+        """The inverse of `split_completions`, of all sequences of the command: 0 off completion tokens, [T]."""
+        in_order = self.segments_T[self.mask_T].unique_consecutive().tolist()
+        values = [value for owner in in_order for value in rows[self.indices[owner]]]
+        row_T = torch.zeros(len(self.mask_T), device=self.mask_T.device)
+        row_T[self.mask_T] = torch.tensor(values, device=self.mask_T.device)
+        return row_T
+
+    def pick(self, values: torch.Tensor) -> torch.Tensor:
+        """Of one number per sequence of the command those of this micro-batch's, 0 for one that is not real, [S]."""
+        values_S = values[torch.tensor(self.indices).clamp(min=0)].float().to(self.mask_T.device)
+        return values_S.where(self.is_real_S, 0)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device."""

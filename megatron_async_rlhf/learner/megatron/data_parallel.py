@@ -1,4 +1,4 @@
-"""The policy's model chunks under Megatron's DistributedDataParallel, which owns the gradient buffers.
+"""A trained model's chunks under Megatron's DistributedDataParallel, which owns the gradient buffers.
 
 With `overlap_param_gather` a rank's parameters are whole only during the forward pass that gathers them; whoever
 reads them at another time asks for it with `gather_parameters`.
@@ -14,7 +14,7 @@ from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.learner.meter import Meter
 
 
-class ReplicatedPolicy:
+class ReplicatedChunks:
     """This rank's chunks, wrapped.
 
     Attributes:

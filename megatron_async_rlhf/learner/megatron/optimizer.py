@@ -4,12 +4,12 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_async_rlhf.config.sections import LearnerSection, OptimizerKeys
-from megatron_async_rlhf.learner.megatron.data_parallel import ReplicatedPolicy
+from megatron_async_rlhf.learner.megatron.data_parallel import ReplicatedChunks
 from megatron_async_rlhf.weights.stored import DTYPES
 
 
 def build_optimizer(
-    policy: ReplicatedPolicy, learner: LearnerSection, keys: OptimizerKeys, steps: int
+    model: ReplicatedChunks, learner: LearnerSection, keys: OptimizerKeys, steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """A fresh optimizer and a schedule that reaches `min_learning_rate` of `keys` after `steps`.
 
@@ -38,7 +38,7 @@ def build_optimizer(
             use_torch_optimizer_for_cpu_offload=True,
             overlap_cpu_optimizer_d2h_h2d=learner.optimizer_offload > 0,
         ),
-        policy.chunks,
+        model.chunks,
         use_gloo_process_groups=False,  # separate gloo groups only matter beside NCCL ones
     )
     scheduler = OptimizerParamScheduler(

@@ -1,9 +1,10 @@
 """What of a learner goes into a checkpoint, as Megatron's sharded state dicts, and back out of one.
 
-    model       every chunk's `sharded_state_dict`
-    optimizer   Adam's state and, below float32, its main parameters, one entry per model parameter
-    rng         each rank's generators; read back only by the same number of ranks
-    common      policy version, optimizer steps, number of ranks: the same on all
+    model            every chunk's `sharded_state_dict`
+    optimizer        Adam's state and, below float32, its main parameters, one entry per model parameter
+    value            the same two of a value model, whose tensors' names begin with `value.`
+    rng              each rank's generators; read back only by the same number of ranks
+    common           policy version, optimizer steps, number of ranks: the same on all
 
 The optimizer's entries have the same keys and shapes whether data-parallel ranks divide it or not, so that either kind
 reads what the other wrote: Megatron's `fully_reshardable` form, with these differences smoothed out. Its two kinds name
@@ -31,14 +32,16 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_async_rlhf.errors import LearnerError
+from megatron_async_rlhf.learner.megatron.trained_model import TrainedModel
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_VALUE = "value"
 _MAIN_PARAMETER = "fp32_param"  # as an undivided optimizer calls it; a divided one says `param`
 
 
@@ -61,30 +64,29 @@ def on_host(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def training_state(
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    version: int,
-) -> dict[str, Any]:
-    """Sharded state dict of everything training goes on from. Collective: a divided optimizer is gathered."""
-    state = weights_state(chunks)
-    if scheduler.num_steps:  # before its first step Adam has no state
-        state["optimizer"], _ = _optimizer_state(optimizer, state, is_loading=False)
+def training_state(models: Sequence[TrainedModel], version: int) -> dict[str, Any]:
+    """Sharded state dict of everything training goes on from. Collective: a divided optimizer is gathered.
+
+    Args:
+        models: the policy, and the value model if there is one, which has made as many steps.
+    """
+    policy, *others = models
+    steps = policy.schedule.num_steps
+    state = _model_state(policy, steps)
+    for value_model in others:
+        state[_VALUE] = _model_state(value_model, steps, _VALUE)
     state["rng"] = _rng_state()
-    state["common"] = {"version": version, "steps": scheduler.num_steps, "ranks": dist.get_world_size()}
+    state["common"] = {"version": version, "steps": steps, "ranks": dist.get_world_size()}
     return state
 
 
-def load_training_state(
-    directory: Path,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-) -> int:
-    """Fill model, fresh optimizer and fresh schedule, which keep the rates of their own config; the policy version.
+def load_training_state(directory: Path, models: Sequence[TrainedModel]) -> int:
+    """Fill models, fresh optimizers and fresh schedules, which keep the rates of their own config; the policy version.
 
     Collective.
+
+    Args:
+        models: as those of `training_state`.
 
     Raises:
         LearnerError: no checkpoint of a run.
@@ -92,23 +94,53 @@ def load_training_state(
     common = dist_checkpointing.load_common_state_dict(str(directory)).get("common")
     if common is None:
         raise LearnerError(f"{directory} holds weights, but no training state to go on from")
-    request = weights_state(chunks)
-    kept = {}
-    if common["steps"]:
-        _allocate_adam(optimizer, common["steps"])
-        request["optimizer"], kept = _optimizer_state(optimizer, request, is_loading=True)
+    steps = common["steps"]
+    policy, *others = models
+    request, kept = _request(policy, steps)
+    for value_model in others:
+        request[_VALUE], kept[_VALUE] = _request(value_model, steps, _VALUE)
     if common["ranks"] == dist.get_world_size():
         request["rng"] = _rng_state()
     loaded = dist_checkpointing.load(request, str(directory))
-    load_chunks(chunks, loaded)
-    if common["steps"]:
-        _load_optimizer(optimizer, merge(kept, loaded["optimizer"]))
-    else:
-        optimizer.reload_model_params()  # which it copied, if it works on others, before they were loaded
+    _load_model(policy, loaded, kept, steps)
+    for value_model in others:
+        _load_model(value_model, loaded[_VALUE], kept[_VALUE], steps)
     if "rng" in loaded:
         _set_rng_state(loaded["rng"])
-    scheduler.step(increment=common["steps"])
     return common["version"]
+
+
+def _model_state(model: TrainedModel, steps: int, name: str = "") -> dict[str, Any]:
+    state = _named_weights(model, name)
+    if steps:  # before its first step Adam has no state
+        state["optimizer"], _ = _optimizer_state(model.optimizer, state, is_loading=False)
+    return state
+
+
+def _request(model: TrainedModel, steps: int, name: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """What to read of a model and its optimizer, and what of the optimizer is not saved."""
+    request, kept = _named_weights(model, name), {}
+    if steps:
+        _allocate_adam(model.optimizer, steps)
+        request["optimizer"], kept["optimizer"] = _optimizer_state(model.optimizer, request, is_loading=True)
+    return request, kept
+
+
+def _named_weights(model: TrainedModel, name: str) -> dict[str, Any]:
+    """The optimizer names its entries after these."""
+    state = weights_state(model.chunks)
+    if name:
+        add_prefix_for_sharding(state, f"{name}.")
+    return state
+
+
+def _load_model(model: TrainedModel, loaded: dict[str, Any], kept: dict[str, Any], steps: int) -> None:
+    load_chunks(model.chunks, loaded)
+    if steps:
+        _load_optimizer(model.optimizer, merge(kept["optimizer"], loaded["optimizer"]))
+    else:
+        model.optimizer.reload_model_params()  # which it copied, if it works on others, before they were loaded
+    model.schedule.step(increment=steps)
 
 
 def load_chunks(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:

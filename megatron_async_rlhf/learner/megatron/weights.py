@@ -53,7 +53,14 @@ def load_weights(chunks: list[GPTModel], arch: Architecture, placement: Placemen
         CheckpointError: a tensor is missing.
         MappingError: a tensor whose shape does not fit the architecture.
     """
-    parameters = named_parameters(chunks)
+    load_parameters(named_parameters(chunks), arch, placement, reader)
+
+
+@torch.no_grad()
+def load_parameters(
+    parameters: dict[str, torch.nn.Parameter], arch: Architecture, placement: Placement, reader: WeightReader
+) -> None:
+    """As `load_weights`, of the given ones."""
     # By name alone: a share of the vocabulary may be all padding and have no piece.
     layout = placement.layout
     placed = (

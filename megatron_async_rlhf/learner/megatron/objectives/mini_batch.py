@@ -1,0 +1,92 @@
+"""What one optimizer step learns from, as one rank has it."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from megatron_async_rlhf.errors import LearnerError
+from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
+from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.steps import sum_over_replicas
+from megatron_async_rlhf.types import Sequence, TrainingGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniBatch:
+    """The groups of one step and this rank's micro-batches of them.
+
+    Attributes:
+        sequences: of all groups, one after the other; micro-batches know them by their index here.
+        num_tokens: completion tokens over all ranks, at least 1: the denominator of means over tokens.
+    """
+
+    groups: Seq[TrainingGroup]
+    sequences: list[Sequence]
+    batches: list[MicroBatch]
+    num_tokens: int
+    placement: Placement
+
+    @property
+    def num_sequences(self) -> int:
+        """Over all ranks: the denominator of means over sequences."""
+        return len(self.sequences)
+
+    @property
+    def here(self) -> list[MicroBatch]:
+        """The micro-batches where losses are computed: on the last stage; none elsewhere."""
+        return self.batches if self.placement.is_last_stage else []
+
+    def sum_over_ranks(self, part_of: Callable[[MicroBatch], torch.Tensor], size: int) -> torch.Tensor:
+        """Sum of `part_of` all micro-batches of all ranks, float64 [size], on every rank's host. Collective."""
+        totals = torch.zeros(size, dtype=torch.float64)
+        for batch in self.here:
+            totals += part_of(batch).double().cpu()
+        return sum_over_replicas(totals, self.placement)
+
+    def sum_completions(self, values_of: Callable[[MicroBatch], torch.Tensor]) -> torch.Tensor:
+        """Sum over each sequence's completion tokens, by its index, float64, on every rank's host. Collective.
+
+        Args:
+            values_of: a micro-batch's values, [T].
+        """
+
+        def by_index(batch: MicroBatch) -> torch.Tensor:
+            sums_S = batch.completions.sum(values_of(batch)).double().cpu()
+            sums = torch.zeros(self.num_sequences, dtype=torch.float64)
+            return sums.index_add(0, torch.tensor(batch.indices).clamp(min=0), sums_S)  # no real one: adds 0
+
+        return self.sum_over_ranks(by_index, self.num_sequences)
+
+
+def make_mini_batch(
+    groups: Seq[TrainingGroup], placement: Placement, *, together: int, budget: int, needs_sampler: bool
+) -> MiniBatch:
+    """Cut the groups' sequences into micro-batches, with the sampler's log-probabilities if the groups bring them.
+
+    Args:
+        together, budget: see `cut_micro_batches`.
+
+    Raises:
+        LearnerError: the sampler's log-probabilities are needed, and a sequence lacks them.
+    """
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    lengths = [len(sequence.token_ids) - sequence.prompt_length for sequence in sequences]
+    batches = cut_micro_batches(sequences, together, budget, placement)
+    rows = [row for group in groups for row in group.sampler_logprobs]
+    if [len(row) for row in rows] == lengths:
+        for batch in batches:
+            batch.sampler_T = batch.lay_completions(rows)
+    elif needs_sampler:
+        raise LearnerError(
+            "TrainRollout lacks the sampler's log-probabilities of some completion tokens, which algorithm.correction or "
+            "algorithm.ratio_base = sampler needs"
+        )
+    return MiniBatch(
+        groups=groups,
+        sequences=sequences,
+        batches=batches,
+        num_tokens=max(1, sum(lengths)),
+        placement=placement,
+    )

@@ -1,0 +1,83 @@
+"""The objective of PPO, with a value model. See `algorithms.ppo` and `algorithms.gae`."""
+
+import torch
+
+from megatron_async_rlhf.algorithms.gae import generalised_advantages, whiten, whitening_sums
+from megatron_async_rlhf.algorithms.normalisation import token_shares
+from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
+from megatron_async_rlhf.config.algorithms import PPOSection
+from megatron_async_rlhf.learner.megatron.batching import MicroBatch
+from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
+from megatron_async_rlhf.learner.megatron.objectives.terms import (
+    correct,
+    penalty_in_reward,
+    ratio_base,
+    with_kl_loss,
+)
+from megatron_async_rlhf.learner.megatron.steps import MicroLoss
+
+
+class PPO:
+    """Clipped losses of policy and value model."""
+
+    def __init__(self, section: PPOSection) -> None:
+        self._section = section
+
+    def prepare(self, mini_batch: MiniBatch) -> None:
+        """Generalised advantages, whitened over the mini-batch, and the values' targets.
+
+        Over the mini-batch and not the rollout: it is what one gradient is a mean of, so its advantages have mean 0 and
+        spread 1 however many mini-batches the rollout has.
+        """
+        section = self._section
+        scores = torch.tensor([r for group in mini_batch.groups for r in group.rewards], dtype=torch.float64)
+        for batch in mini_batch.here:
+            rewards_T = batch.completions.place_last(batch.pick(scores))
+            if section.kl.in_reward:
+                rewards_T = rewards_T + penalty_in_reward(section.kl, batch)
+            batch.advantages_T, batch.returns_T = generalised_advantages(
+                rewards_T, batch.values_T, batch.completions, gamma=section.gamma, lam=section.gae_lambda
+            )
+        if section.whiten_advantages:
+            sums_3 = mini_batch.sum_over_ranks(lambda batch: whitening_sums(batch.advantages_T, batch.mask_T), 3)
+            for batch in mini_batch.here:
+                batch.advantages_T = whiten(batch.advantages_T, batch.mask_T, sums_3.to(batch.advantages_T.device))
+
+    def policy_loss(self, mini_batch: MiniBatch) -> MicroLoss:
+        section, num_tokens = self._section, mini_batch.num_tokens
+
+        def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
+            spans = batch.completions
+            correction = correct(section, mini_batch, batch, logprobs_T)
+            share_T = token_shares(spans, "token", num_tokens=num_tokens, num_sequences=mini_batch.num_sequences)
+            total, metrics = clipped_policy_loss(
+                logprobs_T,
+                ratio_base(section, batch, logprobs_T),
+                batch.advantages_T,
+                share_T,
+                spans,
+                correction.token_T,
+                clip_low=section.clip_low,
+                clip_high=section.clip_high,
+                ratio_cap=section.dual_clip,
+                num_tokens=num_tokens,
+            )
+            policy = total, metrics | correction.metrics
+            return with_kl_loss(section.kl, mini_batch, batch, logprobs_T, share_T, correction.token_T, policy)
+
+        return loss
+
+    def value_loss(self, mini_batch: MiniBatch) -> MicroLoss:
+        def loss(batch: MicroBatch, values_T: torch.Tensor):
+            total, metrics = clipped_value_loss(
+                values_T,
+                batch.values_T,
+                batch.returns_T,
+                batch.mask_T,
+                clip=self._section.value_clip,
+                num_tokens=mini_batch.num_tokens,
+            )
+            total = self._section.value_coefficient * total
+            return total, metrics | {"loss": total.detach()}
+
+        return loss

@@ -1,0 +1,47 @@
+"""How the life of every controller process begins and ends, whatever it does in between: `app`, `sft`, `replay`.
+
+start learner ─> warm start ─> reference ─> ... ─> export
+"""
+
+import logging
+from pathlib import Path
+
+from megatron_async_rlhf.checkpoint.directory import describe_weights
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.prompts import PromptOrder
+from megatron_async_rlhf.errors import AsyncRLHFError
+from megatron_async_rlhf.learner.protocol import ExportWeights, Learner, StartReinforcement
+from megatron_async_rlhf.prepare import Materials
+from megatron_async_rlhf.scheduler.stages import warm_start
+from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR
+from megatron_async_rlhf.telemetry.recorder import Recorder
+
+_log = logging.getLogger(__name__)
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+async def begin_reinforcement(config: RunConfig, learner: Learner, materials: Materials, recorder: Recorder) -> None:
+    """The warm start, if there is one, and the reference policy."""
+    solvable = [prompt for prompt in materials.train if prompt.index in materials.solved]
+    if solvable:
+        recorder.stage("warm start", steps=config.warm_start.steps)
+        order = PromptOrder(solvable, config.run.seed)
+        await warm_start(config, learner, order, materials.solved, recorder)
+    await learner.execute(StartReinforcement())
+
+
+async def export_policy(config: RunConfig, run_dir: Path, learner: Learner, recorder: Recorder) -> None:
+    """Into the run directory, for Hugging Face."""
+    recorder.stage("export")
+    directory = run_dir / EXPORT_DIR
+    describe_weights(run_dir / POLICY_TEMPLATE_DIR, directory, config.learner.weights_dtype)
+    await learner.execute(ExportWeights(directory=str(directory)))
+
+
+def close_failed(recorder: Recorder, error: BaseException) -> int:
+    """Say what ended the run; its exit code."""
+    line = str(error) if isinstance(error, AsyncRLHFError) else f"{type(error).__name__}: {error}"
+    _log.error("run failed: %s", line, exc_info=error)
+    recorder.close("failed", line)
+    return EXIT_FAILED

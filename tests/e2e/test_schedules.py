@@ -1,0 +1,89 @@
+"""Every schedule and algorithm with real engines: streaming, bounds, evaluation beside training, recording, replay."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_async_rlhf.config.algorithms import SECTIONS
+
+THOROUGH = os.environ.get("ASYNC_RLHF_TEST_THOROUGH") == "1"
+thorough = pytest.mark.skipif(not THOROUGH, reason="minutes of real runs; set ASYNC_RLHF_TEST_THOROUGH=1")
+# What is measured differs from run to run; all else must not.
+MEASURED = ("time", "tokens_per_s", "model_flops_utilisation")
+
+
+def reported(run) -> list[dict]:
+    return [
+        {name: value for name, value in line.items() if not name.startswith(MEASURED)}
+        for line in run.lines("metrics.jsonl")
+    ]
+
+
+def assert_counts_add_up(summary: dict) -> None:
+    parts = ("samples_trained", "samples_dropped", "samples_cancelled")
+    assert summary["samples_generated"] == sum(summary[part] for part in parts), summary
+
+
+def completed(run) -> dict:
+    output = run.wait()
+    assert run.process.returncode == 0, output
+    return run.summary()
+
+
+@pytest.mark.slow
+def test_a_streaming_run_can_be_replayed(start):
+    run = start(
+        "schedule.generation=streaming",
+        "schedule.max_staleness=2",
+        "schedule.in_flight_updates=keep",
+        "schedule.order=windowed",
+        "schedule.eval_every=2",
+        "schedule.record=true",
+        "schedule.steps=6",
+        "generator.max_concurrent=9",
+    )
+    summary = completed(run)
+    assert summary["staleness"]["max"] <= 2
+    assert_counts_add_up(summary)
+    assert summary["samples_generated"] == 6 * 8 * 3
+    assert set(summary["eval"]) == {"before", "step 2", "step 4", "after"}
+    for when in summary["eval"]:
+        assert sum(line["when"] == when for line in run.lines("evaluations.jsonl")) == 50
+    again = subprocess.run(
+        [sys.executable, "-m", "megatron_async_rlhf", "replay", str(run.directory)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert again.returncode == 0, again.stdout
+    assert "equal: " in again.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "ppo" else thorough) for n in SECTIONS])
+def test_async_without_staleness_is_sync_bit_for_bit(start, name: str):
+    """Two rollouts of two mini-batches each, so that proximal policies and advantages are made of rollouts."""
+    settings = (f"algorithm.type={name}", f"schedule.steps={20 if THOROUGH else 4}", "schedule.mini_batches=2")
+    runs = [start(*settings, f"schedule.mode={mode}", "schedule.max_staleness=0") for mode in ("sync", "async")]
+    for run in runs:
+        completed(run)
+    assert reported(runs[0]) == reported(runs[1])
+    weights = [(run.directory / "checkpoints/final/model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_a_killed_generator_comes_back_and_nothing_is_lost(start):
+    """Synchronous, with seeds per request: but for float noise between batches, what is learned is the same."""
+    settings = ("schedule.mode=sync", "generator.replicas=2", "schedule.steps=40", "schedule.prompts_per_step=16")
+    run = start(*settings, "launch.pin_cores=false")
+    run.wait_for_step(3)
+    run.kill("generator.1")
+    summary = completed(run)
+    assert summary["steps"] == 40
+    assert_counts_add_up(summary)
+    assert summary["samples_trained"] + summary["samples_dropped"] == 40 * 16 * 3
+    assert summary["weight_sync"]["mismatches"] == 0

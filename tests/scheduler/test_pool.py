@@ -1,0 +1,219 @@
+"""Routing, loss and return of generators, on fakes whose requests end when the test says so."""
+
+import asyncio
+
+import pytest
+
+from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
+from megatron_async_rlhf.generator.protocol import SamplingRequest
+from megatron_async_rlhf.scheduler import pool as pool_module
+from megatron_async_rlhf.scheduler.pool import GeneratorPool
+from megatron_async_rlhf.types import Completion, Prompt
+
+PROMPT = Prompt(index=0, text="p", token_ids=[1, 2], reference={})
+
+
+def completion(*token_ids, interrupted=False):
+    return Completion(
+        token_ids=list(token_ids),
+        logprobs=[-1.0] * len(token_ids),
+        versions=[0] * len(token_ids),
+        finished=not interrupted,
+        text="",
+        interrupted=interrupted,
+    )
+
+
+class Engine:
+    """Requests wait in `asked` for their answer; `alive` false: the process is gone."""
+
+    version = 0
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.alive = True
+        self.asked: list[tuple[SamplingRequest, asyncio.Future]] = []
+        self.calls: list[str] = []
+
+    async def sample(self, request: SamplingRequest) -> list[Completion]:
+        if not self.alive:
+            raise GeneratorGoneError(f"{self.name}: gone")
+        answer = asyncio.get_running_loop().create_future()
+        self.asked.append((request, answer))
+        return await answer
+
+    def die(self) -> None:
+        self.alive = False
+        for _, answer in self.asked:
+            if not answer.done():
+                answer.set_exception(GeneratorGoneError(f"{self.name}: gone"))
+
+    async def pause(self, how: str = "keep") -> None:
+        self.calls.append(how)
+        if not self.alive:
+            raise GeneratorGoneError(f"{self.name}: gone")
+
+    async def resume(self) -> None:
+        self.calls.append("resume")
+
+    async def wait_queued(self, count: int) -> None:
+        while self.alive and len(self.asked) < count:
+            await asyncio.sleep(0)
+
+    async def is_ready(self) -> bool:
+        return self.alive
+
+
+def request(samples=1, order=0, **fields):
+    return SamplingRequest(
+        prompt=PROMPT, samples=samples, seed=7, temperature=1.0, max_new_tokens=8, order=order, **fields
+    )
+
+
+def make(count=2, *, on_lost=lambda generator, samples: None, timeout=0.2):
+    engines = [Engine(f"generator.{i}") for i in range(count)]
+    return engines, GeneratorPool(engines, max_concurrent=4, return_timeout_s=timeout, on_lost=on_lost)
+
+
+async def settle():
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def run(test):
+    async def bounded():
+        async with asyncio.timeout(5):
+            await test()
+
+    asyncio.run(bounded())
+
+
+def test_requests_go_to_whoever_has_the_least_to_do():
+    async def test():
+        engines, pool = make()
+        tasks = [asyncio.create_task(pool.sample(request(samples))) for samples in (3, 1, 1, 1)]
+        await settle()
+        assert [[r.samples for r, _ in engine.asked] for engine in engines] == [[3], [1, 1, 1]]
+        assert pool.room == 8 - 6
+        engines[1].asked[0][1].set_result([completion(5)])
+        assert await tasks[1] == [completion(5)]
+        assert pool.room == 3
+
+    run(test)
+
+
+def test_requests_of_a_dead_generator_go_elsewhere_and_count_as_lost():
+    async def test():
+        lost = []
+        engines, pool = make(on_lost=lambda generator, samples: lost.append((generator.name, samples)))
+        tasks = [asyncio.create_task(pool.sample(request(2))) for _ in range(2)]
+        await settle()
+        engines[0].die()
+        await settle()
+        assert [len(engine.asked) for engine in engines] == [1, 2]
+        for _, answer in engines[1].asked:
+            answer.set_result([completion(4), completion(5)])
+        assert await asyncio.gather(*tasks) == [[completion(4), completion(5)]] * 2
+        assert lost == [("generator.0", 2)]
+        assert pool.serving == [engines[1]]
+
+    run(test)
+
+
+def test_a_generator_that_is_back_serves_after_a_push_only(monkeypatch):
+    monkeypatch.setattr(pool_module, "_WATCH_S", 0.001)
+
+    async def test():
+        engines, pool = make()
+        back = []
+        watch = asyncio.create_task(pool.watch(back.append))
+        engines[0].die()
+        await pool.pause()
+        assert pool.serving == [engines[1]] and pool.returned == []
+        engines[0].alive = True
+        while not back:
+            await asyncio.sleep(0.001)
+        assert pool.returned == [engines[0]] == back and pool.serving == [engines[1]]
+        await pool.updated(engines)
+        assert pool.serving == engines
+        watch.cancel()
+
+    run(test)
+
+
+def test_after_a_failed_push_nobody_holds_weights():
+    async def test():
+        engines, pool = make(3)
+        await pool.without_weights([engines[1]])
+        assert (pool.serving, pool.returned, pool.room) == ([], [engines[0], engines[2]], 0)
+        await pool.updated([engines[0]])  # the third did not take part
+        assert (pool.serving, pool.returned) == ([engines[0]], [engines[2]])
+
+    run(test)
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_when_all_are_gone_for_good_somebody_says_so(monkeypatch, waiting):
+    """Whether or not a request waits for a generator."""
+    monkeypatch.setattr(pool_module, "_WATCH_S", 0.001)
+
+    async def test():
+        engines, pool = make(timeout=0.05)
+        for engine in engines:
+            engine.die()
+            await pool.lost(engine)
+        with pytest.raises(GeneratorError, match=r"no generator is left \(generator.0, generator.1\) .* 0.05 s"):
+            await (pool.sample(request()) if waiting else pool.watch(lambda generator: None))
+
+    run(test)
+
+
+def test_nothing_starts_while_weights_change():
+    async def test():
+        engines, pool = make(1)
+        pool.hold()
+        task = asyncio.create_task(pool.sample(request()))
+        await settle()
+        assert engines[0].asked == []
+        await pool.resume()
+        await settle()
+        assert len(engines[0].asked) == 1
+        task.cancel()
+
+    run(test)
+
+
+def test_what_was_cut_off_goes_on_where_there_is_room():
+    async def test():
+        engines, pool = make()
+        task = asyncio.create_task(pool.sample(request(2)))
+        await settle()
+        pool.hold()
+        engines[0].asked[0][1].set_result([completion(5, 6, interrupted=True), completion(7)])
+        await settle()
+        assert engines[1].asked == []  # not before the weights are there
+        await pool.resume()
+        await settle()
+        ((rest, answer),) = [*engines[0].asked[1:], *engines[1].asked]
+        assert (rest.samples, rest.begun.token_ids, rest.max_new_tokens) == (1, [5, 6], 8)
+        assert rest.seed != 7  # the two samples of a request must not get the same noise
+        answer.set_result([completion(5, 6, 9)])
+        assert await task == [completion(5, 6, 9), completion(7)]
+
+    run(test)
+
+
+def test_a_wave_survives_the_death_of_a_generator():
+    async def test():
+        engines, pool = make()
+        task = asyncio.create_task(pool.sample_together([request(order=i) for i in range(4)]))
+        await settle()
+        assert [[r.order for r, _ in engine.asked] for engine in engines] == [[0, 2], [1, 3]]
+        engines[0].die()
+        await settle()
+        assert [r.order for r, _ in engines[1].asked] == [1, 3, 0, 2]
+        for asked, answer in engines[1].asked:
+            answer.set_result([completion(asked.order)])
+        assert [group[0].token_ids for group in await task] == [[0], [1], [2], [3]]
+
+    run(test)
