@@ -21,6 +21,8 @@ import random
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -98,6 +100,23 @@ def serve(port: int, length: int, core: int) -> None:
     web.run_app(server, host="127.0.0.1", port=port, print=None)
 
 
+@contextmanager
+def served(length: int) -> Iterator[str]:
+    """Such a server in a process of its own; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(port, length, 1 % os.cpu_count()), daemon=True
+    )
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.join()
+
+
 class CodingLearner:
     """Takes no time but for the messages."""
 
@@ -156,13 +175,6 @@ def main(
 ) -> None:
     """Print completions per second, by the wall clock and of a whole core."""
     os.sched_setaffinity(0, {0})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = multiprocessing.get_context("spawn").Process(
-        target=serve, args=(port, length, 1 % os.cpu_count()), daemon=True
-    )
-    server.start()
     print(f"{'K':>3}{'samples/s':>12}{'share of a core':>18}{'samples/s of a core':>22}")
     for number in k:
         size = 512 // number
@@ -184,14 +196,13 @@ def main(
             profiler = cProfile.Profile()
             if profile:
                 profiler.enable()
-            wall, processor = asyncio.run(run(config, Path(directory), f"http://127.0.0.1:{port}"))
+            with served(length) as url:
+                wall, processor = asyncio.run(run(config, Path(directory), url))
             profiler.disable()
         done = config.schedule.steps * 512
         print(f"{number:>3}{done / wall:>12.0f}{processor / wall:>18.0%}{done / processor:>22.0f}", flush=True)
         if profile:
             pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
-    server.terminate()
-    server.join()
 
 
 if __name__ == "__main__":
