@@ -11,6 +11,7 @@ from megatron_async_rlhf.config.advice import advice
 from megatron_async_rlhf.config.load import dump_config, load_config, read_tree
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
+from megatron_async_rlhf.simulate.command import simulate
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -119,6 +120,9 @@ def train(
     from megatron_async_rlhf.launch.local import Supervisor
 
     raise typer.Exit(Supervisor(resolved, plan, run_dir, Display()).run())
+
+
+app.command()(simulate)
 
 
 @app.command()

@@ -62,5 +62,13 @@ class ProcessDiedError(AsyncRLHFError, RuntimeError):
     """A process of the run ended when it should not have: names it and quotes the end of its log."""
 
 
+class DeadlockError(AsyncRLHFError, RuntimeError):
+    """A simulation in which nothing can happen any more: a bug in scheduling. Names what every task waits in."""
+
+
+class InvariantError(AsyncRLHFError, AssertionError):
+    """A simulation that broke a promise of the schedule: a bug in scheduling. Names the promise and the group."""
+
+
 class ReplayError(AsyncRLHFError, RuntimeError):
     """Training again on recorded rollouts came out differently."""

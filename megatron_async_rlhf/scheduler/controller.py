@@ -19,7 +19,8 @@ Synchronous training is the same loop with a staleness bound of 0, which leaves 
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from statistics import fmean
 
 from megatron_async_rlhf.config.root import RunConfig
@@ -162,7 +163,9 @@ class Controller:
         return self._stopping or self._pacer.trained == self._pacer.pushed == self._schedule.steps
 
     def _may_push(self) -> bool:
-        return self._pacer.may_push(waiting=bool(self._pool.returned), abandoned=not self._pool.serving)
+        serving, returned = self._pool.serving, self._pool.returned
+        somebody = bool(serving or returned)  # else wait for a generator to come back
+        return somebody and self._pacer.may_push(waiting=bool(returned), abandoned=not serving)
 
     async def _train(self, rollout: list[ReadyGroup], arrivals: list[int]) -> None:
         """One rollout, chosen when the groups of `arrivals` were complete."""
@@ -170,8 +173,9 @@ class Controller:
         size = schedule.prompts_per_step
         parts = [rollout[i : i + size] for i in range(0, len(rollout), size)]
         batches = [self._mini_batch(part) for part in parts]
+        versions = [_versions(part) for part in parts]
         ages = [
-            self._pacer.staleness(_versions(parts[update % len(parts)]), update)
+            self._pacer.staleness(versions[update % len(parts)], update)
             for update in range(schedule.updates_per_rollout)
         ]
         self._recorder.activity("learner", f"step {version}")
@@ -205,7 +209,7 @@ class Controller:
                 self._recorder.trained(len(batches[part].completions), _samples(parts[part]), batches[part].skipped)
 
     def _report(
-        self, version: int, groups: list[ReadyGroup], batch: MiniBatch, ages: list[int], values: dict[str, float]
+        self, version: int, groups: list[ReadyGroup], batch: MiniBatch, ages: Counter[int], values: dict[str, float]
     ) -> None:
         """An optimizer step that took the learner from `version` to the next."""
         self._recorder.stepped(ages, batch.tokens)
@@ -214,7 +218,7 @@ class Controller:
             **values,
             "reward_margin": batch.margin,
             "pairs_skipped": batch.skipped / len(groups),
-            "staleness/mean": fmean(ages) if ages else 0.0,
+            "staleness/mean": sum(age * n for age, n in ages.items()) / ages.total() if ages else 0.0,
             "staleness/max": max(ages, default=0),
             "time/generate_s": max(group.generate_s for group in groups),
         }
@@ -262,7 +266,8 @@ class Controller:
         self._pacer.pushed = version
         self._generation.weights_arrived()
         self._pacer.pushing = False
-        if self._schedule.generation == "streaming":
+        # A batch resumes its engines itself, but not those that came back while it was under way.
+        if self._schedule.generation == "streaming" or self._pacer.running or self._pacer.evaluating:
             await self._pool.resume()
         self._generation.busy.thaw()
         await self._changed.notify()
@@ -284,9 +289,13 @@ class Controller:
         self._tasks.create_task(self._changed.notify())
 
 
-def _versions(groups: Iterable[ReadyGroup]) -> Iterator[int]:
-    """Of every token."""
-    return (v for group in groups for completion in group.scored.group.completions for v in completion.versions)
+def _versions(groups: Iterable[ReadyGroup]) -> Counter[int]:
+    """How many tokens each version sampled."""
+    versions: Counter[int] = Counter()
+    for group in groups:
+        for completion in group.scored.group.completions:
+            versions.update(completion.versions)
+    return versions
 
 
 def _samples(groups: Iterable[ReadyGroup]) -> int:

@@ -86,6 +86,7 @@ class Generation:
                 self._samplers[ticket.index] = tasks.create_task(self._sample_group(ticket))
             if evaluating:
                 tasks.create_task(self._evaluate())
+            await asyncio.sleep(0)  # lets them take their places, so that what is left is known
 
     def _admissible(self) -> int:
         return self._pacer.admissible(-(-self._pool.room // self._config.algorithm.samples_per_prompt))

@@ -15,8 +15,9 @@ speeds are, and none is dropped for its age: docs/staleness.md has the proof.
 Everything here is arithmetic on a few integers, without clock or event loop.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from msgspec import Struct
 
@@ -62,6 +63,9 @@ class Pacer:
         self.admitted = admitted
         self.running: dict[int, Ticket] = {}
         self.ready: dict[int, Ticket] = {}
+        # Both, by number, which is the order of their versions and deadlines too; and how many there are of each version.
+        self._outstanding: dict[int, Ticket] = {}
+        self._of_version: dict[int, int] = {}
         self.pushing = False
         self.learner_busy = False
         self.evaluating = False  # pushes wait, so that an evaluation sees one version
@@ -94,13 +98,15 @@ class Pacer:
             ticket = Ticket(index=index, number=self._numbers, attempt=attempt, version=self.pushed)
             self._numbers += 1
             self.running[index] = ticket
+            self._begin(ticket)
             tickets.append(ticket)
         return tickets
 
     def restore(self, ready: Iterable[tuple[int, int]], unfinished: Iterable[int]) -> None:
         """What an earlier run left: complete groups with their versions, and groups it had started."""
         for index, version in sorted(ready, key=lambda group: group[1]):
-            self.ready[index] = Ticket(index=index, number=self._numbers, version=version)
+            ticket = self.ready[index] = Ticket(index=index, number=self._numbers, version=version)
+            self._begin(ticket)
             self._numbers += 1
         self._again.extend((index, 0) for index in unfinished)
 
@@ -117,27 +123,26 @@ class Pacer:
     def sample_anew(self, index: int) -> None:
         """A running group was cancelled; it starts once more, with newer weights."""
         ticket = self.running.pop(index)
+        self._end(ticket)
         self._again.append((index, ticket.attempt + 1))
 
     def next_rollout(self) -> list[Ticket] | None:
         """The groups to train now, by index, or None if too few are complete, or one that must be among them is not."""
         if len(self.ready) < self._groups:
             return None
-        outstanding = self._outstanding()
         if self._schedule.order == "fifo":
-            first = outstanding[: self._groups]
-            return _by_index(first) if all(ticket.index in self.ready for ticket in first) else None
-        candidates = self._candidates(outstanding)
+            first = islice(self._outstanding.values(), self._groups)
+            return _by_index(self._first(self._groups)) if all(ticket.index in self.ready for ticket in first) else None
+        candidates = self._candidates()
         chosen: dict[int, Ticket] = {}
-        if self._bound is not None:
-            for deadline, needed in self._needed(outstanding):
-                due = [ticket for ticket in candidates if self._deadline(ticket) <= deadline]
-                if len(due) < needed:
-                    return None
-                for ticket in due:
-                    if sum(self._deadline(other) <= deadline for other in chosen.values()) >= needed:
-                        break
-                    chosen[ticket.index] = ticket
+        for deadline, needed in self._needed():
+            due = [ticket for ticket in candidates if self._deadline(ticket.version) <= deadline]
+            if len(due) < needed:
+                return None
+            for ticket in due:
+                if len(chosen) >= needed:  # all chosen so far have this deadline or an earlier one
+                    break
+                chosen[ticket.index] = ticket
         for ticket in candidates:
             if len(chosen) == self._groups:
                 break
@@ -147,19 +152,13 @@ class Pacer:
     def trained_on(self, tickets: Sequence[Ticket]) -> None:
         """The learner has had these."""
         for ticket in tickets:
-            del self.ready[ticket.index]
+            self._end(self.ready.pop(ticket.index))
 
     def stragglers(self) -> set[int]:
         """Running groups without which the learner cannot go on, although enough others are complete."""
         if self.learner_busy or len(self.ready) < self._groups or self.next_rollout() is not None:
             return set()
-        outstanding = self._outstanding()
-        if self._bound is None or self._schedule.order == "fifo":
-            late = outstanding[: self._groups]
-        else:
-            soonest = next(deadline for deadline, _ in self._needed(outstanding))
-            late = [ticket for ticket in outstanding if self._deadline(ticket) <= soonest]
-        return {ticket.index for ticket in late if ticket.index in self.running}
+        return {ticket.index for ticket in self._awaited() if ticket.index in self.running}
 
     def may_push(self, *, waiting: bool = False, abandoned: bool = False) -> bool:
         """Newer weights exist, or a generator is `waiting` for any, and the generators can take them.
@@ -171,14 +170,17 @@ class Pacer:
             return False
         return abandoned or not (self.evaluating or (self.running and not self._in_flight))
 
-    def staleness(self, versions: Iterable[int], update: int = 0) -> list[int]:
+    def staleness(self, versions: Counter[int], update: int = 0) -> Counter[int]:
         """Staleness of tokens if they are trained on now, in the `update`-th step of their rollout, in optimizer steps.
+
+        Args:
+            versions: how many tokens each version sampled.
 
         Raises:
             StaleSampleError: a token breaks the bound, or is from the future.
         """
         now = self.trained + update
-        ages = [now - version for version in versions]
+        ages = Counter({now - version: tokens for version, tokens in versions.items()})
         largest = float("inf") if self._bound is None else self._bound + update
         if ages and not 0 <= min(ages) <= max(ages) <= largest:
             raise StaleSampleError(
@@ -187,33 +189,58 @@ class Pacer:
             )
         return ages
 
-    def _outstanding(self) -> list[Ticket]:
-        """In the order of their numbers, which is that of their deadlines too."""
-        return sorted((*self.running.values(), *self.ready.values()), key=lambda ticket: ticket.number)
+    def _begin(self, ticket: Ticket) -> None:
+        self._outstanding[ticket.number] = ticket
+        self._of_version[ticket.version] = self._of_version.get(ticket.version, 0) + 1
 
-    def _candidates(self, outstanding: list[Ticket]) -> list[Ticket]:
+    def _end(self, ticket: Ticket) -> None:
+        del self._outstanding[ticket.number]
+        self._of_version[ticket.version] -= 1
+        if not self._of_version[ticket.version]:
+            del self._of_version[ticket.version]
+
+    def _first(self, count: int) -> list[Ticket]:
+        """The oldest of those outstanding."""
+        return list(islice(self._outstanding.values(), count))
+
+    @property
+    def _window(self) -> int:
+        """How many of the oldest may be trained now."""
+        sizes = {"fifo": self._groups, "windowed": self._schedule.window or 2 * self._groups}
+        return sizes.get(self._schedule.order, len(self._outstanding))
+
+    def _candidates(self) -> list[Ticket]:
         """Complete groups, those preferred by `schedule.order` first."""
         if self._schedule.order == "freshest":
             return sorted(self.ready.values(), key=lambda ticket: (-ticket.version, ticket.number))
-        window = self._schedule.window or 2 * self._groups
-        near = {ticket.index for ticket in outstanding[:window]}
+        near = {ticket.index for ticket in self._first(self._window)}
         return [ticket for ticket in self.ready.values() if ticket.index in near]
 
-    def _deadline(self, ticket: Ticket) -> int:
-        """The last version at which a rollout with this group may start."""
-        return ticket.version + self._bound
+    def _deadline(self, version: int) -> int:
+        """The last version at which a rollout with a group that was admitted at `version` may start."""
+        return version + self._bound
 
-    def _needed(self, outstanding: list[Ticket]) -> list[tuple[int, int]]:
+    def _needed(self) -> list[tuple[int, int]]:
         """(deadline, how many groups with it or an earlier one must be trained now), where any must, earliest first."""
+        if self._bound is None:
+            return []
         needed, seen = [], 0
-        for position, ticket in enumerate(outstanding):
-            seen += 1
-            deadline = self._deadline(ticket)
-            is_last = position + 1 == len(outstanding) or self._deadline(outstanding[position + 1]) > deadline
+        for version, count in self._of_version.items():
+            seen += count
+            deadline = self._deadline(version)
             later = (deadline - self.trained) // self._updates  # rollouts after this one, up to the deadline
-            if is_last and seen > later * self._groups:
+            if seen > later * self._groups:
                 needed.append((deadline, seen - later * self._groups))
         return needed
+
+    def _awaited(self) -> list[Ticket]:
+        """Groups the next rollout is made of, or must be chosen from, and enough of them are not complete."""
+        near = self._first(self._window)
+        for deadline, needed in self._needed() if self._schedule.order != "fifo" else []:
+            due = [ticket for ticket in near if self._deadline(ticket.version) <= deadline]
+            if sum(ticket.index in self.ready for ticket in due) < needed:
+                return due
+        return near
 
 
 def _by_index(tickets: Iterable[Ticket]) -> list[Ticket]:

@@ -9,6 +9,7 @@ the least loaded generator at once.
 
 import asyncio
 import hashlib
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,6 +19,7 @@ from megatron_async_rlhf.generator.protocol import Generator, Pause, SamplingReq
 from megatron_async_rlhf.types import Completion
 
 _WATCH_S = 0.5
+_MOST_LOSSES = 9  # of generators with one request under way
 
 
 class Standing(Enum):
@@ -30,15 +32,21 @@ class Standing(Enum):
 
 @dataclass
 class Member:
-    """One generator; `load` counts the completions it is sampling."""
+    """One generator, the `place`-th; `load` counts the completions it is sampling."""
 
     generator: Generator
+    place: int
     standing: Standing = Standing.SERVING
     load: int = 0
 
 
 class GeneratorPool:
-    """Generators that hold the same policy version between pushes."""
+    """Generators that hold the same policy version between pushes.
+
+    Attributes:
+        serving: those that hold it.
+        returned: those that are alive again, without weights.
+    """
 
     def __init__(
         self,
@@ -54,21 +62,13 @@ class GeneratorPool:
             return_timeout_s: how long requests wait for a generator when none is left.
             on_lost: told of every request that died with its generator: how many completions it was for.
         """
-        self.members = [Member(generator) for generator in generators]
+        self.members = [Member(generator, place) for place, generator in enumerate(generators)]
         self._max_concurrent = max_concurrent
         self._return_timeout_s = return_timeout_s
         self._on_lost = on_lost
         self._changed = asyncio.Condition()
         self._paused = False
-
-    @property
-    def serving(self) -> list[Generator]:
-        return [member.generator for member in self._serving()]
-
-    @property
-    def returned(self) -> list[Generator]:
-        """Alive again, without weights."""
-        return [member.generator for member in self.members if member.standing is Standing.RETURNED]
+        self._recount()
 
     @property
     def version(self) -> int:
@@ -78,7 +78,7 @@ class GeneratorPool:
     @property
     def room(self) -> int:
         """Completions that could start at once."""
-        return sum(max(0, self._max_concurrent - member.load) for member in self._serving())
+        return self._room
 
     async def sample_together(self, requests: Sequence[SamplingRequest]) -> list[list[Completion]]:
         """Completions of every request, in order. Nothing else may be running."""
@@ -99,12 +99,13 @@ class GeneratorPool:
         answers = [[task.result() for task in share] for share in pending]
         return [answers[i % len(answers)][i // len(answers)] for i in range(len(requests))]
 
-    async def sample(self, request: SamplingRequest) -> list[Completion]:
-        """Completions of one request, from start to end, wherever that takes it."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._paused)
-        members = await self._available()
-        return await self._sample_at(min(members, key=lambda member: member.load), request)
+    async def sample(self, request: SamplingRequest, losses: int = 0) -> list[Completion]:
+        """Completions of one request, from start to end, wherever that takes it; `losses` generators died of it."""
+        if self._paused:
+            async with self._changed:
+                await self._changed.wait_for(lambda: not self._paused)
+        await self._available()
+        return await self._sample_at(self._least_loaded(), request, losses)
 
     def hold(self) -> None:
         """Start nothing until `resume`."""
@@ -117,7 +118,8 @@ class GeneratorPool:
     async def resume(self) -> None:
         await self._everywhere(lambda generator: generator.resume())
         self._paused = False
-        await self._notify()
+        async with self._changed:
+            self._changed.notify_all()
 
     async def watch(self, on_return: Callable[[Generator], object]) -> None:
         """For ever: notice when lost generators answer again.
@@ -127,15 +129,14 @@ class GeneratorPool:
         """
         while True:
             async with self._changed:
-                await self._changed.wait_for(self._lost)
+                await self._changed.wait_for(lambda: self._lost)
             deadline = asyncio.get_running_loop().time() + self._return_timeout_s
-            while lost := self._lost():
+            while lost := self._lost:
                 for member in lost:
                     if await member.generator.is_ready():
-                        member.standing = Standing.RETURNED
+                        await self._stand(Standing.RETURNED, member)
                         on_return(member.generator)
-                        await self._notify()
-                if len(lost) == len(self.members) == len(self._lost()):
+                if len(lost) == len(self.members) == len(self._lost):
                     if asyncio.get_running_loop().time() > deadline:
                         raise self._nobody_left()
                 else:
@@ -144,42 +145,37 @@ class GeneratorPool:
 
     async def lost(self, generator: Generator) -> None:
         """A generator does not answer any more."""
-        for member in self.members:
-            if member.generator is generator:
-                member.standing = Standing.LOST
-        await self._notify()
+        await self._stand(Standing.LOST, *(member for member in self.members if member.generator is generator))
 
     async def updated(self, generators: Sequence[Generator]) -> None:
         """These hold the newest weights, all others none."""
-        for member in self.members:
-            if member.generator in generators:
-                member.standing = Standing.SERVING
-            elif member.standing is Standing.SERVING:
-                member.standing = Standing.LOST
-        await self._notify()
+        names = {generator.name for generator in generators}
+        await self._stand(Standing.LOST, *(m for m in self._serving if m.generator.name not in names))
+        await self._stand(Standing.SERVING, *(m for m in self.members if m.generator.name in names))
 
     async def without_weights(self, lost: Sequence[Generator]) -> None:
         """A push failed: these are gone, and all others hold parts of two versions."""
-        for member in self.members:
-            if member.generator in lost:
-                member.standing = Standing.LOST
-            elif member.standing is Standing.SERVING:
-                member.standing = Standing.RETURNED
-        await self._notify()
+        names = {generator.name for generator in lost}
+        await self._stand(Standing.LOST, *(m for m in self.members if m.generator.name in names))
+        await self._stand(Standing.RETURNED, *self._serving)
 
-    async def _sample_at(self, member: Member, request: SamplingRequest) -> list[Completion]:
-        member.load += request.samples
+    async def _sample_at(self, member: Member, request: SamplingRequest, losses: int = 0) -> list[Completion]:
+        self._add_load(member, request.samples)
         try:
             completions = await member.generator.sample(request)
-        except GeneratorGoneError:
+        except GeneratorGoneError as error:
+            if losses == _MOST_LOSSES:
+                raise GeneratorError(
+                    f"a request failed at {losses + 1} generators one after the other, which is hardly their fault; if it "
+                    f"takes longer than generator.request_timeout_s, raise that: {error}"
+                ) from None
             await self.lost(member.generator)
             self._on_lost(member.generator, request.samples)
             completions = None
         finally:
-            member.load -= request.samples
-        await self._notify()
+            self._add_load(member, -request.samples)
         if completions is None:
-            return await self.sample(request)
+            return await self.sample(request, losses + 1)
         if not any(completion.interrupted for completion in completions):
             return completions
         return list(await asyncio.gather(*(self._complete(c, i, request) for i, c in enumerate(completions))))
@@ -212,13 +208,13 @@ class GeneratorPool:
         Raises:
             GeneratorError: none came back in time.
         """
-        if not self._serving():
+        if not self._serving:
             try:
                 async with asyncio.timeout(self._return_timeout_s), self._changed:
-                    await self._changed.wait_for(self._serving)
+                    await self._changed.wait_for(lambda: self._serving)
             except TimeoutError:
                 raise self._nobody_left() from None
-        return self._serving()
+        return self._serving
 
     def _nobody_left(self) -> GeneratorError:
         names = ", ".join(member.generator.name for member in self.members)
@@ -227,11 +223,44 @@ class GeneratorPool:
             "generator.start_timeout_s; see their logs"
         )
 
-    def _lost(self) -> list[Member]:
-        return [member for member in self.members if member.standing is Standing.LOST]
+    async def _stand(self, standing: Standing, *members: Member) -> None:
+        """So they stand from now on."""
+        for member in members:
+            member.standing = standing
+        self._recount()
+        async with self._changed:
+            self._changed.notify_all()
 
-    def _serving(self) -> list[Member]:
-        return [member for member in self.members if member.standing is Standing.SERVING]
+    def _recount(self) -> None:
+        """What is asked for every request, and changes only with somebody's standing."""
+        of = {standing: [m for m in self.members if m.standing is standing] for standing in Standing}
+        self._serving, self._lost = of[Standing.SERVING], of[Standing.LOST]
+        self.serving: list[Generator] = [member.generator for member in self._serving]
+        self.returned: list[Generator] = [member.generator for member in of[Standing.RETURNED]]
+        self._by_load = [(member.load, member.place) for member in self._serving]
+        heapq.heapify(self._by_load)
+        self._room = sum(self._room_of(member) for member in self._serving)
+
+    def _room_of(self, member: Member) -> int:
+        return max(0, self._max_concurrent - member.load)
+
+    def _add_load(self, member: Member, samples: int) -> None:
+        before = self._room_of(member)
+        member.load += samples
+        if member.standing is Standing.SERVING:
+            self._room += self._room_of(member) - before
+            heapq.heappush(self._by_load, (member.load, member.place))
+            if len(self._by_load) > 8 * len(self.members):
+                self._recount()  # most entries are outdated
+
+    def _least_loaded(self) -> Member:
+        """Of those that serve; there are some."""
+        while True:
+            load, place = self._by_load[0]
+            member = self.members[place]
+            if member.load == load:
+                return member
+            heapq.heappop(self._by_load)  # outdated: there is a newer entry
 
     async def _everywhere(self, call: Callable[[Generator], object]) -> None:
         async def one(generator: Generator) -> None:
@@ -241,10 +270,6 @@ class GeneratorPool:
                 await self.lost(generator)
 
         await asyncio.gather(*(one(generator) for generator in self.serving))
-
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
 
 
 def request_seed(*identity: object) -> int:

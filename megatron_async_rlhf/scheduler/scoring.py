@@ -60,6 +60,7 @@ def logprob_gaps(completions: Seq[Completion], logprobs: Seq[list[float]], versi
     return [
         abs(ours - theirs)
         for completion, row in zip(completions, logprobs, strict=True)
+        if version in completion.versions  # most are older as a whole
         for ours, theirs, sampled_by in zip(row, completion.logprobs, completion.versions, strict=True)
         if sampled_by == version
     ]

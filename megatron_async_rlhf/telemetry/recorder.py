@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,8 @@ class Recorder:
         self.totals.samples_dropped += of - samples
         self.totals.pairs_skipped += skipped
 
-    def stepped(self, ages: Sequence[int], tokens: int) -> None:
-        """One optimizer step on `tokens`; `ages` are the staleness of all tokens of its groups."""
+    def stepped(self, ages: Counter[int], tokens: int) -> None:
+        """One optimizer step on `tokens`; `ages`: how many tokens of its groups had which staleness."""
         self.totals.steps += 1
         self.totals.tokens_trained += tokens
         self.totals.staleness.update(ages)

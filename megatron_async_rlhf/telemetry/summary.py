@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return summary if isinstance(summary, dict) else {}
 
 
+@cache  # looking takes tens of milliseconds, and the summary is written after every step
 def installed_versions() -> dict[str, str]:
     """Version of Python and of every package that matters and is installed."""
     versions = {"python": sys.version.split()[0]}

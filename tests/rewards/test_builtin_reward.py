@@ -1,8 +1,11 @@
+import random
+from itertools import accumulate
+
 import pytest
 
 from megatron_async_rlhf.data.builtin_task import KINDS, make_examples
 from megatron_async_rlhf.errors import DataError
-from megatron_async_rlhf.rewards.builtin import MAX_PARTIAL, BuiltinReward, resemblance
+from megatron_async_rlhf.rewards.builtin import MAX_PARTIAL, BuiltinReward, _common_subsequence, resemblance
 from megatron_async_rlhf.types import Completion, Prompt
 
 
@@ -122,3 +125,20 @@ def test_kinds_with_many_right_answers(reference, right, nearly, wrong):
         assert 0 <= reward(text, **reference) <= MAX_PARTIAL
     for text in wrong:
         assert reward(text, **reference) < 0.2
+
+
+def test_the_longest_common_subsequence_is_that_of_the_table():
+    def by_table(left, right):
+        row = [0] * (len(right) + 1)
+        for a in left:
+            row = list(
+                accumulate(
+                    range(1, len(row)), lambda best, j: max(best, row[j], row[j - 1] + (a == right[j - 1])), initial=0
+                )
+            )
+        return row[-1]
+
+    rng = random.Random(0)
+    for _ in range(300):
+        left, right = ("".join(rng.choices("abcé ", k=rng.randint(1, 90))) for _ in range(2))
+        assert _common_subsequence(left, right) == by_table(left, right)

@@ -99,11 +99,11 @@ def test_the_batch_of_a_non_finite_loss_is_kept(tmp_path):
 def test_tokens_outside_the_bound_are_a_bug():
     pacer = Pacer(ScheduleSection(max_staleness=1))
     pacer.trained = 5
-    assert pacer.staleness([5, 4, 4]) == [0, 1, 1]
-    assert pacer.staleness([]) == []
+    assert pacer.staleness(Counter([5, 4, 4])) == {0: 1, 1: 2}
+    assert pacer.staleness(Counter()) == {}
     for versions in ([3], [6], [5, 3]):
         with pytest.raises(StaleSampleError, match="max_staleness = 1"):
-            pacer.staleness(versions)
+            pacer.staleness(Counter(versions))
 
 
 @pytest.mark.parametrize("generation", ["batch", "streaming"])

@@ -12,6 +12,8 @@ import asyncio
 import hashlib
 from typing import Any
 
+from msgspec import Struct
+
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
@@ -19,6 +21,38 @@ from megatron_async_rlhf.generator.vllm.connection import NO_LIMIT, Connection
 from megatron_async_rlhf.types import Completion
 
 _NOTHING = Completion(token_ids=[], logprobs=[], versions=[], finished=False, text="")
+
+
+class _Entry(Struct):
+    """Of one token."""
+
+    logprob: float
+
+
+class _Logprobs(Struct):
+    content: list[_Entry] | None = None
+
+
+class _Span(Struct):
+    """Tokens from `start` to before `end` were sampled by the weights that the server calls `version`."""
+
+    version: str
+    start: int
+    end: int
+
+
+class _Choice(Struct):
+    """One completion, as vLLM tells of it."""
+
+    index: int
+    token_ids: list[int] | None = None
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+    weight_versions: list[_Span] | None = None
+
+
+class _Answer(Struct):
+    choices: list[_Choice]
 
 
 class VLLMGenerator:
@@ -68,24 +102,24 @@ class VLLMGenerator:
         }
         self._under_way += 1
         try:
-            answer = await self._ask("/inference/v1/generate", body)
+            answer = await self._ask("/inference/v1/generate", body, answer=_Answer)
         finally:
             self._under_way -= 1
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        choices = sorted(answer.choices, key=lambda choice: choice.index)
         if len(choices) != request.samples:
             raise GeneratorError(f"{self.name}: asked for {request.samples} completions, got {len(choices)}")
         return [self._continued(begun, choice) for choice in choices]
 
-    def _continued(self, begun: Completion, choice: dict[str, Any]) -> Completion:
-        token_ids = choice["token_ids"] or []
-        entries = (choice.get("logprobs") or {}).get("content") or []
+    def _continued(self, begun: Completion, choice: "_Choice") -> Completion:
+        token_ids = choice.token_ids or []
+        entries = choice.logprobs.content or [] if choice.logprobs is not None else []
         if len(entries) != len(token_ids):
             raise GeneratorError(f"{self.name}: {len(token_ids)} tokens came with {len(entries)} log-probabilities")
         return self._completion(
             begun.token_ids + token_ids,
-            begun.logprobs + [entry["logprob"] for entry in entries],
-            begun.versions + self._versions(choice, len(token_ids)),
-            aborted=choice["finish_reason"] == "abort",
+            begun.logprobs + [entry.logprob for entry in entries],
+            begun.versions + self._versions(choice.weight_versions, len(token_ids)),
+            aborted=choice.finish_reason == "abort",
         )
 
     def _completion(
@@ -101,14 +135,15 @@ class VLLMGenerator:
             interrupted=aborted and not finished,
         )
 
-    def _versions(self, choice: dict[str, Any], length: int) -> list[int]:
+    def _versions(self, spans: "list[_Span] | None", length: int) -> list[int]:
         """Version per token, from vLLM's own record of which weights sampled what."""
-        spans = choice.get("weight_versions")
         if spans is None:  # vLLM before 0.30 keeps no record; its weights only change while nothing runs
             return [self.version] * length
-        if any(not span["version"].isdecimal() for span in spans):
-            raise self._started_again()
-        versions = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
+        versions: list[int] = []
+        for span in spans:
+            if not span.version.isdecimal():
+                raise self._started_again()
+            versions += [int(span.version)] * (span.end - span.start)
         if len(versions) != length:
             raise GeneratorError(f"{self.name}: weight versions cover {len(versions)} of {length} tokens")
         return versions
@@ -193,9 +228,11 @@ class VLLMGenerator:
     async def close(self) -> None:
         await self._server.close()
 
-    async def _ask(self, path: str, body: dict | None = None, timeout_s: float | None = None) -> dict[str, Any]:
+    async def _ask(
+        self, path: str, body: dict | None = None, timeout_s: float | None = None, answer: Any = dict[str, Any]
+    ) -> Any:
         try:
-            return await self._server.post(path, body, timeout_s)
+            return await self._server.post(path, body, timeout_s, answer)
         except GeneratorGoneError:
             self.version = -1
             raise

@@ -24,13 +24,19 @@ class Connection:
     async def get(self, path: str) -> dict[str, Any]:
         return await self._request("GET", path, None, self._timeout_s)
 
-    async def post(self, path: str, body: dict | None = None, timeout_s: float | None = None) -> dict[str, Any]:
+    async def post(
+        self, path: str, body: dict | None = None, timeout_s: float | None = None, answer: Any = dict[str, Any]
+    ) -> Any:
         """
+        Args:
+            answer: type of what comes back. A struct takes what it has fields for and skips the rest, which is several
+                times as fast as a tree of dictionaries.
+
         Raises:
             GeneratorGoneError: it ended, its engine did, or it did not answer in time.
             GeneratorError: it refused.
         """
-        return await self._request("POST", path, body, self._timeout_s if timeout_s is None else timeout_s)
+        return await self._request("POST", path, body, self._timeout_s if timeout_s is None else timeout_s, answer)
 
     async def is_healthy(self) -> bool:
         """Whether the server answers, and has an engine."""
@@ -43,7 +49,15 @@ class Connection:
     async def close(self) -> None:
         await self._http.close()
 
-    async def _request(self, method: str, path: str, body: dict | None, limit: float) -> dict[str, Any]:
+    def _decoded(self, path: str, content: bytes, answer: Any) -> Any:
+        try:
+            return msgspec.json.decode(content, type=answer)
+        except msgspec.MsgspecError as error:
+            raise GeneratorError(f"{self._name}: {path} answered something else than expected: {error}") from None
+
+    async def _request(
+        self, method: str, path: str, body: dict | None, limit: float, answer: Any = dict[str, Any]
+    ) -> Any:
         name = self._name
         try:
             async with self._http.request(
@@ -57,7 +71,7 @@ class Connection:
         except aiohttp.ClientError as error:
             raise GeneratorGoneError(f"{name}: {path} failed, the server is gone ({type(error).__name__})") from None
         if status == 200:
-            return msgspec.json.decode(content) if content else {}
+            return self._decoded(path, content, answer) if content else {}
         if status >= 500 and not await self.is_healthy():  # a server outlives its engine by a moment
             raise GeneratorGoneError(f"{name}: {path} failed, its engine died; see its log")
         detail = " ".join(content.decode(errors="replace").split())[:300]

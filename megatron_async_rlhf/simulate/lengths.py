@@ -1,0 +1,67 @@
+"""How long completions are: what a simulated generator draws from."""
+
+import math
+from collections.abc import Sequence
+from random import Random
+from typing import Protocol
+
+from megatron_async_rlhf.errors import ConfigError
+
+
+class Lengths(Protocol):
+    """A distribution of completion lengths."""
+
+    name: str
+
+    def draw(self, random: Random) -> int:
+        """Tokens, at least 1; more than the limit is cut off by who asks."""
+        ...
+
+
+class ConstantLength:
+    """All the same."""
+
+    def __init__(self, tokens: int) -> None:
+        self.name, self._tokens = f"{tokens} tokens", tokens
+
+    def draw(self, random: Random) -> int:
+        return self._tokens
+
+
+class LognormalLengths:
+    """A long tail: `sigma` is of the logarithm; 0.5 is mild, 1 is wild."""
+
+    def __init__(self, mean: float, sigma: float) -> None:
+        self.name = f"lognormal, {mean:g} tokens on average, sigma {sigma:g}"
+        self._mu, self._sigma = math.log(mean) - sigma**2 / 2, sigma
+
+    def draw(self, random: Random) -> int:
+        return max(1, round(random.lognormvariate(self._mu, self._sigma)))
+
+
+class MeasuredLengths:
+    """One of those that were seen."""
+
+    def __init__(self, seen: Sequence[int], where: str) -> None:
+        self.name = f"{len(seen)} measured in {where}"
+        self._seen = [max(1, length) for length in seen]
+
+    def draw(self, random: Random) -> int:
+        return self._seen[int(random.random() * len(self._seen))]
+
+
+def parse_lengths(text: str) -> Lengths:
+    """`constant:TOKENS` or `lognormal:MEAN:SIGMA`.
+
+    Raises:
+        ConfigError: neither.
+    """
+    kind, *numbers = text.split(":")
+    try:
+        if kind == "constant" and len(numbers) == 1 and int(numbers[0]) >= 1:
+            return ConstantLength(int(numbers[0]))
+        if kind == "lognormal" and len(numbers) == 2 and float(numbers[0]) >= 1 and float(numbers[1]) >= 0:
+            return LognormalLengths(float(numbers[0]), float(numbers[1]))
+    except ValueError:
+        pass
+    raise ConfigError(f"--lengths {text}: must be constant:TOKENS or lognormal:MEAN:SIGMA, such as lognormal:200:0.6")

@@ -1,0 +1,64 @@
+"""What a simulation assumes about machines and models. All times are seconds."""
+
+from msgspec import Struct
+
+from megatron_async_rlhf.simulate.lengths import ConstantLength, Lengths
+
+
+class Speeds(Struct, frozen=True, kw_only=True):
+    """How long things take.
+
+    A generator with `n` sequences decodes a token of each in `token_s + n x sequence_s`: weights are read once for all,
+    the rest is work for each.
+
+    Attributes:
+        prefill_tokens: prompt tokens an engine takes in during the time of one decoding step.
+        train_s: of one optimizer step, whatever is in it.
+        train_token_s: of one optimizer step, for each token of prompts and completions in it.
+        push_s: from the pause of the engines to verified weights.
+        answer_s: most that an answer is on its way; uniform from 0, so that answers overtake each other.
+    """
+
+    token_s: float = 0.02
+    sequence_s: float = 0.0004
+    prefill_tokens: int = 2048
+    train_s: float = 0.5
+    train_token_s: float = 0.0001
+    push_s: float = 1.0
+    answer_s: float = 0.0
+
+
+class Fault(Struct, frozen=True, kw_only=True):
+    """What happens to one generator, once.
+
+    Attributes:
+        at: when.
+        hangs: it stays but does nothing, and answers nobody; else its process ends.
+        back_s: how long after that another process, without weights, is up in its place.
+    """
+
+    generator: int
+    at: float
+    back_s: float
+    hangs: bool = False
+
+
+class Scenario(Struct, frozen=True, kw_only=True):
+    """A cluster that a run is simulated on.
+
+    Attributes:
+        slowness: of each generator, how often the usual time it takes; those that are not named: 1.
+        faults: that are known beforehand.
+        crashes_per_hour: of each generator, besides; they are back after `back_s` on average.
+        prompt_tokens: of every prompt.
+    """
+
+    generators: int = 1
+    lengths: Lengths = ConstantLength(128)
+    speeds: Speeds = Speeds()
+    slowness: dict[int, float] = {}
+    faults: list[Fault] = []
+    crashes_per_hour: float = 0.0
+    back_s: float = 60.0
+    prompt_tokens: int = 32
+    seed: int = 0

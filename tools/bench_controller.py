@@ -1,0 +1,209 @@
+"""Completions per second that one core of the controller can take in: everything but the machines around it is real.
+
+    .venv/bin/python tools/bench_controller.py
+
+The controller process has the real scheduler, the real HTTP client of vLLM with its tokenizer, real rewards and
+recorder, and a learner that only encodes the command and decodes an answer as big as a real one. A second process, on
+another core, answers like vLLM's `/inference/v1/generate`, at once and always the same: tokens, log-probabilities with
+ranks and the best alternative, and the version of the weights.
+
+`samples/s of a core` divides by the controller's processor time, which other load on the machine disturbs less than the
+wall clock. The controller is fast enough if a core of it takes in what all generators of a cluster make.
+"""
+
+import asyncio
+import cProfile
+import json
+import multiprocessing
+import os
+import pstats
+import random
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from aiohttp import web
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.builtin_task import make_examples
+from megatron_async_rlhf.data.prompts import PromptOrder, build_prompts
+from megatron_async_rlhf.data.tokenizer import Tokenizer, train_bpe_tokenizer
+from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
+from megatron_async_rlhf.learner.protocol import (
+    Answer,
+    Command,
+    FinishPush,
+    TrainRollout,
+    decode_answer,
+    encode_answer,
+    encode_command,
+)
+from megatron_async_rlhf.rewards.registry import make_reward
+from megatron_async_rlhf.scheduler.controller import Controller
+from megatron_async_rlhf.scheduler.pool import GeneratorPool
+from megatron_async_rlhf.scheduler.weight_sync import WeightSync
+from megatron_async_rlhf.simulate.simulation import NoCheckpoints
+from megatron_async_rlhf.telemetry.events import EventStream
+from megatron_async_rlhf.telemetry.recorder import Recorder
+from megatron_async_rlhf.types import PushReport, StepMetrics
+
+SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 1024}
+VOCAB = 2000
+
+
+def serve(port: int, length: int, core: int) -> None:
+    """A server that has always finished already."""
+    os.sched_setaffinity(0, {core})
+    rng = random.Random(0)
+    version = "0"
+
+    def choice(index: int) -> str:
+        content = []
+        for _ in range(length):
+            entry = {"token_id": rng.randrange(300, VOCAB), "logprob": -rng.expovariate(1.0), "rank": 1}
+            content.append({**entry, "top_logprobs": [entry]})
+        fields = {
+            "index": index,
+            "logprobs": {"content": content},
+            "finish_reason": "length",
+            "stop_reason": None,
+            "token_ids": [entry["token_id"] for entry in content],
+            "weight_versions": [{"version": "VERSION", "start": 0, "end": length}],
+        }
+        return json.dumps(fields, separators=(",", ":"))
+
+    choices = [choice(index) for index in range(16)]
+
+    async def generate(request: web.Request) -> web.Response:
+        body = json.loads(await request.read())
+        wanted = ",".join(choices[: body["sampling_params"]["n"]]).replace("VERSION", version)
+        text = '{"request_id":"0","output_mode":"tokens","choices":[' + wanted + "]}"
+        return web.Response(text=text, content_type="application/json")
+
+    async def finish(request: web.Request) -> web.Response:
+        nonlocal version
+        version = json.loads(await request.read())["weight_version"]
+        return web.json_response({})
+
+    async def anything(request: web.Request) -> web.Response:
+        return web.json_response({"server_load": 10**6, "success": True, "weight_version": version})
+
+    server = web.Application()
+    server.router.add_post("/inference/v1/generate", generate)
+    server.router.add_post("/finish_weight_update", finish)
+    server.router.add_route("*", "/{any:.*}", anything)
+    web.run_app(server, host="127.0.0.1", port=port, print=None)
+
+
+@contextmanager
+def served(length: int) -> Iterator[str]:
+    """Such a server in a process of its own; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(port, length, 1 % os.cpu_count()), daemon=True
+    )
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.join()
+
+
+class CodingLearner:
+    """Takes no time but for the messages."""
+
+    async def execute(self, command: Command) -> Answer:
+        encode_command(command)
+        answer = Answer(id=0, push=PushReport(wire_bytes=0) if isinstance(command, FinishPush) else None)
+        if isinstance(command, TrainRollout):
+            rows = [s for group in command.mini_batches[0] for s in group.sequences]
+            answer = Answer(
+                id=0,
+                steps=[StepMetrics(values={"loss": 1.0})],
+                logprobs=[[-1.25] * (len(s.token_ids) - s.prompt_length) for s in rows],
+            )
+        return decode_answer(encode_answer(answer))
+
+
+async def run(config: RunConfig, directory: Path, url: str) -> tuple[float, float]:
+    """Wall clock and processor time of the RL loop."""
+    examples = make_examples(0, 4096, "train")
+    train_bpe_tokenizer(directory, [example.text for example in examples], VOCAB)
+    tokenizer = Tokenizer.load(directory)
+    generators = [
+        VLLMGenerator(f"generator.{i}", url, tokenizer=tokenizer, tensor_parallel=1, request_timeout_s=300.0)
+        for i in range(4)
+    ]
+    for generator in generators:
+        generator.version = 0
+    learner = CodingLearner()
+    recorder = Recorder(config, directory, EventStream(open(os.devnull, "w")), bytes_held_by_generators=0)
+    controller = Controller(
+        config,
+        learner=learner,
+        pool=GeneratorPool(generators, max_concurrent=32, return_timeout_s=60.0),
+        weight_sync=WeightSync(learner, generators, config, ("127.0.0.1", 1)),
+        reward=make_reward(config.reward),
+        prompts=PromptOrder(build_prompts(examples, tokenizer, 512), 0),
+        recorder=recorder,
+        checkpoints=NoCheckpoints(),
+    )
+    while not await generators[0].is_ready():
+        await asyncio.sleep(0.1)
+    wall, processor = time.perf_counter(), time.process_time()
+    await controller.run()
+    spent = time.perf_counter() - wall, time.process_time() - processor
+    recorder.close("completed", None)
+    for generator in generators:
+        await generator.close()
+    return spent
+
+
+def main(
+    samples: Annotated[int, typer.Option(help="Completions in all, for each K.")] = 16384,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
+    k: Annotated[list[int], typer.Option(help="Completions per prompt, as one request.")] = [2, 4],
+    profile: Annotated[bool, typer.Option(help="Say what the time goes into.")] = False,
+) -> None:
+    """Print completions per second, by the wall clock and of a whole core."""
+    os.sched_setaffinity(0, {0})
+    print(f"{'K':>3}{'samples/s':>12}{'share of a core':>18}{'samples/s of a core':>22}")
+    for number in k:
+        size = 512 // number
+        config = RunConfig.model_validate(
+            {
+                "model": SHAPE,
+                "schedule": {
+                    "steps": -(-samples // 512),
+                    "prompts_per_step": size,
+                    "generation": "streaming",
+                    "in_flight_updates": "keep",
+                    "max_staleness": 2,
+                },
+                "algorithm": {"samples_per_prompt": number},
+                "generator": {"max_new_tokens": length},
+            }
+        )
+        with tempfile.TemporaryDirectory() as directory:
+            profiler = cProfile.Profile()
+            if profile:
+                profiler.enable()
+            with served(length) as url:
+                wall, processor = asyncio.run(run(config, Path(directory), url))
+            profiler.disable()
+        done = config.schedule.steps * 512
+        print(f"{number:>3}{done / wall:>12.0f}{processor / wall:>18.0%}{done / processor:>22.0f}", flush=True)
+        if profile:
+            pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+
+
+if __name__ == "__main__":
+    typer.run(main)
