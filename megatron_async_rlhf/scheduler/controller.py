@@ -246,11 +246,16 @@ class Controller:
         version, how = self._pacer.trained, self._schedule.in_flight_updates
         self._pacer.pushing = True
         self._pool.hold()
-        self._generation.busy.freeze()
         self._recorder.activity("learner", f"push {version}")
         receivers = [*self._pool.serving, *self._pool.returned]
         try:
-            await self._weight_sync.start(version, receivers, how=_PAUSES[how], recompute=how != "keep")
+            await self._weight_sync.start(
+                version,
+                receivers,
+                how=_PAUSES[how],
+                recompute=how != "keep",
+                on_paused=self._generation.busy.freeze,
+            )
         except (TransferError, GeneratorError) as error:
             await self._push_failed(error, receivers)
             return

@@ -85,6 +85,7 @@ class WeightSync:
         *,
         how: Pause = "keep",
         recompute: bool = True,
+        on_paused: Callable[[], None] = lambda: None,
     ) -> None:
         """Begin to bring every generator to `version`. Then await `arrived`.
 
@@ -92,6 +93,7 @@ class WeightSync:
             receivers: the generators that are to have it; None: the same as before.
             how: what becomes of requests under way.
             recompute: the generators empty their caches, those of frozen requests too, which older weights made.
+            on_paused: called once no engine computes any more.
 
         Raises:
             TransferError: nobody could be reached, or not all members met.
@@ -104,6 +106,7 @@ class WeightSync:
         if not self._connected:
             await self._connect()
         await self._pause(how)
+        on_paused()
         self._answer = None
         await self._learner.execute(PushWeights(version=version, verify=verify))
         self._receiving = asyncio.create_task(self._receive(version, verify, recompute, started))
