@@ -214,7 +214,8 @@ class ScheduleSection(Section):
     max_groups: PositiveInt | None = None  # under way or waiting for the learner; null: what max_staleness allows
     # How long the learner waits for a group that must be in the next step before it is cancelled and sampled anew.
     straggler_s: PositiveFloat | None = None
-    eval_every: PositiveInt | None = None  # steps; held-out evaluation of that policy while training goes on
+    # Steps: the first version that generators get after so many is evaluated on held-out prompts, while training goes on.
+    eval_every: PositiveInt | None = None
     record: bool = False  # keep what was trained on, for `async-rlhf replay`
 
     @field_validator("in_flight_updates", mode="before")

@@ -264,6 +264,7 @@ class Controller:
             return
         await self._pool.updated(self._weight_sync.receivers)
         self._pacer.pushed = version
+        self._generation.weights_arrived()
         self._pacer.pushing = False
         # A batch resumes its engines itself, but not those that came back while it was under way.
         if self._schedule.generation == "streaming" or self._pacer.running or self._pacer.evaluating:

@@ -59,6 +59,7 @@ class Generation:
         self._changed = changed
         self._evaluation = evaluation
         self._evaluated = pacer.pushed
+        self._evaluation_waits = False
         self._clock = clock
         self._samplers: dict[int, asyncio.Task] = {}  # by group index; those of a rollout share one
         self.ready = {group.index: group for group in ready}
@@ -72,12 +73,11 @@ class Generation:
     async def run(self, tasks: asyncio.TaskGroup) -> None:
         """Consumes prompts, starts sampling tasks; waits for admission; unblocked by pushes and finished groups."""
         while True:
-            await self._changed.wait_until(lambda: self._admissible() or self._evaluation_is_due())
-            tickets = self._pacer.admit(self._admissible())
-            evaluating = self._evaluation_is_due()
+            await self._changed.wait_until(lambda: self._admissible() or self._may_evaluate())
+            evaluating = self._may_evaluate()
             if evaluating:
-                self._evaluated = self._pacer.pushed
-                self._pacer.evaluating = True
+                self._evaluation_waits = False
+            tickets = self._pacer.admit(self._admissible())
             if self._schedule.generation == "batch":
                 task = tasks.create_task(self._sample_rollout(tickets, evaluating))
                 self._samplers |= {ticket.index: task for ticket in tickets}
@@ -91,13 +91,21 @@ class Generation:
     def _admissible(self) -> int:
         return self._pacer.admissible(-(-self._pool.room // self._config.algorithm.samples_per_prompt))
 
-    def _evaluation_is_due(self) -> bool:
-        """The generators hold a version that is to be evaluated; the last one is by the stage that follows."""
+    def weights_arrived(self) -> None:
+        """The generators hold a new version. If it is to be evaluated, no other is pushed before that is done.
+
+        That is the first version they get after each `eval_every` steps; the last one is evaluated after the loop.
+        """
         every, version = self._schedule.eval_every, self._pacer.pushed
-        if self._evaluation is None or every is None or self._pacer.pushing or self._pacer.evaluating:
-            return False
+        if self._evaluation is None or every is None or version == self._schedule.steps:
+            return
+        if version // every > self._evaluated // every:
+            self._evaluated = version
+            self._pacer.evaluating = self._evaluation_waits = True
+
+    def _may_evaluate(self) -> bool:
         waits_for_rollout = self._schedule.generation == "batch" and bool(self._pacer.running)
-        return version % every == 0 and self._evaluated < version < self._schedule.steps and not waits_for_rollout
+        return self._evaluation_waits and not waits_for_rollout
 
     async def _sample_rollout(self, tickets: list[Ticket], evaluating: bool) -> None:
         """A rollout, and the held-out prompts if they are due, in one go: everything starts and ends together."""

@@ -176,7 +176,7 @@ async def push_rig(
             url,
             tokenizer=materials.tokenizer,
             tensor_parallel=config.generator.tensor_parallel,
-            request_timeout_s=60,
+            request_timeout_s=240,
         )
         for i, url in enumerate(values["--generator"])
     ]

@@ -24,12 +24,13 @@ from megatron_async_rlhf.launch.process import Process
 from megatron_async_rlhf.types import Completion, Prompt
 
 CONTEXT = 1024
-LONGEST = 700
+LONGEST = 500
 SAMPLES = 16
-LIMIT_S = 60
+SPANNING = 4  # completions that an update must meet, at least
+LIMIT_S = 200
 BLOCK = 128  # tokens of a block of the CPU's cache; only whole ones are shared
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class InFlightRig:
@@ -65,13 +66,18 @@ class InFlightRig:
         return asyncio.create_task(generator.sample(self.request(seed, **more)))
 
     async def begin_and_freeze(self, generator: VLLMGenerator, seed: int) -> asyncio.Task:
-        """Some requests, frozen after some tokens."""
-        await generator.resume()
-        before = self.metric(generator, "generation_tokens_total")
-        task = self.begin(generator, seed)
-        await self.until(lambda: self.metric(generator, "generation_tokens_total") >= before + 20 * SAMPLES)
-        await generator.pause("keep")
-        return task
+        """Some requests, frozen after some tokens. Who was too slow to freeze them in time tries again."""
+        async with asyncio.timeout(LIMIT_S):
+            while True:
+                await generator.resume()
+                before = self.metric(generator, "generation_tokens_total")
+                task = self.begin(generator, seed)
+                await self.until(lambda: self.metric(generator, "generation_tokens_total") >= before + 8 * SAMPLES)
+                await generator.pause("keep")
+                if self.metric(generator, "num_requests_running") >= SPANNING:
+                    return task
+                await generator.resume()
+                await task
 
     async def until(self, condition) -> None:
         async with asyncio.timeout(LIMIT_S):
@@ -152,7 +158,7 @@ def test_frozen_completions_go_on_with_new_weights(rig: InFlightRig):
     for completions in (kept, recomputed):
         assert all(c.versions == sorted(c.versions) and not c.interrupted for c in completions)
     spanning = [[c for c in completions if set(c.versions) == {old, new}] for completions in (kept, recomputed)]
-    assert min(map(len, spanning)) >= 4
+    assert min(map(len, spanning)) >= SPANNING
     assert max(gap for c in recomputed for gap in rig.gaps(c).values()) <= 1e-4
     assert max(rig.gaps(c)[old] for c in kept if old in c.versions) <= 1e-4
     # The old cache shows, so the comparison can tell; but less than the old weights would.
@@ -177,7 +183,7 @@ def test_cut_off_completions_go_on_elsewhere(rig: InFlightRig):
 
     begun, ended = rig.run(sample())
     cut = [(b, e) for b, e in zip(begun, ended, strict=True) if b.interrupted]
-    assert len(cut) >= 4
+    assert len(cut) >= SPANNING
     for before, whole in zip(begun, ended, strict=True):
         assert set(before.versions) == {old} and not whole.interrupted
         length = len(before.token_ids)
@@ -204,7 +210,7 @@ def test_a_small_change_shows_little_through_the_old_cache(rig: InFlightRig):
 
     old = rig.rig.version + 1
     spanning = [c for c in rig.run(sample()) if set(c.versions) == {old, old + 1}]
-    assert len(spanning) >= 4
+    assert len(spanning) >= SPANNING
     for completion in spanning:
         gaps = rig.gaps(completion)
         assert gaps[old] <= 1e-4
@@ -252,11 +258,16 @@ def test_an_abort_loses_nothing_and_a_cancelled_request_ends_at_the_server(rig: 
         await server.resume()
         assert not (await asked_while_paused)[0].interrupted
 
-        cancelled = rig.begin(server, seed=11)
-        await rig.until(lambda: rig.metric(server, "num_requests_running") == SAMPLES)
+        cancelled = await rig.begin_and_freeze(server, seed=11)
+        sampled = rig.metric(server, "generation_tokens_total")
         cancelled.cancel()
+        async with asyncio.timeout(LIMIT_S):
+            while (await server._server.get("/load"))["server_load"]:
+                await asyncio.sleep(0.01)
+        await server.resume()
+        await server.sample(rig.request(12, samples=1, longest=2))  # makes a step, after which the metrics are new
         await rig.until(lambda: rig.metric(server, "num_requests_running") == 0)
-        assert (await server._server.get("/load"))["server_load"] == 0
+        assert rig.metric(server, "generation_tokens_total") <= sampled + 2
 
     rig.run(sample())
 
@@ -288,13 +299,12 @@ def test_a_generator_that_dies_is_noticed_at_once(rig: InFlightRig):
     """Its engine alone, then all of it; a server started in its place is not taken for it, until it has weights."""
 
     async def lose(generator: VLLMGenerator, kill) -> None:
-        task = rig.begin(generator, seed=13)
-        await rig.until(lambda: rig.metric(generator, "num_requests_running") == SAMPLES)
+        task = await rig.begin_and_freeze(generator, seed=13)
         began = time.monotonic()
         kill()
         with pytest.raises(GeneratorGoneError, match=generator.name):
             await asyncio.wait_for(task, LIMIT_S)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < LIMIT_S / 2  # far below generator.request_timeout_s
         assert generator.version == -1 and not await generator.is_ready()
 
     def kill_engine() -> None:
@@ -344,7 +354,7 @@ def test_tensor_parallel_workers_receive_while_requests_are_frozen(tmp_path, rec
             return await task
 
         spanning = [c for c in rig.run(sample()) if set(c.versions) == {0, 1}]
-        assert len(spanning) >= 4
+        assert len(spanning) >= SPANNING
         for completion in spanning:
             gaps = rig.gaps(completion)
             assert gaps[0] <= 1e-4

@@ -48,7 +48,10 @@ def test_a_streaming_run_can_be_replayed(start):
     assert summary["staleness"]["max"] <= 2
     assert_counts_add_up(summary)
     assert summary["samples_generated"] == 6 * 8 * 3
-    assert set(summary["eval"]) == {"before", "step 2", "step 4", "after"}
+    # Of the first versions pushed after steps 2 and 4; while one is evaluated the learner may get ahead.
+    steps = [int(when.split()[1]) for when in summary["eval"] if when.startswith("step")]
+    assert 1 <= len(steps) <= 2 and 2 <= steps[0] <= 4 and steps[-1] < 6
+    assert {"before", "after"} <= set(summary["eval"])
     for when in summary["eval"]:
         assert sum(line["when"] == when for line in run.lines("evaluations.jsonl")) == 50
     again = subprocess.run(

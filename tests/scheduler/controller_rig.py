@@ -13,6 +13,7 @@ from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.learner.protocol import PushWeights, TrainRollout
 from megatron_async_rlhf.rewards.base import Score
 from megatron_async_rlhf.scheduler.controller import Controller
+from megatron_async_rlhf.scheduler.evaluation import Evaluation
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.state import BEGINNING
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
@@ -37,7 +38,16 @@ class Rig:
     """A controller with fakes around it, from the beginning or from `resumed`; its run directory is `directory`."""
 
     def __init__(
-        self, directory, *, seed=0, replicas=1, polls=1, checkpoint={}, resumed: RunState | None = None, **schedule
+        self,
+        directory,
+        *,
+        seed=0,
+        replicas=1,
+        polls=1,
+        checkpoint={},
+        resumed: RunState | None = None,
+        held_out=0,
+        **schedule,
     ):
         rng = random.Random(seed)
         schedule = {"steps": 6, "prompts_per_step": 3, **schedule}
@@ -68,6 +78,7 @@ class Rig:
             prompts=self.prompts,
             recorder=self.recorder,
             checkpoints=self.saver,
+            evaluation=Evaluation(self.config, prompts[:held_out], LengthReward(), self.recorder),
             state=state,
         )
 

@@ -104,3 +104,19 @@ def test_tokens_outside_the_bound_are_a_bug():
     for versions in ([3], [6], [5, 3]):
         with pytest.raises(StaleSampleError, match="max_staleness = 1"):
             pacer.staleness(Counter(versions))
+
+
+@pytest.mark.parametrize("generation", ["batch", "streaming"])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_evaluation_sees_one_version_while_training_goes_on(tmp_path, generation, seed):
+    rig = Rig(tmp_path, seed=seed, max_staleness=seed, steps=8, eval_every=2, generation=generation, held_out=7)
+    rig.run()
+    evaluated = {when: n for when, n in rig.recorder.totals.evaluation.items()}
+    steps = [int(when.removeprefix("step ")) for when in evaluated]
+    assert len(steps) >= 2 and steps == sorted(set(steps)) and all(2 <= step < 8 for step in steps)
+    if seed == 0:
+        assert steps == [2, 4, 6]
+    lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert Counter(line["when"] for line in lines) == dict.fromkeys(evaluated, 7)
+    assert rig.recorder.totals.samples_generated == 8 * 3 * 2
+    assert max(rig.recorder.totals.staleness) <= seed
