@@ -135,12 +135,12 @@ class Pacer:
             return _by_index(self._first(self._groups)) if all(ticket.index in self.ready for ticket in first) else None
         candidates = self._candidates()
         chosen: dict[int, Ticket] = {}
-        for deadline, needed in self._needed():
-            due = [ticket for ticket in candidates if self._deadline(ticket.version) <= deadline]
+        for version, needed in self._needed():
+            due = [ticket for ticket in candidates if ticket.version <= version]
             if len(due) < needed:
                 return None
             for ticket in due:
-                if len(chosen) >= needed:  # all chosen so far have this deadline or an earlier one
+                if len(chosen) >= needed:  # all chosen so far are of this version or an earlier one
                     break
                 chosen[ticket.index] = ticket
         for ticket in candidates:
@@ -161,12 +161,13 @@ class Pacer:
         return {ticket.index for ticket in self._awaited() if ticket.index in self.running}
 
     def may_push(self, *, waiting: bool = False, abandoned: bool = False) -> bool:
-        """Newer weights exist, or a generator is `waiting` for any, and the generators can take them.
+        """Newer weights exist, and the generators can take them.
 
         Where groups must not meet two versions, they can when nothing is running, or when all that runs has been
-        `abandoned`: no generator is at it any more.
+        `abandoned`: no generator is at it any more. Then one that is `waiting` for any weights gets them at once;
+        otherwise it waits for the next version, because a push stops all others for as long as it takes.
         """
-        if self.pushing or not (self.trained > self.pushed or waiting):
+        if self.pushing or not (self.trained > self.pushed or (waiting and abandoned)):
             return False
         return abandoned or not (self.evaluating or (self.running and not self._in_flight))
 
@@ -216,28 +217,24 @@ class Pacer:
         near = {ticket.index for ticket in self._first(self._window)}
         return [ticket for ticket in self.ready.values() if ticket.index in near]
 
-    def _deadline(self, version: int) -> int:
-        """The last version at which a rollout with a group that was admitted at `version` may start."""
-        return version + self._bound
-
     def _needed(self) -> list[tuple[int, int]]:
-        """(deadline, how many groups with it or an earlier one must be trained now), where any must, earliest first."""
+        """(version, how many groups of it or an earlier one must be trained now), where any must, earliest first."""
         if self._bound is None:
             return []
         needed, seen = [], 0
         for version, count in self._of_version.items():
             seen += count
-            deadline = self._deadline(version)
+            deadline = version + self._bound  # the last version at which a rollout with these groups may start
             later = (deadline - self.trained) // self._updates  # rollouts after this one, up to the deadline
             if seen > later * self._groups:
-                needed.append((deadline, seen - later * self._groups))
+                needed.append((version, seen - later * self._groups))
         return needed
 
     def _awaited(self) -> list[Ticket]:
         """Groups the next rollout is made of, or must be chosen from, and enough of them are not complete."""
         near = self._first(self._window)
-        for deadline, needed in self._needed() if self._schedule.order != "fifo" else []:
-            due = [ticket for ticket in near if self._deadline(ticket.version) <= deadline]
+        for version, needed in self._needed() if self._schedule.order != "fifo" else []:
+            due = [ticket for ticket in near if ticket.version <= version]
             if sum(ticket.index in self.ready for ticket in due) < needed:
                 return due
         return near
