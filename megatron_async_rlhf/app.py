@@ -90,7 +90,7 @@ class Job:
             recorder=self.recorder,
             checkpoints=self._saver,
             evaluation=self._evaluation,
-            rollout_log=RolloutLog(run_dir / ROLLOUT_DIR) if config.schedule.record else None,
+            rollouts=RolloutLog(run_dir / ROLLOUT_DIR) if config.schedule.record else None,
             state=resumed.controller if resumed else BEGINNING,
         )
         self.cut_short = self._interrupted = False

@@ -32,7 +32,7 @@ from megatron_async_rlhf.scheduler.evaluation import Evaluation
 from megatron_async_rlhf.scheduler.generation import Generation
 from megatron_async_rlhf.scheduler.pacing import Pacer
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
-from megatron_async_rlhf.scheduler.recording import RolloutLog
+from megatron_async_rlhf.scheduler.recording import RolloutSink
 from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_facts
 from megatron_async_rlhf.scheduler.signal import Signal
 from megatron_async_rlhf.scheduler.state import BEGINNING, Checkpoints, ControllerState, ReadyGroup
@@ -60,14 +60,14 @@ class Controller:
         recorder: Recorder,
         checkpoints: Checkpoints,
         evaluation: Evaluation | None = None,
-        rollout_log: RolloutLog | None = None,
+        rollouts: RolloutSink | None = None,
         state: ControllerState = BEGINNING,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """
         Args:
             evaluation: of held-out prompts, every `schedule.eval_every` steps.
-            rollout_log: keeps what is trained on.
+            rollouts: told of each one before it is trained.
             clock: seconds; a simulation has its own.
         """
         self._config = config
@@ -77,7 +77,7 @@ class Controller:
         self._weight_sync = weight_sync
         self._recorder = recorder
         self._checkpoints = checkpoints
-        self._rollout_log = rollout_log
+        self._rollouts = rollouts
         self._clock = clock
         self._pacer = Pacer(config.schedule, state.version, state.admitted)
         self._pacer.restore([(group.index, group.version) for group in state.ready], state.unfinished)
@@ -182,8 +182,8 @@ class Controller:
         command = TrainRollout(
             version=version, mini_batches=[batch.groups for batch in batches], epochs=schedule.epochs
         )
-        if self._rollout_log is not None:
-            self._rollout_log.write(command, rollout, arrivals)
+        if self._rollouts is not None:
+            self._rollouts.write(command, rollout, arrivals)
         start = self._clock()
         try:
             answer = await self._learner.execute(command)

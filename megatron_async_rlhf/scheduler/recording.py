@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 from msgspec import Struct
@@ -37,6 +38,13 @@ class RecordedRollout(Struct, frozen=True, kw_only=True):
     command: TrainRollout
     groups: list[RecordedGroup]
     arrived: list[int]
+
+
+class RolloutSink(Protocol):
+    """Whoever wants to know what is trained on."""
+
+    def write(self, command: TrainRollout, rollout: Sequence[ReadyGroup], arrived: list[int]) -> None:
+        """A rollout is about to be trained; `arrived` are all groups that were complete when it was chosen, in order."""
 
 
 class RolloutLog:

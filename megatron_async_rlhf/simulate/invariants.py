@@ -97,7 +97,7 @@ class Ledger:
     # From the learner.
 
     def write(self, command: TrainRollout, rollout: Sequence[ReadyGroup], arrived: list[int]) -> None:
-        """In the place of a `RolloutLog`: all groups of the rollout, also those that teach nothing."""
+        """As a `RolloutSink`: all groups of the rollout, also those that teach nothing."""
         schedule, groups = self._schedule, [group.scored.group for group in rollout]
         if len(groups) != schedule.groups_per_rollout or command.epochs != schedule.epochs:
             raise InvariantError(

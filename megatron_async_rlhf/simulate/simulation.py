@@ -129,7 +129,7 @@ class Simulation:
             recorder=self.recorder,
             checkpoints=NoCheckpoints(),
             evaluation=self._evaluation(),
-            rollout_log=self.ledger,
+            rollouts=self.ledger,
             state=state,
             clock=clock,
         )
