@@ -3,13 +3,18 @@
 start learner ─> warm start ─> reference ─> ... ─> export
 """
 
+import asyncio
 import logging
+import signal
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import AsyncRLHFError
+from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, Learner, StartReinforcement
 from megatron_async_rlhf.prepare import Materials
 from megatron_async_rlhf.scheduler.stages import warm_start
@@ -37,6 +42,27 @@ async def export_policy(config: RunConfig, run_dir: Path, learner: Learner, reco
     directory = run_dir / EXPORT_DIR
     describe_weights(run_dir / POLICY_TEMPLATE_DIR, directory, config.learner.weights_dtype)
     await learner.execute(ExportWeights(directory=str(directory)))
+
+
+async def run_learner_alone(stages: Coroutine[Any, Any, None], learner: LearnerClient, recorder: Recorder) -> int:
+    """Run the stages of a process that drives a learner and no generators; its exit code. Every outcome leaves a summary.
+
+    An interrupt ends them where they are.
+    """
+    task = asyncio.create_task(stages)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        recorder.close("interrupted", None)
+        return EXIT_INTERRUPTED
+    except (AsyncRLHFError, OSError) as error:
+        return close_failed(recorder, error)
+    finally:
+        learner.close()
+    recorder.close("completed", None)
+    return 0
 
 
 def close_failed(recorder: Recorder, error: BaseException) -> int:

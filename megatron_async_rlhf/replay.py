@@ -12,17 +12,17 @@ import argparse
 import asyncio
 import json
 import logging
-import signal
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import AsyncRLHFError, ReplayError
+from megatron_async_rlhf.errors import ReplayError
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import Answer, Hello, Learner, Stop
-from megatron_async_rlhf.lifecycle import EXIT_INTERRUPTED, begin_reinforcement, close_failed, export_policy
+from megatron_async_rlhf.lifecycle import begin_reinforcement, export_policy, run_learner_alone
 from megatron_async_rlhf.prepare import Materials, load_materials
 from megatron_async_rlhf.scheduler.recording import RecordedRollout, RolloutLog
 from megatron_async_rlhf.telemetry.events import EventStream
@@ -69,7 +69,9 @@ def _report(rollout: RecordedRollout, answer: Answer, recorder: Recorder, before
         samples = sum(len(group.sequences) for group in groups)
         if update < len(batches):
             recorder.trained(samples, samples, 0)
-        recorder.stepped([], sum(len(s.token_ids) - s.prompt_length for group in groups for s in group.sequences))
+        recorder.stepped(
+            Counter(), sum(len(s.token_ids) - s.prompt_length for group in groups for s in group.sequences)
+        )
         staleness = version - fmean(versions) if versions else 0.0
         values = {"reward": fmean(rewards) if rewards else 0.0, "staleness/mean": staleness, **step.values}
         recorder.step(version, values)
@@ -88,20 +90,8 @@ async def run_job(run_dir: Path, recorded: Path, learner_address: str) -> int:
     materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
     recorder = Recorder(config, run_dir, EventStream(), bytes_held_by_generators=0)
     learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
-    stages = asyncio.create_task(run_stages(config, run_dir, recorded, materials, learner, recorder))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stages.cancel)
-    try:
-        await stages
-    except asyncio.CancelledError:
-        recorder.close("interrupted", None)
-        return EXIT_INTERRUPTED
-    except (AsyncRLHFError, OSError) as error:
-        return close_failed(recorder, error)
-    finally:
-        learner.close()
-    recorder.close("completed", None)
-    return 0
+    stages = run_stages(config, run_dir, recorded, materials, learner, recorder)
+    return await run_learner_alone(stages, learner, recorder)
 
 
 def main() -> None:

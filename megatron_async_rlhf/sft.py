@@ -11,17 +11,15 @@ The same learner, data and stage as in a run (`app`), without generators, so tha
 import argparse
 import asyncio
 import logging
-import signal
 import time
 from pathlib import Path
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import AsyncRLHFError
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import Hello, Learner, Stop
-from megatron_async_rlhf.lifecycle import EXIT_INTERRUPTED, close_failed, export_policy
+from megatron_async_rlhf.lifecycle import export_policy, run_learner_alone
 from megatron_async_rlhf.prepare import Materials, load_materials
 from megatron_async_rlhf.scheduler.stages import warm_start
 from megatron_async_rlhf.telemetry.events import EventStream
@@ -63,20 +61,8 @@ async def run_job(run_dir: Path, learner_address: str) -> int:
     totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0)
     recorder = Recorder(config, run_dir, EventStream(), bytes_held_by_generators=0, totals=totals)
     learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
-    stages = asyncio.create_task(run_stages(config, run_dir, materials, learner, recorder))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stages.cancel)
-    try:
-        await stages
-    except asyncio.CancelledError:
-        recorder.close("interrupted", None)
-        return EXIT_INTERRUPTED
-    except (AsyncRLHFError, OSError) as error:
-        return close_failed(recorder, error)
-    finally:
-        learner.close()
-    recorder.close("completed", None)
-    return 0
+    stages = run_stages(config, run_dir, materials, learner, recorder)
+    return await run_learner_alone(stages, learner, recorder)
 
 
 def main() -> None:
