@@ -174,7 +174,8 @@ def assert_every_step_once(run, steps: int) -> None:
     summary = run.summary()
     assert (summary["status"], summary["steps"]) == ("completed", steps)
     assert summary["staleness"]["max"] <= 1
-    assert summary["samples_generated"] == steps * PER_STEP == summary["samples_trained"] + summary["samples_dropped"]
+    assert steps * PER_STEP == summary["samples_trained"] + summary["samples_dropped"]
+    assert summary["samples_generated"] == steps * PER_STEP + summary["samples_cancelled"]
     assert set(summary["eval"]) == {"before", "after"}
     assert [line["step"] for line in run.lines("metrics.jsonl")] == list(range(steps))
     assert [line["step"] for line in run.lines("samples.jsonl")] == [step for step in range(steps) for _ in range(8)]
