@@ -8,8 +8,9 @@ import pytest
 
 from megatron_async_rlhf.config.algorithms import SECTIONS
 
-THOROUGH = os.environ.get("ASYNC_RLHF_TEST_THOROUGH") == "1"
-thorough = pytest.mark.skipif(not THOROUGH, reason="minutes of real runs; set ASYNC_RLHF_TEST_THOROUGH=1")
+thorough = pytest.mark.skipif(
+    os.environ.get("ASYNC_RLHF_TEST_THOROUGH") != "1", reason="takes long: set ASYNC_RLHF_TEST_THOROUGH=1"
+)
 # What is measured differs from run to run; all else must not.
 MEASURED = ("time", "tokens_per_s", "model_flops_utilisation")
 
@@ -66,10 +67,11 @@ def test_a_streaming_run_can_be_replayed(start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "ppo" else thorough) for n in SECTIONS])
+@thorough
+@pytest.mark.parametrize("name", SECTIONS)
 def test_async_without_staleness_is_sync_bit_for_bit(start, name: str):
     """Two rollouts of two mini-batches each, so that proximal policies and advantages are made of rollouts."""
-    settings = (f"algorithm.type={name}", f"schedule.steps={20 if THOROUGH else 4}", "schedule.mini_batches=2")
+    settings = (f"algorithm.type={name}", "schedule.steps=20", "schedule.mini_batches=2")
     runs = [start(*settings, f"schedule.mode={mode}", "schedule.max_staleness=0") for mode in ("sync", "async")]
     for run in runs:
         completed(run)
