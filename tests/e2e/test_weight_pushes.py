@@ -30,7 +30,7 @@ LAYOUTS = [
     pytest.param((2, 2, 4), (2, 1), id="tp2-pp2-to-tp2"),
     pytest.param((2, 1, 2), (1, 1), id="tp2-to-tp1", marks=thorough),
     pytest.param((1, 2, 2), (2, 1), id="pp2-to-tp2", marks=thorough),
-    pytest.param((1, 1, 2), (1, 2), id="dp2-to-two-replicas"),
+    pytest.param((1, 1, 2), (1, 2), id="dp2-to-two-replicas", marks=thorough),
 ]
 
 
@@ -78,7 +78,7 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 FAMILIES = [
     pytest.param("qwen2", {"tie_word_embeddings": True}, (2, 1, 2), (2, 1), id="qwen2-tied"),
-    pytest.param("qwen3", {"head_dim": 64}, (1, 2, 2), (1, 1), id="qwen3"),
+    pytest.param("qwen3", {"head_dim": 64}, (1, 2, 2), (1, 1), id="qwen3", marks=thorough),
     pytest.param(
         "llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}, (2, 2, 4), (2, 1), id="llama3.2"
     ),
@@ -174,6 +174,7 @@ def spoil(file: Path, name: str) -> None:
     file.write_bytes(raw)
 
 
+@thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_generator_lost_in_a_push_costs_that_push_only(tmp_path):
