@@ -78,10 +78,9 @@ def train(
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
     from megatron_async_rlhf.estimate.report import refuse_too_large
-    from megatron_async_rlhf.launch.abilities import check_device
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.resume import find_resumption
-    from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory, reopen_run_directory
+    from megatron_async_rlhf.launch.run_directory import check_writable, reopen_run_directory
     from megatron_async_rlhf.prepare import check_value_weights, load_materials, make_model_template
 
     resolved = load_config(config, set)
@@ -105,16 +104,11 @@ def train(
         check_value_weights(resolved, architecture)
         refuse_too_large(resolved, architecture)
         plan = plan_processes(resolved, run_dir, architecture.context_length, version)
-        if resolved.run.device == "cuda":
-            (Path(scratch) / "config.yaml").write_text(dump_config(resolved))
-            check_device(Path(scratch) / "config.yaml")
-        aside = None
+        _check_gpus(resolved, Path(scratch))
         if version is None:
-            run_dir, aside = create_run_directory(resolved, template)
+            run_dir = _new_run_directory(resolved, template)
         else:
             reopen_run_directory(resolved, version)
-    if aside is not None:
-        typer.echo(f"an earlier run is now in {aside}")
 
     from megatron_async_rlhf.launch.display import Display
     from megatron_async_rlhf.launch.local import Supervisor
@@ -133,11 +127,10 @@ def sft(config: ConfigArgument, set: SetOption = []) -> None:
 
     Example: async-rlhf sft examples/quickstart.yaml -s run.name=sft
     """
-    from megatron_async_rlhf.launch.abilities import check_device
     from megatron_async_rlhf.launch.display import Display
     from megatron_async_rlhf.launch.local import Supervisor
     from megatron_async_rlhf.launch.plan import plan_learner_alone
-    from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory
+    from megatron_async_rlhf.launch.run_directory import check_writable
     from megatron_async_rlhf.prepare import load_materials, make_model_template
 
     resolved = load_config(config, set)
@@ -148,12 +141,8 @@ def sft(config: ConfigArgument, set: SetOption = []) -> None:
         template = Path(scratch) / "model"
         make_model_template(resolved, template)
         load_materials(resolved, template)
-        if resolved.run.device == "cuda":
-            (Path(scratch) / "config.yaml").write_text(dump_config(resolved))
-            check_device(Path(scratch) / "config.yaml")
-        run_dir, aside = create_run_directory(resolved, template)
-    if aside is not None:
-        typer.echo(f"an earlier run is now in {aside}")
+        _check_gpus(resolved, Path(scratch))
+        run_dir = _new_run_directory(resolved, template)
     raise typer.Exit(Supervisor(resolved, plan_learner_alone(resolved, run_dir, "sft"), run_dir, Display()).run())
 
 
@@ -172,7 +161,7 @@ def replay(
     from megatron_async_rlhf.launch.display import Display
     from megatron_async_rlhf.launch.local import Supervisor
     from megatron_async_rlhf.launch.plan import plan_learner_alone
-    from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory
+    from megatron_async_rlhf.launch.run_directory import check_writable
     from megatron_async_rlhf.scheduler.recording import RolloutLog
 
     run = run.absolute()
@@ -185,9 +174,7 @@ def replay(
     section = earlier.run.model_copy(update={"dir": out or run.with_name(f"{run.name}.replay")})
     config = earlier.model_copy(update={"run": section})
     check_writable(config)
-    run_dir, aside = create_run_directory(config, run / POLICY_TEMPLATE_DIR)
-    if aside is not None:
-        typer.echo(f"an earlier run is now in {aside}")
+    run_dir = _new_run_directory(config, run / POLICY_TEMPLATE_DIR)
     plan = plan_learner_alone(config, run_dir, "replay", ["--recorded", str(run)])
     code = Supervisor(config, plan, run_dir, Display()).run()
     if code:
@@ -325,6 +312,25 @@ def _compare(a: Any, b: Any, cast: Dtype | None) -> None:
     typer.echo(f"different: {result.first}")
     typer.echo(f"{len(result.differing)} of {result.tensors} tensors differ, {compared}")
     raise typer.Exit(1)
+
+
+def _check_gpus(config: RunConfig, scratch: Path) -> None:
+    """That this machine's are enough, if the run is to be on any; in a process of its own, which forgets them again."""
+    from megatron_async_rlhf.launch.abilities import check_device
+
+    if config.run.device == "cuda":
+        (scratch / "config.yaml").write_text(dump_config(config))
+        check_device(scratch / "config.yaml")
+
+
+def _new_run_directory(config: RunConfig, template: Path) -> Path:
+    """Made; says where an earlier run went."""
+    from megatron_async_rlhf.launch.run_directory import create_run_directory
+
+    run_dir, aside = create_run_directory(config, template)
+    if aside is not None:
+        typer.echo(f"an earlier run is now in {aside}")
+    return run_dir
 
 
 def _warn(config: RunConfig) -> None:

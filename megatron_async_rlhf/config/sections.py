@@ -222,7 +222,7 @@ class ScheduleSection(Section):
     @classmethod
     def name_booleans(cls, value: object) -> object:
         """YAML's `true` and `false`, for who needs no more than that."""
-        return {True: "keep", False: "none"}.get(value, value) if isinstance(value, bool) else value
+        return {True: "keep", False: "none"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def check_rollout(self) -> "ScheduleSection":

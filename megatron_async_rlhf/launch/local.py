@@ -193,11 +193,7 @@ class Supervisor:
         if path.exists():
             summary = json.loads(path.read_text())
         else:
-            schedule = self._config.schedule
-            totals = RunTotals(
-                mode=schedule.mode, algorithm=self._config.algorithm.type, staleness_bound=schedule.staleness_bound
-            )
-            summary = totals.to_summary(status, error)
+            summary = RunTotals.of(self._config).to_summary(status, error)
         summary["status"], summary["error"] = status, error
         if tail:
             summary["log_tail"] = tail

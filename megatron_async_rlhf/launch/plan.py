@@ -61,18 +61,9 @@ def plan_processes(
             f"schedule.in_flight_updates = {in_flight} needs vLLM 0.30 or newer, which records the version of every "
             "token; set resubmit or none"
         )
-    ranks, workers = config.learner.world_size, config.generator.workers
-    on_gpus = config.run.device == "cuda"
-    if on_gpus:
-        learner_devices, generator_devices = place_on_gpus(ranks, workers, shared=config.weights.transport == "ipc")
-    else:
-        learner_devices, generator_devices = place_on_cores(ranks, workers, sorted(os.sched_getaffinity(0)))
+    learner_devices, generator_devices = _place(config, config.generator.workers)
     generator_ports = _generator_ports(config)
     rendezvous, command, transfer = _free_ports(3, taken=generator_ports)
-    learners = [
-        _learner(config, run_dir, rank, device, rendezvous=rendezvous, command=command)
-        for rank, device in enumerate(learner_devices)
-    ]
     per_replica = config.generator.tensor_parallel
     shares = [generator_devices[i * per_replica : (i + 1) * per_replica] for i in range(config.generator.replicas)]
     generators = [
@@ -81,7 +72,7 @@ def plan_processes(
             arguments=server_command(config, run_dir / POLICY_TEMPLATE_DIR, port, context_length),
             environment=server_environment(config, share) | {"GLOO_SOCKET_IFNAME": "lo"},
             cores=[],  # vLLM binds its workers itself; its front end may run wherever there is room
-            gpus=share if on_gpus else [],
+            gpus=share if config.run.device == "cuda" else [],
         )
         for i, (port, share) in enumerate(zip(generator_ports, shares, strict=True))
     ]
@@ -92,7 +83,7 @@ def plan_processes(
     ]
     resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
     return ProcessPlan(
-        learners=learners,
+        learners=_learners(config, run_dir, learner_devices, rendezvous=rendezvous, command=command),
         generators=generators,
         controller=_controller(run_dir, [*addresses, *resume]),
         restarts=config.generator.restarts if records_versions() else 0,
@@ -101,19 +92,28 @@ def plan_processes(
 
 def plan_learner_alone(config: RunConfig, run_dir: Path, module: str, arguments: Sequence[str] = ()) -> ProcessPlan:
     """The same without generators: learner ranks on all cores or GPUs, and the module as their controller."""
+    devices, _ = _place(config, workers=0)
+    rendezvous, command = _free_ports(2)
+    learners = _learners(config, run_dir, devices, rendezvous=rendezvous, command=command)
+    addresses = ["--learner", f"tcp://{_HOST}:{command}", *arguments]
+    return ProcessPlan(learners=learners, generators=[], controller=_controller(run_dir, addresses, module=module))
+
+
+def _place(config: RunConfig, workers: int) -> tuple[list[int], list[int]]:
+    """A GPU or core for each learner rank and each of so many generator workers."""
     ranks = config.learner.world_size
     if config.run.device == "cuda":
-        devices, _ = place_on_gpus(ranks, 0, shared=False)
-    else:
-        cores = sorted(os.sched_getaffinity(0))
-        devices = [cores[rank % len(cores)] for rank in range(ranks)]
-    rendezvous, command = _free_ports(2)
-    learners = [
+        return place_on_gpus(ranks, workers, shared=config.weights.transport == "ipc")
+    return place_on_cores(ranks, workers, sorted(os.sched_getaffinity(0)))
+
+
+def _learners(
+    config: RunConfig, run_dir: Path, devices: Sequence[int], *, rendezvous: int, command: int
+) -> list[ProcessSpec]:
+    return [
         _learner(config, run_dir, rank, device, rendezvous=rendezvous, command=command)
         for rank, device in enumerate(devices)
     ]
-    addresses = ["--learner", f"tcp://{_HOST}:{command}", *arguments]
-    return ProcessPlan(learners=learners, generators=[], controller=_controller(run_dir, addresses, module=module))
 
 
 def _controller(run_dir: Path, arguments: list[str], module: str = "app") -> ProcessSpec:

@@ -40,6 +40,7 @@ from megatron_async_rlhf.scheduler.training_batch import MiniBatch, make_mini_ba
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.files import FAILED_BATCH
 from megatron_async_rlhf.telemetry.recorder import Recorder
+from megatron_async_rlhf.telemetry.summary import staleness_figures
 from megatron_async_rlhf.types import Span
 
 _PAUSES = {"none": "keep", "keep": "keep", "recompute": "keep", "resubmit": "abort"}
@@ -213,13 +214,14 @@ class Controller:
     ) -> None:
         """An optimizer step that took the learner from `version` to the next."""
         self._recorder.stepped(ages, batch.tokens)
+        staleness = staleness_figures(ages)
         metrics = {
             **mean_facts(group.scored for group in groups),
             **values,
             "reward_margin": batch.margin,
             "pairs_skipped": batch.skipped / len(groups),
-            "staleness/mean": sum(age * n for age, n in ages.items()) / ages.total() if ages else 0.0,
-            "staleness/max": max(ages, default=0),
+            "staleness/mean": staleness["mean"],
+            "staleness/max": staleness["max"],
             "time/generate_s": max(group.generate_s for group in groups),
         }
         self._recorder.step(version, metrics)

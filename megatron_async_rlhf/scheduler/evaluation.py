@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.generator.protocol import SamplingRequest
+from megatron_async_rlhf.generator.seeds import request_seed
 from megatron_async_rlhf.rewards.base import Reward
-from megatron_async_rlhf.scheduler.pool import request_seed
 from megatron_async_rlhf.scheduler.scoring import ScoredGroup, score_group
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Completion, Prompt

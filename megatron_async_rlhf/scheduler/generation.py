@@ -15,10 +15,11 @@ from contextlib import asynccontextmanager, suppress
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.generator.protocol import SamplingRequest
+from megatron_async_rlhf.generator.seeds import request_seed
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
 from megatron_async_rlhf.scheduler.pacing import Pacer, Ticket
-from megatron_async_rlhf.scheduler.pool import GeneratorPool, request_seed
+from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.scoring import mean_facts, score_group
 from megatron_async_rlhf.scheduler.signal import Signal
 from megatron_async_rlhf.scheduler.state import ReadyGroup

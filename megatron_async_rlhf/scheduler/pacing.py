@@ -131,8 +131,8 @@ class Pacer:
         if len(self.ready) < self._groups:
             return None
         if self._schedule.order == "fifo":
-            first = islice(self._outstanding.values(), self._groups)
-            return _by_index(self._first(self._groups)) if all(ticket.index in self.ready for ticket in first) else None
+            first = self._first(self._groups)
+            return _by_index(first) if all(ticket.index in self.ready for ticket in first) else None
         candidates = self._candidates()
         chosen: dict[int, Ticket] = {}
         for version, needed in self._needed():

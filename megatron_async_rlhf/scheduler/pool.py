@@ -8,7 +8,6 @@ the least loaded generator at once.
 """
 
 import asyncio
-import hashlib
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from enum import Enum, auto
 
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Generator, Pause, SamplingRequest
+from megatron_async_rlhf.generator.seeds import request_seed
 from megatron_async_rlhf.types import Completion
 
 _WATCH_S = 0.5
@@ -270,9 +270,3 @@ class GeneratorPool:
                 await self.lost(generator)
 
         await asyncio.gather(*(one(generator) for generator in self.serving))
-
-
-def request_seed(*identity: object) -> int:
-    """A sampler seed that depends on nothing but what is being sampled: run seed, stage, step, position."""
-    digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from msgspec import Struct
 
@@ -12,7 +11,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.scheduler.recording import RolloutLog
 from megatron_async_rlhf.simulate.lengths import ConstantLength, Lengths, MeasuredLengths
 from megatron_async_rlhf.simulate.scenario import Speeds
-from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, RESOLVED_CONFIG, ROLLOUT_DIR, TRACE
+from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, RESOLVED_CONFIG, ROLLOUT_DIR, TRACE, read_lines
 from megatron_async_rlhf.telemetry.summary import read_summary
 
 
@@ -32,7 +31,7 @@ def measure(run_dir: Path) -> Measured:
     Raises:
         ConfigError: the run has no summary, metrics or trace of RL steps.
     """
-    summary, lines = read_summary(run_dir), _lines(run_dir / METRICS)
+    summary, lines = read_summary(run_dir), read_lines(run_dir / METRICS)
     seconds = _spans(run_dir / TRACE)
     if not summary.get("tokens_generated") or not lines or not seconds.get("step") or not seconds.get("push"):
         raise ConfigError(f"--from-run {run_dir}: has no finished RL steps; give the directory of a completed run")
@@ -63,12 +62,8 @@ def _lengths(run_dir: Path) -> Lengths | None:
     ]
     if recorded:
         return MeasuredLengths(recorded, f"the rollouts of {run_dir}")
-    evaluated = [len(line["token_ids"]) for line in _lines(run_dir / EVALUATIONS)]
+    evaluated = [len(line["token_ids"]) for line in read_lines(run_dir / EVALUATIONS)]
     return MeasuredLengths(evaluated, f"the evaluations of {run_dir}") if evaluated else None
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _spans(path: Path) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ from rich.table import Table
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.simulate.scenario import Scenario
 from megatron_async_rlhf.simulate.simulation import Outcome
+from megatron_async_rlhf.telemetry.summary import staleness_figures
 
 _KEPT_IN_SYNC = {
     "mode": "sync",
@@ -43,7 +44,6 @@ def facts(outcome: Outcome) -> dict[str, Any]:
     """Of one run: seconds, and shares of its wall clock."""
     totals = outcome.totals
     wall = totals.wall_s or 1.0
-    tokens = totals.staleness.total()
     return {
         "wall_seconds": totals.wall_s,
         "generate_busy": totals.generate_busy_s / wall,
@@ -58,11 +58,7 @@ def facts(outcome: Outcome) -> dict[str, Any]:
         "tokens_generated": totals.tokens_generated,
         "pushes": totals.push_s.count,
         "push_seconds": totals.push_s.total,
-        "staleness": {
-            "mean": sum(age * count for age, count in totals.staleness.items()) / tokens if tokens else 0.0,
-            "max": max(totals.staleness, default=0),
-            "histogram": {str(age): totals.staleness[age] for age in sorted(totals.staleness)},
-        },
+        "staleness": staleness_figures(totals.staleness),
     }
 
 

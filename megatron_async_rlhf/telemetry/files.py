@@ -1,7 +1,9 @@
-"""Names inside a run directory: one place, because every process writes or reads some of them; and how one is replaced."""
+"""Names inside a run directory: one place, because every process writes or reads some of them; how they are read and replaced."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 RESOLVED_CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -19,6 +21,11 @@ RUN_STATE = "run_state.msgpack"  # in a checkpoint: the controller's part
 EXPORT_DIR = "checkpoints/final"  # the finished policy as a Hugging Face directory
 ROLLOUT_DIR = "rollouts"  # what was trained on, with schedule.record
 FAILED_BATCH = "non_finite_batch.json"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of a `.jsonl` file; none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def replace_file(path: Path, text: str) -> None:

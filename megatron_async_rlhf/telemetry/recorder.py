@@ -45,11 +45,7 @@ class Recorder:
         self._wandb = WandbLog(config, run_dir)
         self._spans: list[Span] = []
         self._loop_start: float | None = None
-        self.totals = totals or RunTotals(
-            mode=config.schedule.mode,
-            algorithm=config.algorithm.type,
-            staleness_bound=config.schedule.staleness_bound,
-        )
+        self.totals = totals or RunTotals.of(config)
 
     def stage(self, name: str, **fields: Any) -> None:
         """A new stage of the run began: `starting`, `warm start`, `evaluate`, `train`, `export`."""

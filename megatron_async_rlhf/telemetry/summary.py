@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec import Struct, field, to_builtins
 
+from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.telemetry.files import SUMMARY
 
 _PACKAGES = (
@@ -70,9 +71,14 @@ class RunTotals(Struct):
     logprob_gap: Mean = field(default_factory=Mean)
     evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunTotals":
+        """Of a run that has yet to begin."""
+        schedule = config.schedule
+        return cls(mode=schedule.mode, algorithm=config.algorithm.type, staleness_bound=schedule.staleness_bound)
+
     def to_summary(self, status: str, error: str | None) -> dict[str, Any]:
         """The contents of `summary.json`; the keys are documented in docs/run_directory.md."""
-        tokens = self.staleness.total()
         return {
             "status": status,
             "error": error,
@@ -94,11 +100,7 @@ class RunTotals(Struct):
             "tokens_generated": self.tokens_generated,
             "tokens_trained": self.tokens_trained,
             "pairs_skipped": self.pairs_skipped,
-            "staleness": {
-                "mean": sum(age * n for age, n in self.staleness.items()) / tokens if tokens else 0.0,
-                "max": max(self.staleness, default=0),
-                "histogram": {str(age): self.staleness[age] for age in sorted(self.staleness)},
-            },
+            "staleness": staleness_figures(self.staleness),
             "weight_sync": {
                 "count": self.push_s.count,
                 "bytes": int(self.push_bytes.total),
@@ -117,6 +119,16 @@ class RunTotals(Struct):
             "eval": to_builtins(self.evaluation),
             "versions": installed_versions(),
         }
+
+
+def staleness_figures(ages: Counter[int]) -> dict[str, Any]:
+    """`mean`, `max` and `histogram` of so many tokens of each age."""
+    tokens = ages.total()
+    return {
+        "mean": sum(age * n for age, n in ages.items()) / tokens if tokens else 0.0,
+        "max": max(ages, default=0),
+        "histogram": {str(age): ages[age] for age in sorted(ages)},
+    }
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ ORDER = [
         "telemetry",
         "learner.protocol",
         "generator.protocol",
+        "generator.seeds",
         "learner.flops",
         "learner.meter",
     ],
@@ -186,7 +187,7 @@ CONTROLLER = (
 )
 WITHOUT_TORCH = [
     "types", "errors", "config.load", "config.layout_rules", "data.source", "data.packing", "rewards.registry", "learner.protocol", "learner.flops",
-    "generator.protocol", "weights.plan", "weights.roster", *(name for name in MODULES if name.split(".")[0] in CONTROLLER),
+    "generator.protocol", "generator.seeds", "weights.plan", "weights.roster", *(name for name in MODULES if name.split(".")[0] in CONTROLLER),
 ]  # fmt: skip
 
 

@@ -30,9 +30,6 @@ SPANNING = 4  # completions that an update must meet, at least
 LIMIT_S = 200
 BLOCK = 128  # tokens of a block of the CPU's cache; only whole ones are shared
 
-thorough = pytest.mark.skipif(
-    os.environ.get("ASYNC_RLHF_TEST_THOROUGH") != "1", reason="takes long: set ASYNC_RLHF_TEST_THOROUGH=1"
-)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -298,7 +295,7 @@ def test_reconnecting_leaks_nothing(rig: InFlightRig):
         rig.run(generator.resume())
 
 
-@thorough
+@pytest.mark.thorough
 def test_a_generator_that_dies_is_noticed_at_once(rig: InFlightRig):
     """Its engine alone, then all of it; a server started in its place is not taken for it, until it has weights."""
 
@@ -342,7 +339,7 @@ def test_a_generator_that_dies_is_noticed_at_once(rig: InFlightRig):
     rig.run(start_again())
 
 
-@thorough
+@pytest.mark.thorough
 @pytest.mark.parametrize("recompute", [False, True])
 def test_tensor_parallel_workers_receive_while_requests_are_frozen(tmp_path, recompute):
     with in_flight_rig(tmp_path, "generator.tensor_parallel=2") as rig:

@@ -1,16 +1,12 @@
 import json
-import os
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-thorough = pytest.mark.skipif(
-    os.environ.get("ASYNC_RLHF_TEST_THOROUGH") != "1", reason="takes long: set ASYNC_RLHF_TEST_THOROUGH=1"
-)
 LAYOUTS = [
     pytest.param((1, 1, 1), "async", 1, id="tp1-generator-tp1"),
-    pytest.param((1, 2, 1), "sync", 1, id="pp2-generator-tp1-sync", marks=thorough),
+    pytest.param((1, 2, 1), "sync", 1, id="pp2-generator-tp1-sync", marks=pytest.mark.thorough),
     pytest.param((2, 2, 2), "async", 2, id="tp2-pp2-generator-tp2"),
 ]
 

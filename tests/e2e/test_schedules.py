@@ -1,6 +1,5 @@
 """Every schedule and algorithm with real engines: streaming, bounds, evaluation beside training, recording, replay."""
 
-import os
 import subprocess
 import sys
 
@@ -8,9 +7,6 @@ import pytest
 
 from megatron_async_rlhf.config.algorithms import SECTIONS
 
-thorough = pytest.mark.skipif(
-    os.environ.get("ASYNC_RLHF_TEST_THOROUGH") != "1", reason="takes long: set ASYNC_RLHF_TEST_THOROUGH=1"
-)
 # What is measured differs from run to run; all else must not.
 MEASURED = ("time", "tokens_per_s", "model_flops_utilisation")
 
@@ -67,7 +63,7 @@ def test_a_streaming_run_can_be_replayed(start):
 
 
 @pytest.mark.slow
-@thorough
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SECTIONS)
 def test_async_without_staleness_is_sync_bit_for_bit(start, name: str):
     """Two rollouts of two mini-batches each, so that proximal policies and advantages are made of rollouts."""

@@ -1,7 +1,6 @@
 """`async-rlhf sweep` with real runs."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +15,7 @@ SKIP = [{"beta": 0.1, "updates": 2}, {"beta": 0.5, "updates": 1}]
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(
-    os.environ.get("ASYNC_RLHF_TEST_THOROUGH") != "1", reason="takes long: set ASYNC_RLHF_TEST_THOROUGH=1"
-)
+@pytest.mark.thorough
 def test_two_points_start_from_one_policy(tmp_path: Path):
     tree = yaml.safe_load(CONFIG.read_text())
     tree["schedule"]["mode"] = "sync"

@@ -21,16 +21,13 @@ from megatron_async_rlhf.weights.hf_mapping import elements_held
 
 PUSHES = int(os.environ.get("ASYNC_RLHF_TEST_PUSHES", "5"))
 
-# Each start of real servers takes half a minute; what others cover too waits for ASYNC_RLHF_TEST_THOROUGH=1.
-thorough = pytest.mark.skipif(
-    os.environ.get("ASYNC_RLHF_TEST_THOROUGH") != "1", reason="takes long: set ASYNC_RLHF_TEST_THOROUGH=1"
-)
+# Each start of real servers takes half a minute; what others cover too is thorough.
 
 LAYOUTS = [
     pytest.param((2, 2, 4), (2, 1), id="tp2-pp2-to-tp2"),
-    pytest.param((2, 1, 2), (1, 1), id="tp2-to-tp1", marks=thorough),
-    pytest.param((1, 2, 2), (2, 1), id="pp2-to-tp2", marks=thorough),
-    pytest.param((1, 1, 2), (1, 2), id="dp2-to-two-replicas", marks=thorough),
+    pytest.param((2, 1, 2), (1, 1), id="tp2-to-tp1", marks=pytest.mark.thorough),
+    pytest.param((1, 2, 2), (2, 1), id="pp2-to-tp2", marks=pytest.mark.thorough),
+    pytest.param((1, 1, 2), (1, 2), id="dp2-to-two-replicas", marks=pytest.mark.thorough),
 ]
 
 
@@ -78,7 +75,7 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 FAMILIES = [
     pytest.param("qwen2", {"tie_word_embeddings": True}, (2, 1, 2), (2, 1), id="qwen2-tied"),
-    pytest.param("qwen3", {"head_dim": 64}, (1, 2, 2), (1, 1), id="qwen3", marks=thorough),
+    pytest.param("qwen3", {"head_dim": 64}, (1, 2, 2), (1, 1), id="qwen3", marks=pytest.mark.thorough),
     pytest.param(
         "llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}, (2, 2, 4), (2, 1), id="llama3.2"
     ),
@@ -117,7 +114,7 @@ def test_every_family_arrives_in_vllm(tmp_path, family, changes, learner, genera
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("snapshot", [False, pytest.param(True, marks=thorough)])
+@pytest.mark.parametrize("snapshot", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_training_during_a_push_does_not_change_what_arrives(tmp_path, snapshot):
     """The generator is stopped in the middle of the push, long enough for an optimizer step to spoil the rest of it."""
     shape = ["model.layers=4", "model.hidden_size=256", "model.ffn_size=512", "model.heads=4", "model.kv_heads=2"]
@@ -174,7 +171,7 @@ def spoil(file: Path, name: str) -> None:
     file.write_bytes(raw)
 
 
-@thorough
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_generator_lost_in_a_push_costs_that_push_only(tmp_path):
@@ -253,7 +250,7 @@ def test_a_generator_with_another_config_is_refused_by_name(tmp_path):
     ("learner", "generator"),
     [
         pytest.param((2, 2, 4), (1, 1), id="to-tp1"),
-        pytest.param((1, 1, 1), (2, 1), id="to-tp2", marks=thorough),
+        pytest.param((1, 1, 1), (2, 1), id="to-tp2", marks=pytest.mark.thorough),
     ],
 )
 def test_a_push_takes_two_staging_buffers_of_memory_and_no_more(tmp_path, learner, generator):

@@ -9,12 +9,12 @@ whole preference steps, the first of which allocates the optimizer's state.
 import ctypes
 import gc
 import json
-import os
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
+from forked_ranks import run_ranks
 
 from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.root import RunConfig
@@ -45,7 +45,6 @@ def train(config: RunConfig, vocab_size: int, placement: Placement) -> int:
 
 
 def run_rank(rank: int, directory: Path, case: dict) -> None:
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     config = RunConfig.model_validate(case["config"])
     tiny = RunConfig.model_validate(case["config"] | {"model": TINY})
     placement = join_learner(config.learner, config.run.device)
@@ -60,31 +59,11 @@ def run_rank(rank: int, directory: Path, case: dict) -> None:
     torch.distributed.destroy_process_group()
 
 
-def fork_rank(rank: int, directory: Path, case: dict) -> None:
-    if os.fork():
-        return
-    code = 1
-    try:
-        log = os.open(directory / f"{case['name']}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        run_rank(rank, directory, case)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def main() -> int:
     path = Path(sys.argv[1])
-    for port, case in enumerate(json.loads(path.read_text()), start=int(os.environ["MASTER_PORT"])):
-        ranks = case["config"]["learner"]["ranks"]
-        os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"] = str(ranks), str(port)
-        for rank in range(ranks):
-            fork_rank(rank, path.parent, case)
-        if any(os.wait()[1] for _ in range(ranks)):
+    for case in json.loads(path.read_text()):
+        act = partial(run_rank, directory=path.parent, case=case)
+        if not run_ranks(case["config"]["learner"]["ranks"], path.parent, case["name"], act):
             return 1
     return 0
 

@@ -9,7 +9,6 @@ large models do not have much of, and small ones like these up to 40 %.
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,15 +72,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
         for name in CASES
     ]
     (directory / "job.json").write_text(json.dumps(jobs))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    program = str(Path(__file__).with_name("measured_rank.py"))
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    here = Path(__file__).parent
+    program = str(here / "measured_rank.py")
+    ranks = {"PYTHONPATH": os.pathsep.join([str(here.with_name("learner")), *sys.path])}
     settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     result = subprocess.run(
         [sys.executable, program, str(directory / "job.json")],
-        env=os.environ | variables | settings,
+        env=os.environ | ranks | settings,
         capture_output=True,
         text=True,
         timeout=500,

@@ -90,6 +90,15 @@ class Rig:
         asyncio.run(bounded())
         self.recorder.close("completed", None)
 
+    async def run_until(self, version):
+        """Stopped once the learner has reached it; ends with the step under way."""
+        running = asyncio.create_task(self.controller.run())
+        while self.learner.version < version:
+            await asyncio.sleep(0.001)
+        await self.controller.stop()
+        async with asyncio.timeout(5):
+            await running
+
     def order(self):
         """What the learner did: a version for each training step, `p` and a version for each push."""
         names = {TrainRollout: "", PushWeights: "p"}

@@ -56,16 +56,7 @@ def test_sync_and_zero_staleness_train_on_the_same(tmp_path):
 
 def test_a_stop_ends_after_the_step_under_way(tmp_path):
     rig = Rig(tmp_path, steps=1000)
-
-    async def stop_soon():
-        running = asyncio.create_task(rig.controller.run())
-        while rig.learner.version < 3:
-            await asyncio.sleep(0.001)
-        await rig.controller.stop()
-        async with asyncio.timeout(5):
-            await running
-
-    asyncio.run(stop_soon())
+    asyncio.run(rig.run_until(version=3))
     assert 3 <= rig.controller.version <= 5
 
 

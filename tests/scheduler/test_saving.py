@@ -199,17 +199,13 @@ def test_a_directory_that_cannot_be_completed_is_named(tmp_path):
 def test_a_stop_leaves_a_state_to_go_on_from(tmp_path):
     rig = Rig(tmp_path, steps=1000, max_staleness=2)
 
-    async def stop_soon():
-        running = asyncio.create_task(rig.controller.run())
-        while rig.learner.version < 3:
-            await asyncio.sleep(0.001)
-        await rig.controller.stop()
+    async def stop_and_save():
+        await rig.run_until(version=3)
         async with asyncio.timeout(5):
-            await running
             await rig.saver.start(rig.controller.state)
             await rig.saver.complete()
 
-    asyncio.run(stop_soon())
+    asyncio.run(stop_and_save())
     (version,) = RunCheckpoints(tmp_path).versions()
     assert version == rig.learner.version == rig.recorder.totals.steps
     rest = go_on(tmp_path, version, steps=version + 4, max_staleness=2)

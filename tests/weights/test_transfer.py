@@ -1,6 +1,5 @@
 """Whole pushes between threads over real gloo: bytes, flipped bits, vanished and silent peers."""
 
-import os
 import random
 import time
 
@@ -181,9 +180,9 @@ def test_every_flipped_bit_is_caught_and_named(connect):
 
 
 @pytest.mark.slow
-def test_flipped_bits_are_caught_and_named(connect):
-    """A thousand with ASYNC_RLHF_TEST_THOROUGH=1."""
-    flips = 250 if os.environ.get("ASYNC_RLHF_TEST_THOROUGH") == "1" else 60
+@pytest.mark.parametrize("flips", [60, pytest.param(250, marks=pytest.mark.thorough)])
+def test_flipped_bits_are_caught_and_named(connect, flips: int):
+    """In each of four layouts."""
     for seed, (layout, tensor_parallel, replicas) in enumerate(
         [
             (LearnerLayout(tensor_parallel=2, pipeline_parallel=2), 2, 1),

@@ -9,7 +9,6 @@ through any number of updates.
 """
 
 import asyncio
-import hashlib
 from typing import Any
 
 from msgspec import Struct
@@ -17,6 +16,7 @@ from msgspec import Struct
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
+from megatron_async_rlhf.generator.seeds import request_seed
 from megatron_async_rlhf.generator.vllm.connection import NO_LIMIT, Connection
 from megatron_async_rlhf.types import Completion
 
@@ -244,7 +244,4 @@ def continued_seed(seed: int, tokens: int) -> int:
     vLLM draws a request's noise from a generator of its own that starts at the seed; with the seed as it was the second
     part would meet the first part's noise again.
     """
-    if not tokens:
-        return seed
-    digest = hashlib.blake2b(repr((seed, tokens)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return request_seed(seed, tokens) if tokens else seed

@@ -8,6 +8,7 @@ Shape legend: T tokens, S sequences.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -62,7 +63,7 @@ class MicroBatch:
     advantages_T: torch.Tensor | None = None
     advantages_S: torch.Tensor | None = None
 
-    @property
+    @cached_property
     def is_real_S(self) -> torch.Tensor:
         """False for a sequence that only keeps ranks in step, bool [S]."""
         return torch.tensor([index >= 0 for index in self.indices], device=self.mask_T.device)
