@@ -12,6 +12,7 @@ SAMPLES = "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 TRACE = "trace.json"
+STOP = "stop"  # whoever makes it asks the run to save and end
 LOG_DIR = "logs"
 PROCESSES = "logs/processes.json"  # name -> process id
 POLICY_TEMPLATE_DIR = "model"  # Hugging Face config and tokenizer of the policy, without weights
