@@ -76,7 +76,6 @@ class Supervisor:
     def _start(self) -> None:
         log_dir = self._run_dir / LOG_DIR
         log_dir.mkdir(parents=True, exist_ok=True)
-        (self._run_dir / STOP).unlink(missing_ok=True)
         self._write_summary("failed", "the run was killed before it could say how it ended", [])
         for spec in self._plan.processes:
             is_controller = spec is self._plan.controller
@@ -107,7 +106,8 @@ class Supervisor:
             self._write_pids()
             if self._controller.returncode == 0:
                 return "completed", None, []
-            if not asked and (self._run_dir / STOP).exists():
+            if (self._run_dir / STOP).exists():
+                (self._run_dir / STOP).unlink()  # a run that goes on from here was not asked
                 self._interrupts += 1
             if self._interrupts > asked:
                 asked = self._interrupts
