@@ -12,6 +12,7 @@ SAMPLES = "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 TRACE = "trace.json"
+WANDB_ID = "wandb_id"
 STOP = "stop"  # whoever makes it asks the run to save and end
 LOG_DIR = "logs"
 PROCESSES = "logs/processes.json"  # name -> process id
