@@ -43,11 +43,14 @@ answers() {
     [[ -e $SLURM_CONF ]] && timeout 10 scontrol ping 2>/dev/null | grep -q ' is UP'
 }
 
-processes() {  # of the daemons, known by a variable that start gives them, and of jobs, which have no other tie to us
-    local environs
-    mapfile -t environs < <(grep -lszFx "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ)
-    ((${#environs[@]})) || return 0
-    { grep -lszE '^(SLURM_JOB_ID|SLURM_TESTBED)=' "${environs[@]}" || true; } | cut -d/ -f3
+processes() {  # daemons have a variable from start, jobs one from Slurm, slurmstepd neither; a client is left alone
+    local environ
+    while read -r environ; do
+        if grep -qszE '^(SLURM_JOB_ID|SLURM_TESTBED)=' "$environ" ||
+            [[ $(cat "${environ%/environ}/comm" 2>/dev/null) == slurmstepd ]]; then
+            cut -d/ -f3 <<<"$environ"
+        fi
+    done < <(grep -lszFx "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ)
 }
 
 stop() {
