@@ -1,0 +1,264 @@
+"""A first machine in this process and others in processes of their own, all of them on this one: joining, starting,
+losing each other, and every way of not coming together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.launch.agent import Link
+from megatron_async_rlhf.launch.fleet import Switchboard, gather
+from megatron_async_rlhf.launch.plan import ProcessSpec
+from megatron_async_rlhf.launch.rendezvous import Left, Refused, Rendezvous, rendezvous_path, write_rendezvous
+
+TINY = Path(__file__).parents[1] / "e2e/tiny.yaml"
+TRAIN = "megatron_async_rlhf", "train", str(TINY)
+LIMIT_S = 60
+
+
+class Cluster:
+    """Starts agents the way a user does, and ends them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.settings = [f"run.dir={directory / 'run'}", "launch.nodes=2", "launch.join_timeout_s=30"]
+        self.agents: list[subprocess.Popen] = []
+
+    def config(self, *overrides: str):
+        return load_config(TINY, [*self.settings, *overrides])
+
+    def agent(self, *overrides: str, rank: int = 1) -> subprocess.Popen:
+        settings = [word for setting in (*self.settings, *overrides) for word in ("-s", setting)]
+        environment = {**os.environ, "SLURMD_NODENAME": f"m{rank}"}
+        command = [sys.executable, "-m", *TRAIN, "--node-rank", str(rank), *settings]
+        self.agents.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
+        return self.agents[-1]
+
+    def end(self) -> None:
+        for agent in self.agents:
+            agent.kill()
+            agent.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path):
+    made = Cluster(tmp_path)
+    yield made
+    made.end()
+
+
+def ended(agent: subprocess.Popen) -> tuple[int, str]:
+    """Exit code and what it said."""
+    _, said = agent.communicate(timeout=LIMIT_S)
+    return agent.returncode, said
+
+
+def spec(name: str, program: str, node: int = 1) -> ProcessSpec:
+    arguments = [sys.executable, "-c", program]
+    return ProcessSpec(name=name, arguments=arguments, environment={"WORD": "there"}, cores=[0], node=node)
+
+
+def wait(condition) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+
+STAND = "import os, time; print(os.environ['WORD'], sorted(os.sched_getaffinity(0)), flush=True); time.sleep(600)"
+# With a child in a process group of its parent's.
+FAMILY = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+
+
+def test_processes_start_and_end_elsewhere(cluster, tmp_path):
+    config, agent = cluster.config(), cluster.agent()
+    with gather(config) as fleet:
+        assert [node.name for node in fleet.nodes[1:]] == ["m1"]
+        assert oct(rendezvous_path(config).stat().st_mode)[-3:] == "600"
+        stands, ends, family = (
+            fleet.start(spec("stands", STAND), tmp_path),
+            fleet.start(spec("ends", "raise SystemExit(3)"), tmp_path),
+            fleet.start(spec("family", FAMILY), tmp_path),
+        )
+        wait(lambda: ends.returncode is not None and stands.last_lines() and family.last_lines())
+        assert (ends.returncode, ends.ending()) == (3, "ended with exit code 3")
+        assert stands.last_lines() == ["there [0]"]
+        assert is_alive(stands.pid) and stands.returncode is None
+        stands.signal(signal.SIGTERM)
+        wait(lambda: stands.returncode is not None)
+        assert stands.ending() == "was killed by SIGTERM"
+        (child,) = map(int, family.last_lines())
+        family.kill_group(signal.SIGKILL)
+        wait(lambda: family.returncode == -9 and not is_alive(child))
+        left = fleet.start(spec("left", STAND), tmp_path)
+        wait(lambda: left.pid is not None)
+        assert fleet.lost() is None
+    assert ended(agent) == (0, "")
+    assert not is_alive(left.pid)
+    assert not rendezvous_path(config).exists()
+
+
+def test_a_machine_that_falls_silent_is_lost(cluster, tmp_path):
+    agent = cluster.agent("launch.node_timeout_s=2")
+    with gather(cluster.config("launch.node_timeout_s=2")) as fleet:
+        agent.send_signal(signal.SIGSTOP)
+        wait(lambda: fleet.lost() is not None)
+        assert fleet.lost().startswith("node 1 (m1) is silent for more than launch.node_timeout_s = 2")
+        agent.send_signal(signal.SIGCONT)
+
+
+def test_a_machine_without_the_run_directory_says_so(cluster, tmp_path):
+    agent = cluster.agent()
+    with gather(cluster.config()) as fleet:
+        fleet.start(spec("nowhere", STAND), tmp_path / "not there")
+        wait(lambda: fleet.lost() is not None)
+        assert "nowhere cannot be started" in fleet.lost() and "run.dir" in fleet.lost()
+    assert ended(agent)[0] == 2
+
+
+FIRST = """
+import sys, time
+from pathlib import Path
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.launch.agent import Link
+from megatron_async_rlhf.launch.fleet import Switchboard, gather
+from megatron_async_rlhf.launch.plan import ProcessSpec
+config = load_config(Path(sys.argv[1]), sys.argv[3:])
+with gather(config) as fleet:
+    spec = ProcessSpec(name="far", arguments=["sleep", "600"], environment={}, cores=[], node=1)
+    far = fleet.start(spec, Path(sys.argv[2]))
+    while far.pid is None: time.sleep(0.02)
+    print(far.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_nothing_outlives_the_first_machine(cluster, tmp_path):
+    """Killed without a word: the others end what they have started."""
+    settings = [*cluster.settings, "launch.node_timeout_s=2"]
+    command = [sys.executable, "-c", FIRST, str(TINY), str(tmp_path), *settings]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    agent = cluster.agent("launch.node_timeout_s=2")
+    pid = int(first.stdout.readline())
+    agent.send_signal(signal.SIGTERM)  # as Slurm does with all of a job; it is for the first machine to decide
+    time.sleep(0.5)
+    assert is_alive(pid) and agent.poll() is None
+    first.kill()
+    first.wait()
+    code, said = ended(agent)
+    assert code == 1 and "the first machine is silent for more than launch.node_timeout_s = 2" in said
+    assert not is_alive(pid)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "first_says", "other_says"),
+    [
+        ([], ["run.seed=7"], "node 1 (m1) is refused: its configuration or version", "its configuration or version"),
+        (["launch.join_timeout_s=3"], None, "no machine came as node rank 1 within launch.join_timeout_s = 3", None),
+    ],
+)
+def test_machines_that_do_not_come_together(cluster, mine, theirs, first_says, other_says):
+    agent = cluster.agent(*theirs) if theirs is not None else None
+    with pytest.raises(ConfigError) as refused, gather(cluster.config(*mine)):
+        pass
+    assert first_says in str(refused.value)
+    if agent is not None:
+        code, said = ended(agent)
+        assert code == 2 and other_says in said and said.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_named(cluster):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"launch.port = {port} cannot be listened on"):
+            with gather(cluster.config(f"launch.port={port}")):
+                pass
+
+
+def test_an_interface_that_is_not_there_is_named(cluster):
+    with pytest.raises(ConfigError, match="launch.interface = ib7: no such interface.*it has .*lo"):
+        with gather(cluster.config("launch.interface=ib7")):
+            pass
+
+
+def old_rendezvous(cluster, *, expires: float, address: str = "127.0.0.1") -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]  # nobody listens there once it is closed
+    path = rendezvous_path(cluster.config())
+    write_rendezvous(path, Rendezvous(host="m0", addresses=[address], port=port, token="old", expires=expires))
+
+
+@pytest.mark.parametrize(
+    ("expires_in", "says"),
+    [
+        (None, "start the same command on the first machine (node rank 0), and keep run.dir where all machines see it"),
+        (-1.0, "is of an earlier start and has expired; start the first machine (node rank 0) again"),
+        (600.0, "m1 cannot reach the first machine, m0, at any of 127.0.0.1:"),
+    ],
+)
+def test_a_machine_that_does_not_find_the_first(cluster, expires_in, says):
+    if expires_in is not None:
+        old_rendezvous(cluster, expires=time.time() + expires_in)
+    code, said = ended(cluster.agent("launch.join_timeout_s=1"))
+    assert code == 2 and says in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_what_a_crash_left_behind_is_passed_over(cluster):
+    """It is not too old, and the next first machine listens on the same port."""
+    config = cluster.config(f"launch.port={free_port()}")
+    path = rendezvous_path(config)
+    old = Rendezvous(host="m0", addresses=["127.0.0.1"], port=config.launch.port, token="old", expires=time.time() + 60)
+    write_rendezvous(path, old)
+    agent = cluster.agent(f"launch.port={config.launch.port}")
+    with gather(config) as fleet:
+        assert [node.name for node in fleet.nodes[1:]] == ["m1"]
+    assert ended(agent)[0] == 0
+
+
+def test_who_does_not_know_the_secret_is_refused(cluster):
+    switchboard = Switchboard(cluster.config())
+    switchboard.start_thread()
+    rendezvous = switchboard.rendezvous(["127.0.0.1"])
+    for token in (rendezvous.token[::-1], ""):
+        link = Link(msgspec.structs.replace(rendezvous, token=token), "127.0.0.1")
+        link.send(Left("I say so"))
+        assert link.receive(10) == Refused("the secret is of an earlier start")
+        link.close()
+    switchboard.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as listening:
+        return listening.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "says"),
+    [
+        ({"SLURM_STEP_NUM_NODES": "3"}, [], "launch.nodes = 2, but this Slurm step has 3 nodes; ask for 2"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, [], "has 4 tasks; start one on each node (srun --ntasks-per-node=1)"),
+        ({"SLURM_NODEID": "2"}, [], "launch.nodes = 2, but this is node rank 2; set launch.nodes"),
+        ({"SLURM_NODEID": "1"}, ["-s", "launch.nodes=1"], "launch.nodes = 1, but this is node rank 1"),
+    ],
+)
+def test_a_step_of_another_shape_is_refused(tmp_path, environment, arguments, says):
+    settings = ["-s", f"run.dir={tmp_path / 'run'}", "-s", "launch.nodes=2"]
+    command = [sys.executable, "-m", *TRAIN, *settings, *arguments]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env={**os.environ, **environment})
+    assert told.returncode == 2 and says in told.stderr and told.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,130 @@
+"""Which machine and which GPU or core everything gets, against tables written by hand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.launch.layout import Layout, lay_out
+from megatron_async_rlhf.launch.nodes import PORTS, Node
+
+MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 4, "context_length": 96}
+ROOT = Path(__file__).parents[2]
+
+
+def machine(index: int, gpus: int, cores: int) -> Node:
+    return Node(
+        name=f"m{index}",
+        address=f"10.0.0.{index}",
+        cores=list(range(cores)),
+        gpus=[str(gpu) for gpu in range(gpus)],
+        ports=[1] * PORTS,
+        generator_ports=[2] * 64,
+    )
+
+
+def layout(sizes: list[int], ranks: int, tensor: int, replicas: int, generator_tensor: int = 1, **launch) -> Layout:
+    """Over machines of so many GPUs each."""
+    config = RunConfig.model_validate(
+        {
+            "model": MODEL,
+            "run": {"device": "cuda"},
+            "learner": {"ranks": ranks, "tensor_parallel": tensor, "precision": "bf16"},
+            "generator": {"replicas": replicas, "tensor_parallel": generator_tensor},
+            "weights": {"transport": "nccl"},
+            "launch": {"nodes": len(sizes)} | launch,
+        }
+    )
+    return lay_out(config, [machine(i, gpus, 2) for i, gpus in enumerate(sizes)], replicas)
+
+
+def on_cores(nodes: int, cores: int, ranks: int, tensor: int, replicas: int, workers: int = 1, **launch) -> Layout:
+    config = RunConfig.model_validate(
+        {
+            "model": MODEL,
+            "learner": {"ranks": ranks, "tensor_parallel": tensor},
+            "generator": {"replicas": replicas, "tensor_parallel": workers},
+            "launch": {"nodes": nodes} | launch,
+        }
+    )
+    return lay_out(config, [machine(i, 0, cores) for i in range(nodes)], replicas)
+
+
+def table(made: Layout) -> tuple[str, str]:
+    """`m0:0,1 m1:0` in order of ranks, and the same of replicas."""
+    return _row(made.learners), " | ".join(_row(slots) for slots in made.generators)
+
+
+def _row(slots) -> str:
+    machines: dict[int, list[int]] = {}
+    for slot in slots:
+        machines.setdefault(slot.node, []).append(slot.device)
+    return " ".join(f"m{node}:{','.join(map(str, devices))}" for node, devices in machines.items())
+
+
+@pytest.mark.parametrize(
+    ("made", "learners", "generators"),
+    [
+        (layout([8], 4, 4, 4), "m0:0,1,2,3", "m0:4 | m0:5 | m0:6 | m0:7"),
+        (layout([8, 8], 8, 4, 4, 2), "m0:0,1,2,3,4,5,6,7", "m1:0,1 | m1:2,3 | m1:4,5 | m1:6,7"),
+        # A group of four does not fit beside the first on a machine of six; a generator of two does.
+        (layout([6, 6], 8, 4, 2, 2), "m0:0,1,2,3 m1:0,1,2,3", "m0:4,5 | m1:4,5"),
+        # Generators fill from the last machine, and are counted from the first.
+        (layout([4, 4, 4], 4, 2, 3, 2), "m0:0,1,2,3", "m1:0,1 | m2:0,1 | m2:2,3"),
+        (layout([3, 3], 4, 4, 2, tensor_parallel_across_nodes=True), "m0:0,1,2 m1:0", "m1:1 | m1:2"),
+        # CPUs: even shares; ranks and workers of one machine share cores when there are too few.
+        (on_cores(2, 2, 2, 1, 1), "m0:0 m1:0", "m1:1"),
+        (on_cores(2, 2, 2, 2, 1), "m0:0,1", "m1:1"),
+        (on_cores(2, 2, 2, 2, 1, tensor_parallel_across_nodes=True), "m0:0 m1:0", "m1:1"),
+        (on_cores(3, 4, 4, 2, 4, 2), "m0:0,1 m1:0,1", "m0:2,3 | m1:2,3 | m2:0,1 | m2:2,3"),
+        (on_cores(1, 1, 2, 1, 2), "m0:0,0", "m0:0 | m0:0"),
+    ],
+)
+def test_places(made: Layout, learners: str, generators: str):
+    assert table(made) == (learners, generators)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([4, 4], 4, 4, 8), ["generator.replicas x tensor_parallel = 8", "only 4", "0 on m1"]),
+        (([3, 3], 4, 4, 1), ["learner.ranks = 4", "only 0", "learner.tensor_parallel = 4 on one machine", "3 on m0, 3 on m1"]),
+        (([2, 3], 2, 1, 1, 4), ["generator.replicas x tensor_parallel = 4", "only 0", "launch.nodes"]),
+    ],
+)  # fmt: skip
+def test_too_few_gpus_are_refused(arguments: tuple, words: list[str]):
+    with pytest.raises(ConfigError) as refused:
+        layout(*arguments)
+    assert all(word in str(refused.value) for word in words)
+    assert "\n" not in str(refused.value)
+
+
+# Of the job with so many nodes: machine and GPU of every rank and replica, written by hand.
+LLAMA = {
+    1: ["node0"] * 4 + ["node0"] * 4,
+    2: ["node0"] * 8 + ["node1"] * 8,
+    4: ["node0"] * 8 + ["node1"] * 8 + ["node2"] * 8 + ["node3"] * 8,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", LLAMA)
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_the_jobs_layouts(mode: str, nodes: int):
+    command = ["bash", f"slurm/llama8b_{mode}.sh", f"--nodes={nodes}", "--dry-run"]
+    environment = {"VENV": str(Path(sys.prefix)), "PATH": "/usr/bin:/bin"}
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    found = {}
+    for line in shown.stdout.splitlines():
+        name, _, rest = line.removeprefix("# ").partition(": ")
+        if line.startswith("# ") and name.split(".")[0] in ("learner", "generator") and "GPUs [" in rest:
+            machine, _, gpus = rest.partition("GPUs ")
+            found[name] = (machine.rstrip(", ") or "node0", gpus.partition(":")[0])
+    gpu = [f"[{i % 8}]" for i in range(8 * nodes)]
+    expected = list(zip(LLAMA[nodes], gpu, strict=True))
+    names = [*(f"learner.{i}" for i in range(4 * nodes)), *(f"generator.{i}" for i in range(4 * nodes))]
+    assert found == dict(zip(names, expected, strict=True))
