@@ -7,7 +7,7 @@
 A run that goes on from a checkpoint loads it instead of the warm start, pushes its version and is not evaluated before.
 An interrupted run saves a checkpoint instead of the last evaluation.
 
-Started by the supervisor (`launch.local`) or by an `srun` step:
+Started by the supervisor (`launch.supervisor`):
 `python -m megatron_async_rlhf.app --run-dir runs/x --learner tcp://... --generator http://... --transfer host:port`.
 """
 

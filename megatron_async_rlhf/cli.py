@@ -3,17 +3,21 @@
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from megatron_async_rlhf.config.advice import advice
-from megatron_async_rlhf.config.load import dump_config, load_config, read_tree
+from megatron_async_rlhf.config.load import load_config, read_tree
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
 from megatron_async_rlhf.launch.command import launch
 from megatron_async_rlhf.simulate.command import simulate
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
+
+if TYPE_CHECKING:
+    from megatron_async_rlhf.launch.fleet import Fleet
+    from megatron_async_rlhf.launch.plan import ProcessPlan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -21,6 +25,12 @@ _EXIT_BAD_INPUT = 2
 
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML configuration, such as examples/quickstart.yaml.")]
 SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value. Repeatable.")]
+NodeRankOption = Annotated[
+    int,
+    typer.Option(
+        envvar="SLURM_NODEID", min=0, help="Which of launch.nodes machines this is; the first one supervises."
+    ),
+]
 
 Dtype = Literal["bfloat16", "float32"]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Round the weights to this; else they keep their dtype.")]
@@ -73,18 +83,26 @@ def train(
             "--resume", help="Go on from the last checkpoint in run.dir; from the beginning if there is none."
         ),
     ] = False,
+    node_rank: NodeRankOption = 0,
 ) -> None:
-    """Run the whole RLHF job on this machine.
+    """Run the whole RLHF job, on this machine or, started once on each, on launch.nodes of them.
 
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
     from megatron_async_rlhf.estimate.report import refuse_too_large
+    from megatron_async_rlhf.launch.dry_run import print_plan
+    from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.resume import find_resumption
     from megatron_async_rlhf.launch.run_directory import check_writable, reopen_run_directory
     from megatron_async_rlhf.prepare import check_value_weights, load_materials, make_model_template
 
     resolved = load_config(config, set)
+    if dry_run:
+        _warn(resolved)
+        print_plan(resolved)
+        return
+    _serve_unless_first(resolved, node_rank)
     _warn(resolved)
     check_writable(resolved)
     run_dir, version = resolved.run.path.absolute(), None
@@ -94,9 +112,6 @@ def train(
         if resumption.finished:
             return
         version = resumption.version
-    if dry_run:
-        _print_plan(resolved)
-        return
     with tempfile.TemporaryDirectory() as scratch:
         template = Path(scratch) / "model" if version is None else run_dir / POLICY_TEMPLATE_DIR
         if version is None:
@@ -104,17 +119,13 @@ def train(
         architecture = load_materials(resolved, template).architecture
         check_value_weights(resolved, architecture)
         refuse_too_large(resolved, architecture)
-        plan = plan_processes(resolved, run_dir, architecture.context_length, version)
-        _check_gpus(resolved, Path(scratch))
-        if version is None:
-            run_dir = _new_run_directory(resolved, template)
-        else:
-            reopen_run_directory(resolved, version)
-
-    from megatron_async_rlhf.launch.display import Display
-    from megatron_async_rlhf.launch.local import Supervisor
-
-    raise typer.Exit(Supervisor(resolved, plan, run_dir, Display()).run())
+        with gather(resolved) as fleet:
+            plan = plan_processes(resolved, run_dir, architecture.context_length, fleet.nodes, version)
+            if version is None:
+                run_dir = _new_run_directory(resolved, template)
+            else:
+                reopen_run_directory(resolved, version)
+            raise typer.Exit(_supervise(resolved, plan, run_dir, fleet))
 
 
 app.command()(simulate)
@@ -122,15 +133,14 @@ app.command()(launch)
 
 
 @app.command()
-def sft(config: ConfigArgument, set: SetOption = []) -> None:
+def sft(config: ConfigArgument, set: SetOption = [], node_rank: NodeRankOption = 0) -> None:
     """Run the warm start alone, `warm_start` and `data` of a configuration, and export the policy.
 
     RL runs then start from it with model.hf=<run>/checkpoints/final and warm_start.steps=0.
 
     Example: async-rlhf sft examples/quickstart.yaml -s run.name=sft
     """
-    from megatron_async_rlhf.launch.display import Display
-    from megatron_async_rlhf.launch.local import Supervisor
+    from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.run_directory import check_writable
     from megatron_async_rlhf.prepare import load_materials, make_model_template
@@ -138,20 +148,23 @@ def sft(config: ConfigArgument, set: SetOption = []) -> None:
     resolved = load_config(config, set)
     if not resolved.warm_start.steps:
         raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
+    _serve_unless_first(resolved, node_rank)
     check_writable(resolved)
     with tempfile.TemporaryDirectory() as scratch:
         template = Path(scratch) / "model"
         make_model_template(resolved, template)
         load_materials(resolved, template)
-        _check_gpus(resolved, Path(scratch))
-        run_dir = _new_run_directory(resolved, template)
-    raise typer.Exit(Supervisor(resolved, plan_learner_alone(resolved, run_dir, "sft"), run_dir, Display()).run())
+        with gather(resolved) as fleet:
+            plan = plan_learner_alone(resolved, resolved.run.path.absolute(), fleet.nodes, "sft")
+            run_dir = _new_run_directory(resolved, template)
+            raise typer.Exit(_supervise(resolved, plan, run_dir, fleet))
 
 
 @app.command()
 def replay(
     run: Annotated[Path, typer.Argument(help="A run with schedule.record = true.")],
     out: Annotated[Path | None, typer.Option(help="Directory of the new run; default: <run>.replay beside it.")] = None,
+    node_rank: NodeRankOption = 0,
 ) -> None:
     """Train again on what a run has recorded, without generators, and prove that the same bits come out.
 
@@ -160,8 +173,7 @@ def replay(
     Example: async-rlhf replay runs/quickstart
     """
     from megatron_async_rlhf.checkpoint.sources import open_holders
-    from megatron_async_rlhf.launch.display import Display
-    from megatron_async_rlhf.launch.local import Supervisor
+    from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.run_directory import check_writable
     from megatron_async_rlhf.scheduler.recording import RolloutLog
@@ -175,12 +187,14 @@ def replay(
         raise ConfigError(f"{run} has recorded nothing; it must be run with schedule.record = true")
     section = earlier.run.model_copy(update={"dir": out or run.with_name(f"{run.name}.replay")})
     config = earlier.model_copy(update={"run": section})
+    _serve_unless_first(config, node_rank)
     check_writable(config)
-    run_dir = _new_run_directory(config, run / POLICY_TEMPLATE_DIR)
-    plan = plan_learner_alone(config, run_dir, "replay", ["--recorded", str(run)])
-    code = Supervisor(config, plan, run_dir, Display()).run()
-    if code:
-        raise typer.Exit(code)
+    with gather(config) as fleet:
+        run_dir = config.run.path.absolute()
+        plan = plan_learner_alone(config, run_dir, fleet.nodes, "replay", ["--recorded", str(run)])
+        _new_run_directory(config, run / POLICY_TEMPLATE_DIR)
+        if code := _supervise(config, plan, run_dir, fleet):
+            raise typer.Exit(code)
     if recorded < earlier.schedule.rollouts or not (run / EXPORT_DIR).is_dir():
         typer.echo(
             f"{recorded} rollouts came out the same; {run} was not completed, so there are no weights to compare"
@@ -316,13 +330,21 @@ def _compare(a: Any, b: Any, cast: Dtype | None) -> None:
     raise typer.Exit(1)
 
 
-def _check_gpus(config: RunConfig, scratch: Path) -> None:
-    """That this machine's are enough, if the run is to be on any; in a process of its own, which forgets them again."""
-    from megatron_async_rlhf.launch.abilities import check_device
+def _serve_unless_first(config: RunConfig, node_rank: int) -> None:
+    """On every machine but the first: do as that one says, then exit."""
+    from megatron_async_rlhf.launch.agent import serve
+    from megatron_async_rlhf.launch.nodes import check_node_rank
 
-    if config.run.device == "cuda":
-        (scratch / "config.yaml").write_text(dump_config(config))
-        check_device(scratch / "config.yaml")
+    check_node_rank(config, node_rank)
+    if node_rank:
+        raise typer.Exit(serve(config, node_rank))
+
+
+def _supervise(config: RunConfig, plan: "ProcessPlan", run_dir: Path, fleet: "Fleet") -> int:
+    from megatron_async_rlhf.launch.display import Display
+    from megatron_async_rlhf.launch.supervisor import Supervisor
+
+    return Supervisor(config, plan, run_dir, Display(), fleet).run()
 
 
 def _new_run_directory(config: RunConfig, template: Path) -> Path:
@@ -338,46 +360,6 @@ def _new_run_directory(config: RunConfig, template: Path) -> Path:
 def _warn(config: RunConfig) -> None:
     for line in advice(config):
         typer.echo(f"warning: {line}", err=True)
-
-
-def _print_plan(config: RunConfig) -> None:
-    """All that can be said without starting anything: of a model that is not here, what follows from its shape."""
-    from megatron_async_rlhf.estimate.report import describe
-    from megatron_async_rlhf.launch.plan import plan_processes
-    from megatron_async_rlhf.prepare import (
-        check_value_weights,
-        load_materials,
-        make_model_template,
-        missing_inputs,
-        outline,
-    )
-
-    missing = missing_inputs(config)
-    if missing:
-        architecture, transfer = outline(config, config.model.hf)
-        prompts = "# prompts: not checked"
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            make_model_template(config, Path(scratch))
-            materials = load_materials(config, Path(scratch))
-        check_value_weights(config, materials.architecture)
-        architecture, transfer = materials.architecture, materials.transfer
-        prompts = f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out"
-    typer.echo(dump_config(config))
-    typer.echo(f"# policy: {architecture.num_parameters / 1e6:.2f} M parameters")
-    typer.echo(prompts)
-    slices = sum(len(message) for messages in transfer.streams.values() for message in messages)
-    rounds = max(len(messages) for messages in transfer.streams.values())
-    megabytes = transfer.num_bytes * config.generator.replicas / 1e6
-    typer.echo(f"# weights: {megabytes:.2f} MB a push: {slices} slices in {rounds} rounds to each generator")
-    for line in describe(config, architecture):
-        typer.echo(f"# {line}")
-    for process in plan_processes(config, config.run.path.absolute(), architecture.context_length).processes:
-        cores = f"cores {process.cores}" if process.cores else "any core"
-        where = f"GPUs {process.gpus}" if process.gpus else cores
-        typer.echo(f"# {process.name}: {where}: {' '.join(process.arguments)}")
-    for line in missing:
-        typer.echo(f"# not checked, and needed for a start: {line}")
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
 """What this machine can run, and how to get what is missing. Looks, changes nothing, starts nothing.
 
 With a configuration it also says what of it this machine cannot do. `python -m megatron_async_rlhf.doctor CONFIG` says
-only that: `async-rlhf train` asks it before it starts anything on GPUs, in a process of its own because asking takes
-torch and CUDA.
+only that and how many GPUs there are, as JSON: `async-rlhf train` asks it before it starts anything on GPUs, in a process
+of its own because asking takes torch and CUDA.
 """
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -73,7 +74,7 @@ def problems(config: RunConfig) -> list[str]:
     if not count:
         return ["run.device = cuda, but torch sees no GPU here: check nvidia-smi and torch.version.cuda, or set cpu"]
     found = []
-    if count < config.gpus:
+    if config.launch.nodes == 1 and count < config.gpus:  # of several machines the layout over them tells
         found.append(f"the run needs {config.gpus} GPUs (learner.ranks and generators), this machine has {count}")
     learner = config.learner
     if learner.fp8 is not None and not has_transformer_engine(torch.device("cuda")):
@@ -189,10 +190,9 @@ def _program(what: str, program: str, argument: str, advice: str) -> Finding:
 
 
 def main() -> None:
-    found = problems(load_config(Path(sys.argv[1])))
-    for problem in found:
-        print(problem)
-    raise SystemExit(int(bool(found)))
+    import torch
+
+    print(json.dumps({"gpus": torch.cuda.device_count(), "problems": problems(load_config(Path(sys.argv[1])))}))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ marker=$dir/.slurm-testbed
 
 install() {
     local program missing=()
-    for program in munged slurmctld slurmd sbatch; do
+    for program in munged slurmctld slurmd slurmstepd sbatch perl; do
         command -v "$program" >/dev/null || missing+=("$program")
     done
     ((${#missing[@]})) || return 0
-    local packages=(slurmctld slurmd slurm-client munge)
+    local packages=(slurmctld slurmd slurm-client munge perl-base)
     [[ $EUID == 0 && $(command -v apt-get) ]] ||
         die "not installed: ${missing[*]}; as root: apt-get install ${packages[*]} (or what has them on this system)"
     export DEBIAN_FRONTEND=noninteractive
@@ -94,18 +94,17 @@ configure() {
     # slurmd drops GPUs without a File from what it has (and the node is invalid then); any file that exists will do.
     touch "$dir"/gpu/{0..7}
     echo "Name=gpu File=$dir/gpu/[0-7]" >"$dir/gres.conf"
-    # proctrack/linuxproc signals the tree below a step, sessions of their own included, but loses those whose parent
-    # is gone. Clusters kill them too (by cgroup, which needs more rights than a container may have): so does this.
-    cat >"$dir/epilog" <<END
-#!/bin/bash
-[[ \$SLURM_JOB_ID ]] || exit 0
-cd /proc
-grep -lszFx "SLURM_CONF=$SLURM_CONF" [0-9]*/environ | xargs -r grep -lszFx "SLURM_JOB_ID=\$SLURM_JOB_ID" |
-    xargs -r grep -lszFx "SLURMD_NODENAME=\$SLURMD_NODENAME" | xargs -r grep -LszE '^SLURM_SCRIPT_CONTEXT=' |
-    cut -d/ -f1 | xargs -r kill -KILL 2>/dev/null
-exit 0
+    # proctrack/linuxproc signals the tree of processes below a step, sessions of their own included, but not those whose
+    # parent is gone, unless slurmstepd (of slurmd -d) adopts them: 36 is PR_SET_CHILD_SUBREAPER, which exec keeps.
+    # Clusters reach them by cgroup, which needs more rights than a container may have.
+    local prctl=157
+    [[ $(uname -m) == x86_64 ]] || prctl=167  # as on all newer architectures
+    cat >"$dir/slurmstepd" <<END
+#!/usr/bin/env perl
+syscall($prctl, 36, 1, 0, 0, 0) == 0 or die "prctl: \$!";
+exec {"$(command -v slurmstepd)"} "slurmstepd", @ARGV or die "slurmstepd: \$!";
 END
-    chmod +x "$dir/epilog"
+    chmod +x "$dir/slurmstepd"
     # - cred_expire: a requeued job waits that long and a second; Slurm takes 5 as the least, and 120 is its default.
     # - SlurmdTimeout: a node that is gone is noticed after about that long.
     # - config_overrides: nodes have what is declared, not what the machine has.
@@ -127,7 +126,6 @@ MailProg=/bin/true
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-Epilog=$dir/epilog
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1
@@ -169,7 +167,7 @@ launch() {
     local ok=1
     daemon munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munge.pid" \
         --log-file="$dir/log/munge.log" --seed-file="$dir/munge.seed" &&
-        daemon slurmctld && daemon slurmd -N n1 && daemon slurmd -N n2 || ok=0
+        daemon slurmctld && daemon slurmd -N n1 -d "$dir/slurmstepd" && daemon slurmd -N n2 -d "$dir/slurmstepd" || ok=0
     local end=$((SECONDS + 60))
     while ((ok && SECONDS < end)); do
         if [[ $(timeout 10 sinfo --noheader --partition=main --format='%D %T' 2>/dev/null) == "2 idle" ]]; then

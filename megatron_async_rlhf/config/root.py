@@ -100,9 +100,10 @@ class RunConfig(Section):
                     f"weights.transport = ipc is for one learner rank and one generator on the same GPU, not learner.ranks = "
                     f"{learners} and generator.replicas x tensor_parallel = {workers}; set weights.transport = nccl"
                 )
-        elif self.gpus > self.launch.gpus_per_node:
+        elif self.gpus > self.launch.nodes * self.launch.gpus_per_node:
             raise ValueError(
                 f"learner.ranks = {learners} and generator.replicas x tensor_parallel = {workers} need "
-                f"{self.gpus} GPUs, above launch.gpus_per_node = {self.launch.gpus_per_node}"
+                f"{self.gpus} GPUs, above launch.nodes = {self.launch.nodes} with launch.gpus_per_node = "
+                f"{self.launch.gpus_per_node}"
             )
         return self

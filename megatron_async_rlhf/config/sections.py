@@ -356,10 +356,15 @@ class TelemetrySection(Section):
 
 
 class LaunchSection(Section):
-    """How the processes of a run on one machine are placed and watched."""
+    """How the processes of a run are placed on machines, and watched."""
 
     nodes: PositiveInt = 1  # machines; `async-rlhf train` is started once on each of them
     gpus_per_node: PositiveInt = 8
+    tensor_parallel_across_nodes: bool = False  # let a learner's tensor-parallel group span machines: slow links
+    interface: str | None = None  # network interface between machines, as ib0; unset: the one they find each other by
+    port: int = Field(0, ge=0, le=65535)  # the other machines meet the first one here; 0 picks a free one
+    join_timeout_s: PositiveFloat = 300.0  # for all machines to be there
+    node_timeout_s: PositiveFloat = 20.0  # a machine that is silent for so long is lost, and the run with it
     gpu: Literal["a100", "h100", "h100-pcie", "h200", "b200"] = (
         "h100"  # whose data sheet the estimated speed is computed from
     )

@@ -102,7 +102,7 @@ def _changes(config: RunConfig, arch: Architecture) -> Iterator[tuple[str, dict]
     yield "learner.recompute = full", {"recompute": "full"}
     if on_gpu:
         yield "learner.reference = swapped", {"reference": "swapped"}
-        free = config.launch.gpus_per_node - config.generator.workers
+        free = config.launch.nodes * config.launch.gpus_per_node - config.generator.workers
         for tensor in (2, 4, 8):
             ranks = tensor * learner.pipeline_parallel * learner.context_parallel
             if tensor > learner.tensor_parallel and ranks <= free:

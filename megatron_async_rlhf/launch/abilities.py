@@ -1,31 +1,40 @@
-"""Asks whether this machine can run a configuration on its GPUs, before anything is started."""
+"""Asks how many GPUs this machine has and whether it can run a configuration on them, before anything is started."""
 
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+from megatron_async_rlhf.config.load import dump_config
+from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 
 _TIMEOUT_S = 120.0  # imports torch and Megatron, and starts CUDA
 
 
-def check_device(config: Path) -> None:
-    """
-    Args:
-        config: a resolved configuration.
+def count_gpus(config: RunConfig) -> int:
+    """That the run may use here; in a process of its own, which forgets them again.
 
     Raises:
         ConfigError: a line for each thing this machine lacks.
     """
-    asked = [sys.executable, "-W", "ignore", "-m", "megatron_async_rlhf.doctor", str(config)]
-    try:
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise ConfigError(
-            f"run.device = cuda: asking for the GPUs took longer than {_TIMEOUT_S:g} s; see what nvidia-smi says"
-        ) from None
+    if config.run.device == "cpu":
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "config.yaml"
+        path.write_text(dump_config(config))
+        asked = [sys.executable, "-W", "ignore", "-m", "megatron_async_rlhf.doctor", str(path)]
+        try:
+            told = subprocess.run(asked, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            raise ConfigError(
+                f"run.device = cuda: asking for the GPUs took longer than {_TIMEOUT_S:g} s; see what nvidia-smi says"
+            ) from None
     if told.returncode:
-        lines = told.stdout.strip() or (told.stderr.strip().splitlines() or ["unknown"])[-1]
-        raise ConfigError(
-            lines if told.stdout.strip() else f"run.device = cuda: the machine cannot be examined: {lines}"
-        )
+        reason = (told.stderr.strip().splitlines() or ["unknown"])[-1]
+        raise ConfigError(f"run.device = cuda: the machine cannot be examined: {reason}")
+    answer = json.loads(told.stdout)
+    if answer["problems"]:
+        raise ConfigError("\n".join(answer["problems"]))
+    return answer["gpus"]

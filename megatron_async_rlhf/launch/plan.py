@@ -1,8 +1,8 @@
-"""Which processes a run on one machine consists of: names, command lines, environments, cores and GPUs. Starts nothing."""
+"""Which processes a run consists of: names, machines, command lines, environments, cores and GPUs. Pure: starts nothing.
 
-import os
-import random
-import socket
+The same plan is printed by a dry run, and carried out on one machine and on many.
+"""
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +12,24 @@ from msgspec import Struct
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.generator.vllm.server import records_versions, server_command, server_environment
+from megatron_async_rlhf.launch.layout import Slot, lay_out
+from megatron_async_rlhf.launch.nodes import Node
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
-
-_HOST = "127.0.0.1"
 
 
 class ProcessSpec(Struct, frozen=True, kw_only=True):
-    """One process. `environment` comes on top of ours; empty `cores` means any core, empty `gpus` none."""
+    """One process. `environment` comes on top of ours; empty `cores` means any core, empty `gpus` none.
+
+    Attributes:
+        node: which machine, counted from the first, which supervises.
+    """
 
     name: str
     arguments: list[str]
     environment: dict[str, str]
     cores: list[int]
     gpus: list[int] = []
+    node: int = 0
 
 
 class ProcessPlan(Struct, frozen=True, kw_only=True):
@@ -45,15 +50,15 @@ class ProcessPlan(Struct, frozen=True, kw_only=True):
 
 
 def plan_processes(
-    config: RunConfig, run_dir: Path, context_length: int, resume_from: int | None = None
+    config: RunConfig, run_dir: Path, context_length: int, nodes: Sequence[Node], resume_from: int | None = None
 ) -> ProcessPlan:
-    """Place learner ranks, generators and controller on this machine's cores or GPUs, and on free ports.
+    """Learner ranks, generators and the controller, which is on the first machine.
 
     Args:
         resume_from: policy version of the checkpoint to go on from.
 
     Raises:
-        ConfigError: a configured port is in use, or this machine's vLLM cannot do what is configured.
+        ConfigError: the machines have too few GPUs, or this machine's vLLM cannot do what is configured.
     """
     in_flight = config.schedule.in_flight_updates
     if in_flight in ("keep", "recompute") and not records_versions():
@@ -61,59 +66,39 @@ def plan_processes(
             f"schedule.in_flight_updates = {in_flight} needs vLLM 0.30 or newer, which records the version of every "
             "token; set resubmit or none"
         )
-    learner_devices, generator_devices = _place(config, config.generator.workers)
-    generator_ports = _generator_ports(config)
-    rendezvous, command, transfer = _free_ports(3, taken=generator_ports)
-    per_replica = config.generator.tensor_parallel
-    shares = [generator_devices[i * per_replica : (i + 1) * per_replica] for i in range(config.generator.replicas)]
-    generators = [
-        ProcessSpec(
-            name=f"generator.{i}",
-            arguments=server_command(config, run_dir / POLICY_TEMPLATE_DIR, port, context_length),
-            environment=server_environment(config, share) | {"GLOO_SOCKET_IFNAME": "lo"},
-            cores=[],  # vLLM binds its workers itself; its front end may run wherever there is room
-            gpus=share if config.run.device == "cuda" else [],
-        )
-        for i, (port, share) in enumerate(zip(generator_ports, shares, strict=True))
-    ]
+    layout = lay_out(config, nodes, config.generator.replicas)
+    learners = _learners(config, run_dir, layout.learners, nodes)
+    generators, urls = [], []
+    for i, slots in enumerate(layout.generators):
+        node = nodes[slots[0].node]
+        address = (node.address, node.generator_ports[i])
+        generators.append(_generator(config, run_dir, i, slots, node, address, context_length))
+        urls.append(f"http://{address[0]}:{address[1]}")
     addresses = [
-        *("--learner", f"tcp://{_HOST}:{command}"),
-        *(argument for port in generator_ports for argument in ("--generator", f"http://{_HOST}:{port}")),
-        *("--transfer", f"{_HOST}:{transfer}"),
+        *("--learner", _commands_at(layout.learners, nodes)),
+        *(argument for url in urls for argument in ("--generator", url)),
+        *("--transfer", "{}:{}".format(*_learner_address(layout.learners, nodes, 2))),
     ]
     resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
     return ProcessPlan(
-        learners=_learners(config, run_dir, learner_devices, rendezvous=rendezvous, command=command),
+        learners=learners,
         generators=generators,
         controller=_controller(run_dir, [*addresses, *resume]),
         restarts=config.generator.restarts if records_versions() else 0,
     )
 
 
-def plan_learner_alone(config: RunConfig, run_dir: Path, module: str, arguments: Sequence[str] = ()) -> ProcessPlan:
+def plan_learner_alone(
+    config: RunConfig, run_dir: Path, nodes: Sequence[Node], module: str, arguments: Sequence[str] = ()
+) -> ProcessPlan:
     """The same without generators: learner ranks on all cores or GPUs, and the module as their controller."""
-    devices, _ = _place(config, workers=0)
-    rendezvous, command = _free_ports(2)
-    learners = _learners(config, run_dir, devices, rendezvous=rendezvous, command=command)
-    addresses = ["--learner", f"tcp://{_HOST}:{command}", *arguments]
-    return ProcessPlan(learners=learners, generators=[], controller=_controller(run_dir, addresses, module=module))
-
-
-def _place(config: RunConfig, workers: int) -> tuple[list[int], list[int]]:
-    """A GPU or core for each learner rank and each of so many generator workers."""
-    ranks = config.learner.world_size
-    if config.run.device == "cuda":
-        return place_on_gpus(ranks, workers, shared=config.weights.transport == "ipc")
-    return place_on_cores(ranks, workers, sorted(os.sched_getaffinity(0)))
-
-
-def _learners(
-    config: RunConfig, run_dir: Path, devices: Sequence[int], *, rendezvous: int, command: int
-) -> list[ProcessSpec]:
-    return [
-        _learner(config, run_dir, rank, device, rendezvous=rendezvous, command=command)
-        for rank, device in enumerate(devices)
-    ]
+    slots = lay_out(config, nodes, replicas=0).learners
+    addresses = ["--learner", _commands_at(slots, nodes), *arguments]
+    return ProcessPlan(
+        learners=_learners(config, run_dir, slots, nodes),
+        generators=[],
+        controller=_controller(run_dir, addresses, module=module),
+    )
 
 
 def _controller(run_dir: Path, arguments: list[str], module: str = "app") -> ProcessSpec:
@@ -121,82 +106,70 @@ def _controller(run_dir: Path, arguments: list[str], module: str = "app") -> Pro
     return ProcessSpec(name="controller", arguments=command, environment={"OMP_NUM_THREADS": "1"}, cores=[])
 
 
-def _learner(config: RunConfig, run_dir: Path, rank: int, device: int, *, rendezvous: int, command: int) -> ProcessSpec:
-    """A rank on a core or GPU. They meet on the port `rendezvous`; rank 0 takes commands on the port `command`."""
-    on_gpu = config.run.device == "cuda"
-    # Kernels must start in the order they were queued, or communication does not overlap as Megatron plans it.
-    in_order = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if on_gpu else {}
+def _generator(
+    config: RunConfig,
+    run_dir: Path,
+    replica: int,
+    slots: Sequence[Slot],
+    node: Node,
+    address: tuple[str, int],
+    context_length: int,
+) -> ProcessSpec:
+    """One server on the machine of all its workers."""
+    on_gpus, devices = config.run.device == "cuda", [slot.device for slot in slots]
+    names = [node.gpus[device] if on_gpus else str(device) for device in devices]
     return ProcessSpec(
-        name=f"learner.{rank}",
-        arguments=[
-            *(sys.executable, "-m", "megatron_async_rlhf.learner.megatron.worker"),
-            *("--run-dir", str(run_dir)),
-            *("--listen", f"tcp://{_HOST}:{command}"),
-        ],
-        environment={
-            "RANK": str(rank),
-            "LOCAL_RANK": str(device if on_gpu else rank),
-            "WORLD_SIZE": str(config.learner.world_size),
-            "MASTER_ADDR": _HOST,
-            "MASTER_PORT": str(rendezvous),
-            "OMP_NUM_THREADS": str(config.learner.threads),
-            "GLOO_SOCKET_IFNAME": "lo",
-            **in_order,
-        },
-        cores=[device] if config.launch.pin_cores and not on_gpu else [],
-        gpus=[device] if on_gpu else [],
+        name=f"generator.{replica}",
+        arguments=server_command(config, run_dir / POLICY_TEMPLATE_DIR, address, context_length),
+        environment=server_environment(config, names) | _network(node) | {"VLLM_HOST_IP": node.address},
+        cores=[],  # vLLM binds its workers itself; its front end may run wherever there is room
+        gpus=devices if on_gpus else [],
+        node=slots[0].node,
     )
 
 
-def place_on_gpus(ranks: int, workers: int, *, shared: bool) -> tuple[list[int], list[int]]:
-    """A GPU for each learner rank and each generator worker, [ranks] and [workers]: learners first, or on the same ones."""
-    first = 0 if shared else ranks
-    return list(range(ranks)), list(range(first, first + workers))
+def _learners(config: RunConfig, run_dir: Path, slots: Sequence[Slot], nodes: Sequence[Node]) -> list[ProcessSpec]:
+    """A rank for each slot. They meet where rank 0 is, which alone takes commands."""
+    on_gpu = config.run.device == "cuda"
+    # Kernels must start in the order they were queued, or communication does not overlap as Megatron plans it.
+    in_order = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if on_gpu else {}
+    host, port = _learner_address(slots, nodes, 0)
+    return [
+        ProcessSpec(
+            name=f"learner.{rank}",
+            arguments=[
+                *(sys.executable, "-m", "megatron_async_rlhf.learner.megatron.worker"),
+                *("--run-dir", str(run_dir)),
+                *("--listen", _commands_at(slots, nodes)),
+            ],
+            environment={
+                "RANK": str(rank),
+                "LOCAL_RANK": str(slot.device if on_gpu else rank),
+                "WORLD_SIZE": str(len(slots)),
+                "MASTER_ADDR": host,
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": str(config.learner.threads),
+                **_network(nodes[slot.node]),
+                **in_order,
+            },
+            cores=[slot.device] if config.launch.pin_cores and not on_gpu else [],
+            gpus=[slot.device] if on_gpu else [],
+            node=slot.node,
+        )
+        for rank, slot in enumerate(slots)
+    ]
 
 
-def place_on_cores(ranks: int, workers: int, cores: Sequence[int]) -> tuple[list[int], list[int]]:
-    """A core for each learner rank and each generator worker, [ranks] and [workers].
-
-    Learner ranks fill cores from the front, generator workers from the back; when there are not enough, each side
-    shares its own, so that a busy side never slows the other.
-    """
-    if len(cores) == 1:
-        return [cores[0]] * ranks, [cores[0]] * workers
-    for_workers = min(workers, max(1, len(cores) - ranks, len(cores) // 2))
-    mine, theirs = cores[: len(cores) - for_workers], cores[len(cores) - for_workers :]
-    return [mine[r % len(mine)] for r in range(ranks)], [theirs[w % len(theirs)] for w in range(workers)]
+def _network(node: Node) -> dict[str, str]:
+    """Which interface gloo uses: left to itself it looks up the host name, which on many machines is a loopback one."""
+    return {"GLOO_SOCKET_IFNAME": node.interface}
 
 
-def _generator_ports(config: RunConfig) -> list[int]:
-    first, count = config.generator.port, config.generator.replicas
-    if first == 0:
-        return _free_ports(count)
-    ports = list(range(first, first + count))
-    for port in ports:
-        if not _is_free(port):
-            raise ConfigError(f"generator.port = {first}: port {port} is in use; free it, or set 0 to pick one")
-    return ports
+def _commands_at(learners: Sequence[Slot], nodes: Sequence[Node]) -> str:
+    return "tcp://{}:{}".format(*_learner_address(learners, nodes, 1))
 
 
-def _free_ports(count: int, taken: Sequence[int] = ()) -> list[int]:
-    """Different ports nobody listens on now, below the range the kernel hands to outgoing connections.
-
-    A server binds its port many seconds after it was picked; until then no connection may happen to get it.
-    """
-    try:
-        end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    except (OSError, ValueError):
-        end = 32768
-    candidates = random.SystemRandom().sample(range(10000, max(end, 12000)), 1000)
-    free = (port for port in candidates if port not in taken and _is_free(port))
-    return [next(free) for _ in range(count)]
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((_HOST, port))
-        except (OSError, OverflowError):
-            return False
-    return True
+def _learner_address(learners: Sequence[Slot], nodes: Sequence[Node], port: int) -> tuple[str, int]:
+    """One of the ports of learner rank 0's machine: 0 rendezvous, 1 commands, 2 weight transfer."""
+    node = nodes[learners[0].node]
+    return node.address, node.ports[port]

@@ -1,9 +1,10 @@
-"""One child process of a run: its own session, its own log file, dies with its parent."""
+"""One process of a run, wherever it runs: its own session, its own log file, dies with who started it."""
 
 import ctypes
 import os
 import signal
 import subprocess
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import IO
 
@@ -12,51 +13,34 @@ from megatron_async_rlhf.launch.plan import ProcessSpec
 _PR_SET_PDEATHSIG = 1
 
 
-class Process:
-    """A started `ProcessSpec`. `pipe_stdout` gives the caller its stdout; everything else goes to the log."""
+class Process(ABC):
+    """A started `ProcessSpec`."""
 
-    def __init__(self, spec: ProcessSpec, log_dir: Path, *, pipe_stdout: bool = False) -> None:
+    def __init__(self, spec: ProcessSpec, log_dir: Path) -> None:
         self.spec = spec
         self.log = log_dir / f"{spec.name}.log"
-        with self.log.open("ab") as log:
-            self._popen = subprocess.Popen(
-                spec.arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if pipe_stdout else log,
-                stderr=log,
-                env={**os.environ, **spec.environment},
-                start_new_session=True,  # a Ctrl-C in the terminal reaches the supervisor alone
-                preexec_fn=_before_exec(spec.cores),
-                text=True,
-            )
 
     @property
     def name(self) -> str:
         return self.spec.name
 
     @property
-    def pid(self) -> int:
-        return self._popen.pid
+    @abstractmethod
+    def pid(self) -> int | None:
+        """On its own machine; None if not known yet."""
 
     @property
-    def stdout(self) -> IO[str]:
-        return self._popen.stdout
-
-    @property
+    @abstractmethod
     def returncode(self) -> int | None:
-        return self._popen.poll()
+        """None while it runs; negative if a signal ended it."""
 
+    @abstractmethod
     def signal(self, number: int) -> None:
         """To the process alone."""
-        if self.returncode is None:
-            self._popen.send_signal(number)
 
+    @abstractmethod
     def kill_group(self, number: int) -> None:
         """To the process and everything it started, even if it is gone itself."""
-        try:
-            os.killpg(self._popen.pid, number)
-        except ProcessLookupError:
-            pass
 
     def ending(self) -> str:
         """How it ended, in words."""
@@ -71,6 +55,46 @@ class Process:
             return self.log.read_text(errors="replace").splitlines()[-count:]
         except OSError:
             return []
+
+
+class LocalProcess(Process):
+    """A child of this process. `pipe_stdout` gives the caller its stdout; everything else goes to the log."""
+
+    def __init__(self, spec: ProcessSpec, log_dir: Path, *, pipe_stdout: bool = False) -> None:
+        super().__init__(spec, log_dir)
+        with self.log.open("ab") as log:
+            self._popen = subprocess.Popen(
+                spec.arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if pipe_stdout else log,
+                stderr=log,
+                env={**os.environ, **spec.environment},
+                start_new_session=True,  # a Ctrl-C in the terminal reaches the supervisor alone
+                preexec_fn=_before_exec(spec.cores),
+                text=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def stdout(self) -> IO[str]:
+        return self._popen.stdout
+
+    @property
+    def returncode(self) -> int | None:
+        return self._popen.poll()
+
+    def signal(self, number: int) -> None:
+        if self.returncode is None:
+            self._popen.send_signal(number)
+
+    def kill_group(self, number: int) -> None:
+        try:
+            os.killpg(self._popen.pid, number)
+        except ProcessLookupError:
+            pass
 
 
 def _before_exec(cores: list[int]):

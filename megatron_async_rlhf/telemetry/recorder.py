@@ -61,7 +61,7 @@ class Recorder:
         with (self._dir / WARM_START).open("a") as file:
             file.write(json.dumps({"step": step, "time": self._clock(), **values}) + "\n")
         self._events.emit("warm_start", step=step + 1, steps=self._config.warm_start.steps, loss=values["loss"])
-        self._wandb.log({"warm_start/loss": values["loss"], "warm_start/step": step})
+        self._wandb.warm_start(step, values)
 
     def loop_started(self, startup_s: float) -> None:
         """The RL loop begins: its wall clock starts, or goes on."""
@@ -110,7 +110,7 @@ class Recorder:
         """All metrics of one optimizer step: a line of metrics.jsonl, a progress event, a W&B step."""
         line = {"step": step, "time": self._clock(), **values}
         self._metrics.write(json.dumps(line) + "\n")
-        self._wandb.log(line)
+        self._wandb.step(step, line)
         if self._loop_start is not None:
             self.totals.wall_s = self._clock() - self._loop_start
         rate = self.totals.samples_generated / self.totals.wall_s if self.totals.wall_s else 0.0
@@ -183,7 +183,7 @@ class Recorder:
         self.totals.evaluation[when] = metrics
         self._spans.append(span)
         self._events.emit("evaluated", when=when, metrics=metrics)
-        self._wandb.log({f"eval/{name}": value for name, value in metrics.items()})
+        self._wandb.step(self.totals.steps, {f"eval/{name}": value for name, value in metrics.items()})
 
     def write_summary(self, status: str, error: str | None) -> None:
         """Replace summary.json."""

@@ -1,37 +1,78 @@
-"""Weights & Biases, only if `telemetry.wandb` is set; imported only then."""
+"""Weights & Biases, only if `telemetry.wandb` is set; imported only then.
 
+A run that goes on from a checkpoint goes on in W&B too: its id is kept in the run directory. Rows are numbered by the
+run's own steps, the warm start's before them. What W&B has of a step that is made again, it keeps; what it has not,
+because a crash lost the last moments or because W&B is offline and looks at nothing, it is told again.
+"""
+
+import secrets
 from pathlib import Path
 from typing import Any
 
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.telemetry.files import METRICS, RESOLVED_CONFIG, SUMMARY, TRACE, WANDB_ID, WARM_START, read_lines
 
 
 class WandbLog:
     """Forwards metrics; does nothing when W&B is off."""
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
-        self._run = None
+        self._run, self._dir = None, run_dir
+        self._warm_start = config.warm_start.steps
         keys = config.telemetry.wandb
         if keys is None:
             return
         import wandb
 
+        self._artifact = wandb.Artifact
         self._run = wandb.init(
             project=keys.project,
             entity=keys.entity,
             mode=keys.mode,
             tags=keys.tags,
             name=config.run.name,
+            id=_run_id(run_dir),
+            resume="allow",
             dir=run_dir,
             config=config.model_dump(mode="json"),
         )
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        self._known = self._run.step
+        for line in read_lines(run_dir / WARM_START):
+            self.warm_start(line["step"], line)
+        for line in read_lines(run_dir / METRICS):
+            self.step(line["step"], line)
 
-    def log(self, values: dict[str, Any]) -> None:
-        if self._run is not None:
-            self._run.log(values)
+    def warm_start(self, step: int, values: dict[str, Any]) -> None:
+        """Of its step, counted from 0."""
+        named = {f"warm_start/{name}": value for name, value in values.items()}
+        self._log(step, {"step": step - self._warm_start, **named})
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """Of an RL step, counted from 0; an evaluation belongs to the step that follows it."""
+        self._log(self._warm_start + step, {"step": step, **values})
+
+    def _log(self, row: int, values: dict[str, Any]) -> None:
+        if self._run is not None and row >= self._known:
+            self._run.log(values, step=row)
 
     def close(self, summary: dict[str, Any], *, failed: bool) -> None:
-        if self._run is not None:
-            self._run.summary.update(summary)
-            self._run.finish(exit_code=int(failed))
-            self._run = None
+        """Also uploads the run's configuration, metrics, summary and trace as an artifact."""
+        if self._run is None:
+            return
+        self._run.summary.update(summary)
+        artifact = self._artifact(f"run-{self._run.id}", type="run")
+        for name in (RESOLVED_CONFIG, METRICS, SUMMARY, TRACE):
+            if (self._dir / name).exists():
+                artifact.add_file(str(self._dir / name))
+        self._run.log_artifact(artifact)
+        self._run.finish(exit_code=int(failed))
+        self._run = None
+
+
+def _run_id(run_dir: Path) -> str:
+    path = run_dir / WANDB_ID
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n")
+    return path.read_text().strip()

@@ -17,8 +17,9 @@ from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
+from megatron_async_rlhf.launch.nodes import this_node
 from megatron_async_rlhf.launch.plan import ProcessSpec, plan_processes
-from megatron_async_rlhf.launch.process import Process
+from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.launch.run_directory import create_run_directory
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, StartReinforcement, TrainRollout
@@ -156,7 +157,9 @@ async def push_rig(
     template = directory / "template"
     make_model_template(config, template)
     materials = load_materials(config, template)
-    plan = plan_processes(config, config.run.path.absolute(), materials.architecture.context_length)
+    plan = plan_processes(
+        config, config.run.path.absolute(), materials.architecture.context_length, [this_node(config, gpus=0)]
+    )
     run_dir, _ = create_run_directory(config, template)
     (run_dir / "logs").mkdir(exist_ok=True)
     specs = [*(_altered(spec, run_dir, (alter or {}).get(spec.name)) for spec in plan.generators), *plan.learners]
@@ -165,7 +168,7 @@ async def push_rig(
             arguments = [argument for argument in spec.arguments if argument != option]
             assert len(arguments) == len(spec.arguments) - 1
             specs[i] = msgspec.structs.replace(spec, arguments=arguments)
-    processes = {spec.name: Process(spec, run_dir / "logs", pipe_stdout=False) for spec in specs}
+    processes = {spec.name: LocalProcess(spec, run_dir / "logs", pipe_stdout=False) for spec in specs}
     arguments = plan.controller.arguments
     values = {key: [b for a, b in zip(arguments, arguments[1:], strict=False) if a == key] for key in arguments}
     host, _, port = values["--transfer"][0].rpartition(":")

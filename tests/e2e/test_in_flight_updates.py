@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator, continued_seed
-from megatron_async_rlhf.launch.process import Process
+from megatron_async_rlhf.launch.process import LocalProcess
 from megatron_async_rlhf.types import Completion, Prompt
 
 CONTEXT = 1024
@@ -316,7 +316,7 @@ def test_a_generator_that_dies_is_noticed_at_once(rig: InFlightRig):
     async def start_again() -> None:
         processes, name = rig.rig.processes, rig.other.name
         other.kill_group(signal.SIGKILL)
-        processes[name] = Process(other.spec, other.log.parent)
+        processes[name] = LocalProcess(other.spec, other.log.parent)
         async with asyncio.timeout(START_S):
             while not await rig.other.is_ready():
                 await asyncio.sleep(0.25)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
+from wandb_records import rows, run_ids
 
 from megatron_async_rlhf.checkpoint.reader import TorchDistReader
 
@@ -127,7 +128,12 @@ def assert_weights_are_usable(run: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_during_a_save_then_interrupted_then_completed(start):
-    settings = ("checkpoint.every_steps=2", "checkpoint.keep_last=1", "telemetry.samples_per_step=8")
+    settings = (
+        "checkpoint.every_steps=2",
+        "checkpoint.keep_last=1",
+        "telemetry.samples_per_step=8",
+        "telemetry.wandb={mode: offline}",
+    )
     run = start("schedule.steps=500", *settings)
     block_the_file_of(run, version=4)
     run.wait_for_step(5)  # training goes on although the files of step 4 cannot be written
@@ -153,6 +159,7 @@ def test_killed_during_a_save_then_interrupted_then_completed(start):
     output = run.wait()
     assert run.process.returncode == 0, output
     assert_every_step_once(run, steps + 3)
+    assert_wandb_has_one_run(run)
     again = start(f"schedule.steps={steps + 3}", resume=run.directory)
     assert "is completed: all" in again.wait()
     assert again.process.returncode == 0
@@ -179,6 +186,18 @@ def assert_every_step_once(run, steps: int) -> None:
     assert set(summary["eval"]) == {"before", "after"}
     assert [line["step"] for line in run.lines("metrics.jsonl")] == list(range(steps))
     assert [line["step"] for line in run.lines("samples.jsonl")] == [step for step in range(steps) for _ in range(8)]
+
+
+def assert_wandb_has_one_run(run) -> None:
+    """Three starts, one id, and a row for each step that holds every metric."""
+    assert len(run_ids(run.directory)) == 1
+    assert len(list((run.directory / "wandb").glob("offline-run-*"))) == 3
+    found = rows(run.directory)
+    for line in run.lines("metrics.jsonl"):
+        row = found[6 + line["step"]]  # after the six steps of the warm start
+        assert line.items() <= row.items()
+    assert "eval/reward" in found[max(found)]
+    assert all("warm_start/loss" in found[step] for step in range(6))
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_a_cpu_worker_has_the_cache_it_is_given(llama8b):
 
 def test_prefill_is_the_servers(llama8b, tmp_path):
     config, _ = llama8b()
-    command = server_command(config, tmp_path, 8000, context_length=64)
+    command = server_command(config, tmp_path, ("127.0.0.1", 8000), context_length=64)
     assert int(command[command.index("--max-num-batched-tokens") + 1]) == PREFILL_TOKENS
 
 

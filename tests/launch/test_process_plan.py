@@ -7,6 +7,7 @@ import pytest
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.generator.vllm import server
+from megatron_async_rlhf.launch.nodes import this_node
 from megatron_async_rlhf.launch.plan import ProcessPlan, plan_processes
 
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
@@ -14,7 +15,8 @@ MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_le
 
 def plan(**sections) -> ProcessPlan:
     config = RunConfig.model_validate({"model": MODEL} | sections)
-    return plan_processes(config, Path("/runs/x"), context_length=96)
+    nodes = [this_node(config, gpus=8)]
+    return plan_processes(config, Path("/runs/x"), 96, nodes)
 
 
 def on_gpus(transport: str, learner: dict, generator: dict) -> ProcessPlan:

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.launch.display import Display
-from megatron_async_rlhf.launch.local import Supervisor
+from megatron_async_rlhf.launch.fleet import Fleet
 from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
+from megatron_async_rlhf.launch.supervisor import Supervisor
 from megatron_async_rlhf.telemetry.files import PROCESSES
 
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
@@ -45,7 +46,7 @@ class Run:
             restarts=restarts,
         )
         config = RunConfig.model_validate({"model": MODEL, "launch": {"shutdown_grace_s": 1.0}})
-        supervisor = Supervisor(config, plan, directory, Display(Console(file=self.output, width=200)))
+        supervisor = Supervisor(config, plan, directory, Display(Console(file=self.output, width=200)), Fleet([]))
         self.thread = threading.Thread(target=lambda: setattr(self, "code", supervisor.run()))
         self.thread.start()
         self.wait(lambda: stage in self.output.getvalue())

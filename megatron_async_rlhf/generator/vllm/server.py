@@ -1,7 +1,6 @@
 """The command line and environment that start one vLLM server. Plain strings: no vllm import, no process."""
 
 import json
-import os
 import sys
 from functools import cache
 from importlib.util import find_spec
@@ -13,18 +12,18 @@ from megatron_async_rlhf.generator.vllm.plugin import BACKEND
 _PREFILL_TOKENS = 4096  # prompt tokens of one engine step
 
 
-def server_command(config: RunConfig, model_dir: Path, port: int, context_length: int) -> list[str]:
+def server_command(config: RunConfig, model_dir: Path, address: tuple[str, int], context_length: int) -> list[str]:
     """Arguments of vLLM's OpenAI server for replica weights that only ever come from the learner.
 
     The module is started directly: the `vllm` script of the CPU distribution looks up its metadata under
     another name and fails.
     """
-    generator = config.generator
+    generator, (host, port) = config.generator, address
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model_dir)),
         *("--served-model-name", "policy"),
-        *("--host", "127.0.0.1"),
+        *("--host", host),
         *("--port", str(port)),
         *("--load-format", "dummy"),  # the first push brings the weights
         *("--dtype", generator.dtype),
@@ -75,19 +74,17 @@ def _device_arguments(config: RunConfig) -> list[str]:
     return share if config.generator.cuda_graphs else [*share, "--enforce-eager"]
 
 
-def server_environment(config: RunConfig, devices: list[int]) -> dict[str, str]:
+def server_environment(config: RunConfig, devices: list[str]) -> dict[str, str]:
     """What the server's environment needs on top of ours.
 
     Args:
-        devices: a core or a GPU for each tensor-parallel worker.
+        devices: a core or a GPU for each tensor-parallel worker, as their numbers or names.
     """
     if config.run.device == "cuda":
-        ours = os.environ.get("CUDA_VISIBLE_DEVICES")  # what our own numbers count
-        names = dict(enumerate(ours.split(","))) if ours else {}
-        placed = {"CUDA_VISIBLE_DEVICES": ",".join(names.get(gpu, str(gpu)) for gpu in devices)}
+        placed = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
     else:
         placed = {
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in devices),
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(devices),
             "VLLM_CPU_KVCACHE_SPACE": str(config.generator.kv_cache_gib),
             # Matrices are repacked with every push: else glibc keeps holes of all their sizes (80 % more memory).
             "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),

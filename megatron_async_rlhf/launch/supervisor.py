@@ -1,9 +1,10 @@
-"""Runs a job on this machine: starts every process, shows progress, watches them all, and ends them together.
+"""Runs a job: starts every process on its machine, shows progress, watches them all, and ends them together.
 
     start all ─> watch ──┬─ controller ends with 0 ───────────────> completed
                          ├─ a generator dies in training ──> start it again, same name, port, cores and log
-                         ├─ any other death ──> end the others ──> failed, naming it and its last log lines
-                         └─ Ctrl-C ──> controller finishes its step, saves and exports ──> interrupted
+                         ├─ any other death, a machine is lost ──> end the others ──> failed, naming it
+                         └─ Ctrl-C, SIGTERM, or a file `stop` in the run directory
+                                └──> controller finishes its step, saves and exports ──> interrupted
 
 A generator that has been started again `generator.restarts` times stays down when it dies once more: the controller
 goes on with the others, and ends the run when none is left. Before training begins a death is more likely a setting
@@ -11,6 +12,8 @@ that cannot work, and ends the run.
 
 The supervisor never talks to learner or generators; it owns only their lives. The controller's events come
 through its standard output.
+
+`summary.json` says from the first moment on that the run has failed: what is killed with SIGKILL writes no more.
 """
 
 import json
@@ -24,10 +27,11 @@ from typing import Any
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ProcessDiedError
 from megatron_async_rlhf.launch.display import Display
+from megatron_async_rlhf.launch.fleet import Fleet
 from megatron_async_rlhf.launch.plan import ProcessPlan
 from megatron_async_rlhf.launch.process import Process
 from megatron_async_rlhf.telemetry.events import parse_event
-from megatron_async_rlhf.telemetry.files import LOG_DIR, PROCESSES, SUMMARY, replace_file
+from megatron_async_rlhf.telemetry.files import LOG_DIR, PROCESSES, STOP, SUMMARY, replace_file
 from megatron_async_rlhf.telemetry.summary import RunTotals
 
 _POLL_S = 0.1
@@ -38,14 +42,16 @@ EXIT_INTERRUPTED = _EXIT_CODES["interrupted"]
 
 
 class Supervisor:
-    """One run on this machine."""
+    """One run on the machines of a fleet."""
 
-    def __init__(self, config: RunConfig, plan: ProcessPlan, run_dir: Path, display: Display) -> None:
+    def __init__(self, config: RunConfig, plan: ProcessPlan, run_dir: Path, display: Display, fleet: Fleet) -> None:
         self._config = config
+        self._fleet = fleet
         self._plan = plan
         self._run_dir = run_dir
         self._display = display
         self._processes: list[Process] = []
+        self._pids: dict[str, int | None] = {}
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._interrupts = 0
         self._training = False
@@ -63,23 +69,27 @@ class Supervisor:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         self._drain_events()
-        self._finish_summary(status, error, tail)
+        self._write_summary(status, error, tail)
         self._display.finished(status, error, tail, self._run_dir)
         return _EXIT_CODES[status]
 
     def _start(self) -> None:
         log_dir = self._run_dir / LOG_DIR
         log_dir.mkdir(parents=True, exist_ok=True)
+        self._write_summary("failed", "the run was killed before it could say how it ended", [])
         for spec in self._plan.processes:
             is_controller = spec is self._plan.controller
-            self._processes.append(Process(spec, log_dir, pipe_stdout=is_controller))
+            self._processes.append(self._fleet.start(spec, log_dir, pipe_stdout=is_controller))
         self._controller = self._processes[-1]
         self._write_pids()
         threading.Thread(target=self._read_events, daemon=True).start()
 
     def _write_pids(self) -> None:
+        """If they have changed; those on other machines are told a moment after the start."""
         pids = {process.name: process.pid for process in self._processes}
-        replace_file(self._run_dir / PROCESSES, json.dumps(pids) + "\n")
+        if pids != self._pids:
+            self._pids = pids
+            replace_file(self._run_dir / PROCESSES, json.dumps(pids) + "\n")
 
     def _read_events(self) -> None:
         for line in self._controller.stdout:
@@ -93,15 +103,22 @@ class Supervisor:
         deadline = None
         while True:
             self._drain_events()
+            self._write_pids()
             if self._controller.returncode == 0:
                 return "completed", None, []
+            if (self._run_dir / STOP).exists():
+                (self._run_dir / STOP).unlink()  # a run that goes on from here was not asked
+                self._interrupts += 1
             if self._interrupts > asked:
                 asked = self._interrupts
                 if asked > 1:
                     return "interrupted", "interrupted twice: ended without saving", []
                 self._display.note("interrupted: finishing the step under way (press again to end at once)")
+                self._write_summary("interrupted", "killed before the step under way was finished", [])
                 self._controller.signal(signal.SIGTERM)
                 deadline = time.monotonic() + self._config.launch.interrupt_grace_s
+            if lost := self._fleet.lost():
+                return "failed", lost, []
             if self._controller.returncode == EXIT_INTERRUPTED:  # it was asked to, or knew when to stop
                 return "interrupted", None, []
             if deadline and time.monotonic() > deadline:
@@ -116,7 +133,9 @@ class Supervisor:
                 self._drain_events()
                 if self._controller.returncode in (0, EXIT_INTERRUPTED):
                     continue
-                return self._blame()
+                status, error, tail = self._blame()
+                # Who ends a whole job tells every process of it to end.
+                return ("interrupted" if asked else status), error, tail
             time.sleep(_POLL_S)
 
     def _dead(self) -> list[Process]:
@@ -149,8 +168,7 @@ class Supervisor:
             self._display.note(
                 f"{process.name} {process.ending()}; started again ({used + 1} of {self._plan.restarts})"
             )
-            self._processes[i] = Process(process.spec, self._run_dir / LOG_DIR)
-            self._write_pids()
+            self._processes[i] = self._fleet.start(process.spec, self._run_dir / LOG_DIR)
 
     def _blame(self) -> tuple[str, str, list[str]]:
         """A process that died by itself comes before a controller that only reports what it saw."""
@@ -187,14 +205,15 @@ class Supervisor:
         for process in self._processes:
             process.kill_group(signal.SIGKILL)
 
-    def _finish_summary(self, status: str, error: str | None, tail: list[str]) -> None:
-        """The controller's own summary, or what it had written before it died, with the run's real ending."""
+    def _write_summary(self, status: str, error: str | None, tail: list[str]) -> None:
+        """The controller's own summary, or what it had written before it died, with what has become of the run."""
         path = self._run_dir / SUMMARY
         if path.exists():
             summary = json.loads(path.read_text())
         else:
             summary = RunTotals.of(self._config).to_summary(status, error)
-        summary["status"], summary["error"] = status, error
+        summary |= {"status": status, "error": error}
+        summary.pop("log_tail", None)
         if tail:
             summary["log_tail"] = tail
         replace_file(path, json.dumps(summary, indent=1) + "\n")

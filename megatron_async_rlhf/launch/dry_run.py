@@ -1,0 +1,51 @@
+"""Prints all that can be said of a run without starting anything: configuration, estimate, and which process goes where."""
+
+import tempfile
+from pathlib import Path
+
+import typer
+
+from megatron_async_rlhf.config.load import dump_config
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.report import describe
+from megatron_async_rlhf.launch.nodes import planned_nodes
+from megatron_async_rlhf.launch.plan import plan_processes
+from megatron_async_rlhf.prepare import (
+    check_value_weights,
+    load_materials,
+    make_model_template,
+    missing_inputs,
+    outline,
+)
+
+
+def print_plan(config: RunConfig) -> None:
+    """Of a model that is not here, what follows from its shape; of machines, what the configuration says of them."""
+    missing = missing_inputs(config)
+    if missing:
+        architecture, transfer = outline(config, config.model.hf)
+        prompts = "# prompts: not checked"
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            make_model_template(config, Path(scratch))
+            materials = load_materials(config, Path(scratch))
+        check_value_weights(config, materials.architecture)
+        architecture, transfer = materials.architecture, materials.transfer
+        prompts = f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out"
+    typer.echo(dump_config(config))
+    typer.echo(f"# policy: {architecture.num_parameters / 1e6:.2f} M parameters")
+    typer.echo(prompts)
+    slices = sum(len(message) for messages in transfer.streams.values() for message in messages)
+    rounds = max(len(messages) for messages in transfer.streams.values())
+    megabytes = transfer.num_bytes * config.generator.replicas / 1e6
+    typer.echo(f"# weights: {megabytes:.2f} MB a push: {slices} slices in {rounds} rounds to each generator")
+    for line in describe(config, architecture):
+        typer.echo(f"# {line}")
+    nodes = planned_nodes(config)
+    for process in plan_processes(config, config.run.path.absolute(), architecture.context_length, nodes).processes:
+        cores = f"cores {process.cores}" if process.cores else "any core"
+        where = f"GPUs {process.gpus}" if process.gpus else cores
+        machine = f"{nodes[process.node].name}, " if len(nodes) > 1 else ""
+        typer.echo(f"# {process.name}: {machine}{where}: {' '.join(process.arguments)}")
+    for line in missing:
+        typer.echo(f"# not checked, and needed for a start: {line}")

@@ -1,0 +1,295 @@
+"""The machines of a run as its supervisor sees them: lets the others join, and starts processes on any of them.
+
+A thread of its own talks to the others, so that they hear from this machine whatever else it is busy with.
+"""
+
+import contextlib
+import queue
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.launch.abilities import count_gpus
+from megatron_async_rlhf.launch.nodes import Node, addresses, node_name, this_node
+from megatron_async_rlhf.launch.plan import ProcessSpec
+from megatron_async_rlhf.launch.process import LocalProcess, Process
+from megatron_async_rlhf.launch.rendezvous import (
+    BEAT_S,
+    Alive,
+    Exited,
+    Join,
+    Leave,
+    Left,
+    Refused,
+    Rendezvous,
+    Signal,
+    Start,
+    Started,
+    ToAgent,
+    Welcome,
+    decode_from_agent,
+    encode,
+    fingerprint,
+    rendezvous_path,
+    write_rendezvous,
+)
+
+_POLL_S = 0.05
+_PROBE_S = 5.0
+
+
+class Fleet:
+    """The machines of a run, this one first."""
+
+    def __init__(self, nodes: list[Node], switchboard: "Switchboard | None" = None) -> None:
+        self.nodes = nodes
+        self._switchboard = switchboard
+
+    def start(self, spec: ProcessSpec, log_dir: Path, *, pipe_stdout: bool = False) -> Process:
+        """On the machine that `spec` names; `pipe_stdout` only on this one."""
+        if spec.node == 0:
+            return LocalProcess(spec, log_dir, pipe_stdout=pipe_stdout)
+        return RemoteProcess(spec, log_dir, self._switchboard)
+
+    def lost(self) -> str | None:
+        """Which machine is not there any more, and why; nothing if all are."""
+        return self._switchboard.lost() if self._switchboard else None
+
+
+class RemoteProcess(Process):
+    """On another machine, whose agent is its parent."""
+
+    def __init__(self, spec: ProcessSpec, log_dir: Path, switchboard: "Switchboard") -> None:
+        super().__init__(spec, log_dir)
+        self._switchboard = switchboard
+        self._id = switchboard.start(spec, log_dir)
+
+    @property
+    def pid(self) -> int | None:
+        return self._switchboard.pids.get(self._id)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._switchboard.returncodes.get(self._id)
+
+    def signal(self, number: int) -> None:
+        self._send(number, group=False)
+
+    def kill_group(self, number: int) -> None:
+        self._send(number, group=True)
+
+    def _send(self, number: int, *, group: bool) -> None:
+        self._switchboard.send(self.spec.node, Signal(id=self._id, number=int(number), group=group))
+
+
+@contextlib.contextmanager
+def gather(config: RunConfig) -> Iterator[Fleet]:
+    """All machines of the run, told to leave at the end.
+
+    Raises:
+        ConfigError: they are not there in time, cannot reach each other, or one cannot run the configuration.
+    """
+    gpus = count_gpus(config)
+    if config.launch.nodes == 1:
+        yield Fleet([this_node(config, gpus)])
+        return
+    path = rendezvous_path(config)
+    switchboard = Switchboard(config)
+    try:
+        write_rendezvous(path, switchboard.rendezvous(addresses(config.launch.interface)))
+        switchboard.start_thread()
+        joins = switchboard.wait_for_all(path)
+        nodes = [this_node(config, gpus, _one_address(joins)), *(join.node for join in joins)]
+        for node in nodes[1:]:
+            _check_reachable(node)
+        yield Fleet(nodes, switchboard)
+    except BaseException as error:
+        code = getattr(error, "exit_code", 1)  # of typer.Exit, which is how a run ends
+        switchboard.leave(code, f"the first machine, {node_name()}, has ended; see what it says" if code else "")
+        raise
+    else:
+        switchboard.leave(0, "")
+    finally:
+        path.unlink(missing_ok=True)
+        switchboard.close()
+
+
+def _one_address(joins: list[Join]) -> str:
+    reached = {join.reached_at: join.node.name for join in joins}
+    if len(reached) > 1:
+        by = ", ".join(f"{name} at {address}" for address, name in reached.items())
+        raise ConfigError(f"the machines reach {node_name()} in different ways ({by}); name one as launch.interface")
+    return next(iter(reached))
+
+
+def _check_reachable(node: Node) -> None:
+    """The agent listens on one of its ports until it is told to start something."""
+    try:
+        socket.create_connection((node.address, node.ports[0]), timeout=_PROBE_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{node_name()} cannot reach {node.name} at {node.address}:{node.ports[0]} ({error}): open the ports from "
+            "10000 up between the machines, or name another network as launch.interface"
+        ) from None
+
+
+class _Member:
+    """An agent that has joined."""
+
+    def __init__(self, identity: bytes, join: Join) -> None:
+        self.identity, self.join = identity, join
+        self.heard = time.monotonic()
+        self.left: str | None = None
+
+
+class Switchboard:
+    """The first machine's end of all connections."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.pids: dict[int, int] = {}
+        self.returncodes: dict[int, int] = {}
+        self._config = config
+        self._fingerprint = fingerprint(config)
+        self._token = secrets.token_hex(16)
+        self._members: dict[int, _Member] = {}
+        self._outgoing: queue.SimpleQueue[tuple[int, ToAgent]] = queue.SimpleQueue()
+        self._mismatch: str | None = None
+        self._starts = 0
+        self._full = self._closing = False
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        try:
+            if config.launch.port:
+                self._socket.bind(f"tcp://*:{config.launch.port}")
+                self._port = config.launch.port
+            else:
+                self._port = self._socket.bind_to_random_port("tcp://*", min_port=10000, max_port=32000)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            raise ConfigError(f"launch.port = {config.launch.port} cannot be listened on ({error})") from None
+
+    def rendezvous(self, own: list[str]) -> Rendezvous:
+        expires = time.time() + self._config.launch.join_timeout_s
+        return Rendezvous(host=node_name(), addresses=own, port=self._port, token=self._token, expires=expires)
+
+    def start_thread(self) -> None:
+        self._thread.start()
+
+    def wait_for_all(self, path: Path) -> list[Join]:
+        """The others, in order of rank."""
+        wanted = set(range(1, self._config.launch.nodes))
+        deadline = time.monotonic() + self._config.launch.join_timeout_s
+        while wanted - set(self._members) and self._mismatch is None:
+            if time.monotonic() > deadline:
+                missing = ", ".join(str(rank) for rank in sorted(wanted - set(self._members)))
+                raise ConfigError(
+                    f"launch.nodes = {self._config.launch.nodes}: no machine came as node rank {missing} within "
+                    f"launch.join_timeout_s = {self._config.launch.join_timeout_s:g}; start the same command on every machine, "
+                    f"and keep run.dir where all of them see it ({path.parent})"
+                )
+            time.sleep(_POLL_S)
+        if self._mismatch is not None:
+            raise ConfigError(self._mismatch)
+        self._full = True
+        return [self._members[rank].join for rank in sorted(self._members)]
+
+    def start(self, spec: ProcessSpec, log_dir: Path) -> int:
+        self._starts += 1
+        self.send(spec.node, Start(id=self._starts, spec=spec, log_dir=str(log_dir)))
+        return self._starts
+
+    def send(self, rank: int, message: ToAgent) -> None:
+        self._outgoing.put((rank, message))
+
+    def lost(self) -> str | None:
+        limit = self._config.launch.node_timeout_s
+        for rank, member in self._members.items():
+            name = f"node {rank} ({member.join.node.name})"
+            if member.left is not None:
+                return f"{name} has left: {member.left}"
+            if time.monotonic() - member.heard > limit:
+                return (
+                    f"{name} is silent for more than launch.node_timeout_s = {limit:g}: it is down, or its network is"
+                )
+        return None
+
+    def leave(self, code: int, reason: str) -> None:
+        for rank in list(self._members):
+            self.send(rank, Leave(code=code, reason=reason))
+
+    def close(self) -> None:
+        """After everything was sent."""
+        self._closing = True
+        if self._thread.is_alive():
+            self._thread.join()
+        self._socket.close(linger=2000)
+        self._context.term()
+
+    def _serve(self) -> None:
+        beat = 0.0
+        while True:
+            closing = self._closing  # read before the queue is emptied: what was put before it is sent
+            if self._socket.poll(_POLL_S * 1000):
+                self._receive()
+            if time.monotonic() - beat > BEAT_S:
+                beat = time.monotonic()
+                for rank in list(self._members):
+                    self.send(rank, Alive())
+            while not self._outgoing.empty():
+                rank, message = self._outgoing.get()
+                self._answer(self._members[rank].identity, message)
+            if closing:
+                return
+
+    def _receive(self) -> None:
+        identity, *frames = self._socket.recv_multipart()
+        if len(frames) != 2 or not secrets.compare_digest(frames[0], self._token.encode()):
+            self._answer(identity, Refused("the secret is of an earlier start"))
+            return
+        try:
+            message = decode_from_agent(frames[1])
+        except msgspec.MsgspecError:
+            self._answer(identity, Refused("it speaks another version of this program"))
+            return
+        if isinstance(message, Join):
+            self._joining(identity, message)
+            return
+        member = next((m for m in self._members.values() if m.identity == identity), None)
+        if member is None:
+            return
+        member.heard = time.monotonic()
+        if isinstance(message, Started):
+            self.pids[message.id] = message.pid
+        elif isinstance(message, Exited):
+            self.returncodes[message.id] = message.returncode
+        elif isinstance(message, Left):
+            member.left = message.reason
+
+    def _joining(self, identity: bytes, join: Join) -> None:
+        known = self._members.get(join.rank)
+        if not 0 < join.rank < self._config.launch.nodes:
+            reason = (
+                f"its node rank {join.rank} is not between 1 and launch.nodes - 1 = {self._config.launch.nodes - 1}"
+            )
+        elif join.fingerprint != self._fingerprint:
+            reason = "its configuration or version is not the first machine's; start the same command on every machine"
+            self._mismatch = f"node {join.rank} ({join.node.name}) is refused: {reason}"
+        elif known is not None and known.join.session != join.session:
+            reason = f"node rank {join.rank} is taken by {known.join.node.name}"
+        else:
+            self._members[join.rank] = _Member(identity, join)
+            self._answer(identity, Welcome())
+            return
+        self._answer(identity, Refused(reason))
+
+    def _answer(self, identity: bytes, message: ToAgent) -> None:
+        self._socket.send_multipart([identity, encode(message)])

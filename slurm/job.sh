@@ -1,0 +1,90 @@
+# shellcheck shell=bash
+# What all jobs of this folder do; they source it with `config`, and a function `overrides` that prints what a number
+# of nodes changes. The same command runs once on each node: the first one supervises, the others do as it says.
+#
+# Settings (environment):
+#   RUN_DIR          run directory, on a file system that all nodes share   runs/<job name>-<job id>
+#   VENV             virtual environment, where no container is used        .venv
+#   SLURM_CONTAINER  image for enroot/pyxis instead of it; mounts besides this folder: CONTAINER_MOUNTS=/data:/data,...
+#   DOCTOR=0         do not look at the nodes before the run
+# Everything else is an argument: -s section.key=value, as for `async-rlhf train`.
+
+: "${config:?is set by the job that sources this}"
+nodes=${SLURM_JOB_NUM_NODES:-1}
+dry_run=0
+arguments=()
+for argument in "$@"; do
+  case $argument in
+    --nodes=*) nodes=${argument#--nodes=} ;; # for a dry run; a job's number is Slurm's
+    --dry-run) dry_run=1 ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+[ -f "$config" ] || { echo "error: no $PWD/$config: submit from the top of the repository" >&2; exit 2; }
+mapfile -t scaled < <(overrides "$nodes")
+settings=(-s "launch.nodes=$nodes" "${scaled[@]}")
+
+# srun would read it as an OCI bundle of its own.
+image=${SLURM_CONTAINER:-}
+unset SLURM_CONTAINER
+if [ -n "$image" ]; then
+  mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+  container=("--container-image=$image" "--container-mounts=$mounts" "--container-workdir=$PWD")
+  program=(python3 -m megatron_async_rlhf)
+else
+  container=()
+  program=("${VENV:-.venv}/bin/python" -m megatron_async_rlhf)
+  [ -x "${program[0]}" ] || { echo "error: no ${program[0]}: set up the environment (README.md), or set VENV" >&2; exit 2; }
+fi
+
+if [ "$dry_run" = 1 ]; then
+  exec "${program[@]}" train "$config" --dry-run "${settings[@]}" "${arguments[@]}"
+fi
+[ -n "${SLURM_JOB_ID:-}" ] || { echo "error: submit it: sbatch $0 (or look at its plan: bash $0 --nodes=2 --dry-run)" >&2; exit 2; }
+
+RUN_DIR=${RUN_DIR:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID} # the same after a requeue
+settings+=(-s "run.dir=$RUN_DIR")
+# One task on each node, which may use all of it. What one leaves behind the others end within half a minute.
+step=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=30 "${container[@]}")
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)), run directory $RUN_DIR"
+env | grep -E '^(NCCL|TORCH_NCCL|GLOO)_' | sort
+
+if [ "${DOCTOR:-1}" != 0 ]; then
+  "${step[@]}" --label "${program[@]}" doctor "$config" "${settings[@]}" "${arguments[@]}" || exit 1
+fi
+
+last_checkpoint() { find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1; }
+
+# The time limit is near (--signal), or somebody asked: scancel --batch --signal=TERM. After a plain scancel the job is
+# over, and must not come back.
+# shellcheck disable=SC2317 # by the trap
+on_term() {
+  if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+    requeue=1
+    # The run saves a checkpoint and ends with 130; it may not have made its directory yet.
+    (until [ -e "$RUN_DIR/config.yaml" ]; do sleep 1; done && touch "$RUN_DIR/stop") &
+  fi
+}
+requeue=0
+before=$(last_checkpoint)
+rm -f "$RUN_DIR/stop"
+trap on_term TERM
+"${step[@]}" "${program[@]}" train "$config" --resume "${settings[@]}" "${arguments[@]}" &
+running=$!
+code=0
+wait "$running" || code=$?
+while kill -0 "$running" 2>/dev/null; do # a signal ended the wait, not the run
+  code=0
+  wait "$running" || code=$?
+done
+if [ "$requeue" = 1 ] && [ "$code" = 130 ]; then
+  if [ "$(last_checkpoint)" = "$before" ]; then
+    echo "error: no step was made before the time limit, so a requeue would make none either: raise --time" >&2
+    exit 1
+  fi
+  echo "saved $(last_checkpoint); back into the queue"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# LLaMA 3.1 8B on nodes of 8 GPUs, synchronous online DPO: on each node 4 GPUs learn and 4 generate.
+#   sbatch slurm/llama8b_sync.sh -s model.hf=/data/Llama-3.1-8B-Instruct -s data.train=/data/gsm8k/train.jsonl
+#   sbatch --nodes=4 slurm/llama8b_sync.sh ...              learner and generators grow with the nodes
+#   bash slurm/llama8b_sync.sh --nodes=4 --dry-run          the plan, without Slurm
+# Its asynchronous twin on the same hardware: slurm/llama8b_async.sh.
+#SBATCH --job-name=llama8b_sync
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+# shellcheck disable=SC2034
+config=examples/llama8b_sync.yaml
+
+overrides() {
+  printf '%s\n' -s "learner.ranks=$((4 * $1))" -s "generator.replicas=$((4 * $1))" -s launch.interrupt_grace_s=500
+  if [ "$1" -gt 1 ]; then
+    printf '%s\n' -s learner.distributed_optimizer=true
+  fi
+}
+
+# shellcheck source=slurm/job.sh
+source slurm/job.sh
