@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.stages import Stage, expand_stages, parse_stages
 
 _SET_UP = "bash tools/setup_launch_env.sh"
+_TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names a directory and jobs
 _PANEL = "Slurm, instead of launch.slurm in the configuration"
 
 
@@ -72,6 +74,8 @@ def launch(
     if slurm is not None and slurm.tunnel == "local" and slurm.job_dir is not None:
         os.environ["NEMORUN_HOME"] = str(slurm.job_dir.absolute())  # read when it is imported
     title = name or resolved.run.name
+    if not _TITLE.fullmatch(title):
+        raise ConfigError(f"--name {title}: letters, digits and ._- can be part of it")
     if slurm is None:
         code = _run_here(title, parts, python, dry_run)
     else:

@@ -93,9 +93,10 @@ def _sft(tree: dict[str, Any], base: RunConfig) -> Stage:
     directory = base.run.path.with_name(f"{base.run.path.name}-sft")
     set_key(own, "run.name", f"{base.run.name}-sft")
     set_key(own, "run.dir", str(directory))
-    set_key(own, "launch.nodes", 1)
     check_tree(own)
-    return Stage(name="sft", arguments=["sft", "/dev/stdin"], config=_written(own), result=directory)
+    return Stage(
+        name="sft", arguments=["sft", "/dev/stdin"], config=_written(own), nodes=base.launch.nodes, result=directory
+    )
 
 
 def _start_from(tree: dict[str, Any], base: RunConfig, policy: Path) -> None:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.telemetry.files import METRICS, RESOLVED_CONFIG, SUMMARY, TRACE, WANDB_ID, WARM_START, read_lines
+from megatron_async_rlhf.telemetry.files import (
+    METRICS,
+    RESOLVED_CONFIG,
+    SUMMARY,
+    TRACE,
+    WANDB_ID,
+    WARM_START,
+    read_lines,
+)
 
 
 class WandbLog:

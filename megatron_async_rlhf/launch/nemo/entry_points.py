@@ -47,6 +47,8 @@ def slurm() -> run.SlurmExecutor:
         mem="0",
         ntasks_per_node=1,
         packager=run.Packager(),
+        srun_args=["--cpu-bind=none"],
+        setup_lines="unset SLURM_UNBUFFEREDIO",
         tunnel=run.LocalTunnel(job_dir=""),
     )
 

@@ -1,6 +1,5 @@
 """NeMo-Run's executors, from our configuration: this machine, or a Slurm cluster."""
 
-import os
 from pathlib import Path
 
 import nemo_run as run
@@ -16,11 +15,11 @@ def slurm_executor(
     keys: SlurmKeys, *, title: str, nodes: int = 1, gpus_per_node: int | None = None
 ) -> run.SlurmExecutor:
     """For one job: a task on each of so many machines. The project must be on the cluster already: no code is sent there."""
-    task_arguments = list(keys.srun)
+    task_arguments = ["--cpu-bind=none", *keys.srun]  # the run places its processes itself
     if keys.cpus_per_node is not None:  # srun does not ask for what sbatch was given
         task_arguments.append(f"--cpus-per-task={keys.cpus_per_node}")
     project = str(project_dir(keys))
-    executor = run.SlurmExecutor(
+    return run.SlurmExecutor(
         account=keys.account,
         partition=keys.partition,
         qos=keys.qos,
@@ -40,8 +39,8 @@ def slurm_executor(
         packager=run.Packager(),
         poll_estimated_start_time=False,
         job_name_prefix=f"{title}.",
+        setup_lines="unset SLURM_UNBUFFEREDIO",  # of NeMo-Run: srun would give the command a terminal for its output
     )
-    return executor
 
 
 def project_dir(keys: SlurmKeys) -> Path:
@@ -57,5 +56,5 @@ def _tunnel(keys: SlurmKeys) -> run.LocalTunnel | run.SSHTunnel:
         user=keys.user,
         port=keys.port,
         identity=str(keys.identity) if keys.identity is not None else None,
-        job_dir=os.path.join(keys.job_dir, "experiments"),
+        job_dir=str(keys.job_dir),
     )
