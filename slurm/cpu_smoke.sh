@@ -15,6 +15,8 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 # shellcheck disable=SC2034
+lead=20 # seconds, as --signal has it
+# shellcheck disable=SC2034
 config=examples/cpu_smoke.yaml
 
 overrides() {

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What all jobs of this folder do; they source it with `config`, and a function `overrides` that prints what a number
-# of nodes changes. The same command runs once on each node: the first one supervises, the others do as it says.
+# What all jobs of this folder do; they source it with `config`, `lead` (the seconds of --signal) and a function
+# `overrides` that prints what a number of nodes changes. The same command runs once on each node: the first one supervises, the others do as it says.
 #
 # Settings (environment):
 #   RUN_DIR          run directory, on a file system that all nodes share   runs/<job name>-<job id>
@@ -9,7 +9,7 @@
 #   DOCTOR=0         do not look at the nodes before the run
 # Everything else is an argument: -s section.key=value, as for `async-rlhf train`.
 
-: "${config:?is set by the job that sources this}"
+: "${config:?is set by the job that sources this}" "${lead:?is set by the job that sources this}"
 nodes=${SLURM_JOB_NUM_NODES:-1}
 dry_run=0
 arguments=()
@@ -52,10 +52,23 @@ echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-
 env | grep -E '^(NCCL|TORCH_NCCL|GLOO)_' | sort
 
 if [ "${DOCTOR:-1}" != 0 ]; then
-  "${step[@]}" --label "${program[@]}" doctor "$config" "${settings[@]}" "${arguments[@]}" || exit 1
+  PYTHONWARNINGS=ignore "${step[@]}" --label "${program[@]}" doctor "$config" "${settings[@]}" "${arguments[@]}" || exit 1
 fi
 
-last_checkpoint() { find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1; }
+last_checkpoint() {
+  [ ! -d "$RUN_DIR/checkpoints" ] || find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*[0-9]' | sort | tail -n 1
+}
+
+# The run then saves a checkpoint and ends with 130. Slurm may send the signal a minute early; the run may not even have
+# made its directory yet.
+# shellcheck disable=SC2317 # by the trap
+ask() {
+  local left
+  left=$(($(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) - $(date +%s) - lead))
+  if [ "$left" -gt 0 ] && [ "$left" -le 60 ]; then sleep "$left"; fi
+  until [ -e "$RUN_DIR/config.yaml" ]; do sleep 1; done
+  touch "$RUN_DIR/stop"
+}
 
 # The time limit is near (--signal), or somebody asked: scancel --batch --signal=TERM. After a plain scancel the job is
 # over, and must not come back.
@@ -63,8 +76,7 @@ last_checkpoint() { find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/de
 on_term() {
   if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
     requeue=1
-    # The run saves a checkpoint and ends with 130; it may not have made its directory yet.
-    (until [ -e "$RUN_DIR/config.yaml" ]; do sleep 1; done && touch "$RUN_DIR/stop") &
+    ask &
   fi
 }
 requeue=0

@@ -18,6 +18,8 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 # shellcheck disable=SC2034
+lead=600 # seconds, as --signal has it
+# shellcheck disable=SC2034
 config=examples/llama8b_sync.yaml
 
 overrides() {

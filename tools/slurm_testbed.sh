@@ -34,26 +34,28 @@ install() {
         die "apt-get could not install ${packages[*]}"
 }
 
-alive() {  # NAME PROGRAM: the name is checked too, since a pid of a crashed daemon may be another's by now
+alive() {  # NAME: not a zombie, which has no environment, and not another's process that got the pid of a crashed one
     local pid
-    pid=$(cat "$dir/$1.pid" 2>/dev/null) && [[ $(cat "/proc/$pid/comm" 2>/dev/null) == "$2" ]]
+    pid=$(cat "$dir/$1.pid" 2>/dev/null) && grep -qszFx "SLURM_CONF=$SLURM_CONF" "/proc/$pid/environ"
 }
 
-up() {
-    alive munge munged && alive slurmctld slurmctld && alive n1 slurmd && alive n2 slurmd &&
-        timeout 10 scontrol ping 2>/dev/null | grep -q ' is UP'
+answers() {
+    [[ -e $SLURM_CONF ]] && timeout 10 scontrol ping 2>/dev/null | grep -q ' is UP'
 }
 
-processes() {  # of the daemons, known by a variable that start gives them, and of jobs, which have no other tie to us
-    local environs
-    mapfile -t environs < <(grep -lszFx "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ)
-    ((${#environs[@]})) || return 0
-    { grep -lszE '^(SLURM_JOB_ID|SLURM_TESTBED)=' "${environs[@]}" || true; } | cut -d/ -f3
+processes() {  # daemons have a variable from start, jobs one from Slurm, slurmstepd neither; a client is left alone
+    local environ
+    while read -r environ; do
+        if grep -qszE '^(SLURM_JOB_ID|SLURM_TESTBED)=' "$environ" ||
+            [[ $(cat "${environ%/environ}/comm" 2>/dev/null) == slurmstepd ]]; then
+            cut -d/ -f3 <<<"$environ"
+        fi
+    done < <(grep -lszFx "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ)
 }
 
 stop() {
     [[ -e $marker ]] || return 0
-    if up; then
+    if answers; then
         timeout 10 scancel --user="$(id -un)" || true
         for _ in {1..20}; do
             [[ -n $(timeout 5 squeue --noheader 2>/dev/null) ]] || break
@@ -148,46 +150,45 @@ PartitionName=big Nodes=big[1-4]
 END
 }
 
+daemon() {  # NAME COMMAND ...: unless it is alive; goes to the background by itself, once it is sure it can run
+    alive "$1" || SLURM_TESTBED=1 timeout 60 setsid "${@:2}" </dev/null >>"$dir/log/start.log" 2>&1
+}
+
+daemons() {
+    daemon munge munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" \
+        --pid-file="$dir/munge.pid" --log-file="$dir/log/munge.log" --seed-file="$dir/munge.seed" &&
+        daemon slurmctld slurmctld &&
+        daemon n1 slurmd -N n1 -d "$dir/slurmstepd" &&
+        daemon n2 slurmd -N n2 -d "$dir/slurmstepd"
+}
+
 start() {
     install
     # Unix sockets below it have names of up to 107 characters.
     ((${#dir} <= 75)) || die "directory $dir: longer than 75 characters; give a shorter one"
-    if up; then
-        echo "Slurm is up in $dir"
-    else
-        [[ -e $marker || -z $(ls -A "$dir" 2>/dev/null) ]] || die "directory $dir: is not empty; give another one"
-        stop  # what is left of one that crashed
-        configure
-        launch
+    [[ -e $marker || -z $(ls -A "$dir" 2>/dev/null) ]] || die "directory $dir: is not empty; give another one"
+    # With one daemon left, the others join it and jobs go on; with none, it is a crash long ago or the first start.
+    alive munge || alive slurmctld || alive n1 || alive n2 || { stop && configure; }
+    local end=$((SECONDS + 60)) states
+    if daemons; then
+        while ((SECONDS < end)); do
+            states=$(timeout 10 sinfo --noheader --Node --partition=main --format=%T 2>/dev/null | sort -u) || true
+            if [[ $states ]] && ! grep -qvE '^(idle|mixed|allocated|completing)$' <<<"$states"; then
+                echo "Slurm is up in $dir"
+                echo "export SLURM_CONF=$SLURM_CONF"
+                return
+            fi
+            sleep 0.2
+        done
     fi
-    echo "export SLURM_CONF=$SLURM_CONF"
-}
-
-launch() {
-    local ok=1
-    daemon munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munge.pid" \
-        --log-file="$dir/log/munge.log" --seed-file="$dir/munge.seed" &&
-        daemon slurmctld && daemon slurmd -N n1 -d "$dir/slurmstepd" && daemon slurmd -N n2 -d "$dir/slurmstepd" || ok=0
-    local end=$((SECONDS + 60))
-    while ((ok && SECONDS < end)); do
-        if [[ $(timeout 10 sinfo --noheader --partition=main --format='%D %T' 2>/dev/null) == "2 idle" ]]; then
-            echo "Slurm started in $dir"
-            return
-        fi
-        sleep 0.2
-    done
     tail -n 15 "$dir"/log/* >&2
-    die "Slurm in $dir did not start; the ends of its logs are above (tools/slurm_testbed.sh stop $dir removes it)"
-}
-
-daemon() {  # they go to the background by themselves, once they are sure they can run
-    SLURM_TESTBED=1 timeout 60 setsid "$@" </dev/null >>"$dir/log/start.log" 2>&1
+    die "Slurm in $dir did not start; above are the ends of its logs (stop removes it)"
 }
 
 case $command in
     start | stop) "$command" ;;
     status)
-        up || die "no Slurm is up in $dir"
+        answers || die "no Slurm is up in $dir"
         sinfo
         squeue
         echo "export SLURM_CONF=$SLURM_CONF"

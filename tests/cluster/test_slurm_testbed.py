@@ -45,9 +45,9 @@ def test_cancelling_leaves_no_process(slurm) -> None:
     """Neither one with a session of its own nor one whose parent is gone, on either node, though both ignore SIGTERM."""
     pids = slurm.directory / "pids"
     pids.mkdir()
-    stay = f"trap '' TERM; touch {pids}/$BASHPID; while true; do sleep 1; done"
-    escape = f'setsid bash -c "{stay.replace("$", chr(92) + "$")}" &\n( setsid bash -c "{stay.replace("$", chr(92) + "$")}" & )'
-    task = slurm.directory / "task.sh"
+    stay, task = slurm.directory / "stay.sh", slurm.directory / "task.sh"
+    stay.write_text(f"trap '' TERM\ntouch {pids}/$$\nwhile true; do sleep 1; done\n")
+    escape = f"setsid bash {stay} &\n( setsid bash {stay} & )"
     task.write_text(f"{escape}\nwait\n")
     job = slurm.sbatch(f"{escape}\nsrun --ntasks-per-node=1 bash {task} &\nwait", "--nodes=2")
     until(lambda: len(list(pids.iterdir())) == 6, 20, "six processes have started")
