@@ -62,6 +62,17 @@ class SlurmKeys(Section):
     container: str | None = None  # an image, for Pyxis; else stages run on the machine itself
     container_mounts: list[str] = []  # host:container[:options]; project_dir is mounted in any case
 
+    @property
+    def time_s(self) -> int:
+        """As Slurm reads it: minutes, minutes:seconds, hours:minutes:seconds, or days-hours[:minutes[:seconds]]."""
+        days, separator, clock = self.time.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        if separator:
+            hours, minutes, seconds = [*parts, 0, 0][:3]
+        else:
+            hours, minutes, seconds = parts if len(parts) == 3 else [0, *parts, 0][:3]
+        return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+
     @model_validator(mode="after")
     def check_tunnel(self) -> "SlurmKeys":
         if self.tunnel == "ssh":

@@ -53,13 +53,14 @@ def launch(
     tree = read_tree(config, set)
     options = dict(account=account, partition=partition, time=time, tunnel=tunnel, host=host, user=user)
     options |= dict(job_dir=job_dir, project_dir=project_dir, container=container)
-    for key, value in options.items():
-        if value is not None:
-            set_key(tree, f"launch.slurm.{key}", value)
+    given = {key: value for key, value in options.items() if value is not None}
+    for key, value in given.items():
+        set_key(tree, f"launch.slurm.{key}", value)
     if nodes is not None:
         set_key(tree, "launch.nodes", nodes)
     resolved = check_tree(tree)
-    _check_executor(executor, resolved, [key for key, value in options.items() if value is not None])
+    _check_executor(executor, resolved, list(given))
+    title = _checked_title(name or resolved.run.name)
     for line in advice(resolved):
         typer.echo(f"warning: {line}", err=True)
     slurm = (resolved.launch.slurm or SlurmKeys()) if executor == "slurm" else None
@@ -69,18 +70,18 @@ def launch(
         resume=resume,
         export_to=export_to,
         directory=(slurm and slurm.project_dir) or Path.cwd(),
+        seconds=slurm and slurm.time_s,
     )
-    _check_nemo_run()
-    if slurm is not None and slurm.tunnel == "local" and slurm.job_dir is not None:
-        os.environ["NEMORUN_HOME"] = str(slurm.job_dir.absolute())  # read when it is imported
-    title = name or resolved.run.name
+    _find_nemo_run(slurm)
+    if slurm is None:
+        raise typer.Exit(_run_here(title, parts, python, dry_run))
+    raise typer.Exit(_run_on_slurm(title, parts, resolved, python, dry_run, wait))
+
+
+def _checked_title(title: str) -> str:
     if not _TITLE.fullmatch(title):
         raise ConfigError(f"--name {title}: letters, digits and ._- can be part of it")
-    if slurm is None:
-        code = _run_here(title, parts, python, dry_run)
-    else:
-        code = _run_on_slurm(title, parts, resolved, python, dry_run, wait)
-    raise typer.Exit(code)
+    return title
 
 
 def _check_executor(executor: str, config: RunConfig, slurm_options: list[str]) -> None:
@@ -93,12 +94,15 @@ def _check_executor(executor: str, config: RunConfig, slurm_options: list[str]) 
             raise ConfigError(f"--{slurm_options[0].replace('_', '-')} is for --executor slurm")
 
 
-def _check_nemo_run() -> None:
+def _find_nemo_run(slurm: SlurmKeys | None) -> None:
+    """Look for it, and say where its home is, which it reads when it is imported."""
     if importlib.util.find_spec("nemo_run") is None:
         raise ConfigError(
             f"NeMo-Run is not installed here, and its pins clash with vLLM's: `{_SET_UP}` makes an environment for it; "
             "then call .venv-launch/bin/async-rlhf launch"
         )
+    if slurm is not None and slurm.tunnel == "local" and slurm.job_dir is not None:
+        os.environ["NEMORUN_HOME"] = str(slurm.job_dir.absolute())
 
 
 def _run_here(title: str, stages: list[Stage], python: str | None, dry_run: bool) -> int:

@@ -21,6 +21,7 @@ from megatron_async_rlhf.telemetry.files import EXPORT_DIR
 from megatron_async_rlhf.telemetry.summary import read_summary
 
 STAGES = ("sft", "train", "export")
+_START_S = 60.0  # until a job's command runs and looks at the clock
 
 
 class Stage(Struct, frozen=True, kw_only=True):
@@ -55,13 +56,20 @@ def parse_stages(text: str) -> list[str]:
 
 
 def expand_stages(
-    tree: dict[str, Any], names: Sequence[str], *, directory: Path, resume: bool = False, export_to: Path | None = None
+    tree: dict[str, Any],
+    names: Sequence[str],
+    *,
+    directory: Path,
+    resume: bool = False,
+    export_to: Path | None = None,
+    seconds: float | None = None,
 ) -> list[Stage]:
     """The stages that the sections in `tree` stand for. `sft` runs in `<run.dir>-sft`; the export goes to `<run.dir>-hf`.
 
     Args:
         names: of `STAGES`, in their order.
         directory: where relative paths begin; it may be on another machine.
+        seconds: after which each stage is killed; train saves a checkpoint and ends in time.
         resume: an sft that is completed is left out, and train goes on from the last checkpoint in its directory.
 
     Raises:
@@ -77,6 +85,7 @@ def expand_stages(
             stages.append(sft)
         _start_from(train_tree, base, made / EXPORT_DIR)
     if "train" in names:
+        _end_in_time(train_tree, base, seconds)
         stages.append(_train(train_tree, resume))
         made = stages[-1].result
     if "export" in names:
@@ -105,6 +114,13 @@ def _start_from(tree: dict[str, Any], base: RunConfig, policy: Path) -> None:
     if base.model.context_length is not None:
         tree["model"]["context_length"] = base.model.context_length
     set_key(tree, "warm_start.steps", 0)
+
+
+def _end_in_time(tree: dict[str, Any], base: RunConfig, seconds: float | None) -> None:
+    """A scheduler's signals would end the learner's ranks too, and with them what a checkpoint is made of."""
+    if seconds is not None and base.checkpoint.max_run_seconds is None:
+        margin = base.launch.interrupt_grace_s + _START_S
+        set_key(tree, "checkpoint.max_run_seconds", max(seconds - margin, seconds / 2))
 
 
 def _check_empty(out: Path) -> None:

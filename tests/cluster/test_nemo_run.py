@@ -18,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from megatron_async_rlhf.cli import app
+from megatron_async_rlhf.config.cluster import SlurmKeys
 from megatron_async_rlhf.config.load import check_tree, read_tree
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.job_script import job_script
@@ -140,6 +141,24 @@ def test_a_completed_sft_is_not_made_again(tmp_path: Path):
         assert stages[-1].arguments[-1] == "--resume"
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("1:30", 90), ("02:00:01", 7201), ("1-2", 93600), ("1-2:03", 93780), ("1-02:03:04", 93784)],
+)
+def test_a_time_is_what_slurm_takes_it_for(time: str, seconds: int):
+    assert SlurmKeys(time=time).time_s == seconds
+
+
+def test_train_saves_before_its_time_is_over(tmp_path: Path):
+    tree = read_tree(CONFIG, ["launch.interrupt_grace_s=40"])
+    for seconds, expected in ((None, None), (1000, 900), (60, 30)):
+        (train,) = expand_stages(tree, ["train"], directory=tmp_path, seconds=seconds)
+        assert check_tree(yaml.safe_load(train.config)).checkpoint.max_run_seconds == expected
+    tree["checkpoint"] = {"max_run_seconds": 5}
+    (train,) = expand_stages(tree, ["train"], directory=tmp_path, seconds=1000)
+    assert check_tree(yaml.safe_load(train.config)).checkpoint.max_run_seconds == 5
+
+
 def test_the_script_hands_on_every_character_and_the_exit_code(tmp_path: Path):
     text = 'run:\n  name: it\'s "$HOME" `x` \\\\\n'
     stage = Stage(name="train", arguments=["train", "/dev/stdin", "a b"], config=text, resumes=True, result=tmp_path)
@@ -166,7 +185,7 @@ def test_the_script_hands_on_every_character_and_the_exit_code(tmp_path: Path):
 def test_dry_run_for_slurm(launch: Launching, nodes: int):
     shown = launch(
         "--executor", "slurm", "--dry-run", "--stages", "sft,train,export", "--nodes", str(nodes), "--account", "team",
-        "--time", "12:30:00", "-s", "launch.slurm.cpus_per_node=8", "-s", "launch.slurm.sbatch={signal: TERM@300}",
+        "--time", "12:30:00", "-s", "launch.slurm.cpus_per_node=8", "-s", "launch.slurm.sbatch={mail-type: FAIL}",
         "--name", "trial",
     )  # fmt: skip
     sft, train, export = re.split(r"^# (?:sft|train|export): sbatch --requeue --parsable ", shown, flags=re.M)[1:]
@@ -174,7 +193,7 @@ def test_dry_run_for_slurm(launch: Launching, nodes: int):
     assert export.startswith("--dependency=afterok:<job id of train> ")
     for line in (
         "#SBATCH --account=team", "#SBATCH --time=12:30:00", "#SBATCH --exclusive", "#SBATCH --mem=0",
-        "#SBATCH --cpus-per-task=8", "#SBATCH --signal=TERM@300", "#SBATCH --job-name=trial.train",
+        "#SBATCH --cpus-per-task=8", "#SBATCH --mail-type=FAIL", "#SBATCH --job-name=trial.train",
         f"#SBATCH --nodes={nodes}", "#SBATCH --ntasks-per-node=1", "unset SLURM_UNBUFFEREDIO",
     ):  # fmt: skip
         assert f"\n{line}\n" in train
@@ -263,14 +282,15 @@ def test_a_real_chain_runs_here(launch: Launching):
 
 def test_slurm_runs_stages_in_turn_on_all_nodes_and_again_after_a_failure(launch: Launching, slurm):
     told = launch(
-        "--executor", "slurm", "--stages", "sft,train", "--nodes", "2", "-s", "launch.slurm.retries=1", "--wait",
+        "--executor", "slurm", "--stages", "sft,train,export", "--nodes", "2", "-s", "launch.slurm.retries=1", "--wait",
         FAILS="train", **slurm.environment,
     )  # fmt: skip
     commands = [call.partition(": ")[2] for call in launch.calls]
     assert {call[:7] for call in launch.calls} == {"node 0:", "node 1:"}
     assert commands[:2] == ["-m megatron_async_rlhf sft /dev/stdin"] * 2
-    assert commands[-2:] == ["-m megatron_async_rlhf train /dev/stdin --resume"] * 2
-    assert told.splitlines()[-1] == "train: completed"
+    assert commands[-3:-1] == ["-m megatron_async_rlhf train /dev/stdin --resume"] * 2
+    assert commands[-1].startswith("-m megatron_async_rlhf export-hf ")
+    assert told.splitlines()[-1] == "export: completed"
     configs = [yaml.safe_load((launch.directory / f"train.{node}.yaml").read_text()) for node in (0, 1)]
     assert configs[0] == configs[1] and check_tree(configs[0]).launch.nodes == 2
 

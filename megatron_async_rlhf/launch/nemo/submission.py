@@ -1,8 +1,8 @@
 """Hands stages to NeMo-Run: shows what it would submit, runs them on this machine, or queues them with Slurm.
 
-NeMo-Run's own ways of waiting are not used for chains. On one machine it starts a stage although the one before it has
-failed, so each stage is an experiment of its own there; on a cluster it cancels a job whose state `sacct` does not tell
-for a minute, as where there is no accounting (`nemo.slurm_states` asks otherwise).
+NeMo-Run does not wait for us. On one machine it starts a stage although the one before it has failed, so each stage is an
+experiment of its own there; on a cluster without accounting it gives up on jobs after a minute, so that is done in
+`nemo.slurm_states`.
 """
 
 import os
@@ -100,6 +100,11 @@ def submit(title: str, jobs: Sequence[Job]) -> list[QueuedJob]:
             raise SubmissionError(_refusal(error, experiment)) from None
         except (OSError, EOFError, RuntimeError) as error:
             raise SubmissionError(f"jobs cannot be submitted: {_first_line(error)}; nothing was") from None
+        except SystemExit:  # NeMo-Run's way of saying so
+            tunnel = jobs[0].executor.tunnel
+            raise SubmissionError(
+                f"ssh: no login as {tunnel.user} on {tunnel.host}; set launch.slurm.identity, or use ssh's agent"
+            ) from None
         return [_queued(job) for job in experiment.jobs]
 
 
