@@ -25,11 +25,17 @@ from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError, MismatchError
+from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError, MismatchError, ProcessDiedError
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import Hello, ResumeReinforcement, Stop
-from megatron_async_rlhf.lifecycle import EXIT_INTERRUPTED, begin_reinforcement, close_failed, export_policy
+from megatron_async_rlhf.lifecycle import (
+    END_AT_ONCE,
+    EXIT_INTERRUPTED,
+    begin_reinforcement,
+    close_failed,
+    export_policy,
+)
 from megatron_async_rlhf.prepare import Materials, load_materials
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
@@ -207,6 +213,7 @@ async def run_job(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, lambda: loop.create_task(job.interrupt()))
+        loop.add_signal_handler(END_AT_ONCE, asyncio.current_task().cancel)
         if config.checkpoint.max_run_seconds is not None:
             loop.call_later(config.checkpoint.max_run_seconds, lambda: loop.create_task(job.out_of_time()))
         try:
@@ -215,6 +222,8 @@ async def run_job(
             return _fail(job, _first_cause(group))
         except (AsyncRLHFError, OSError) as error:
             return _fail(job, error)
+        except asyncio.CancelledError:
+            return _fail(job, ProcessDiedError("ended because another process of the run has"))
         job.recorder.close("interrupted" if job.cut_short else "completed", None)
         return EXIT_INTERRUPTED if job.cut_short else 0
 

@@ -24,6 +24,7 @@ from megatron_async_rlhf.telemetry.recorder import Recorder
 _log = logging.getLogger(__name__)
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+END_AT_ONCE = signal.SIGUSR1  # to a controller: write down what there is and end, for the others are gone
 
 
 async def begin_reinforcement(config: RunConfig, learner: Learner, materials: Materials, recorder: Recorder) -> None:
@@ -50,7 +51,7 @@ async def run_learner_alone(stages: Coroutine[Any, Any, None], learner: LearnerC
     An interrupt ends them where they are.
     """
     task = asyncio.create_task(stages)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, END_AT_ONCE):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         await task

@@ -30,6 +30,7 @@ from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
 from megatron_async_rlhf.launch.plan import ProcessPlan
 from megatron_async_rlhf.launch.process import Process
+from megatron_async_rlhf.lifecycle import END_AT_ONCE
 from megatron_async_rlhf.telemetry.events import parse_event
 from megatron_async_rlhf.telemetry.files import LOG_DIR, PROCESSES, STOP, SUMMARY, replace_file
 from megatron_async_rlhf.telemetry.summary import RunTotals
@@ -196,9 +197,12 @@ class Supervisor:
         self._interrupts += 1
 
     def _end_all(self) -> None:
-        """SIGTERM, then SIGKILL after the grace period, to every process group."""
+        """SIGTERM, then SIGKILL after the grace period, to every process group; the controller has a summary to write."""
         for process in self._processes:
-            process.kill_group(signal.SIGTERM)
+            if process.spec is self._plan.controller:
+                process.signal(END_AT_ONCE)
+            else:
+                process.kill_group(signal.SIGTERM)
         deadline = time.monotonic() + self._config.launch.shutdown_grace_s
         while time.monotonic() < deadline and any(process.returncode is None for process in self._processes):
             time.sleep(_POLL_S)
