@@ -51,7 +51,11 @@ EXTRAS = {
         "wandb>=0.19",
     ],
     # Clashes with vLLM's pins: install it in a virtual environment of its own, without the other extras.
-    "launch": ["nemo-run>=0.4"],
+    "launch": [
+        "invoke>=2.2",
+        "leptonai>=0.26.6,<0.28",  # NeMo-Run imports it, and cannot do so with newer ones
+        "nemo-run>=0.11.1,<0.12",
+    ],
     "test": [
         "accelerate>=1.10.1",  # trl imports it
         "hypothesis>=6.100",
@@ -79,5 +83,7 @@ setup(
         "console_scripts": ["async-rlhf = megatron_async_rlhf.cli:main"],
         # Every vLLM process loads this group: it registers our weight-transfer backend.
         "vllm.general_plugins": ["megatron_async_rlhf = megatron_async_rlhf.generator.vllm.plugin:register"],
+        # The `nemo` command of NeMo-Run loads this group: `nemo async-rlhf train config=...`.
+        "nemo_run.cli": ["async-rlhf = megatron_async_rlhf.launch.nemo.entry_points"],
     },
 )

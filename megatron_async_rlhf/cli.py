@@ -11,6 +11,7 @@ from megatron_async_rlhf.config.advice import advice
 from megatron_async_rlhf.config.load import load_config, read_tree
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
+from megatron_async_rlhf.launch.command import launch
 from megatron_async_rlhf.simulate.command import simulate
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
 
@@ -128,6 +129,7 @@ def train(
 
 
 app.command()(simulate)
+app.command()(launch)
 
 
 @app.command()

@@ -72,3 +72,7 @@ class InvariantError(AsyncRLHFError, AssertionError):
 
 class ReplayError(AsyncRLHFError, RuntimeError):
     """Training again on recorded rollouts came out differently."""
+
+
+class SubmissionError(AsyncRLHFError, RuntimeError):
+    """Jobs that could not be handed over, or not be followed: names the command, and what was submitted before."""

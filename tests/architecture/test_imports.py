@@ -49,6 +49,8 @@ HEAVY = {
     "megatron": "learner.megatron",
     "transformer_engine": "learner.megatron",
     "vllm": "generator.vllm",
+    "nemo_run": "launch.nemo",
+    "invoke": "launch.nemo",
 }
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc"}
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400
@@ -187,7 +189,7 @@ CONTROLLER = (
 )
 WITHOUT_TORCH = [
     "types", "errors", "config.load", "config.layout_rules", "data.source", "data.packing", "rewards.registry", "learner.protocol", "learner.flops",
-    "generator.protocol", "generator.seeds", "weights.plan", "weights.roster", *(name for name in MODULES if name.split(".")[0] in CONTROLLER),
+    "generator.protocol", "generator.seeds", "weights.plan", "weights.roster", *(name for name in MODULES if name.split(".")[0] in CONTROLLER and not name.startswith("launch.nemo.")),
 ]  # fmt: skip
 
 

@@ -1,0 +1,60 @@
+"""NeMo-Run's executors, from our configuration: this machine, or a Slurm cluster."""
+
+from pathlib import Path
+
+import nemo_run as run
+
+from megatron_async_rlhf.config.cluster import SlurmKeys
+
+
+def local_executor() -> run.LocalExecutor:
+    return run.LocalExecutor(packager=run.Packager())
+
+
+def slurm_executor(
+    keys: SlurmKeys, *, title: str, nodes: int = 1, gpus_per_node: int | None = None
+) -> run.SlurmExecutor:
+    """For one job: a task on each of so many machines. The project must be on the cluster already: no code is sent there."""
+    task_arguments = ["--cpu-bind=none", *keys.srun]  # the run places its processes itself
+    if keys.cpus_per_node is not None:  # srun does not ask for what sbatch was given
+        task_arguments.append(f"--cpus-per-task={keys.cpus_per_node}")
+    project = str(project_dir(keys))
+    return run.SlurmExecutor(
+        account=keys.account,
+        partition=keys.partition,
+        qos=keys.qos,
+        time=keys.time,
+        nodes=nodes,
+        ntasks_per_node=1,
+        cpus_per_task=keys.cpus_per_node,
+        gpus_per_node=gpus_per_node if keys.request_gpus else None,
+        mem=keys.memory,
+        exclusive=True if keys.exclusive else None,
+        container_image=keys.container,
+        container_mounts=[f"{project}:{project}", *keys.container_mounts] if keys.container else [],
+        additional_parameters=dict(keys.sbatch),
+        srun_args=task_arguments,
+        retries=keys.retries,
+        tunnel=_tunnel(keys),
+        packager=run.Packager(),
+        poll_estimated_start_time=False,
+        job_name_prefix=f"{title}.",
+        setup_lines="unset SLURM_UNBUFFEREDIO",  # of NeMo-Run: srun would give the command a terminal for its output
+    )
+
+
+def project_dir(keys: SlurmKeys) -> Path:
+    return keys.project_dir if keys.project_dir is not None else Path.cwd()
+
+
+def _tunnel(keys: SlurmKeys) -> run.LocalTunnel | run.SSHTunnel:
+    if keys.tunnel == "local":
+        # Scripts are not copied on the way: they stay where the experiment is, in NeMo-Run's home.
+        return run.LocalTunnel(job_dir="")
+    return run.SSHTunnel(
+        host=keys.host,
+        user=keys.user,
+        port=keys.port,
+        identity=str(keys.identity) if keys.identity is not None else None,
+        job_dir=str(keys.job_dir),
+    )
