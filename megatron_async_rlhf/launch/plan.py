@@ -3,6 +3,7 @@
 The same plan is printed by a dry run, and carried out on one machine and on many.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.generator.vllm.server import records_versions, server_command, server_environment
 from megatron_async_rlhf.launch.layout import Slot, lay_out
 from megatron_async_rlhf.launch.nodes import Node
+from megatron_async_rlhf.lifecycle import END_AT_ONCE
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
 
 
@@ -22,6 +24,7 @@ class ProcessSpec(Struct, frozen=True, kw_only=True):
 
     Attributes:
         node: which machine, counted from the first, which supervises.
+        end_signal: ends it at once, when nothing is left to be saved.
     """
 
     name: str
@@ -30,6 +33,7 @@ class ProcessSpec(Struct, frozen=True, kw_only=True):
     cores: list[int]
     gpus: list[int] = []
     node: int = 0
+    end_signal: int = signal.SIGTERM
 
 
 class ProcessPlan(Struct, frozen=True, kw_only=True):
@@ -103,7 +107,13 @@ def plan_learner_alone(
 
 def _controller(run_dir: Path, arguments: list[str], module: str = "app") -> ProcessSpec:
     command = [sys.executable, "-m", f"megatron_async_rlhf.{module}", "--run-dir", str(run_dir), *arguments]
-    return ProcessSpec(name="controller", arguments=command, environment={"OMP_NUM_THREADS": "1"}, cores=[])
+    return ProcessSpec(
+        name="controller",
+        arguments=command,
+        environment={"OMP_NUM_THREADS": "1"},
+        cores=[],
+        end_signal=END_AT_ONCE,
+    )
 
 
 def _generator(
@@ -155,6 +165,7 @@ def _learners(config: RunConfig, run_dir: Path, slots: Sequence[Slot], nodes: Se
             cores=[slot.device] if config.launch.pin_cores and not on_gpu else [],
             gpus=[slot.device] if on_gpu else [],
             node=slot.node,
+            end_signal=signal.SIGKILL,  # a SIGTERM it ignores: a scheduler sends that to all of a job
         )
         for rank, slot in enumerate(slots)
     ]

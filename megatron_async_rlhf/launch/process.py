@@ -70,7 +70,7 @@ class LocalProcess(Process):
                 stderr=log,
                 env={**os.environ, **spec.environment},
                 start_new_session=True,  # a Ctrl-C in the terminal reaches the supervisor alone
-                preexec_fn=_before_exec(spec.cores),
+                preexec_fn=_before_exec(spec),
                 text=True,
             )
 
@@ -97,17 +97,17 @@ class LocalProcess(Process):
             pass
 
 
-def _before_exec(cores: list[int]):
+def _before_exec(spec: ProcessSpec):
     """Runs in the child between fork and exec."""
     parent = os.getpid()
     libc = ctypes.CDLL(None)
 
     def prepare() -> None:
         # Without this a killed supervisor would leave servers behind that hold ports and memory.
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        libc.prctl(_PR_SET_PDEATHSIG, spec.end_signal)
         if os.getppid() != parent:
             os._exit(1)
-        if cores:
-            os.sched_setaffinity(0, cores)
+        if spec.cores:
+            os.sched_setaffinity(0, spec.cores)
 
     return prepare

@@ -83,7 +83,7 @@ def expand_stages(
         made = sft.result
         if not (resume and read_summary(directory / made).get("status") == "completed"):
             stages.append(sft)
-        _start_from(train_tree, base, made / EXPORT_DIR)
+        start_from(train_tree, base, made / EXPORT_DIR)
     if "train" in names:
         _end_in_time(train_tree, base, seconds)
         stages.append(_train(train_tree, resume))
@@ -108,8 +108,9 @@ def _sft(tree: dict[str, Any], base: RunConfig) -> Stage:
     )
 
 
-def _start_from(tree: dict[str, Any], base: RunConfig, policy: Path) -> None:
-    """Shape and tokenizer come with the policy, and it has had its warm start."""
+def start_from(tree: dict[str, Any], base: RunConfig, policy: Path) -> None:
+    """Make the sections in `tree` those of a run on an exported policy: it has its shape and tokenizer, and its warm start
+    is over."""
     tree["model"] = {"hf": str(policy)}
     if base.model.context_length is not None:
         tree["model"]["context_length"] = base.model.context_length
@@ -117,7 +118,7 @@ def _start_from(tree: dict[str, Any], base: RunConfig, policy: Path) -> None:
 
 
 def _end_in_time(tree: dict[str, Any], base: RunConfig, seconds: float | None) -> None:
-    """A scheduler's signals would end the learner's ranks too, and with them what a checkpoint is made of."""
+    """What comes at the limit itself leaves a few seconds (KillWait), too few for the checkpoint of a large model."""
     if seconds is not None and base.checkpoint.max_run_seconds is None:
         margin = base.launch.interrupt_grace_s + _START_S
         set_key(tree, "checkpoint.max_run_seconds", max(seconds - margin, seconds / 2))

@@ -30,7 +30,6 @@ from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
 from megatron_async_rlhf.launch.plan import ProcessPlan
 from megatron_async_rlhf.launch.process import Process
-from megatron_async_rlhf.lifecycle import END_AT_ONCE
 from megatron_async_rlhf.telemetry.events import parse_event
 from megatron_async_rlhf.telemetry.files import LOG_DIR, PROCESSES, STOP, SUMMARY, replace_file
 from megatron_async_rlhf.telemetry.summary import RunTotals
@@ -128,7 +127,8 @@ class Supervisor:
                     f"the step under way did not finish within {self._config.launch.interrupt_grace_s:g} s",
                     [],
                 )
-            self._revive()
+            if not asked:
+                self._revive()
             if self._dead():
                 time.sleep(_SETTLE_S)
                 self._drain_events()
@@ -197,12 +197,12 @@ class Supervisor:
         self._interrupts += 1
 
     def _end_all(self) -> None:
-        """SIGTERM, then SIGKILL after the grace period, to every process group; the controller has a summary to write."""
+        """What ends each of them, and SIGKILL after the grace period."""
         for process in self._processes:
             if process.spec is self._plan.controller:
-                process.signal(END_AT_ONCE)
+                process.signal(process.spec.end_signal)  # to W&B's process, a child of it, it talks until the end
             else:
-                process.kill_group(signal.SIGTERM)
+                process.kill_group(process.spec.end_signal)
         deadline = time.monotonic() + self._config.launch.shutdown_grace_s
         while time.monotonic() < deadline and any(process.returncode is None for process in self._processes):
             time.sleep(_POLL_S)

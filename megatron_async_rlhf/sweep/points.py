@@ -19,6 +19,7 @@ from megatron_async_rlhf.config.load import check_tree, set_key
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sweep import SweepSection
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.launch.stages import start_from
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR
 
 Labels = dict[str, str]  # axis -> label
@@ -123,8 +124,7 @@ def _point(
 ) -> Point:
     own = {section: copy.deepcopy(keys) for section, keys in tree.items() if section != "sweep"}
     if warm_start is not None:
-        own["model"] = {"hf": str(warm_start.run.path / EXPORT_DIR)}
-        set_key(own, "warm_start.steps", 0)
+        start_from(own, warm_start, warm_start.run.path / EXPORT_DIR)
     for axis, label in labels.items():
         for key, value in sweep.axes[axis][label].items():
             set_key(own, key, copy.deepcopy(value))

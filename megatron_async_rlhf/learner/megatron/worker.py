@@ -12,6 +12,7 @@ and with it the run, because the other ranks may be waiting inside a collective.
 
 import argparse
 import logging
+import signal
 import time
 from pathlib import Path
 
@@ -150,6 +151,9 @@ def main() -> None:
     parser.add_argument("--listen", required=True, help="ZeroMQ address rank 0 takes commands on")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A scheduler sends them to all of a job, and a checkpoint takes every rank; the supervisor ends us otherwise.
+        signal.signal(number, signal.SIG_IGN)
     start = time.monotonic()
     config = load_config(arguments.run_dir / RESOLVED_CONFIG)
     arch = policy_architecture(config.model, arguments.run_dir / POLICY_TEMPLATE_DIR)
