@@ -17,7 +17,7 @@ from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.plan import ProcessSpec
-from megatron_async_rlhf.launch.process import Process
+from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.sweep.points import Point, Sweep
 from megatron_async_rlhf.sweep.progress import progress_of
 from megatron_async_rlhf.telemetry.files import LOG_DIR, RESOLVED_CONFIG, replace_file
@@ -111,7 +111,7 @@ class Driver:
             cores=[],
         )
         began = self._clock()
-        self._process = Process(spec, logs)
+        self._process = LocalProcess(spec, logs)
         ended_in_time = self._wait(config)
         seconds = f"{self._clock() - began:.0f} s"
         progress, returned = progress_of(config), self._process.returncode
