@@ -12,8 +12,6 @@ that cannot work, and ends the run.
 
 The supervisor never talks to learner or generators; it owns only their lives. The controller's events come
 through its standard output.
-
-`summary.json` says from the first moment on that the run has failed: what is killed with SIGKILL writes no more.
 """
 
 import json
@@ -32,7 +30,7 @@ from megatron_async_rlhf.launch.plan import ProcessPlan
 from megatron_async_rlhf.launch.process import Process
 from megatron_async_rlhf.telemetry.events import parse_event
 from megatron_async_rlhf.telemetry.files import LOG_DIR, PROCESSES, STOP, SUMMARY, replace_file
-from megatron_async_rlhf.telemetry.summary import RunTotals
+from megatron_async_rlhf.telemetry.summary import UNFINISHED, RunTotals
 
 _POLL_S = 0.1
 # When one process dies others notice and fail too; a moment later the first cause can be told from the rest.
@@ -76,7 +74,7 @@ class Supervisor:
     def _start(self) -> None:
         log_dir = self._run_dir / LOG_DIR
         log_dir.mkdir(parents=True, exist_ok=True)
-        self._write_summary("failed", "the run was killed before it could say how it ended", [])
+        self._write_summary(*UNFINISHED, [])
         for spec in self._plan.processes:
             is_controller = spec is self._plan.controller
             self._processes.append(self._fleet.start(spec, log_dir, pipe_stdout=is_controller))
@@ -114,7 +112,6 @@ class Supervisor:
                 if asked > 1:
                     return "interrupted", "interrupted twice: ended without saving", []
                 self._display.note("interrupted: finishing the step under way (press again to end at once)")
-                self._write_summary("interrupted", "killed before the step under way was finished", [])
                 self._controller.signal(signal.SIGTERM)
                 deadline = time.monotonic() + self._config.launch.interrupt_grace_s
             if lost := self._fleet.lost():

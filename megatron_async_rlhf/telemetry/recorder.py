@@ -13,7 +13,7 @@ import msgspec
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE, WARM_START, replace_file
-from megatron_async_rlhf.telemetry.summary import RunTotals
+from megatron_async_rlhf.telemetry.summary import UNFINISHED, RunTotals
 from megatron_async_rlhf.telemetry.trace import write_trace
 from megatron_async_rlhf.telemetry.wandb_log import WandbLog
 from megatron_async_rlhf.types import Completion, PushReport, RolloutGroup, Span
@@ -124,7 +124,7 @@ class Recorder:
             staleness=values["staleness/mean"],
             samples_per_s=rate,
         )
-        self.write_summary("running", None)
+        self.write_summary(*UNFINISHED)
 
     def samples(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """The first `telemetry.samples_per_step` groups of a step, readable."""

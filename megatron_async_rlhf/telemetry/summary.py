@@ -43,6 +43,10 @@ class Mean(Struct):
         return self.total / self.count if self.count else 0.0
 
 
+# Of a run that has not said how it ended. Killed with SIGKILL it never will, so this is written from the first moment on.
+UNFINISHED = "interrupted", "it is still going on, or was killed before it could say how it ended"
+
+
 class RunTotals(Struct):
     """What a run has done so far. `_s` are seconds of wall clock."""
 

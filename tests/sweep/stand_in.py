@@ -44,7 +44,7 @@ def main() -> None:
         "fail": ("failed", "learner.0: it went wrong", 1),
         "interrupt": ("interrupted", None, 130),
         "ask to stop": ("interrupted", None, 130),
-        "die": ("running", None, -1),
+        "die": ("interrupted", "killed", -1),
     }[behaviour]
     (directory / "summary.json").write_text(json.dumps({"status": status, "error": error}))
     if code < 0:

@@ -41,7 +41,7 @@ def test_a_point_is_summed_up(make):
     leave_run(stale)
     leave_run(bad, losses=[0.1] * 39 + [math.nan])
     leave_run(failed, status="failed", error="learner.0: it went wrong")
-    leave_run(cut, status="running")
+    leave_run(cut, status="interrupted")
     results = collect(sweep)
     first = results[0]
     assert (first.name, first.labels) == (fresh.name, fresh.labels)
