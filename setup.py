@@ -61,6 +61,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "trl==1.16.0",  # tests compare our losses with its
     ],
 }

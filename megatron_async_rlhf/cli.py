@@ -98,11 +98,8 @@ def train(
     from megatron_async_rlhf.prepare import check_value_weights, load_materials, make_model_template
 
     resolved = load_config(config, set)
-    if dry_run:
-        _warn(resolved)
-        print_plan(resolved)
-        return
-    _serve_unless_first(resolved, node_rank)
+    if not dry_run:
+        _serve_unless_first(resolved, node_rank)
     _warn(resolved)
     check_writable(resolved)
     run_dir, version = resolved.run.path.absolute(), None
@@ -112,6 +109,9 @@ def train(
         if resumption.finished:
             return
         version = resumption.version
+    if dry_run:
+        print_plan(resolved)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         template = Path(scratch) / "model" if version is None else run_dir / POLICY_TEMPLATE_DIR
         if version is None:

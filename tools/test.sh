@@ -6,7 +6,8 @@ cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null
 tools/setup_env.sh
 
 code=0
-"${ASYNC_RLHF_VENV:-.venv}/bin/python" -m pytest -q --durations=10 "$@" || code=$?
+# Two at a time, since most wait for servers to start; a file's tests stay together, because they share what is slow.
+"${ASYNC_RLHF_VENV:-.venv}/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 "$@" || code=$?
 if ((code)); then
     echo "failed: pytest ended with exit code $code"
 else
