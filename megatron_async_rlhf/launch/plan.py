@@ -71,21 +71,21 @@ def plan_processes(
             "token; set resubmit or none"
         )
     layout = lay_out(config, nodes, config.generator.replicas)
-    learners = _learners(config, run_dir, layout.learners, nodes)
-    generators, urls = [], []
-    for i, slots in enumerate(layout.generators):
-        node = nodes[slots[0].node]
-        address = (node.address, node.generator_ports[i])
-        generators.append(_generator(config, run_dir, i, slots, node, address, context_length))
-        urls.append(f"http://{address[0]}:{address[1]}")
+    homes = [nodes[slots[0].node] for slots in layout.generators]
+    sites = [(home.address, home.generator_ports[i]) for i, home in enumerate(homes)]
+    template = run_dir / POLICY_TEMPLATE_DIR
+    generators = [
+        _generator(config, f"generator.{i}", slots, home, server_command(config, template, site, context_length))
+        for i, (slots, home, site) in enumerate(zip(layout.generators, homes, sites, strict=True))
+    ]
     addresses = [
         *("--learner", _commands_at(layout.learners, nodes)),
-        *(argument for url in urls for argument in ("--generator", url)),
+        *(argument for host, port in sites for argument in ("--generator", f"http://{host}:{port}")),
         *("--transfer", "{}:{}".format(*_learner_address(layout.learners, nodes, 2))),
     ]
     resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
     return ProcessPlan(
-        learners=learners,
+        learners=_learners(config, run_dir, layout.learners, nodes),
         generators=generators,
         controller=_controller(run_dir, [*addresses, *resume]),
         restarts=config.generator.restarts if records_versions() else 0,
@@ -116,21 +116,13 @@ def _controller(run_dir: Path, arguments: list[str], module: str = "app") -> Pro
     )
 
 
-def _generator(
-    config: RunConfig,
-    run_dir: Path,
-    replica: int,
-    slots: Sequence[Slot],
-    node: Node,
-    address: tuple[str, int],
-    context_length: int,
-) -> ProcessSpec:
-    """One server on the machine of all its workers."""
+def _generator(config: RunConfig, name: str, slots: Sequence[Slot], node: Node, arguments: list[str]) -> ProcessSpec:
+    """One server, on the machine of all its workers."""
     on_gpus, devices = config.run.device == "cuda", [slot.device for slot in slots]
     names = [node.gpus[device] if on_gpus else str(device) for device in devices]
     return ProcessSpec(
-        name=f"generator.{replica}",
-        arguments=server_command(config, run_dir / POLICY_TEMPLATE_DIR, address, context_length),
+        name=name,
+        arguments=arguments,
         environment=server_environment(config, names) | _network(node) | {"VLLM_HOST_IP": node.address},
         cores=[],  # vLLM binds its workers itself; its front end may run wherever there is room
         gpus=devices if on_gpus else [],
