@@ -18,16 +18,6 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 # shellcheck disable=SC2034
-lead=600 # seconds, as --signal has it
-# shellcheck disable=SC2034
 config=examples/llama8b_sync.yaml
-
-overrides() {
-  printf '%s\n' -s "learner.ranks=$((4 * $1))" -s "generator.replicas=$((4 * $1))" -s launch.interrupt_grace_s=500
-  if [ "$1" -gt 1 ]; then
-    printf '%s\n' -s learner.distributed_optimizer=true
-  fi
-}
-
-# shellcheck source=slurm/job.sh
-source slurm/job.sh
+# shellcheck source=slurm/llama8b_job.sh
+source slurm/llama8b_job.sh

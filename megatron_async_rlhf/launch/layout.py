@@ -15,7 +15,7 @@ from megatron_async_rlhf.launch.nodes import Node
 
 
 class Slot(Struct, frozen=True, order=True):
-    """A GPU or core of a machine, both counted from 0 among those that the run may use."""
+    """A GPU of a machine, counted from 0 among those that the run may use, or a core, by its own number."""
 
     node: int
     device: int
