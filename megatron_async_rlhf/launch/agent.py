@@ -185,7 +185,7 @@ def serve(config: RunConfig, rank: int) -> int:
             if isinstance(answer, Refused):
                 refused = answer.reason
                 break
-        if refused and read_rendezvous(path) == found:  # else there is a new one to try
+        if refused and read_rendezvous(path) in (found, None):  # else there is a new one to try
             raise ConfigError(f"{node_name()} is refused by the first machine, {found.host}: {refused}")
         time.sleep(_POLL_S)
     raise ConfigError(_not_joined(config, path, found))

@@ -65,8 +65,11 @@ def test_jobs_over_two_nodes(slurm):
     """Three jobs of one user on the same nodes at once: one completes; one is asked to save and goes back into the queue,
     with the first one's result in the end; one is cancelled."""
     steps = ("schedule.mode=sync", "schedule.steps=80", "checkpoint.every_steps=30")
-    whole, cut = Job(slurm, "whole", *steps), Job(slurm, "cut", *steps)
+    cut, whole = Job(slurm, "cut", *steps), Job(slurm, "whole", *steps)
     cancelled = Job(slurm, "cancelled", "schedule.steps=100000")
+
+    cut.wait_for_step(1)  # at once: it has few steps
+    slurm.run("scancel", "--batch", "--signal=TERM", str(cut.id))  # as --signal does when the time limit is near
 
     cancelled.wait_for_step(3)
     slurm.run("scancel", str(cancelled.id))
@@ -75,9 +78,6 @@ def test_jobs_over_two_nodes(slurm):
     summary = cancelled.summary()  # although every process was told to end: the step under way is finished and saved
     assert (summary["status"], summary["error"]) == ("interrupted", None)
     assert (cancelled.directory / f"checkpoints/step_{summary['steps']:06d}/metadata.json").is_file()
-
-    cut.wait_for_step(10)
-    slurm.run("scancel", "--batch", "--signal=TERM", str(cut.id))  # as --signal does when the time limit is near
     whole.wait("COMPLETED")
     cut.wait("COMPLETED")
     assert "back into the queue" in cut.log() and "start 2" in cut.log() and "going on from" in cut.log()

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import zmq
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.agent import Link
 from megatron_async_rlhf.launch.fleet import Switchboard, gather
 from megatron_async_rlhf.launch.plan import ProcessSpec
-from megatron_async_rlhf.launch.rendezvous import Left, Refused, Rendezvous, rendezvous_path, write_rendezvous
+from megatron_async_rlhf.launch.rendezvous import Left, Refused, Rendezvous, encode, rendezvous_path, write_rendezvous
 
 TINY = Path(__file__).parents[1] / "e2e/tiny.yaml"
 TRAIN = "megatron_async_rlhf", "train", str(TINY)
@@ -180,6 +181,22 @@ def test_machines_that_do_not_come_together(cluster, mine, theirs, first_says, o
     if agent is not None:
         code, said = ended(agent)
         assert code == 2 and other_says in said and said.count("\n") == 1
+
+
+def test_a_refusal_counts_although_the_first_machine_has_gone_since(cluster):
+    """It ends as soon as it has refused one, and takes the file with it."""
+    path = rendezvous_path(cluster.config())
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as first:
+        port = first.bind_to_random_port("tcp://127.0.0.1")
+        host = Rendezvous(host="m0", addresses=["127.0.0.1"], port=port, token="t", expires=time.time() + 60)
+        write_rendezvous(path, host)
+        agent = cluster.agent()
+        assert first.poll(LIMIT_S * 1000)
+        identity, *_ = first.recv_multipart()
+        path.unlink()
+        first.send_multipart([identity, encode(Refused("not like this"))])
+        code, said = ended(agent)
+    assert code == 2 and said == "error: m1 is refused by the first machine, m0: not like this\n"
 
 
 def test_a_port_that_is_taken_is_named(cluster):
