@@ -245,6 +245,8 @@ class Controller:
 
     async def _start_push(self) -> None:
         """The learner has begun to send when this returns, so that a training command finds it at the next version."""
+        if self._push is not None:
+            await self._push  # the learner gives its account of one push before it begins another
         version, how = self._pacer.trained, self._schedule.in_flight_updates
         self._pacer.pushing = True
         self._pool.hold()
@@ -272,10 +274,10 @@ class Controller:
         await self._pool.updated(self._weight_sync.receivers)
         self._pacer.pushed = version
         self._generation.weights_arrived()
-        self._pacer.pushing = False
         # A batch resumes its engines itself, but not those that came back while it was under way.
         if self._schedule.generation == "streaming" or self._pacer.running or self._pacer.evaluating:
             await self._pool.resume()
+        self._pacer.pushing = False  # not before: nobody may pause engines that are about to be told to go on
         self._generation.busy.thaw()
         await self._changed.notify()
         self._recorder.pushed(*await self._weight_sync.report())

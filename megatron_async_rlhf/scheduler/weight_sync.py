@@ -188,14 +188,13 @@ class WeightSync:
         """One error out of what everybody says. Afterwards nothing of this push is under way, and who is gone is out."""
         self._connected = False
         told: list[AsyncRLHFError] = [first]
-        if not isinstance(first, TransferError):  # else it is the learner's account already
+        if self._answer is None and not isinstance(first, TransferError):  # else it has given its account already
             try:
-                report = (await self._learner.execute(FinishPush())).push
+                self._answer = await self._learner.execute(FinishPush())
             except TransferError as error:
                 told.append(error)
-            else:
-                if report.mismatches:
-                    return _mismatch(version, report)
+        if self._answer is not None and self._answer.push.mismatches:
+            return _mismatch(version, self._answer.push)
         done, pending = await asyncio.wait(tasks, timeout=_GRACE_S)
         for task in pending:
             task.cancel()

@@ -107,6 +107,7 @@ class SimulatedGenerator:
         return [self._completion(engine, sample, request, interrupted) for sample in mine.samples]
 
     async def pause(self, how: Pause = "keep") -> None:
+        await self._travel()
         await self._reach("/pause")
         if how == "abort":
             for request in list(self._requests.values()):
@@ -118,6 +119,7 @@ class SimulatedGenerator:
         self._engine.pause()
 
     async def resume(self) -> None:
+        await self._travel()
         await self._reach("/resume")
         self._engine.resume()
 

@@ -33,6 +33,7 @@ class SimulatedLearner:
         self._speeds, self._ledger, self._exchange = speeds, ledger, exchange
         self._forgets = forgets
         self._turn = asyncio.Lock()
+        self._pushes = False
 
     async def execute(self, command: Command) -> Answer:
         async with self._turn:
@@ -51,11 +52,17 @@ class SimulatedLearner:
     def _push(self, command: PushWeights) -> Answer:
         if command.version != self.version:
             raise LearnerError(f"version {command.version} is to be pushed, but the learner is at {self.version}")
+        if self._pushes:
+            raise LearnerError("PushWeights came before the push under way was finished with FinishPush")
+        self._pushes = True
         self.commands.append(command)
         self._exchange.begin(command.version)
         return Answer(id=0)
 
     async def _finish_push(self) -> Answer:
+        if not self._pushes:
+            raise LearnerError("FinishPush came without PushWeights")
+        self._pushes = False
         why = await self._exchange.push.outcome()
         if why:
             raise TransferError(why)

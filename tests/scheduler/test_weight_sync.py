@@ -16,14 +16,18 @@ REPORT = PushReport(wire_bytes=100, compared=4)
 
 
 class Learner:
-    """Answers from `finish`: a report or an error for each push, in order; joins from `joins`."""
+    """Answers from `finish`: a report or an error for each push, in order; joins from `joins`. Asked once per push."""
 
     def __init__(self, *finish: PushReport | Exception, joins: tuple = ()) -> None:
         self.commands: list[Command] = []
         self._finish, self._joins = list(finish), list(joins)
+        self._pushes = False
 
     async def execute(self, command: Command) -> Answer:
         self.commands.append(command)
+        if isinstance(command, PushWeights | FinishPush):
+            assert self._pushes == isinstance(command, FinishPush)
+            self._pushes = not self._pushes
         answers = {FinishPush: self._finish, JoinTransfer: self._joins}.get(type(command))
         answer = answers.pop(0) if answers else None
         if isinstance(answer, Exception):
