@@ -41,8 +41,8 @@ class Learner:
 class Receiver:
     """`fates`: what happens at each push: None arrives, an exception is raised, `hang` never returns."""
 
-    def __init__(self, name: str, *fates, alive: bool = True) -> None:
-        self.name, self.version, self.alive = name, -1, alive
+    def __init__(self, name: str, *fates, alive: bool = True, takes_s: float = 0.0) -> None:
+        self.name, self.version, self.alive, self.takes_s = name, -1, alive, takes_s
         self.joined: list[dict] = []
         self.verified: list[bool] = []
         self._fates = list(fates)
@@ -58,6 +58,7 @@ class Receiver:
 
     async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None:
         self.verified.append(verify)
+        await asyncio.sleep(self.takes_s)
         fate = self._fates.pop(0) if self._fates else None
         if fate == "hang":
             await asyncio.sleep(3600)
@@ -153,15 +154,23 @@ def test_a_generator_that_hangs_is_found_out_through_the_learner():
 
 
 def test_a_push_may_take_longer_than_the_timeout_while_it_moves():
-    class Slow(Receiver):
-        async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None:
-            await asyncio.sleep(0.45)
-            self.version = version
-
-    learner, slow = Learner(REPORT), Slow("generator.0")
+    learner, slow = Learner(REPORT), Receiver("generator.0", takes_s=0.45)
     ((report, _),) = push(make(learner, slow), 0)
     assert report == REPORT and slow.version == 0
     assert len(learner.sent(FinishPush)) == 1
+
+
+def test_a_long_push_that_fails_in_the_end_says_what_happened():
+    gone = GeneratorGoneError("generator.1: /finish_weight_update failed, the server is gone")
+    sync = make(Learner(REPORT), Receiver("generator.0"), Receiver("generator.1", gone, takes_s=0.45))
+    with pytest.raises(TransferError, match="push of version 0 failed: generator.1: .* the server is gone"):
+        push(sync, 0)
+    assert [receiver.name for receiver in sync.receivers] == ["generator.0"]
+
+    bad = PushReport(wire_bytes=1, compared=9, mismatches=["generator.0 rank 1: lm_head.weight[0:4, 0:8]"])
+    slow = Receiver("generator.0", GeneratorError("generator.0: /update_weights answered 500"), takes_s=0.45)
+    with pytest.raises(MismatchError, match="1 of 9 digests differ, first generator.0 rank 1: lm_head"):
+        push(make(Learner(bad), slow), 0)
 
 
 def test_a_generator_that_never_confirms_is_an_error_too():
