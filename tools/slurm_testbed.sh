@@ -132,7 +132,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1
 JobRequeue=1
-KillWait=15
+KillWait=25
 UnkillableStepTimeout=30
 SlurmdTimeout=10
 ReturnToService=2
