@@ -13,7 +13,14 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
 from megatron_async_rlhf.launch.command import launch
 from megatron_async_rlhf.simulate.command import simulate
-from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
+from megatron_async_rlhf.telemetry.files import (
+    EXPORT_DIR,
+    METRICS,
+    POLICY_TEMPLATE_DIR,
+    RESOLVED_CONFIG,
+    ROLLOUT_DIR,
+    read_lines,
+)
 
 if TYPE_CHECKING:
     from megatron_async_rlhf.launch.fleet import Fleet
@@ -182,7 +189,7 @@ def replay(
     if not (run / RESOLVED_CONFIG).is_file():
         raise ConfigError(f"{run} is no run: it has no {RESOLVED_CONFIG}")
     earlier = load_config(run / RESOLVED_CONFIG)
-    recorded = sum(1 for _ in RolloutLog(run / ROLLOUT_DIR).read())
+    recorded = sum(1 for _ in RolloutLog(run / ROLLOUT_DIR).read(end=len(read_lines(run / METRICS))))
     if not recorded:
         raise ConfigError(f"{run} has recorded nothing; it must be run with schedule.record = true")
     section = earlier.run.model_copy(update={"dir": out or run.with_name(f"{run.name}.replay")})

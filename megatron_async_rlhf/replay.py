@@ -10,7 +10,6 @@ weights come out with the same bits. What a run was on a cluster can be looked i
 
 import argparse
 import asyncio
-import json
 import logging
 import time
 from collections import Counter
@@ -26,7 +25,7 @@ from megatron_async_rlhf.lifecycle import begin_reinforcement, export_policy, ru
 from megatron_async_rlhf.prepare import Materials, load_materials
 from megatron_async_rlhf.scheduler.recording import RecordedRollout, RolloutLog
 from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
+from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR, read_lines
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Span
 
@@ -45,10 +44,10 @@ async def run_stages(
     recorder.stage("start")
     await learner.execute(Hello())
     await begin_reinforcement(config, learner, materials, recorder)
-    before = {line["step"]: line for line in map(json.loads, (recorded / METRICS).read_text().splitlines())}
+    before = {line["step"]: line for line in read_lines(recorded / METRICS)}
     recorder.stage("train", steps=config.schedule.steps)
     recorder.loop_started(startup_s=time.time() - began)
-    for rollout in RolloutLog(recorded / ROLLOUT_DIR).read():
+    for rollout in RolloutLog(recorded / ROLLOUT_DIR).read(end=len(before)):
         start = time.time()
         answer = await learner.execute(rollout.command)
         span = Span(name=f"step {rollout.command.version}", start=start, end=time.time(), process="learner")

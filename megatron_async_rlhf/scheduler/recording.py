@@ -48,7 +48,7 @@ class RolloutSink(Protocol):
 
 
 class RolloutLog:
-    """A file per rollout, so that a run that goes on from a checkpoint replaces what it does again."""
+    """A file per rollout."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -67,8 +67,14 @@ class RolloutLog:
         record = RecordedRollout(command=command, groups=groups, arrived=arrived)
         self._path(command.version).write_bytes(msgspec.msgpack.encode(record))
 
-    def read(self) -> Iterator[RecordedRollout]:
-        """In the order they were trained.
+    def cut(self, version: int) -> None:
+        """Forget what was trained at this version or later: the run goes on from there."""
+        for path in self._directory.glob("step_*.msgpack"):
+            if path >= self._path(version):
+                path.unlink()
+
+    def read(self, end: int) -> Iterator[RecordedRollout]:
+        """In the order they were trained, to those whose last step is the one before `end`.
 
         Raises:
             CheckpointError: one line; a file is broken, or a rollout is missing.
@@ -83,9 +89,13 @@ class RolloutLog:
             try:
                 record = msgspec.msgpack.decode(path.read_bytes(), type=RecordedRollout)
             except (OSError, msgspec.MsgspecError) as error:
+                if version + 1 > end:
+                    return  # the run was killed while it wrote this
                 raise CheckpointError(f"{path} is broken or from another release ({error})") from None
-            yield record
             version += len(record.command.mini_batches) * record.command.epochs
+            if version > end:  # it was killed while this was trained
+                return
+            yield record
 
     def _path(self, version: int) -> Path:
         return self._directory / f"step_{version:06d}.msgpack"

@@ -55,7 +55,7 @@ def measure(run_dir: Path) -> Measured:
 def _lengths(run_dir: Path) -> Lengths | None:
     recorded = [
         len(sequence.token_ids) - sequence.prompt_length
-        for rollout in RolloutLog(run_dir / ROLLOUT_DIR).read()
+        for rollout in RolloutLog(run_dir / ROLLOUT_DIR).read(end=len(read_lines(run_dir / METRICS)))
         for batch in rollout.command.mini_batches
         for group in batch
         for sequence in group.sequences

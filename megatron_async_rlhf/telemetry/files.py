@@ -26,8 +26,9 @@ FAILED_BATCH = "non_finite_batch.json"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All lines of a `.jsonl` file; none if it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """All lines of a `.jsonl` file; none if it is not there. Who wrote it may have been killed in the middle of one."""
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def replace_file(path: Path, text: str) -> None:
