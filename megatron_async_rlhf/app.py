@@ -1,11 +1,11 @@
 """Composition root of the controller process: builds every object from the config, then runs the stages in order.
 
     start learner ─> warm start ─> reference ─┐
-                                              ├─> push version 0 ─> evaluate ─> RL loop ─> evaluate ─> export
+                                              ├─> push version 0 ─> evaluate ─> RL loop ─> export ─> evaluate
     start generators ─────────────────────────┘
 
 A run that goes on from a checkpoint loads it instead of the warm start, pushes its version and is not evaluated before.
-An interrupted run saves a checkpoint instead of the last evaluation.
+An interrupted run saves a checkpoint, and gives up an evaluation that is not over.
 
 Started by the supervisor (`launch.supervisor`):
 `python -m megatron_async_rlhf.app --run-dir runs/x --learner tcp://... --generator http://... --transfer host:port`.
@@ -41,7 +41,6 @@ from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.recording import RolloutLog
-from megatron_async_rlhf.scheduler.stages import evaluate
 from megatron_async_rlhf.scheduler.state import BEGINNING
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.events import EventStream
@@ -83,7 +82,7 @@ class Job:
             on_lost=self._lost,
         )
         prompts = PromptOrder(materials.train, config.run.seed)
-        self._evaluation = Evaluation(config, materials.eval, materials.reward, self.recorder)
+        evaluation = Evaluation(config, materials.eval, materials.reward, self.recorder)
         self._weight_sync = WeightSync(learner, generators, config, transfer)
         self._saver = CheckpointSaver(config, run_dir, learner, self.recorder, resumed)
         self._controller = Controller(
@@ -95,32 +94,34 @@ class Job:
             prompts=prompts,
             recorder=self.recorder,
             checkpoints=self._saver,
-            evaluation=self._evaluation,
+            evaluation=evaluation,
             rollouts=RolloutLog(run_dir / ROLLOUT_DIR) if config.schedule.record else None,
             state=resumed.controller if resumed else BEGINNING,
         )
         self.cut_short = self._interrupted = False
+        self._evaluating: asyncio.Task | None = None
         self._began = time.time()
 
     async def run(self) -> None:
-        """All stages; an interrupt ends the RL loop early, saves and exports what there is."""
+        """All stages; an interrupt ends loop and evaluations early, saves and exports what there is."""
         self.recorder.stage("start")
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._start_learner())
             tasks.create_task(self._start_generators())
         self.recorder.pushed(*await self._weight_sync.push(self._controller.version))
-        if self._resumed is None:
+        if "before" not in self.recorder.totals.evaluation:
             await self._evaluate("before")
         self.recorder.stage("train", steps=self._config.schedule.steps)
         self.recorder.loop_started(startup_s=time.time() - self._began)
         await self._controller.run()
         self.recorder.loop_ended()
+        if self._interrupted:
+            await self._save()
+        await export_policy(self._config, self._run_dir, self._learner, self.recorder)
+        await self._evaluate("after")
         self.cut_short = self._interrupted  # an interrupt from now on comes too late to change anything
         if self.cut_short:
             await self._save()
-        else:
-            await self._evaluate("after")
-        await export_policy(self._config, self._run_dir, self._learner, self.recorder)
         await self._learner.execute(Stop())
 
     async def out_of_time(self) -> None:
@@ -131,6 +132,8 @@ class Job:
     async def interrupt(self) -> None:
         """Let the step under way finish, then save, export and end."""
         self._interrupted = True
+        if self._evaluating is not None:
+            self._evaluating.cancel()
         await self._controller.stop()
 
     async def _start_learner(self) -> None:
@@ -168,12 +171,16 @@ class Job:
             self.recorder.activity("generators", f"{generator.name} is up")
 
     async def _evaluate(self, when: str) -> None:
+        """Unless the run is interrupted before it is over."""
+        if self._interrupted:
+            return
         self.recorder.stage(f"evaluate {when}")
         start = time.time()
-        metrics = await evaluate(self._evaluation, self._config, self._pool, self._learner, self.recorder, when)
-        self.recorder.evaluated(
-            when, metrics, Span(name=f"evaluate {when}", start=start, end=time.time(), process="generators")
-        )
+        self._evaluating = asyncio.create_task(self._controller.evaluate(when))
+        await asyncio.wait([self._evaluating])
+        if not self._evaluating.cancelled():
+            span = Span(name=f"evaluate {when}", start=start, end=time.time(), process="generators")
+            self.recorder.evaluated(when, self._evaluating.result(), span)
 
     def _lost(self, generator: VLLMGenerator, samples: int) -> None:
         self.recorder.cancelled(samples)

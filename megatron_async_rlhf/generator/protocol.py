@@ -15,6 +15,7 @@ class SamplingRequest(Struct, frozen=True, kw_only=True):
         temperature: 0 is greedy.
         order: position among the requests submitted together; the engine schedules lower first.
         begun: what an interrupted completion had so far, to go on from; `samples` is 1 then.
+        held_out: for an evaluation; no sample of the run.
     """
 
     prompt: Prompt
@@ -24,6 +25,7 @@ class SamplingRequest(Struct, frozen=True, kw_only=True):
     max_new_tokens: int
     order: int = 0
     begun: Completion | None = None
+    held_out: bool = False
 
 
 # What becomes of requests under way: they freeze | run to their end first | end here, `interrupted`

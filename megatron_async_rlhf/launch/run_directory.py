@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
+from megatron_async_rlhf.checkpoint.run_state import read_run_state
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.scheduler.recording import RolloutLog
 from megatron_async_rlhf.telemetry.files import (
     EVALUATIONS,
     METRICS,
     POLICY_TEMPLATE_DIR,
     RESOLVED_CONFIG,
+    ROLLOUT_DIR,
     SAMPLES,
     replace_file,
 )
@@ -43,13 +46,17 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
 
     Raises:
         ConfigError: the directory cannot be written.
+        CheckpointError: the checkpoint cannot be read.
     """
     directory = config.run.path.absolute()
+    places = RunCheckpoints(directory)
+    evaluated = read_run_state(places.path(version)).controller.evaluated
     try:
-        RunCheckpoints(directory).remove_leftovers()
+        places.remove_leftovers()
+        RolloutLog(directory / ROLLOUT_DIR).cut(version)
         _keep_lines(directory / METRICS, lambda line: line["step"] < version)
         _keep_lines(directory / SAMPLES, lambda line: line["step"] < version)
-        _keep_lines(directory / EVALUATIONS, lambda line: _step_of_evaluation(line["when"]) <= version)
+        _keep_lines(directory / EVALUATIONS, lambda line: _step_of_evaluation(line["when"]) <= evaluated)
         replace_file(directory / RESOLVED_CONFIG, dump_config(config))
     except OSError as error:
         raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None

@@ -35,6 +35,7 @@ from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.recording import RolloutSink
 from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_facts
 from megatron_async_rlhf.scheduler.signal import Signal
+from megatron_async_rlhf.scheduler.stages import evaluate
 from megatron_async_rlhf.scheduler.state import BEGINNING, Checkpoints, ControllerState, ReadyGroup
 from megatron_async_rlhf.scheduler.training_batch import MiniBatch, make_mini_batch
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
@@ -83,6 +84,7 @@ class Controller:
         self._pacer = Pacer(config.schedule, state.version, state.admitted)
         self._pacer.restore([(group.index, group.version) for group in state.ready], state.unfinished)
         self._changed = Signal()
+        pool.on_change = self._changed.notify
         self._generation = Generation(
             config,
             pacer=self._pacer,
@@ -93,8 +95,10 @@ class Controller:
             changed=self._changed,
             ready=state.ready,
             evaluation=evaluation,
+            evaluated=state.evaluated,
             clock=clock,
         )
+        self._evaluation = evaluation
         self._rewards = state.rewards
         self._push: asyncio.Task | None = None
         self._save: asyncio.Task | None = None
@@ -108,6 +112,7 @@ class Controller:
         """
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
+            self._generation.weights_arrived()  # an evaluation that was due when the state was saved
             await self._pool.resume()
             beside = [
                 tasks.create_task(self._generation.run(tasks)),
@@ -119,6 +124,28 @@ class Controller:
             for task in beside:
                 task.cancel()
             self._generation.cancel()
+
+    async def evaluate(self, when: str) -> dict[str, float]:
+        """Held-out metrics of the version that learner and generators are at, before or after `run`.
+
+        Raises:
+            ExceptionGroup: of whatever learner, generators or rewards raised first.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            beside = [tasks.create_task(self._pool.watch(self._returned)), tasks.create_task(self._restore())]
+            self._pacer.evaluating = True
+            metrics = await evaluate(self._evaluation, self._config, self._pool, self._learner, self._recorder, when)
+            self._pacer.evaluating = False
+            for task in beside:
+                task.cancel()
+        return metrics
+
+    async def _restore(self) -> None:
+        """Give the version once more to generators that came back, whenever no other is left."""
+        while True:
+            await self._changed.wait_until(self._may_push)
+            await self._start_push()
 
     async def stop(self) -> None:
         """Finish the rollout and push under way, then let `run` return."""
@@ -138,6 +165,7 @@ class Controller:
             ready=[self._generation.ready[index] for index in self._pacer.ready],
             unfinished=self._pacer.unfinished,
             rewards=self._rewards,
+            evaluated=self._generation.evaluated,
         )
 
     async def _learning_loop(self) -> None:

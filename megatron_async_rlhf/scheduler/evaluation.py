@@ -32,6 +32,7 @@ class Evaluation:
                 temperature=self.temperature,
                 max_new_tokens=self._config.generator.max_new_tokens,
                 order=position,
+                held_out=True,
             )
             for position, prompt in enumerate(self._prompts)
         ]

@@ -34,6 +34,7 @@ class Generation:
     Attributes:
         ready: complete groups by index; the pacer says which of them are still to be trained.
         busy: when anything is being sampled.
+        evaluated: the last version whose evaluation has ended.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Generation:
         changed: Signal,
         ready: Sequence[ReadyGroup] = (),
         evaluation: Evaluation | None = None,
+        evaluated: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
@@ -59,8 +61,10 @@ class Generation:
         self._recorder = recorder
         self._changed = changed
         self._evaluation = evaluation
-        self._evaluated = pacer.pushed
+        self.evaluated = evaluated
+        self._evaluating: int | None = None  # the version whose turn it is
         self._evaluation_waits = False
+        self._evaluation_task: asyncio.Task | None = None  # unless it is part of a rollout's
         self._clock = clock
         self._samplers: dict[int, asyncio.Task] = {}  # by group index; those of a rollout share one
         self.ready = {group.index: group for group in ready}
@@ -68,8 +72,9 @@ class Generation:
 
     def cancel(self) -> None:
         """Give up what is under way."""
-        for task in self._samplers.values():
-            task.cancel()
+        for task in (*self._samplers.values(), self._evaluation_task):
+            if task is not None:
+                task.cancel()
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
         """Consumes prompts, starts sampling tasks; waits for admission; unblocked by pushes and finished groups."""
@@ -86,7 +91,7 @@ class Generation:
             for ticket in tickets:
                 self._samplers[ticket.index] = tasks.create_task(self._sample_group(ticket))
             if evaluating:
-                tasks.create_task(self._evaluate())
+                self._evaluation_task = tasks.create_task(self._evaluate())
             await asyncio.sleep(0)  # lets them take their places, so that what is left is known
 
     def _admissible(self) -> int:
@@ -95,18 +100,19 @@ class Generation:
     def weights_arrived(self) -> None:
         """The generators hold a new version. If it is to be evaluated, no other is pushed before that is done.
 
-        That is the first version they get after each `eval_every` steps; the last one is evaluated after the loop.
+        That is the first version they get after each `eval_every` steps, or the next if a generator was lost then; the
+        last one is evaluated after the loop.
         """
         every, version = self._schedule.eval_every, self._pacer.pushed
         if self._evaluation is None or every is None or version == self._schedule.steps:
             return
-        if version // every > self._evaluated // every:
-            self._evaluated = version
+        if self._evaluating is None and version // every > self.evaluated // every:
+            self._evaluating = version
             self._pacer.evaluating = self._evaluation_waits = True
 
     def _may_evaluate(self) -> bool:
         waits_for_rollout = self._schedule.generation == "batch" and bool(self._pacer.running)
-        return self._evaluation_waits and not waits_for_rollout
+        return self._evaluation_waits and not (waits_for_rollout or self._pacer.pushing)
 
     async def _sample_rollout(self, tickets: list[Ticket], evaluating: bool) -> None:
         """A rollout, and the held-out prompts if they are due, in one go: everything starts and ends together."""
@@ -132,12 +138,14 @@ class Generation:
             self._evaluation_ended(completions, start)
 
     def _evaluation_ended(self, completions: Sequence[list[Completion]], start: float) -> None:
+        version, self._evaluating = self._evaluating, None
         self._pacer.evaluating = False
-        name = f"step {self._evaluated}"
+        name = f"step {version}"
         versions = {version for (completion,) in completions for version in completion.versions}
         if len(versions) > 1:  # a generator died with its part, and what was left met newer weights
             self._recorder.stage(f"no evaluation at {name}: a generator was lost meanwhile")
             return
+        self.evaluated = version
         scored = self._evaluation.score(completions, name)
         span = Span(name=f"evaluate {name}", start=start, end=self._clock(), process="generators")
         self._recorder.evaluated(name, mean_facts(scored), span)

@@ -9,9 +9,11 @@ the least loaded generator at once.
 
 import asyncio
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+
+import msgspec
 
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Generator, Pause, SamplingRequest
@@ -43,9 +45,12 @@ class Member:
 class GeneratorPool:
     """Generators that hold the same policy version between pushes.
 
+    Sampling waits for a generator as long as it takes; `watch`, beside it, says when that is too long.
+
     Attributes:
         serving: those that hold it.
         returned: those that are alive again, without weights.
+        on_change: awaited when that has changed.
     """
 
     def __init__(
@@ -59,14 +64,16 @@ class GeneratorPool:
         """
         Args:
             max_concurrent: completions one generator samples at once.
-            return_timeout_s: how long requests wait for a generator when none is left.
-            on_lost: told of every request that died with its generator: how many completions it was for.
+            return_timeout_s: how long all of them may be lost.
+            on_lost: told of every request that died with its generator: how many completions of the run it was for.
         """
         self.members = [Member(generator, place) for place, generator in enumerate(generators)]
         self._max_concurrent = max_concurrent
         self._return_timeout_s = return_timeout_s
         self._on_lost = on_lost
         self._changed = asyncio.Condition()
+        self.on_change: Callable[[], Awaitable[None]] | None = None
+        self._last_loss = "none answered"
         self._paused = False
         self._recount()
 
@@ -81,7 +88,8 @@ class GeneratorPool:
         return self._room
 
     async def sample_together(self, requests: Sequence[SamplingRequest]) -> list[list[Completion]]:
-        """Completions of every request, in order. Nothing else may be running."""
+        """Completions of every request, in order, which is the one they run in. Nothing else may be running."""
+        requests = [msgspec.structs.replace(request, order=place) for place, request in enumerate(requests)]
         await self.pause()
         members = await self._available()
         shares = [requests[i :: len(members)] for i in range(len(members))]
@@ -143,8 +151,9 @@ class GeneratorPool:
                     deadline = asyncio.get_running_loop().time() + self._return_timeout_s
                 await asyncio.sleep(_WATCH_S)
 
-    async def lost(self, generator: Generator) -> None:
+    async def lost(self, generator: Generator, error: GeneratorGoneError) -> None:
         """A generator does not answer any more."""
+        self._last_loss = str(error)
         await self._stand(Standing.LOST, *(member for member in self.members if member.generator is generator))
 
     async def updated(self, generators: Sequence[Generator]) -> None:
@@ -169,8 +178,8 @@ class GeneratorPool:
                     f"a request failed at {losses + 1} generators one after the other, which is hardly their fault; if it "
                     f"takes longer than generator.request_timeout_s, raise that: {error}"
                 ) from None
-            await self.lost(member.generator)
-            self._on_lost(member.generator, request.samples)
+            await self.lost(member.generator, error)
+            self._on_lost(member.generator, 0 if request.held_out else request.samples)
             completions = None
         finally:
             self._add_load(member, -request.samples)
@@ -192,6 +201,7 @@ class GeneratorPool:
             max_new_tokens=request.max_new_tokens,
             order=request.order,
             begun=completion,
+            held_out=request.held_out,
         )
         (whole,) = await self.sample(rest)
         return whole
@@ -199,28 +209,21 @@ class GeneratorPool:
     async def _wait_queued(self, member: Member, count: int) -> None:
         try:
             await member.generator.wait_queued(count)
-        except GeneratorGoneError:
-            await self.lost(member.generator)
+        except GeneratorGoneError as error:
+            await self.lost(member.generator, error)
 
     async def _available(self) -> list[Member]:
-        """Members that serve, once there are any.
-
-        Raises:
-            GeneratorError: none came back in time.
-        """
+        """Members that serve, once there are any."""
         if not self._serving:
-            try:
-                async with asyncio.timeout(self._return_timeout_s), self._changed:
-                    await self._changed.wait_for(lambda: self._serving)
-            except TimeoutError:
-                raise self._nobody_left() from None
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._serving)
         return self._serving
 
     def _nobody_left(self) -> GeneratorError:
         names = ", ".join(member.generator.name for member in self.members)
         return GeneratorError(
             f"no generator is left ({names}) and none was back within {self._return_timeout_s:g} s, "
-            "generator.start_timeout_s; see their logs"
+            f"generator.start_timeout_s; see their logs. The last one: {self._last_loss}"
         )
 
     async def _stand(self, standing: Standing, *members: Member) -> None:
@@ -230,6 +233,8 @@ class GeneratorPool:
         self._recount()
         async with self._changed:
             self._changed.notify_all()
+        if self.on_change is not None:
+            await self.on_change()
 
     def _recount(self) -> None:
         """What is asked for every request, and changes only with somebody's standing."""
@@ -266,7 +271,7 @@ class GeneratorPool:
         async def one(generator: Generator) -> None:
             try:
                 await call(generator)
-            except GeneratorGoneError:
-                await self.lost(generator)
+            except GeneratorGoneError as error:
+                await self.lost(generator, error)
 
         await asyncio.gather(*(one(generator) for generator in self.serving))

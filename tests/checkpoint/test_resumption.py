@@ -40,7 +40,8 @@ def run_state(version: int, *waiting: int) -> RunState:
     prompt = Prompt(index=0, text="", token_ids=[1], reference={})
     scored = ScoredGroup(group=RolloutGroup(prompt=prompt, completions=[], rewards=[]), facts=[])
     ready = [ReadyGroup(index=i, version=version, scored=scored, generate_s=1.0) for i in waiting]
-    controller = ControllerState(version=version, admitted=max(waiting, default=0) + 1, ready=ready)
+    admitted = max(waiting, default=0) + 1
+    controller = ControllerState(version=version, admitted=admitted, ready=ready, evaluated=min(2, version))
     return RunState(controller=controller, totals=TOTALS, metric="reward", scores={version: 0.5})
 
 
@@ -59,7 +60,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (directory / "run_state.msgpack").write_bytes(encode_run_state(run_state(version, version)))
     for file, key, values in (("metrics", "step", range(6)), ("samples", "step", [0, 0, 3, 4, 5])):
         (run / f"{file}.jsonl").write_text("".join(json.dumps({key: value}) + "\n" for value in values) + '{"st')
-    (run / "evaluations.jsonl").write_text('{"when": "before"}\n{"when": "after"}\n')
+    evaluations = "before", "step 2", "step 4", "after"
+    (run / "evaluations.jsonl").write_text("".join(json.dumps({"when": when}) + "\n" for when in evaluations))
+    (run / "rollouts").mkdir()
+    for version in range(6):
+        (run / f"rollouts/step_{version:06d}.msgpack").write_bytes(b"")
     (run / "summary.json").write_text('{"status": "failed", "steps": 6}')
     return run
 
@@ -273,7 +278,10 @@ def test_what_came_after_the_checkpoint_is_cut_off(found: Found):
         for file in ("metrics.jsonl", "samples.jsonl")
     }
     assert steps == {"metrics.jsonl": [0, 1, 2, 3], "samples.jsonl": [0, 0, 3]}
-    assert (found.run / "evaluations.jsonl").read_text() == '{"when": "before"}\n'
+    evaluations = '{"when": "before"}\n{"when": "step 2"}\n'  # the one of step 4 had not ended then
+    assert (found.run / "evaluations.jsonl").read_text() == evaluations
+    rollouts = [path.name for path in sorted((found.run / "rollouts").iterdir())]
+    assert rollouts == [f"step_{version:06d}.msgpack" for version in range(4)]
     assert load_config(found.run / "config.yaml") == now
     assert not left_over.exists()
     assert found.places.versions() == [2, 4]

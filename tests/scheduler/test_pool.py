@@ -152,18 +152,38 @@ def test_after_a_failed_push_nobody_holds_weights():
     run(test)
 
 
-@pytest.mark.parametrize("waiting", [True, False])
-def test_when_all_are_gone_for_good_somebody_says_so(monkeypatch, waiting):
-    """Whether or not a request waits for a generator."""
+def test_when_all_are_gone_for_good_somebody_says_so(monkeypatch):
     monkeypatch.setattr(pool_module, "_WATCH_S", 0.001)
 
     async def test():
         engines, pool = make(timeout=0.05)
         for engine in engines:
             engine.die()
-            await pool.lost(engine)
-        with pytest.raises(GeneratorError, match=r"no generator is left \(generator.0, generator.1\) .* 0.05 s"):
-            await (pool.sample(request()) if waiting else pool.watch(lambda generator: None))
+            await pool.lost(engine, GeneratorGoneError(f"{engine.name}: no answer within 3 s"))
+        says = r"no generator is left \(generator.0, generator.1\) .* 0.05 s.* The last one: generator.1: no answer within 3 s"
+        with pytest.raises(GeneratorError, match=says):
+            await pool.watch(lambda generator: None)
+
+    run(test)
+
+
+def test_whoever_is_back_is_waited_for_however_long_its_weights_take(monkeypatch):
+    monkeypatch.setattr(pool_module, "_WATCH_S", 0.001)
+
+    async def test():
+        (engine,), pool = make(1, timeout=0.02)
+        watching = asyncio.create_task(pool.watch(lambda generator: None))
+        engine.die()
+        await pool.lost(engine, GeneratorGoneError("generator.0: gone"))
+        task = asyncio.create_task(pool.sample(request()))
+        engine.alive = True
+        await asyncio.sleep(0.1)  # the learner is busy
+        assert pool.returned == [engine] and not task.done() and not watching.done()
+        await pool.updated([engine])
+        await settle()
+        assert len(engine.asked) == 1
+        for waiting in (task, watching):
+            waiting.cancel()
 
     run(test)
 
