@@ -20,6 +20,9 @@ from megatron_async_rlhf.generator.seeds import request_seed
 from megatron_async_rlhf.generator.vllm.connection import NO_LIMIT, Connection
 from megatron_async_rlhf.types import Completion
 
+# vLLM's `RequestOutputKind`. Left to its default, 0.26 answers a request for several samples with those that ended in
+# the last step, and loses the others.
+_FINAL_ONLY = 2
 _NOTHING = Completion(token_ids=[], logprobs=[], versions=[], finished=False, text="")
 
 
@@ -98,6 +101,7 @@ class VLLMGenerator:
                 "logprobs": 0,
                 "stop_token_ids": [self._tokenizer.eos_token_id],
                 "detokenize": False,
+                "output_kind": _FINAL_ONLY,
             },
         }
         self._under_way += 1
