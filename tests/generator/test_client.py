@@ -96,3 +96,31 @@ def test_samples_that_end_at_different_steps_all_come_back(tokenizer):
             return await client.sample(request(2))
 
     assert [completion.text for completion in asyncio.run(go())] == ["A", "AB"]
+
+
+@pytest.mark.parametrize(
+    "reason, finished, interrupted", [("stop", True, False), ("length", False, False), ("abort", False, True)]
+)
+def test_vllm_says_whether_a_completion_ended(tokenizer, reason, finished, interrupted):
+    # 90 (Z) and 258 stand for the other ids of a model's eos_token_id list, of which the tokenizer knows nothing.
+    for last in (257, 258, 90):
+        (completion,) = answered(tokenizer, choice(65, last, reason=reason))
+        assert (completion.finished, completion.interrupted) == (finished, interrupted)
+        assert completion.token_ids == [65, last]
+        assert completion.text == ("AZ" if last == 90 and not finished else "A")
+
+
+def test_going_on_ends_as_the_second_part_did(tokenizer):
+    (begun,) = answered(tokenizer, choice(65, 66, reason="abort"))
+    (whole,) = answered(tokenizer, choice(258, reason="stop"), begun=begun)
+    assert (whole.token_ids, whole.text) == ([65, 66, 258], "AB")
+    assert whole.finished and not whole.interrupted
+
+
+def test_what_is_whole_is_not_asked_for_again(tokenizer):
+    (cut_at_limit,) = answered(tokenizer, choice(65, 66, 67, 68, reason="abort"))
+    (completion,) = answered(tokenizer, choice(reason="stop"), begun=cut_at_limit)
+    assert (completion.token_ids, completion.text) == ([65, 66, 67, 68], "ABCD")
+    assert not completion.finished and not completion.interrupted
+    (ended,) = answered(tokenizer, choice(65, 258, reason="stop"))
+    assert answered(tokenizer, choice(66, reason="length"), begun=ended) == [ended]
