@@ -124,3 +124,31 @@ def test_what_is_whole_is_not_asked_for_again(tokenizer):
     assert not completion.finished and not completion.interrupted
     (ended,) = answered(tokenizer, choice(65, 258, reason="stop"))
     assert answered(tokenizer, choice(66, reason="length"), begun=ended) == [ended]
+
+
+@pytest.mark.parametrize("recorded", ["7", None])
+def test_an_answer_that_a_push_cut_off_has_the_version_it_was_sampled_with(tokenizer, recorded):
+    async def go() -> list[Completion]:
+        asked, pushing, answered = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def generate(body: dict) -> list[dict]:
+            asked.set()
+            await pushing.wait()
+            return [choice(65, 66, reason="abort", version=recorded)]
+
+        async def push() -> None:
+            pushing.set()
+            await answered.wait()
+
+        async with connected(tokenizer, generate, push) as client, asyncio.timeout(20.0):
+            sampling = asyncio.create_task(client.sample(request()))
+            await asked.wait()
+            await client.pause("abort")
+            receiving = asyncio.create_task(client.receive_weights(version=8, verify=False))
+            completions = await sampling
+            answered.set()
+            await receiving
+            assert client.version == 8
+            return completions
+
+    assert asyncio.run(go())[0].versions == [7, 7]

@@ -104,6 +104,7 @@ class VLLMGenerator:
                 "output_kind": _FINAL_ONLY,
             },
         }
+        version = self.version  # a push may begin before an answer that it has cut off is read
         self._under_way += 1
         try:
             answer = await self._ask("/inference/v1/generate", body, answer=_Answer)
@@ -112,9 +113,13 @@ class VLLMGenerator:
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         if len(choices) != request.samples:
             raise GeneratorError(f"{self.name}: asked for {request.samples} completions, got {len(choices)}")
-        return [self._continued(begun, choice) for choice in choices]
+        return [self._continued(begun, choice, version) for choice in choices]
 
-    def _continued(self, begun: Completion, choice: "_Choice") -> Completion:
+    def _continued(self, begun: Completion, choice: "_Choice", version: int) -> Completion:
+        """
+        Args:
+            version: of the weights when the request began.
+        """
         token_ids = choice.token_ids or []
         entries = choice.logprobs.content or [] if choice.logprobs is not None else []
         if len(entries) != len(token_ids):
@@ -125,16 +130,16 @@ class VLLMGenerator:
         return Completion(
             token_ids=whole,
             logprobs=begun.logprobs + [entry.logprob for entry in entries],
-            versions=begun.versions + self._versions(choice.weight_versions, len(token_ids)),
+            versions=begun.versions + self._versions(choice.weight_versions, len(token_ids), version),
             finished=finished,
             text=self._tokenizer.decode(whole[:-1] if finished else whole),
             interrupted=choice.finish_reason == "abort",
         )
 
-    def _versions(self, spans: "list[_Span] | None", length: int) -> list[int]:
+    def _versions(self, spans: "list[_Span] | None", length: int, version: int) -> list[int]:
         """Version per token, from vLLM's own record of which weights sampled what."""
         if spans is None:  # vLLM before 0.30 keeps no record; its weights only change while nothing runs
-            return [self.version] * length
+            return [version] * length
         versions: list[int] = []
         for span in spans:
             if not span.version.isdecimal():
