@@ -34,11 +34,12 @@ class Completion(Struct, frozen=True, kw_only=True):
     """What a generator sampled for one prompt.
 
     Attributes:
-        token_ids: sampled tokens including the end-of-sequence token if it was reached, [length]; may be empty.
+        token_ids: sampled tokens including the one that ended it, if any did, [length]; may be empty.
         logprobs: the sampler's log-probability of each token at the sampling temperature, [length].
         versions: policy version that sampled each token, [length].
-        finished: True if the end-of-sequence token was sampled, False if the length limit cut it off.
-        text: decoded without special tokens.
+        finished: True if a token that ends a completion was sampled (the tokenizer's or another of the model's), False
+            if the length limit cut it off.
+        text: decoded without special tokens, and without the token that ended it.
         interrupted: True if the generator was told to stop before either: there is more to sample.
     """
 

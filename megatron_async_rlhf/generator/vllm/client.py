@@ -11,7 +11,7 @@ through any number of updates.
 import asyncio
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
@@ -20,6 +20,9 @@ from megatron_async_rlhf.generator.seeds import request_seed
 from megatron_async_rlhf.generator.vllm.connection import NO_LIMIT, Connection
 from megatron_async_rlhf.types import Completion
 
+# vLLM's `RequestOutputKind`. Left to its default, 0.26 answers a request for several samples with those that ended in
+# the last step, and loses the others.
+_FINAL_ONLY = 2
 _NOTHING = Completion(token_ids=[], logprobs=[], versions=[], finished=False, text="")
 
 
@@ -74,7 +77,7 @@ class VLLMGenerator:
         self._server = Connection(name, url, request_timeout_s)
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:
-        """`request.samples` completions; their text has no special tokens.
+        """`request.samples` completions; their text has no special tokens, nor the one that ended it.
 
         Raises:
             GeneratorGoneError: the server ended or hangs, or was started again and has no weights.
@@ -84,7 +87,7 @@ class VLLMGenerator:
         if request.begun is not None and request.samples != 1:
             raise GeneratorError(f"{self.name}: only one sample can go on from what was begun, not {request.samples}")
         if begun.finished or left <= 0:
-            return [self._completion(begun.token_ids, begun.logprobs, begun.versions, aborted=False)]
+            return [structs.replace(begun, interrupted=False)]
         body = {
             "token_ids": request.prompt.token_ids + begun.token_ids,
             "priority": request.order,
@@ -98,8 +101,10 @@ class VLLMGenerator:
                 "logprobs": 0,
                 "stop_token_ids": [self._tokenizer.eos_token_id],
                 "detokenize": False,
+                "output_kind": _FINAL_ONLY,
             },
         }
+        version = self.version  # a push may begin before an answer that it has cut off is read
         self._under_way += 1
         try:
             answer = await self._ask("/inference/v1/generate", body, answer=_Answer)
@@ -108,37 +113,33 @@ class VLLMGenerator:
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         if len(choices) != request.samples:
             raise GeneratorError(f"{self.name}: asked for {request.samples} completions, got {len(choices)}")
-        return [self._continued(begun, choice) for choice in choices]
+        return [self._continued(begun, choice, version) for choice in choices]
 
-    def _continued(self, begun: Completion, choice: "_Choice") -> Completion:
+    def _continued(self, begun: Completion, choice: "_Choice", version: int) -> Completion:
+        """
+        Args:
+            version: of the weights when the request began.
+        """
         token_ids = choice.token_ids or []
         entries = choice.logprobs.content or [] if choice.logprobs is not None else []
         if len(entries) != len(token_ids):
             raise GeneratorError(f"{self.name}: {len(token_ids)} tokens came with {len(entries)} log-probabilities")
-        return self._completion(
-            begun.token_ids + token_ids,
-            begun.logprobs + [entry.logprob for entry in entries],
-            begun.versions + self._versions(choice.weight_versions, len(token_ids)),
-            aborted=choice.finish_reason == "abort",
-        )
-
-    def _completion(
-        self, token_ids: list[int], logprobs: list[float], versions: list[int], *, aborted: bool
-    ) -> Completion:
-        finished = bool(token_ids) and token_ids[-1] == self._tokenizer.eos_token_id
+        whole = begun.token_ids + token_ids
+        # Not by the tokenizer's end-of-sequence token: vLLM also stops at those the model's own config names.
+        finished = choice.finish_reason == "stop"
         return Completion(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            versions=versions,
+            token_ids=whole,
+            logprobs=begun.logprobs + [entry.logprob for entry in entries],
+            versions=begun.versions + self._versions(choice.weight_versions, len(token_ids), version),
             finished=finished,
-            text=self._tokenizer.decode(token_ids),
-            interrupted=aborted and not finished,
+            text=self._tokenizer.decode(whole[:-1] if finished else whole),
+            interrupted=choice.finish_reason == "abort",
         )
 
-    def _versions(self, spans: "list[_Span] | None", length: int) -> list[int]:
+    def _versions(self, spans: "list[_Span] | None", length: int, version: int) -> list[int]:
         """Version per token, from vLLM's own record of which weights sampled what."""
         if spans is None:  # vLLM before 0.30 keeps no record; its weights only change while nothing runs
-            return [self.version] * length
+            return [version] * length
         versions: list[int] = []
         for span in spans:
             if not span.version.isdecimal():

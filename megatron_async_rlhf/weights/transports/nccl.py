@@ -1,6 +1,14 @@
-"""Weights between GPUs, through an NCCL communicator of the push's own. Every round is one NCCL group call."""
+"""Weights between GPUs, through an NCCL communicator of the push's own. Every round is one NCCL group call.
 
-from collections.abc import Sequence
+A failure is reported by `wait` alone. torch's watchdog would end the whole process for it: at a group's timeout, at any
+error of its communicator, and when `wait` has aborted that because a peer is silent. So the group has none
+(`TORCH_NCCL_BLOCKING_WAIT`, which is made for this: `wait` looks for errors and timeouts itself). Only the environment
+can tell torch, and torch reads it when a group is made; the groups that training uses keep their watchdogs.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -21,9 +29,10 @@ class NcclTransport:
         self.device = self.message_device = device
         self._roster = roster
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=timeout_s)
+        options._timeout = timedelta(seconds=timeout_s)  # without a watchdog: how long an abort may take
         try:
-            self._group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, roster.world_size, options)
+            with _no_watchdog():
+                self._group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, roster.world_size, options)
         except (RuntimeError, dist.DistError) as error:
             raise TransferError(
                 f"rendezvous: {roster.name(rank)} could not make an NCCL communicator: {first_line(error)}"
@@ -73,4 +82,22 @@ class _Group:
         verb, parcel = self._parcels[0]
         what = f"{verb} of {parcel.what} {'from' if verb == 'receive' else 'to'}"
         peer, witness = self._roster.name(parcel.peer), self._roster.name(self._rank)
-        return TransferError(account(what, peer, witness, first_line(error)))
+        cause = first_line(error)
+        if "operation timeout" in cause:
+            cause = f"nothing moved for {self._timeout_s:g} s (weights.timeout_s)"
+        return TransferError(account(what, peer, witness, cause))
+
+
+@contextmanager
+def _no_watchdog() -> Iterator[None]:
+    """A group that is made in here has no thread that watches over it."""
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,154 @@
+"""The client against a server that answers as vLLM does; the real one is in tests/e2e."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer
+from megatron_async_rlhf.generator.protocol import SamplingRequest
+from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
+from megatron_async_rlhf.types import Completion, Prompt
+
+PROMPT = Prompt(index=0, text="p", token_ids=[112], reference={})
+FINAL_ONLY = 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory: Path = tmp_path_factory.mktemp("tokenizer")
+    make_byte_tokenizer(directory)
+    return Tokenizer.load(directory)
+
+
+def choice(*token_ids: int, reason: str, index: int = 0, version: str | None = "7") -> dict:
+    """As vLLM tells of one completion; before 0.30 without a version."""
+    spans = None if version is None else [{"version": version, "start": 0, "end": len(token_ids)}]
+    entries = [{"logprob": -1.0} for _ in token_ids]
+    return {
+        "index": index,
+        "token_ids": list(token_ids),
+        "logprobs": {"content": entries},
+        "finish_reason": reason,
+        "weight_versions": spans,
+    }
+
+
+@asynccontextmanager
+async def connected(
+    tokenizer: Tokenizer, generate: Callable, push: Callable | None = None
+) -> AsyncIterator[VLLMGenerator]:
+    """A client with version 7; `generate` makes the choices out of a request, `push` is called while weights arrive."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({"choices": await generate(await request.json())})
+
+    async def anything_else(request: web.Request) -> web.Response:
+        if push is not None and request.path == "/update_weights":
+            await push()
+        return web.json_response({"success": True, "weight_version": "7"})
+
+    application = web.Application()
+    application.router.add_post("/inference/v1/generate", answer)
+    application.router.add_route("*", "/{path:.*}", anything_else)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0]
+    client = VLLMGenerator(
+        "generator.0", f"http://{host}:{port}", tokenizer=tokenizer, tensor_parallel=1, request_timeout_s=20.0
+    )
+    client.version = 7
+    try:
+        yield client
+    finally:
+        await client.close()
+        await runner.cleanup()
+
+
+def request(samples: int = 1, begun: Completion | None = None) -> SamplingRequest:
+    return SamplingRequest(prompt=PROMPT, samples=samples, seed=1, temperature=1.0, max_new_tokens=4, begun=begun)
+
+
+def answered(tokenizer: Tokenizer, *choices: dict, begun: Completion | None = None) -> list[Completion]:
+    async def go() -> list[Completion]:
+        async def generate(body: dict) -> list[dict]:
+            return list(choices)
+
+        async with connected(tokenizer, generate) as client:
+            return await client.sample(request(len(choices), begun))
+
+    return asyncio.run(go())
+
+
+def test_samples_that_end_at_different_steps_all_come_back(tokenizer):
+    ended = [choice(65, 257, reason="stop"), choice(65, 66, 257, reason="stop", index=1)]
+
+    async def generate(body: dict) -> list[dict]:  # as vLLM 0.26 does
+        return ended if body["sampling_params"].get("output_kind") == FINAL_ONLY else ended[1:]
+
+    async def go() -> list[Completion]:
+        async with connected(tokenizer, generate) as client:
+            return await client.sample(request(2))
+
+    assert [completion.text for completion in asyncio.run(go())] == ["A", "AB"]
+
+
+@pytest.mark.parametrize(
+    "reason, finished, interrupted", [("stop", True, False), ("length", False, False), ("abort", False, True)]
+)
+def test_vllm_says_whether_a_completion_ended(tokenizer, reason, finished, interrupted):
+    # 90 (Z) and 258 stand for the other ids of a model's eos_token_id list, of which the tokenizer knows nothing.
+    for last in (257, 258, 90):
+        (completion,) = answered(tokenizer, choice(65, last, reason=reason))
+        assert (completion.finished, completion.interrupted) == (finished, interrupted)
+        assert completion.token_ids == [65, last]
+        assert completion.text == ("AZ" if last == 90 and not finished else "A")
+
+
+def test_going_on_ends_as_the_second_part_did(tokenizer):
+    (begun,) = answered(tokenizer, choice(65, 66, reason="abort"))
+    (whole,) = answered(tokenizer, choice(258, reason="stop"), begun=begun)
+    assert (whole.token_ids, whole.text) == ([65, 66, 258], "AB")
+    assert whole.finished and not whole.interrupted
+
+
+def test_what_is_whole_is_not_asked_for_again(tokenizer):
+    (cut_at_limit,) = answered(tokenizer, choice(65, 66, 67, 68, reason="abort"))
+    (completion,) = answered(tokenizer, choice(reason="stop"), begun=cut_at_limit)
+    assert (completion.token_ids, completion.text) == ([65, 66, 67, 68], "ABCD")
+    assert not completion.finished and not completion.interrupted
+    (ended,) = answered(tokenizer, choice(65, 258, reason="stop"))
+    assert answered(tokenizer, choice(66, reason="length"), begun=ended) == [ended]
+
+
+@pytest.mark.parametrize("recorded", ["7", None])
+def test_an_answer_that_a_push_cut_off_has_the_version_it_was_sampled_with(tokenizer, recorded):
+    async def go() -> list[Completion]:
+        asked, pushing, answered = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def generate(body: dict) -> list[dict]:
+            asked.set()
+            await pushing.wait()
+            return [choice(65, 66, reason="abort", version=recorded)]
+
+        async def push() -> None:
+            pushing.set()
+            await answered.wait()
+
+        async with connected(tokenizer, generate, push) as client, asyncio.timeout(20.0):
+            sampling = asyncio.create_task(client.sample(request()))
+            await asked.wait()
+            await client.pause("abort")
+            receiving = asyncio.create_task(client.receive_weights(version=8, verify=False))
+            completions = await sampling
+            answered.set()
+            await receiving
+            assert client.version == 8
+            return completions
+
+    assert asyncio.run(go())[0].versions == [7, 7]
