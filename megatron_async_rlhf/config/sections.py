@@ -179,7 +179,7 @@ class GeneratorSection(Section):
     cuda_graphs: bool = True  # capture decoding steps; cuda only
     port: int = Field(0, ge=0, le=65535)  # of the first replica, the next ones follow; 0 picks free ports
     start_timeout_s: PositiveFloat = 300.0
-    request_timeout_s: PositiveFloat = 300.0  # a completion, with all its pauses
+    request_timeout_s: PositiveFloat = 300.0  # a generator that has requests and answers none for so long is lost
     restarts: int = Field(3, ge=0)  # of each replica that dies once training has begun; 0: its death ends the run
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, InvariantError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
+from megatron_async_rlhf.generator.silence import Silence
 from megatron_async_rlhf.simulate.engine import Engine, EngineSequence
 from megatron_async_rlhf.simulate.exchange import Exchange
 from megatron_async_rlhf.simulate.invariants import Ledger
@@ -71,6 +72,7 @@ class SimulatedGenerator:
         self.name, self.version = name, version
         self._scenario, self._ledger, self._exchange = scenario, ledger, exchange
         self._places, self._timeout_s, self._slowness = places, request_timeout_s, slowness
+        self._silence = Silence(request_timeout_s)
         self._random = Random(f"{scenario.seed}/{name}")
         self._loop = asyncio.get_running_loop()
         self._requests: dict[int, _Request] = {}
@@ -94,17 +96,21 @@ class SimulatedGenerator:
         for sample in mine.samples:
             self._start(mine, sample, request)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                interrupted = await mine.answer
-                await self._travel()
+            interrupted = await self._silence.wait(self._answer(mine))
         except TimeoutError:
-            raise self._gone(f"no answer to /generate within {self._timeout_s:g} s") from None
+            raise self._gone(f"has answered no request for {self._timeout_s:g} s") from None
         finally:
             self._withdraw(engine, self._requests.pop(number))
         if is_empty:
             raise self._gone("its server was started again and has no weights yet")
         self._loop.progress()
         return [self._completion(engine, sample, request, interrupted) for sample in mine.samples]
+
+    async def _answer(self, request: _Request) -> bool:
+        """Whether it was interrupted."""
+        interrupted = await request.answer
+        await self._travel()
+        return interrupted
 
     async def pause(self, how: Pause = "keep") -> None:
         await self._travel()
@@ -117,10 +123,12 @@ class SimulatedGenerator:
             while not self._engine.is_idle:
                 await asyncio.sleep(self._scenario.speeds.token_s)
         self._engine.pause()
+        self._silence.broken()
 
     async def resume(self) -> None:
         await self._travel()
         await self._reach("/resume")
+        self._silence.broken()
         self._engine.resume()
 
     async def wait_queued(self, count: int) -> None:

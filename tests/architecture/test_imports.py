@@ -27,6 +27,7 @@ ORDER = [
         "learner.protocol",
         "generator.protocol",
         "generator.seeds",
+        "generator.silence",
         "learner.flops",
         "learner.meter",
     ],

@@ -88,6 +88,12 @@ def test_the_last_evaluation_outlives_all_its_generators(tmp_path):
     assert evaluate_while(tmp_path, two, befall).keys() == calm.keys()
 
 
+def test_a_long_queue_is_no_sign_of_a_generator_that_hangs(tmp_path):
+    """Eight completions one after the other, each far from the limit."""
+    slow = Scenario(lengths=ConstantLength(20), speeds=Speeds(token_s=0.5))
+    assert evaluate_while(tmp_path, slow, [], max_concurrent=1, request_timeout_s=30.0)
+
+
 @pytest.mark.parametrize(("generation", "in_flight"), [("batch", "none"), ("streaming", "keep")])
 def test_generators_may_all_be_lost_during_a_rollout_of_any_length(tmp_path, generation, in_flight):
     """One that is back waits for weights as long as the learner takes."""

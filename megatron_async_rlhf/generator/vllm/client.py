@@ -17,6 +17,7 @@ from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
+from megatron_async_rlhf.generator.silence import Silence
 from megatron_async_rlhf.generator.vllm.connection import NO_LIMIT, Connection
 from megatron_async_rlhf.types import Completion
 
@@ -74,6 +75,7 @@ class VLLMGenerator:
         self._tokenizer = tokenizer
         self._timeout_s = request_timeout_s
         self._under_way = 0  # requests
+        self._silence = Silence(request_timeout_s)
         self._server = Connection(name, url, request_timeout_s)
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:
@@ -107,7 +109,14 @@ class VLLMGenerator:
         version = self.version  # a push may begin before an answer that it has cut off is read
         self._under_way += 1
         try:
-            answer = await self._ask("/inference/v1/generate", body, answer=_Answer)
+            asking = self._ask("/inference/v1/generate", body, timeout_s=NO_LIMIT, answer=_Answer)
+            answer = await self._silence.wait(asking)
+        except TimeoutError:
+            self.version = -1
+            raise GeneratorGoneError(
+                f"{self.name}: has answered no request for {self._timeout_s:g} s; see its log, or raise "
+                "generator.request_timeout_s"
+            ) from None
         finally:
             self._under_way -= 1
         choices = sorted(answer.choices, key=lambda choice: choice.index)
@@ -161,6 +170,7 @@ class VLLMGenerator:
         """
         clear_cache = how != "keep" or not self._under_way
         await self._ask(f"/pause?mode={how}&clear_cache={str(clear_cache).lower()}")
+        self._silence.broken()
         if self.version >= 0 and await self._label() not in (None, str(self.version)):
             raise self._started_again()
 
@@ -180,6 +190,7 @@ class VLLMGenerator:
 
     async def resume(self) -> None:
         await self._ask("/resume")
+        self._silence.broken()
 
     async def wait_queued(self, count: int) -> None:
         """Return once the server has taken in `count` requests; they run after `resume`."""
