@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -277,6 +278,7 @@ def import_hf(
 
     Example: async-rlhf import-hf models/Qwen2.5-0.5B checkpoints/qwen --tensor-parallel 2 --pipeline-parallel 2
     """
+    _check_torch()
     from megatron_async_rlhf.checkpoint.convert import import_hf
 
     import_hf(hf_dir, out, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, dtype=dtype)
@@ -294,6 +296,7 @@ def export_hf(
 
     Example: async-rlhf export-hf checkpoints/qwen exported/qwen --dtype bfloat16
     """
+    _check_torch()
     from megatron_async_rlhf.checkpoint.convert import export_hf
 
     export_hf(checkpoint, out, dtype=dtype, config=config)
@@ -316,9 +319,19 @@ def verify_weights(
 
     Example: async-rlhf verify-weights models/Qwen2.5-0.5B checkpoints/qwen
     """
+    _check_torch()
     from megatron_async_rlhf.checkpoint.sources import open_holders
 
     _compare(*open_holders(a, b, config), cast)
+
+
+def _check_torch() -> None:
+    """
+    Raises:
+        ConfigError: it is not installed, which only what reads and writes weights needs.
+    """
+    if find_spec("torch") is None:
+        raise ConfigError("torch is not installed here, and weights cannot be read without it: bash tools/setup_env.sh")
 
 
 def _compare(a: Any, b: Any, cast: Dtype | None) -> None:

@@ -24,7 +24,7 @@ from megatron_async_rlhf.data.jsonl import find_jsonl
 from megatron_async_rlhf.data.prompts import build_prompts
 from megatron_async_rlhf.data.solutions import solved_prompts
 from megatron_async_rlhf.data.source import load_examples
-from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer, train_bpe_tokenizer
+from megatron_async_rlhf.data.tokenizer import Tokenizer, fix_date, make_byte_tokenizer, train_bpe_tokenizer
 from megatron_async_rlhf.errors import ConfigError, DataError
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.registry import make_reward
@@ -50,12 +50,13 @@ class Materials(Struct, frozen=True, kw_only=True):
 
 
 def make_model_template(config: RunConfig, directory: Path) -> None:
-    """Write Hugging Face config and tokenizer of the policy, without weights, into `directory`.
+    """Write Hugging Face config and tokenizer of the policy, without weights, into `directory`, and today's date.
 
     Raises:
         ConfigError, DataError: one line.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    fix_date(directory)
     if config.model.hf is not None:
         _copy_template(config.model.hf, directory)
         return

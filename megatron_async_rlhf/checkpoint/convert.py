@@ -10,7 +10,12 @@ from megatron_async_rlhf.checkpoint.parameters import Parameter, Share, model_pa
 from megatron_async_rlhf.checkpoint.sources import description_of, open_weights, read_architecture, resolve
 from megatron_async_rlhf.checkpoint.writer import Chunk, SavedObject, write_torch_dist
 from megatron_async_rlhf.config.architecture import Architecture
-from megatron_async_rlhf.config.layout_rules import check_pipeline_parallel, check_shape, check_tensor_parallel
+from megatron_async_rlhf.config.layout_rules import (
+    check_interleaved_rows,
+    check_pipeline_parallel,
+    check_shape,
+    check_tensor_parallel,
+)
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory, write_safetensors
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
@@ -38,6 +43,7 @@ def import_hf(source: Path, out: Path, *, tensor_parallel: int, pipeline_paralle
     arch = read_architecture(description)
     check_shape(arch)
     check_tensor_parallel("--tensor-parallel", tensor_parallel, arch)
+    check_interleaved_rows("--tensor-parallel", tensor_parallel, arch)
     check_pipeline_parallel("--pipeline-parallel", pipeline_parallel, arch)
     reader = SafetensorsDirectory(source)
     _check_tensors(reader, arch)

@@ -17,7 +17,7 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
     """
     check_shape(arch)
     check_tensor_parallel("learner.tensor_parallel", config.learner.tensor_parallel, arch)
-    _check_interleaved_rows("learner.tensor_parallel", config.learner.tensor_parallel, arch)
+    check_interleaved_rows("learner.tensor_parallel", config.learner.tensor_parallel, arch)
     check_tensor_parallel("generator.tensor_parallel", config.generator.tensor_parallel, arch)
     _check_padded_vocabulary("generator.tensor_parallel", config.generator.tensor_parallel, arch)
     check_pipeline_parallel("learner.pipeline_parallel", config.learner.pipeline_parallel, arch)
@@ -68,8 +68,12 @@ def check_tensor_parallel(key: str, ranks: int, arch: Architecture) -> None:
         raise ConfigError(f"{key} = {ranks} must divide, or be a multiple of, the {arch.kv_heads} key-value heads")
 
 
-def _check_interleaved_rows(key: str, ranks: int, arch: Architecture) -> None:
-    """Megatron divides query, key and value rows together."""
+def check_interleaved_rows(key: str, ranks: int, arch: Architecture) -> None:
+    """Refuse ranks that do not divide query, key and value rows together, as Megatron does.
+
+    Raises:
+        ConfigError: one line naming `key`, value and rule.
+    """
     rows = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
     if rows % ranks:
         raise ConfigError(

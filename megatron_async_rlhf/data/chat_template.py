@@ -17,8 +17,11 @@ _MARK = "\ue000prompt\ue001"
 class ChatTemplate:
     """One user message followed by the cue for the assistant to answer."""
 
-    def __init__(self, source: str, variables: dict[str, str], where: str) -> None:
+    def __init__(self, source: str, variables: dict[str, str], *, now: datetime, where: str) -> None:
         """Compile `source`; `variables` are the special tokens by name, `where` begins every error message.
+
+        Args:
+            now: what a template that prints today's date takes for now.
 
         Raises:
             DataError: the template does not compile, fails to render, or leaves the user's message out.
@@ -26,7 +29,7 @@ class ChatTemplate:
         self._variables = variables
         self._where = where
         try:
-            self._template = _environment().from_string(source)
+            self._template = _environment(now).from_string(source)
         except jinja2.TemplateError as error:
             raise DataError(f"{where}: the chat template does not compile ({_first_line(error)}); correct it") from None
         self.parts = self.render(_MARK).split(_MARK)
@@ -60,13 +63,13 @@ class _GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = now.strftime
     return environment
 
 
@@ -77,10 +80,6 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
 
 
 def _first_line(error: Exception) -> str:

@@ -3,10 +3,14 @@
 A directory written here, or any Hugging Face directory with a `tokenizer.json`, gives the same ids as Transformers.
 The exception is on purpose: a special token spelled out in a prompt (`<eos>`) stays ordinary text, so that no prompt
 can end a turn or open another one.
+
+Some chat templates print today's date. A directory may say what day that is (`fix_date`), so that a run that is resumed
+another day has the same prompts.
 """
 
 import json
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 BYTE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+DATE = "date.txt"  # not one of Hugging Face's, so an export does not have it
 
 
 class Tokenizer:
@@ -33,7 +38,7 @@ class Tokenizer:
         bos_token_id: None if the directory names none.
     """
 
-    def __init__(self, directory: Path, config: dict[str, Any], template_source: str) -> None:
+    def __init__(self, directory: Path, config: dict[str, Any], template_source: str, now: datetime) -> None:
         # Two instances, because whether special tokens in the input are recognised is a state of the tokenizer.
         self._with_specials = _read_tokenizer(directory)
         self._text_only = _read_tokenizer(directory)
@@ -59,7 +64,7 @@ class Tokenizer:
         self._special_ids = {index for index, token in added.items() if token.special}
         self._control_ids = self._special_ids - {token_id("unk_token")} | {self.eos_token_id}
         self._directory = directory
-        self._template = ChatTemplate(template_source, named, where=str(directory))
+        self._template = ChatTemplate(template_source, named, now=now, where=str(directory))
         self._template_specials = [
             index for part in self._template.parts for index in self._specials_of(self._encode_template(part))
         ]
@@ -75,7 +80,7 @@ class Tokenizer:
         if not (directory / "tokenizer.json").is_file():
             raise DataError(f"{directory}: no tokenizer.json there; give a Hugging Face tokenizer directory")
         config = _read_config(directory)
-        return cls(directory, config, _read_template(directory, config))
+        return cls(directory, config, _read_template(directory, config), _read_date(directory))
 
     @property
     def vocab_size(self) -> int:
@@ -157,6 +162,11 @@ def train_bpe_tokenizer(directory: Path | str, texts: Iterable[str], vocab_size:
     _write(Path(directory), merges)
 
 
+def fix_date(directory: Path | str) -> None:
+    """Whenever this directory is read from now on, its chat template takes this moment for now."""
+    (Path(directory) / DATE).write_text(datetime.now().isoformat(timespec="seconds") + "\n")
+
+
 def _write(directory: Path, merges: list[tuple[str, str]]) -> None:
     vocab: dict[str, int] = {}
     for token in (*_byte_symbols(), *SPECIAL_TOKENS, *(left + right for left, right in merges)):
@@ -227,6 +237,18 @@ def _read_template(directory: Path, config: dict[str, Any]) -> str:
             " tokenizer_config.json; add one"
         )
     return template
+
+
+def _read_date(directory: Path) -> datetime:
+    path = directory / DATE
+    if not path.is_file():
+        return datetime.now()
+    try:
+        return datetime.fromisoformat(path.read_text().strip())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{directory}: {DATE} cannot be read ({error}); write the day of the run's start there"
+        ) from None
 
 
 def _named_tokens(config: dict[str, Any]) -> dict[str, str]:

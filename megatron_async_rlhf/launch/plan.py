@@ -133,7 +133,9 @@ def _generator(config: RunConfig, name: str, slots: Sequence[Slot], node: Node, 
 def _learners(config: RunConfig, run_dir: Path, slots: Sequence[Slot], nodes: Sequence[Node]) -> list[ProcessSpec]:
     """A rank for each slot. They meet where rank 0 is, which alone takes commands."""
     on_gpu = config.run.device == "cuda"
-    # Kernels must start in the order they were queued, or communication does not overlap as Megatron plans it.
+    # Kernels must start in the order they were queued, or communication does not overlap as Megatron plans it (it insists
+    # for tensor and context parallelism up to Hopper). Then a kernel that waits for another holds up all behind it, of
+    # any stream: `weights.send`, which runs beside the training, never queues such a one.
     in_order = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if on_gpu else {}
     host, port = _learner_address(slots, nodes, 0)
     return [

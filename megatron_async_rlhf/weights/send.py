@@ -1,8 +1,8 @@
 """The learner's half of a push, on every learner rank.
 
-round k:   pack slices of my parameters into a staging buffer ─> start sending it ─> hash the slices
-round k+1: the same with the other buffer, while the first is on its way ...
-then:      wait for the last two, compare digests with everyone (`proof`)
+round k:   pack slices of my parameters into a staging buffer ─> wait for round k-1 ─> start sending ─> hash the slices
+round k+1: packed into the other buffer while round k is on its way ...
+then:      wait for the last one, compare digests with everyone (`proof`)
 """
 
 from collections.abc import Callable
@@ -48,16 +48,19 @@ class Sender:
 
     def _push(self, read: ParameterReader, verify: bool) -> PushReport:
         digests: dict[Slice, bytes] = {}
-        under_way = [self._transport.start(), self._transport.start()]
+        under_way = self._transport.start()
         for k, outgoing in enumerate(self._rounds):
-            under_way[k % 2].wait()
             parcels = self._pack(self._buffers[k % 2], outgoing, read, k)
-            under_way[k % 2] = self._transport.start(sends=parcels)
+            # Only one round at a time is with the transport. The learner's GPUs have one hardware queue for all streams
+            # (CUDA_DEVICE_MAX_CONNECTIONS, see `launch.plan`): a second NCCL kernel would wait at its head for the
+            # first, and training's behind it. That first may wait for another learner rank, which may wait for this
+            # one in a collective of the training.
+            under_way.wait()
+            under_way = self._transport.start(sends=parcels)
             if verify:
                 for _, message in outgoing:
                     digests |= {s: digest(cut(read, s), self._dtype) for s in message}
-        for pending in under_way:
-            pending.wait()
+        under_way.wait()
         ordered = b"".join(digests[s] for s in self._plan.sent_by(self._transport.rank)) if verify else None
         return conclude(self._transport, self._roster, self._plan, received_bytes=0, digests=ordered)
 

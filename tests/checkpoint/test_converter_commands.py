@@ -186,6 +186,19 @@ def test_an_import_that_cannot_be(refused, model: HFModel, tmp_path: Path, damag
     assert not list(tmp_path.iterdir())
 
 
+def test_ranks_that_would_cut_through_query_key_and_value(refused, make_model, tmp_path: Path):
+    model = make_model("llama", hidden_size=96, num_attention_heads=6, num_key_value_heads=1, head_dim=32)
+    message = refused("import-hf", model.directory, tmp_path / "out", "--tensor-parallel", 3)
+    assert "--tensor-parallel = 3 must divide the rows of query, key and value together: (6 + 2 x 1) heads" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["import-hf", "export-hf", "verify-weights"])
+def test_without_torch(refused, model: HFModel, tmp_path: Path, monkeypatch, command: str):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "torch is not installed here" in refused(command, model.directory, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -2,15 +2,20 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import tokenizers
 from tokenizers import AddedToken, models
 
+from megatron_async_rlhf.checkpoint.directory import copy_hf_files
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data import tokenizer as tokenizer_module
 from megatron_async_rlhf.data.builtin_task import make_examples
-from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer, train_bpe_tokenizer
+from megatron_async_rlhf.data.tokenizer import DATE, Tokenizer, make_byte_tokenizer, train_bpe_tokenizer
 from megatron_async_rlhf.errors import DataError
+from megatron_async_rlhf.prepare import make_model_template
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -181,6 +186,25 @@ def test_template_extensions_of_transformers_work(copy):
     chat = [{"role": "user", "content": "hi"}]
     text = AutoTokenizer.from_pretrained(copy).apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(tokenizer.render_prompt("hi")) == text == 'hi:{"a": "<é"}%'
+
+
+def test_a_date_in_the_prompt_is_that_of_the_runs_start(tmp_path, monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls) -> datetime:
+            return datetime(2026, 11, day)
+
+    monkeypatch.setattr(tokenizer_module, "datetime", Clock)
+    shape = dict.fromkeys(("layers", "hidden_size", "ffn_size", "heads", "context_length"), 8)
+    template, exported = tmp_path / "template", tmp_path / "exported"
+    day = 1
+    make_model_template(RunConfig.model_validate({"model": shape}), template)
+    (template / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}: {{ messages[0]['content'] }}")
+    copy_hf_files(template, exported)
+    assert not (exported / DATE).exists()
+    day = 2
+    said = {place: bytes(Tokenizer.load(place).render_prompt("hi")) for place in (template, exported)}
+    assert said == {template: b"01 Nov 2026: hi", exported: b"02 Nov 2026: hi"}
 
 
 def test_token_named_by_the_config_is_special_even_if_the_vocabulary_says_otherwise(copy):

@@ -1,5 +1,6 @@
 """`async-rlhf simulate`, and what it reads out of a finished run."""
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -74,6 +75,35 @@ def test_a_finished_run_gives_back_what_it_was_made_of(tmp_path):
     assert found.lengths.draw(None) == 20
     (tmp_path / "evaluations.jsonl").write_text('{"token_ids": [1, 2, 3]}\n')
     assert measure(tmp_path).lengths.name.startswith("1 measured in the evaluations")
+
+
+def test_a_resumed_run_counts_all_its_starts(tmp_path):
+    speeds = Speeds(token_s=0.0, sequence_s=0.003, train_s=0.7, train_token_s=0.0, push_s=0.25)
+    config = make_config({"mode": "sync", "steps": 8, "prompts_per_step": 8}, generator={"max_new_tokens": 64})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    scenario = Scenario(lengths=ConstantLength(20), speeds=speeds)
+
+    async def start(until: int, **before) -> Simulation:
+        simulation = Simulation(config, scenario, tmp_path, **before)
+
+        async def stop() -> None:
+            while simulation.learner.version < until:
+                await asyncio.sleep(0.1)
+            await simulation.controller.stop()
+
+        stopping = asyncio.create_task(stop())
+        await simulation.run()
+        await stopping
+        simulation.recorder.close("completed", None)
+        Recorder.write_summary(simulation.recorder, "completed", None)
+        return simulation
+
+    first = run_in_virtual_time(start(until=6))
+    before = {"ledger": first.ledger, "state": first.controller.state, "totals": first.recorder.totals}
+    run_in_virtual_time(start(until=8, **before))
+    found = measure(tmp_path)
+    assert found.speeds.train_s == pytest.approx(0.7, rel=1e-3)
+    assert found.speeds.push_s == pytest.approx(0.25, rel=1e-3)
 
 
 def test_what_cannot_be_is_one_line(tmp_path):

@@ -102,6 +102,32 @@ def test_an_unverified_push_moves_the_same_bytes(connect):
     assert_holds(targets, weights, group)
 
 
+def test_a_round_starts_when_the_one_before_has_left(connect):
+    group = connect(LearnerLayout(tensor_parallel=2), 2, staging_bytes=2048)
+    under_way, started = set(), []
+
+    class Noted:
+        def __init__(self, pending) -> None:
+            self.pending = pending
+            under_way.add(self)
+
+        def wait(self) -> None:
+            self.pending.wait()
+            under_way.discard(self)
+
+    def spied(*, sends=(), receives=(), start=group.transports[0].start):
+        pending = start(sends=sends, receives=receives)
+        if not sends:
+            return pending
+        started.append(len(under_way))
+        return Noted(pending)
+
+    group.transports[0].start = spied
+    weights = random_weights(group.arch, torch.float32)
+    group.push(weights, group.targets(weights))
+    assert len(started) > 3 and set(started) == {0}
+
+
 class BitFlips:
     """Flips one random bit per push: in a sender's buffer after packing, in a receiver's after arrival, or in a
     worker's parameter after loading; knows which slice that bit belongs to."""
