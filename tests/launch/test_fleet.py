@@ -14,8 +14,10 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
+from typer.testing import CliRunner
 
-from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.cli import app
+from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.agent import Link, serve
 from megatron_async_rlhf.launch.fleet import Switchboard, gather
@@ -183,6 +185,29 @@ def test_machines_that_do_not_come_together(cluster, mine, theirs, first_says, o
     if agent is not None:
         code, said = ended(agent)
         assert code == 2 and other_says in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "first_says", "codes"),
+    [("schedule.steps=4", None, (0, 0)), ("model={hf: nowhere}", "nowhere", (2, 1))],
+    ids=["it is completed", "it cannot start"],
+)
+def test_what_the_first_machine_finds_ends_the_others(cluster, tmp_path, override, first_says, codes):
+    """In a run directory that is completed; they have no more to wait for."""
+    config = cluster.config(override)
+    config.run.path.mkdir()
+    (config.run.path / "config.yaml").write_text(dump_config(cluster.config("schedule.steps=4")))
+    (config.run.path / "summary.json").write_text('{"status": "completed", "steps": 4}')
+    flags = ["--resume"] if first_says is None else []
+    agent = cluster.agent(override)
+    settings = [word for setting in (*cluster.settings, override) for word in ("-s", setting)]
+    told = CliRunner().invoke(app, ["train", str(TINY), *settings, *flags])
+    code, said = ended(agent)
+    assert (told.exit_code if first_says is None else 2, code) == codes, told.output
+    assert "error: " not in said  # it is the first machine that says what is wrong
+    if first_says is not None:
+        assert isinstance(told.exception, ConfigError) and first_says in str(told.exception)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
