@@ -55,6 +55,7 @@ EXTRAS = {
         "invoke>=2.2",
         "leptonai>=0.26.6,<0.28",  # NeMo-Run imports it, and cannot do so with newer ones
         "nemo-run>=0.11.1,<0.12",
+        "paramiko>=3.0",
     ],
     "test": [
         "accelerate>=1.10.1",  # trl imports it

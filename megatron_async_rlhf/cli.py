@@ -26,6 +26,7 @@ from megatron_async_rlhf.telemetry.files import (
 if TYPE_CHECKING:
     from megatron_async_rlhf.launch.fleet import Fleet
     from megatron_async_rlhf.launch.plan import ProcessPlan
+    from megatron_async_rlhf.launch.resume import Resumption
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -100,8 +101,8 @@ def train(
     from megatron_async_rlhf.estimate.report import refuse_too_large
     from megatron_async_rlhf.launch.dry_run import print_plan
     from megatron_async_rlhf.launch.fleet import gather
+    from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_processes
-    from megatron_async_rlhf.launch.resume import find_resumption
     from megatron_async_rlhf.launch.run_directory import check_writable, reopen_run_directory
     from megatron_async_rlhf.prepare import check_value_weights, load_materials, make_model_template
 
@@ -110,30 +111,27 @@ def train(
         _serve_unless_first(resolved, node_rank)
     _warn(resolved)
     check_writable(resolved)
-    run_dir, version = resolved.run.path.absolute(), None
-    if resume:
-        resumption = find_resumption(resolved)
-        typer.echo(resumption.note)
-        if resumption.finished:
-            return
-        version = resumption.version
     if dry_run:
-        print_plan(resolved)
+        if not _find_start(resolved, resume).finished:
+            print_plan(resolved)
         return
-    with tempfile.TemporaryDirectory() as scratch:
+    with gather(resolved) as fleet, owning(resolved), tempfile.TemporaryDirectory() as scratch:
+        start = _find_start(resolved, resume)
+        if start.finished:
+            return
+        run_dir, version = resolved.run.path.absolute(), start.version
         template = Path(scratch) / "model" if version is None else run_dir / POLICY_TEMPLATE_DIR
         if version is None:
             make_model_template(resolved, template)
         architecture = load_materials(resolved, template).architecture
         check_value_weights(resolved, architecture)
         refuse_too_large(resolved, architecture)
-        with gather(resolved) as fleet:
-            plan = plan_processes(resolved, run_dir, architecture.context_length, fleet.nodes, version)
-            if version is None:
-                run_dir = _new_run_directory(resolved, template)
-            else:
-                reopen_run_directory(resolved, version)
-            raise typer.Exit(_supervise(resolved, plan, run_dir, fleet))
+        plan = plan_processes(resolved, run_dir, architecture.context_length, fleet.nodes, version)
+        if version is None:
+            run_dir = _new_run_directory(resolved, template)
+        else:
+            reopen_run_directory(resolved, version)
+        raise typer.Exit(_supervise(resolved, plan, run_dir, fleet))
 
 
 app.command()(simulate)
@@ -149,8 +147,9 @@ def sft(config: ConfigArgument, set: SetOption = [], node_rank: NodeRankOption =
     Example: async-rlhf sft examples/quickstart.yaml -s run.name=sft
     """
     from megatron_async_rlhf.launch.fleet import gather
+    from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_learner_alone
-    from megatron_async_rlhf.launch.run_directory import check_writable
+    from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
     from megatron_async_rlhf.prepare import load_materials, make_model_template
 
     resolved = load_config(config, set)
@@ -158,14 +157,14 @@ def sft(config: ConfigArgument, set: SetOption = [], node_rank: NodeRankOption =
         raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
     _serve_unless_first(resolved, node_rank)
     check_writable(resolved)
-    with tempfile.TemporaryDirectory() as scratch:
+    with gather(resolved) as fleet, owning(resolved), tempfile.TemporaryDirectory() as scratch:
+        check_inputs_apart(resolved)
         template = Path(scratch) / "model"
         make_model_template(resolved, template)
         load_materials(resolved, template)
-        with gather(resolved) as fleet:
-            plan = plan_learner_alone(resolved, resolved.run.path.absolute(), fleet.nodes, "sft")
-            run_dir = _new_run_directory(resolved, template)
-            raise typer.Exit(_supervise(resolved, plan, run_dir, fleet))
+        plan = plan_learner_alone(resolved, resolved.run.path.absolute(), fleet.nodes, "sft")
+        run_dir = _new_run_directory(resolved, template)
+        raise typer.Exit(_supervise(resolved, plan, run_dir, fleet))
 
 
 @app.command()
@@ -182,22 +181,26 @@ def replay(
     """
     from megatron_async_rlhf.checkpoint.sources import open_holders
     from megatron_async_rlhf.launch.fleet import gather
+    from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_learner_alone
-    from megatron_async_rlhf.launch.run_directory import check_writable
+    from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
     from megatron_async_rlhf.scheduler.recording import RolloutLog
 
     run = run.absolute()
     if not (run / RESOLVED_CONFIG).is_file():
         raise ConfigError(f"{run} is no run: it has no {RESOLVED_CONFIG}")
     earlier = load_config(run / RESOLVED_CONFIG)
-    recorded = sum(1 for _ in RolloutLog(run / ROLLOUT_DIR).read(end=len(read_lines(run / METRICS))))
-    if not recorded:
-        raise ConfigError(f"{run} has recorded nothing; it must be run with schedule.record = true")
     section = earlier.run.model_copy(update={"dir": out or run.with_name(f"{run.name}.replay")})
     config = earlier.model_copy(update={"run": section})
     _serve_unless_first(config, node_rank)
     check_writable(config)
-    with gather(config) as fleet:
+    with gather(config) as fleet, owning(config):
+        check_inputs_apart(config)
+        if run.resolve().is_relative_to(config.run.path.resolve()):
+            raise ConfigError(f"--out {out} would take the place of {run} itself; choose another")
+        recorded = sum(1 for _ in RolloutLog(run / ROLLOUT_DIR).read(end=len(read_lines(run / METRICS))))
+        if not recorded:
+            raise ConfigError(f"{run} has recorded nothing; it must be run with schedule.record = true")
         run_dir = config.run.path.absolute()
         plan = plan_learner_alone(config, run_dir, fleet.nodes, "replay", ["--recorded", str(run)])
         _new_run_directory(config, run / POLICY_TEMPLATE_DIR)
@@ -358,6 +361,19 @@ def _serve_unless_first(config: RunConfig, node_rank: int) -> None:
     check_node_rank(config, node_rank)
     if node_rank:
         raise typer.Exit(serve(config, node_rank))
+
+
+def _find_start(config: RunConfig, resume: bool) -> "Resumption":
+    """What a run goes on from, told to the user; a new one must not take the place of what it reads."""
+    from megatron_async_rlhf.launch.resume import Resumption, find_resumption
+    from megatron_async_rlhf.launch.run_directory import check_inputs_apart
+
+    start = find_resumption(config) if resume else Resumption()
+    if start.note:
+        typer.echo(start.note)
+    if start.version is None and not start.finished:
+        check_inputs_apart(config)
+    return start
 
 
 def _supervise(config: RunConfig, plan: "ProcessPlan", run_dir: Path, fleet: "Fleet") -> int:

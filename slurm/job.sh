@@ -14,7 +14,10 @@ nodes=${SLURM_JOB_NUM_NODES:-1}
 dry_run=0
 arguments=()
 for argument in "$@"; do
-  case $argument in
+  case ${argument#--set=} in
+    run.dir=* | -srun.dir=*) # the job looks there too, and a start after this one
+      echo "error: ${argument#-s}: a job runs in RUN_DIR; set that instead: RUN_DIR=runs/trial sbatch ..." >&2
+      exit 2 ;;
     --nodes=*) nodes=${argument#--nodes=} ;; # for a dry run; a job's number is Slurm's
     --dry-run) dry_run=1 ;;
     *) arguments+=("$argument") ;;
@@ -44,15 +47,17 @@ fi
 
 RUN_DIR=${RUN_DIR:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID} # the same after a requeue
 settings+=(-s "run.dir=$RUN_DIR")
-# One task on each node, which may use all of it. What one leaves behind the others end within half a minute.
-step=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=30 "${container[@]}")
+# One task on each node, which may use all of it. What one leaves behind the others end within half a minute, each in its
+# own way: where Slurm kills the rest of a step (KillOnBadExit), the first node's exit code would be lost.
+step=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=30 --kill-on-bad-exit=0)
+step+=("${container[@]}")
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)), run directory $RUN_DIR"
 env | grep -E '^(NCCL|TORCH_NCCL|GLOO)_' | sort
 
 if [ "${DOCTOR:-1}" != 0 ]; then
-  PYTHONWARNINGS=ignore "${step[@]}" --label "${program[@]}" doctor "$config" "${settings[@]}" "${arguments[@]}" || exit 1
+  PYTHONWARNINGS=ignore "${step[@]}" --wait=0 --label "${program[@]}" doctor "$config" "${settings[@]}" "${arguments[@]}" || exit 1
 fi
 
 last_checkpoint() {
@@ -71,10 +76,11 @@ ask() {
 }
 
 # The time limit is near (--signal), or somebody asked: scancel --batch --signal=TERM. After a plain scancel the job is
-# over, and must not come back.
+# over, and must not come back. Asked twice a run ends without saving.
 # shellcheck disable=SC2317 # by the trap
 on_term() {
-  if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+  signalled=1
+  if [ "$requeue" = 0 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
     requeue=1
     ask &
   fi
@@ -85,12 +91,12 @@ rm -f "$RUN_DIR/stop"
 trap on_term TERM
 "${step[@]}" "${program[@]}" train "$config" --resume "${settings[@]}" "${arguments[@]}" &
 running=$!
-code=0
-wait "$running" || code=$?
-while kill -0 "$running" 2>/dev/null; do # a signal ended the wait, not the run
+until # the wait was ended by the run, not by a signal
+  signalled=0
   code=0
   wait "$running" || code=$?
-done
+  [ "$signalled" = 0 ]
+do :; done
 if [ "$requeue" = 1 ] && [ "$code" = 130 ]; then
   if [ "$(last_checkpoint)" = "$before" ]; then
     echo "error: no step was made before the time limit, so a requeue would make none either: raise --time" >&2

@@ -165,9 +165,8 @@ def serve(config: RunConfig, rank: int) -> int:
     session, path = secrets.token_hex(8), rendezvous_path(config)
     deadline = time.monotonic() + config.launch.join_timeout_s
     found: Rendezvous | None = None
-    refused = ""
     while time.monotonic() < deadline:
-        rendezvous = read_rendezvous(path)
+        rendezvous, refused = read_rendezvous(path), ""
         found = rendezvous or found
         for address in rendezvous.addresses if rendezvous else []:
             node = this_node(config, gpus, _own_address(config, address, rendezvous.port))

@@ -4,12 +4,13 @@ A thread of its own talks to the others, so that they hear from this machine wha
 """
 
 import contextlib
+import functools
 import queue
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -49,9 +50,18 @@ _PROBE_S = 5.0
 class Fleet:
     """The machines of a run, this one first."""
 
-    def __init__(self, nodes: list[Node], switchboard: "Switchboard | None" = None) -> None:
-        self.nodes = nodes
+    def __init__(self, look: Callable[[], list[Node]], switchboard: "Switchboard | None" = None) -> None:
+        self._look = look
         self._switchboard = switchboard
+
+    @functools.cached_property
+    def nodes(self) -> list[Node]:
+        """Looked at when they are first asked for: to count GPUs takes longer than to check a configuration.
+
+        Raises:
+            ConfigError: this machine cannot run the configuration.
+        """
+        return self._look()
 
     def start(self, spec: ProcessSpec, log_dir: Path, *, pipe_stdout: bool = False) -> Process:
         """On the machine that `spec` names; `pipe_stdout` only on this one."""
@@ -97,20 +107,20 @@ def gather(config: RunConfig) -> Iterator[Fleet]:
     Raises:
         ConfigError: they are not there in time, cannot reach each other, or one cannot run the configuration.
     """
-    gpus = count_gpus(config)
     if config.launch.nodes == 1:
-        yield Fleet([this_node(config, gpus)])
+        yield Fleet(lambda: [this_node(config, count_gpus(config))])
         return
     path = rendezvous_path(config)
     switchboard = Switchboard(config)
     try:
         write_rendezvous(path, switchboard.rendezvous(addresses(config.launch.interface)))
         switchboard.start_thread()
+        gpus = count_gpus(config)  # the others do the same now
         joins = switchboard.wait_for_all(path)
         nodes = [this_node(config, gpus, _one_address(joins)), *(join.node for join in joins)]
         for node in nodes[1:]:
             _check_reachable(node)
-        yield Fleet(nodes, switchboard)
+        yield Fleet(lambda: nodes, switchboard)
     except BaseException as error:
         code = getattr(error, "exit_code", 1)  # of typer.Exit, which is how a run ends
         switchboard.leave(code, f"the first machine, {node_name()}, has ended; see what it says" if code else "")
@@ -149,6 +159,15 @@ class _Member:
         self.heard = time.monotonic()
         self.left: str | None = None
 
+    def gone(self, limit_s: float) -> str | None:
+        """Why it is not there any more; nothing if it is."""
+        name = f"node {self.join.rank} ({self.join.node.name})"
+        if self.left is not None:
+            return f"{name} has left: {self.left}"
+        if time.monotonic() - self.heard > limit_s:
+            return f"{name} is silent for more than launch.node_timeout_s = {limit_s:g}: it is down, or its network is"
+        return None
+
 
 class Switchboard:
     """The first machine's end of all connections."""
@@ -185,15 +204,14 @@ class Switchboard:
         self._thread.start()
 
     def wait_for_all(self, path: Path) -> list[Join]:
-        """The others, in order of rank."""
-        wanted = set(range(1, self._config.launch.nodes))
-        deadline = time.monotonic() + self._config.launch.join_timeout_s
-        while wanted - set(self._members) and self._mismatch is None:
+        """The others, in order of rank. Who has gone meanwhile is waited for again."""
+        limits = self._config.launch
+        deadline = time.monotonic() + limits.join_timeout_s
+        while (missing := self._missing()) and self._mismatch is None:
             if time.monotonic() > deadline:
-                missing = ", ".join(str(rank) for rank in sorted(wanted - set(self._members)))
                 raise ConfigError(
-                    f"launch.nodes = {self._config.launch.nodes}: no machine came as node rank {missing} within "
-                    f"launch.join_timeout_s = {self._config.launch.join_timeout_s:g}; start the same command on every machine, "
+                    f"launch.nodes = {limits.nodes}: no machine came as node rank {', '.join(map(str, missing))} within "
+                    f"launch.join_timeout_s = {limits.join_timeout_s:g}; start the same command on every machine, "
                     f"and keep run.dir where all of them see it ({path.parent})"
                 )
             time.sleep(_POLL_S)
@@ -201,6 +219,11 @@ class Switchboard:
             raise ConfigError(self._mismatch)
         self._full = True
         return [self._members[rank].join for rank in sorted(self._members)]
+
+    def _missing(self) -> list[int]:
+        limit, members = self._config.launch.node_timeout_s, dict(self._members)
+        here = {rank for rank, member in members.items() if member.gone(limit) is None}
+        return [rank for rank in range(1, self._config.launch.nodes) if rank not in here]
 
     def start(self, spec: ProcessSpec, log_dir: Path) -> int:
         self._starts += 1
@@ -211,16 +234,8 @@ class Switchboard:
         self._outgoing.put((rank, message))
 
     def lost(self) -> str | None:
-        limit = self._config.launch.node_timeout_s
-        for rank, member in self._members.items():
-            name = f"node {rank} ({member.join.node.name})"
-            if member.left is not None:
-                return f"{name} has left: {member.left}"
-            if time.monotonic() - member.heard > limit:
-                return (
-                    f"{name} is silent for more than launch.node_timeout_s = {limit:g}: it is down, or its network is"
-                )
-        return None
+        reasons = (member.gone(self._config.launch.node_timeout_s) for member in self._members.values())
+        return next((reason for reason in reasons if reason is not None), None)
 
     def leave(self, code: int, reason: str) -> None:
         for rank in list(self._members):
@@ -275,7 +290,7 @@ class Switchboard:
             member.left = message.reason
 
     def _joining(self, identity: bytes, join: Join) -> None:
-        known = self._members.get(join.rank)
+        known, limit = self._members.get(join.rank), self._config.launch.node_timeout_s
         if not 0 < join.rank < self._config.launch.nodes:
             reason = (
                 f"its node rank {join.rank} is not between 1 and launch.nodes - 1 = {self._config.launch.nodes - 1}"
@@ -283,8 +298,10 @@ class Switchboard:
         elif join.fingerprint != self._fingerprint:
             reason = "its configuration or version is not the first machine's; start the same command on every machine"
             self._mismatch = f"node {join.rank} ({join.node.name}) is refused: {reason}"
-        elif known is not None and known.join.session != join.session:
+        elif known is not None and known.join.session != join.session and (self._full or known.gone(limit) is None):
             reason = f"node rank {join.rank} is taken by {known.join.node.name}"
+            if not self._full:
+                reason += f"; if it was ended there, start it again after launch.node_timeout_s = {limit:g} seconds"
         else:
             self._members[join.rank] = _Member(identity, join)
             self._answer(identity, Welcome())

@@ -90,7 +90,7 @@ def check_node_rank(config: RunConfig, rank: int) -> None:
         raise ConfigError(
             f"launch.nodes = {nodes}, but this Slurm step has {started['NODES']} nodes; ask for {nodes} (sbatch --nodes)"
         )
-    if nodes > 1 and started["TASKS"] != nodes:
+    if started["TASKS"] != nodes and not (nodes == 1 and _in_terminal()):
         raise ConfigError(
             f"launch.nodes = {nodes}, but this Slurm step has {started['TASKS']} tasks; start one on each node "
             "(srun --ntasks-per-node=1)"
@@ -132,6 +132,15 @@ def free_ports(count: int, taken: Sequence[int] = ()) -> list[int]:
     candidates = random.SystemRandom().sample(range(10000, max(end, 12000)), 1000)
     free = (port for port in candidates if port not in taken and _is_free(port))
     return [next(free) for _ in range(count)]
+
+
+def _in_terminal() -> bool:
+    """As in the shell of `srun --ntasks=8 --pty bash`, which is one of so many tasks: a step's tasks have none else."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True
 
 
 def _generator_ports(config: RunConfig) -> list[int]:

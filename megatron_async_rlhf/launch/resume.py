@@ -15,12 +15,12 @@ class Resumption(Struct, frozen=True, kw_only=True):
     """What there is to go on from.
 
     Attributes:
-        note: one line for who asked.
+        note: one line for who asked; empty if nobody did.
         version: policy version of the checkpoint; None if there is none, and the run starts from the beginning.
         finished: the run has made all its steps: nothing to do.
     """
 
-    note: str
+    note: str = ""
     version: int | None = None
     finished: bool = False
 

@@ -12,6 +12,7 @@ from megatron_async_rlhf.checkpoint.run_state import read_run_state
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.prepare import value_source
 from megatron_async_rlhf.scheduler.recording import RolloutLog
 from megatron_async_rlhf.telemetry.files import (
     EVALUATIONS,
@@ -78,6 +79,23 @@ def check_writable(config: RunConfig) -> None:
         raise ConfigError(
             f"run.dir = {config.run.path}: {parent} cannot be written ({error.strerror or error})"
         ) from None
+
+
+def check_inputs_apart(config: RunConfig) -> None:
+    """That a new run reads nothing that lies where it will be: what is there is renamed before it starts.
+
+    Raises:
+        ConfigError: it does.
+    """
+    inputs = {"model.hf": config.model.hf, "algorithm.value_hf": value_source(config)}
+    for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        inputs[key] = Path(source) if source is not None and source.endswith(".jsonl") else None
+    for key, given in inputs.items():
+        if given is not None and given.resolve().is_relative_to(config.run.path.resolve()):
+            raise ConfigError(
+                f"{key} = {given} is inside run.dir = {config.run.path}, and a new run sets aside what is there; choose "
+                "another run.name or run.dir"
+            )
 
 
 def _step_of_evaluation(when: str) -> float:

@@ -161,6 +161,37 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path):
     assert os.listdir(tmp_path / "run") == ["thesis.tex"]
 
 
+@pytest.mark.parametrize(
+    ("key", "flags"),
+    [("model.hf", []), ("model.hf", ["--resume"]), ("model.hf", ["--dry-run"]), ("data.train", [])],
+)
+def test_a_new_run_that_would_rename_what_it_reads(tmp_path, key, flags):
+    """With --resume too, where there is no checkpoint to go on from."""
+    final = tmp_path / "run/checkpoints/final"
+    final.mkdir(parents=True)
+    (tmp_path / "run/config.yaml").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    source = tmp_path / "link/checkpoints/final" / ("" if key == "model.hf" else "prompts.jsonl")
+    (tmp_path / "config.yaml").touch()
+    before = sorted(tmp_path.rglob("*"))
+    inputs = {"model": {"hf": str(source)}}
+    if key == "data.train":
+        inputs = {"data": {"train": str(source), "solution_field": "answer"}, "reward": {"type": "gsm8k"}}
+    line = refused(train(tmp_path, BASE | inputs, flags=flags))
+    assert f"{key} = {source} is inside run.dir = {tmp_path / 'run'}" in line and "another run.name" in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_replay_does_not_take_the_place_of_its_run(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(BASE))
+    command = [sys.executable, "-m", "megatron_async_rlhf", "replay", str(run), "--out", str(run)]
+    line = refused(subprocess.run(command, capture_output=True, text=True, timeout=60))
+    assert f"--out {run} would take the place of {run} itself" in line
+    assert list(tmp_path.iterdir()) == [run]
+
+
 def test_a_dry_run_starts_and_leaves_nothing(tmp_path):
     result = train(tmp_path, BASE, flags=["--dry-run"])
     assert result.returncode == 0, result.stderr

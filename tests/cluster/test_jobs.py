@@ -161,6 +161,8 @@ def test_wrong_use_is_refused_before_anything_starts(slurm, settings: list[str],
     job.wait("FAILED")
     lines = [line for line in job.log().splitlines() if line.startswith("error: ")]
     assert lines and says in lines[0], job.log()
+    if settings[0].startswith("model"):  # the first machine alone looks for it
+        assert len(lines) == 1 and job.log().count("the first machine, n1, has ended") == 1, job.log()
     assert not job.directory.exists()
 
 
@@ -173,3 +175,99 @@ def test_a_job_outside_slurm_says_how_to_submit_it():
         text=True,
     )
     assert told.returncode == 2 and told.stderr.startswith("error: submit it: sbatch slurm/cpu_smoke.sh")
+
+
+# --- the script alone, with stand-ins for Slurm's commands ----------------------------------------------------------
+
+STAND_INS = {
+    "srun": """
+echo "$*" >>"$NOTES/srun"
+case $* in *" doctor "*) exit ;; esac
+mkdir -p "$RUN_DIR" && touch "$RUN_DIR/config.yaml"
+echo $$ >"$NOTES/pid.partial" && mv "$NOTES/pid.partial" "$NOTES/pid"
+until [ -e "$NOTES/end" ]; do
+    if [ -e "$RUN_DIR/stop" ]; then rm "$RUN_DIR/stop" && echo >>"$NOTES/stops"; fi
+    sleep 0.02
+done
+exit 3
+""",
+    "squeue": """
+case $* in
+    *%e*) date +%FT%T ;;
+    *%T*)
+        echo >>"$NOTES/signals"
+        if [ -n "$ENDS_MEANWHILE" ]; then
+            touch "$NOTES/end"
+            while [ -e "/proc/$(cat "$NOTES/pid")/exe" ]; do sleep 0.02; done
+        fi
+        echo RUNNING ;;
+esac
+""",
+}
+
+
+class Script:
+    """`slurm/cpu_smoke.sh` as a job would run it, until it is told to end."""
+
+    def __init__(self, directory: Path, *arguments: str, **environment: str) -> None:
+        self.notes, commands = directory / "notes", directory / "commands"
+        for path in (self.notes, commands):
+            path.mkdir()
+        for name, text in STAND_INS.items():
+            (commands / name).write_text(f"#!/usr/bin/env bash\n{text}")
+            (commands / name).chmod(0o755)
+        variables = {"PATH": f"{commands}:{os.environ['PATH']}", "VENV": sys.prefix, "NOTES": str(self.notes)}
+        variables |= {"RUN_DIR": str(directory / "run"), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job"}
+        variables |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "ENDS_MEANWHILE": ""} | environment
+        self.process = subprocess.Popen(
+            ["bash", "slurm/cpu_smoke.sh", *arguments],
+            cwd=ROOT,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for(self, note: str) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while not (self.notes / note).exists():
+            assert time.monotonic() < deadline and self.process.poll() is None
+            time.sleep(0.02)
+
+    def ended(self) -> tuple[int, str]:
+        said, _ = self.process.communicate(timeout=LIMIT_S)
+        return self.process.returncode, said
+
+
+def test_a_job_asks_its_run_once_to_save(tmp_path: Path):
+    script = Script(tmp_path)
+    script.wait_for("pid")
+    script.process.terminate()
+    script.wait_for("stops")
+    script.process.terminate()
+    (script.notes / "end").touch()
+    assert script.ended()[0] == 3
+    assert (script.notes / "signals").read_text() == (script.notes / "stops").read_text() == "\n"
+    doctor, train = (script.notes / "srun").read_text().splitlines()
+    assert " doctor " in doctor and " train " in train
+    assert [word for word in doctor.split() if word.startswith("--wait=")][-1] == "--wait=0"
+    assert [word for word in train.split() if word.startswith("--wait=")] == ["--wait=30"]
+    assert all(" --kill-on-bad-exit=0 " in step for step in (doctor, train))
+
+
+def test_a_run_that_ends_while_its_job_answers_a_signal_keeps_its_exit_code(tmp_path: Path):
+    script = Script(tmp_path, ENDS_MEANWHILE="yes")
+    script.wait_for("pid")
+    script.process.terminate()
+    assert script.ended()[0] == 3
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-s", "run.dir=a"], ["-srun.dir=a"], ["--set=run.dir=a"], ["--set", "run.dir=a"]]
+)
+def test_the_directory_of_a_job_is_set_where_the_job_sees_it(tmp_path: Path, arguments: list[str]):
+    script = Script(tmp_path, *arguments)
+    (script.notes / "end").touch()
+    code, said = script.ended()
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert "RUN_DIR=runs/trial sbatch ..." in said

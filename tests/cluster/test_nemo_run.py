@@ -236,6 +236,42 @@ def test_a_path_that_nemo_run_would_change_is_refused(launch: Launching):
         "directory another name, as by a symbolic link\n"  # fmt: skip
 
 
+FOLLOW = """
+import sys
+from types import SimpleNamespace
+import paramiko
+from megatron_async_rlhf.launch.nemo import slurm_states
+
+def lost():
+    raise paramiko.SSHException("the session is not active")
+
+answers = iter([
+    lambda: "11|COMPLETED\\n12|RUNNING\\n",
+    lost,                        # the connection
+    lambda: sys.exit(1),         # the login
+    lambda: "12|RUNNING\\n",     # MinJobAge after its end the first one is forgotten
+    lambda: "12|COMPLETED\\n",
+])
+
+class Tunnel:
+    def run(self, command, warn, timeout):
+        if command.startswith("sacct"):
+            return SimpleNamespace(ok=False, stdout="", stderr="Slurm accounting storage is disabled")
+        return SimpleNamespace(ok=True, stdout=next(answers)(), stderr="")
+
+slurm_states._POLL_S = 0
+jobs = [slurm_states.QueuedJob(name=name, job_id=id, nodes=1, log="", tunnel=Tunnel()) for name, id in (("sft", "11"), ("train", "12"))]
+print(slurm_states.follow(jobs, print))
+"""
+
+
+def test_jobs_are_followed_although_slurm_forgets_them_and_a_login_is_lost(launch_python: Path):
+    command, paths = [launch_python, "-c", FOLLOW], {"PYTHONPATH": str(ROOT)}
+    told = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.splitlines() == ["sft: completed", "train: running", "train: completed", "True"]
+
+
 # --- that it runs ---------------------------------------------------------------------------------------------------
 
 

@@ -2,20 +2,24 @@
 losing each other, and every way of not coming together."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
 import zmq
+from typer.testing import CliRunner
 
-from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.cli import app
+from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.launch.agent import Link
+from megatron_async_rlhf.launch.agent import Link, serve
 from megatron_async_rlhf.launch.fleet import Switchboard, gather
 from megatron_async_rlhf.launch.plan import ProcessSpec
 from megatron_async_rlhf.launch.rendezvous import Left, Refused, Rendezvous, encode, rendezvous_path, write_rendezvous
@@ -183,6 +187,80 @@ def test_machines_that_do_not_come_together(cluster, mine, theirs, first_says, o
         assert code == 2 and other_says in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("override", "first_says", "codes"),
+    [("schedule.steps=4", None, (0, 0)), ("model={hf: nowhere}", "nowhere", (2, 1))],
+    ids=["it is completed", "it cannot start"],
+)
+def test_what_the_first_machine_finds_ends_the_others(cluster, tmp_path, override, first_says, codes):
+    """In a run directory that is completed; they have no more to wait for."""
+    config = cluster.config(override)
+    config.run.path.mkdir()
+    (config.run.path / "config.yaml").write_text(dump_config(cluster.config("schedule.steps=4")))
+    (config.run.path / "summary.json").write_text('{"status": "completed", "steps": 4}')
+    flags = ["--resume"] if first_says is None else []
+    agent = cluster.agent(override)
+    settings = [word for setting in (*cluster.settings, override) for word in ("-s", setting)]
+    told = CliRunner().invoke(app, ["train", str(TINY), *settings, *flags])
+    code, said = ended(agent)
+    assert (told.exit_code if first_says is None else 2, code) == codes, told.output
+    assert "error: " not in said  # it is the first machine that says what is wrong
+    if first_says is not None:
+        assert isinstance(told.exception, ConfigError) and first_says in str(told.exception)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_machine_that_goes_while_others_are_awaited_may_come_again(cluster, how):
+    """Twice asked to end it says that it leaves; killed it is silent."""
+    settings = ["launch.nodes=3", "launch.node_timeout_s=2"]
+    with ThreadPoolExecutor() as pool:
+        switchboard = Switchboard(cluster.config(*settings))
+        path = rendezvous_path(cluster.config())
+        write_rendezvous(path, switchboard.rendezvous(["127.0.0.1"]))
+        switchboard.start_thread()
+        all_here = pool.submit(switchboard.wait_for_all, path)
+        agent = cluster.agent(*settings)
+        wait(lambda: switchboard._members)
+        assert "is taken by m1; if it was ended there" in ended(cluster.agent(*settings))[1]
+        while agent.poll() is None:
+            agent.send_signal(how)
+            time.sleep(0.2)
+        wait(lambda: switchboard.lost() is not None)
+        second = cluster.agent(*settings, rank=2)
+        wait(lambda: 2 in switchboard._members)
+        assert not all_here.done()
+        again = cluster.agent(*settings)
+        assert [join.rank for join in all_here.result(LIMIT_S)] == [1, 2]
+        assert ended(cluster.agent(*settings))[1].endswith("node rank 1 is taken by m1\n")
+        switchboard.leave(0, "")
+        switchboard.close()
+        assert [ended(agent)[0] for agent in (again, second)] == [0, 0]
+
+
+def test_a_refusal_of_an_earlier_start_is_forgotten_with_it(cluster, monkeypatch):
+    """A machine refused by one start finds the next, which is slow to answer at first."""
+    monkeypatch.setattr("megatron_async_rlhf.launch.agent._ANSWER_S", 0.5)
+    path = rendezvous_path(cluster.config())
+    with ThreadPoolExecutor() as pool, zmq.Context() as context, context.socket(zmq.ROUTER) as first:
+        port = first.bind_to_random_port("tcp://127.0.0.1")
+        old = Rendezvous(host="m0", addresses=["127.0.0.1"], port=port, token="old", expires=time.time() + 60)
+        write_rendezvous(path, old)
+        agent = pool.submit(serve, cluster.config(), 1)
+        assert first.poll(LIMIT_S * 1000)
+        identity, *_ = first.recv_multipart()
+        write_rendezvous(path, msgspec.structs.replace(old, token="new"))
+        first.send_multipart([identity, encode(Refused("the secret is of an earlier start"))])
+        assert first.poll(LIMIT_S * 1000)
+        assert first.recv_multipart()[1] == b"new"  # it gets no answer
+        while not agent.done():
+            if first.poll(20):
+                identity, *_ = first.recv_multipart()
+                first.send_multipart([identity, encode(Refused("not like this"))])
+        with pytest.raises(ConfigError, match="is refused by the first machine, m0: not like this"):
+            agent.result()
+
+
 def test_a_refusal_counts_although_the_first_machine_has_gone_since(cluster):
     """It ends as soon as it has refused one, and takes the file with it."""
     path = rendezvous_path(cluster.config())
@@ -269,6 +347,7 @@ def free_port() -> int:
     [
         ({"SLURM_STEP_NUM_NODES": "3"}, [], "launch.nodes = 2, but this Slurm step has 3 nodes; ask for 2"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, [], "has 4 tasks; start one on each node (srun --ntasks-per-node=1)"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, ["-s", "launch.nodes=1"], "launch.nodes = 1, but this Slurm step has 8 tasks"),
         ({"SLURM_NODEID": "2"}, [], "launch.nodes = 2, but this is node rank 2; set launch.nodes"),
         ({"SLURM_NODEID": "1"}, ["-s", "launch.nodes=1"], "launch.nodes = 1, but this is node rank 1"),
     ],
@@ -276,6 +355,27 @@ def free_port() -> int:
 def test_a_step_of_another_shape_is_refused(tmp_path, environment, arguments, says):
     settings = ["-s", f"run.dir={tmp_path / 'run'}", "-s", "launch.nodes=2"]
     command = [sys.executable, "-m", *TRAIN, *settings, *arguments]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env={**os.environ, **environment})
+    told = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        env={**os.environ, **environment},
+        start_new_session=True,  # tasks of Slurm have no terminal
+    )
     assert told.returncode == 2 and says in told.stderr and told.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_in_the_shell_of_a_step_one_process_is_one(tmp_path):
+    """As `srun --ntasks=8 --pty bash` gives: a step of 8 tasks, and a terminal. An allocation of 8 tasks means nothing."""
+    ask = "from pathlib import Path; from megatron_async_rlhf.config.load import load_config as load; "
+    ask += "from megatron_async_rlhf.launch.nodes import check_node_rank; "
+    ask += f"check_node_rank(load(Path({str(TINY)!r})), 0); print('let in')"
+    script = ["script", "--quiet", "--return", "--command", shlex.join([sys.executable, "-c", ask]), "/dev/null"]
+    for command, variable in ((script, "SLURM_STEP_NUM_TASKS"), ([sys.executable, "-c", ask], "SLURM_NTASKS")):
+        environment = {**os.environ, variable: "8"}
+        told = subprocess.run(
+            command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, start_new_session=True
+        )
+        assert told.stdout.strip() == "let in", told.stdout

@@ -15,7 +15,8 @@ def slurm_executor(
     keys: SlurmKeys, *, title: str, nodes: int = 1, gpus_per_node: int | None = None
 ) -> run.SlurmExecutor:
     """For one job: a task on each of so many machines. The project must be on the cluster already: no code is sent there."""
-    task_arguments = ["--cpu-bind=none", *keys.srun]  # the run places its processes itself
+    # A run places its processes itself, and ends its tasks in its own order, one with an exit code after the other.
+    task_arguments = ["--kill-on-bad-exit=0", "--cpu-bind=none", *keys.srun]
     if keys.cpus_per_node is not None:  # srun does not ask for what sbatch was given
         task_arguments.append(f"--cpus-per-task={keys.cpus_per_node}")
     project = str(project_dir(keys))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import invoke
 import nemo_run as run
+import paramiko
 from msgspec import Struct
 
 from megatron_async_rlhf.errors import SubmissionError
@@ -45,6 +46,8 @@ def follow(jobs: Sequence[QueuedJob], note: Callable[[str], None]) -> bool:
         found = _ask(jobs)
         if found is not None:
             heard = time.monotonic()
+            # Slurm forgets a job minutes after its end (MinJobAge); what it has said of it stays.
+            found |= {id: states[id] for id, state in found.items() if state == UNKNOWN and states.get(id) in _ENDED}
             for job in jobs:
                 if states.get(job.job_id) != found[job.job_id]:
                     note(f"{job.name}: {found[job.job_id].lower()}")
@@ -72,7 +75,9 @@ def _ask(jobs: Sequence[QueuedJob]) -> dict[str, str] | None:
 def _run(jobs: Sequence[QueuedJob], command: str) -> str | None:
     try:
         result = jobs[0].tunnel.run(command, warn=True, timeout=_ANSWER_TIMEOUT_S)
-    except (OSError, EOFError, invoke.exceptions.CommandTimedOut):
+    except (OSError, EOFError, paramiko.SSHException, invoke.exceptions.CommandTimedOut):
+        return None
+    except SystemExit:  # NeMo-Run's way of saying that it has no login (any more)
         return None
     if result.ok:
         return result.stdout
