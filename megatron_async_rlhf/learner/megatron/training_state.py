@@ -7,13 +7,11 @@
     common           policy version, optimizer steps, number of ranks: the same on all
 
 The optimizer's entries have the same keys and shapes whether data-parallel ranks divide it or not, so that either kind
-reads what the other wrote: Megatron's `fully_reshardable` form, with these differences smoothed out. Its two kinds name
-the main parameters differently; a divided float32 optimizer would write the parameters a second time; and what lies
-beside the tensors (groups, rates, step counts) has another form in each, but follows from the config and the step.
+reads what the other wrote. What lies beside the tensors (groups, rates, step counts) is not saved: it follows from the
+config and the step.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,6 @@ from megatron.core.dist_checkpointing.dict_utils import (
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedBase,
-    ShardedTensor,
-    ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
@@ -38,11 +34,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_async_rlhf.errors import LearnerError
+from megatron_async_rlhf.learner.megatron.divided_optimizer import fill, gathered_state, requested_state
 from megatron_async_rlhf.learner.megatron.trained_model import TrainedModel
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_METADATA = {"chained_optim_avoid_prefix": True}
 _VALUE = "value"
-_MAIN_PARAMETER = "fp32_param"  # as an undivided optimizer calls it; a divided one says `param`
 
 
 def weights_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -50,18 +46,6 @@ def weights_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     if len(chunks) == 1:
         return {"model": chunks[0].sharded_state_dict(metadata=dict(_METADATA))}
     return {f"model{i}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for i, chunk in enumerate(chunks)}
-
-
-def on_host(state: dict[str, Any]) -> dict[str, Any]:
-    """The same state with its tensors copied to host memory, for tensors that are about to change."""
-
-    def copied(value: Any) -> Any:
-        if isinstance(value, ShardedTensor | ShardedTensorFactory):
-            return replace(value, data=value.data.detach().to("cpu", copy=True))
-        return value
-
-    dict_list_map_inplace(copied, state)
-    return state
 
 
 def training_state(models: Sequence[TrainedModel], version: int) -> dict[str, Any]:
@@ -89,7 +73,7 @@ def load_training_state(directory: Path, models: Sequence[TrainedModel]) -> int:
         models: as those of `training_state`.
 
     Raises:
-        LearnerError: no checkpoint of a run.
+        LearnerError: no checkpoint of a run, or one whose optimizer belongs to other weights.
     """
     common = dist_checkpointing.load_common_state_dict(str(directory)).get("common")
     if common is None:
@@ -101,10 +85,16 @@ def load_training_state(directory: Path, models: Sequence[TrainedModel]) -> int:
         request[_VALUE], kept[_VALUE] = _request(value_model, steps, _VALUE)
     if common["ranks"] == dist.get_world_size():
         request["rng"] = _rng_state()
-    loaded = dist_checkpointing.load(request, str(directory))
+    # A rank asks for what it keeps of a divided optimizer, which Megatron would take for gaps.
+    loaded = dist_checkpointing.load(request, str(directory), validate_access_integrity=False)
     _load_model(policy, loaded, kept, steps)
     for value_model in others:
         _load_model(value_model, loaded[_VALUE], kept[_VALUE], steps)
+    if not all(map(_has_its_main_parameters, models)):
+        raise LearnerError(
+            f"{directory}: the float32 weights of its optimizer are not those of its model, as some layouts with "
+            f"learner.distributed_optimizer once saved them; begin another run with model.hf = {directory}"
+        )
     if "rng" in loaded:
         _set_rng_state(loaded["rng"])
     return common["version"]
@@ -143,6 +133,22 @@ def _load_model(model: TrainedModel, loaded: dict[str, Any], kept: dict[str, Any
     model.schedule.step(increment=steps)
 
 
+def _has_its_main_parameters(model: TrainedModel) -> bool:
+    """Whether the optimizer's float32 parameters, if it has any, round to the model's."""
+    inner = _inner(model.optimizer)
+    for parameter in (parameter for chunk in model.chunks for parameter in chunk.parameters()):
+        main = getattr(parameter, "main_param", None)
+        if main is None:
+            continue
+        own = parameter.detach().flatten()
+        if isinstance(inner, DistributedOptimizer):
+            part = inner._get_model_param_range_map(parameter)["param"]
+            own = own[part.start : part.end]
+        if not torch.equal(main.detach().flatten().to(own.dtype), own):
+            return False
+    return True
+
+
 def load_chunks(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{i}"])
@@ -159,38 +165,19 @@ def _inner(optimizer: MegatronOptimizer) -> MegatronOptimizer:
 def _optimizer_state(optimizer: MegatronOptimizer, model_state: dict, *, is_loading: bool) -> tuple[dict, dict]:
     """The sharded part of the optimizer's state, and the rest, which is not saved."""
     inner = _inner(optimizer)
-    state = inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_METADATA))
     if isinstance(inner, DistributedOptimizer):
-        for index, parameter in enumerate(_parameters(inner)):
-            entries = state["param_state"][index]
-            main = entries.pop("param")
-            if parameter.dtype != torch.float32:  # else the weights themselves
-                entries[_MAIN_PARAMETER] = replace(main, key=main.key.replace(".param.", f".{_MAIN_PARAMETER}.", 1))
+        return (requested_state if is_loading else gathered_state)(inner, model_state), {}
+    state = inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_METADATA))
     return extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
     inner = _inner(optimizer)
-    if not isinstance(inner, DistributedOptimizer):
-        dict_list_map_inplace(lambda v: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v, state)
-        inner.load_state_dict(state)
+    if isinstance(inner, DistributedOptimizer):
+        fill(inner, state)
         return
-    for index, parameter in enumerate(_parameters(inner)):
-        entries = state["param_state"][index]
-        entries["param"] = entries.pop(_MAIN_PARAMETER, parameter.detach())
-    # Megatron fills whatever a parameter's state has, from entries without the step count that torch's Adam keeps there.
-    adam_states = inner.optimizer.state.values()
-    counts = [adam_state.pop("step", None) for adam_state in adam_states]
-    inner.load_parameter_state_from_fully_reshardable(state["param_state"])
-    for adam_state, count in zip(adam_states, counts, strict=True):
-        if count is not None:
-            adam_state["step"] = count.clone()  # Megatron lets all share one, which each parameter's step would advance
-
-
-def _parameters(optimizer: DistributedOptimizer) -> Iterator[torch.nn.Parameter]:
-    """In the order of the entries that `fully_reshardable` makes."""
-    for buffer in optimizer.buffers:
-        yield from buffer.param_index_map
+    dict_list_map_inplace(lambda v: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v, state)
+    inner.load_state_dict(state)
 
 
 def _allocate_adam(optimizer: MegatronOptimizer, steps: int) -> None:
@@ -203,13 +190,10 @@ def _allocate_adam(optimizer: MegatronOptimizer, steps: int) -> None:
     for group in adam.param_groups:
         if not is_torch:
             group["step"] = steps
-            continue
         for parameter in group["params"]:
-            adam.state[parameter] = {
-                "step": torch.tensor(float(steps)),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            adam.state[parameter] = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            if is_torch:
+                adam.state[parameter]["step"] = torch.tensor(float(steps))
 
 
 def _rng_state() -> ShardedObject:
