@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from forked_ranks import run_ranks
 from learner_worker import counted, digests_of, make_learner, preferences, sequences_of
+from offloading import offload_without_a_gpu
 
+from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.learner.megatron import data_parallel
@@ -148,7 +150,14 @@ def run_rank(rank: int, job: dict, phase: dict, path: Path) -> None:
         )
     config = job["config"] | {"learner": job["config"]["learner"] | phase["learner"]}
     checked = RunConfig.model_validate(config | {"model": job["model"]["section"]})
-    learner = make_learner({"config": config}, job["model"], join_learner(checked.learner, "cpu"))
+    placement = join_learner(checked.learner, "cpu")
+    if "offload" in phase:  # which no config accepts without a GPU
+        offload_without_a_gpu()
+        keys = checked.learner.model_copy(update={"optimizer_offload": phase["offload"]})
+        arch = architecture_of(checked.model, job["model"]["vocab_size"])
+        learner = MegatronLearner(checked.model_copy(update={"learner": keys}), arch, placement)
+    else:
+        learner = make_learner({"config": config}, job["model"], placement)
     act = train_and_save if "save" in phase else resume
     result = act(learner, job, phase, path.parent / phase["name"])
     (path.parent / f"{phase['name']}-rank{rank}.json").write_text(json.dumps(result))

@@ -53,7 +53,7 @@ CHANGES = [
 ]
 
 
-def phase(name: str, layout: Layout, **what: str) -> dict:
+def phase(name: str, layout: Layout, **what: str | float) -> dict:
     sizes = {"tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline, "ranks": layout.ranks}
     buckets = {"bucket_size": 3000} if layout.overlap_grad_reduce else {}  # else these models have one
     return {"name": name, "learner": sizes | layout.keys, **buckets, **what}
@@ -73,6 +73,12 @@ class Ranks:
         for source, target in CHANGES:
             saved = str(directory / "saved" / str(source) / "2")
             phases.append(phase(f"{source} to {target}", target, resume=saved))
+        saved = str(directory / "saved/offloaded")
+        phases.append(phase("offloaded", DIVIDED_BF16, save=saved, offload=0.5))
+        for version in (1, 2):
+            resumed = f"offloaded from {version}"
+            phases.append(phase(resumed, DIVIDED_BF16, resume=f"{saved}/{version}", offload=0.5))
+        phases.append(phase("offloaded to whole", BF16, resume=f"{saved}/2"))
         config = {
             "learner": REINFORCEMENT | {"micro_batch_tokens": 2 * CONTEXT_LENGTH, "timeout_s": 60},
             "warm_start": WARM_START,
@@ -113,6 +119,23 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks: Ranks, layout: Layout, versi
         for key in ("weights", "adam", "rates", "version"):
             assert rest[key] == whole[key], key
         assert all("exp_avg" in state for state in rest["adam"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_offloaded_optimizer_goes_on_bit_for_bit(ranks: Ranks, version: int):
+    for whole, rest in zip(ranks.results("offloaded"), ranks.results(f"offloaded from {version}"), strict=True):
+        assert rest["metrics"] == whole["metrics"][version:]
+        for key in ("weights", "adam", "rates", "version"):
+            assert rest[key] == whole[key], key
+        assert all("master_param" in state for state in rest["adam"])
+
+
+@pytest.mark.slow
+def test_an_offloaded_optimizer_goes_on_where_nothing_is_offloaded(ranks: Ranks):
+    (whole,), (offloaded, _) = ranks.results("offloaded to whole"), ranks.results("offloaded")
+    for ours, theirs in zip(whole["metrics"], offloaded["metrics"][2:], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
 @pytest.mark.slow

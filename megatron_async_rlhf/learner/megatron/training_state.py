@@ -11,7 +11,7 @@ reads what the other wrote. What lies beside the tensors (groups, rates, step co
 config and the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -90,7 +91,8 @@ def load_training_state(directory: Path, models: Sequence[TrainedModel]) -> int:
     _load_model(policy, loaded, kept, steps)
     for value_model in others:
         _load_model(value_model, loaded[_VALUE], kept[_VALUE], steps)
-    if not all(map(_has_its_main_parameters, models)):
+    pairs = (pair for model in models for pair in _main_parameters(model))
+    if not all(torch.equal(main.to(own.dtype), own) for main, own in pairs):
         raise LearnerError(
             f"{directory}: the float32 weights of its optimizer are not those of its model, as some layouts with "
             f"learner.distributed_optimizer once saved them; begin another run with model.hf = {directory}"
@@ -129,12 +131,17 @@ def _load_model(model: TrainedModel, loaded: dict[str, Any], kept: dict[str, Any
     if steps:
         _load_optimizer(model.optimizer, merge(kept["optimizer"], loaded["optimizer"]))
     else:
-        model.optimizer.reload_model_params()  # which it copied, if it works on others, before they were loaded
+        for main, own in _main_parameters(model):
+            main.copy_(own)
+    adam = _inner(model.optimizer).optimizer
+    if isinstance(adam, HybridDeviceOptimizer):
+        for parameter, on_host in adam.gpu_params_map_cpu_copy.items():
+            on_host.data.copy_(parameter)
     model.schedule.step(increment=steps)
 
 
-def _has_its_main_parameters(model: TrainedModel) -> bool:
-    """Whether the optimizer's float32 parameters, if it has any, round to the model's."""
+def _main_parameters(model: TrainedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Float32 parameters that the optimizer has of its own, and the model's that they are of; flat."""
     inner = _inner(model.optimizer)
     for parameter in (parameter for chunk in model.chunks for parameter in chunk.parameters()):
         main = getattr(parameter, "main_param", None)
@@ -144,9 +151,7 @@ def _has_its_main_parameters(model: TrainedModel) -> bool:
         if isinstance(inner, DistributedOptimizer):
             part = inner._get_model_param_range_map(parameter)["param"]
             own = own[part.start : part.end]
-        if not torch.equal(main.detach().flatten().to(own.dtype), own):
-            return False
-    return True
+        yield main.detach().flatten(), own
 
 
 def load_chunks(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
@@ -186,14 +191,20 @@ def _allocate_adam(optimizer: MegatronOptimizer, steps: int) -> None:
     Torch's Adam has it in every parameter's state, Apex's and Transformer Engine's in the groups.
     """
     adam = _inner(optimizer).optimizer
-    is_torch = isinstance(adam, torch.optim.Adam)
-    for group in adam.param_groups:
-        if not is_torch:
-            group["step"] = steps
-        for parameter in group["params"]:
-            adam.state[parameter] = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            if is_torch:
-                adam.state[parameter]["step"] = torch.tensor(float(steps))
+    is_hybrid = isinstance(adam, HybridDeviceOptimizer)
+    for part in adam.sub_optimizers if is_hybrid else [adam]:
+        is_torch = isinstance(part, torch.optim.Adam)
+        for group in part.param_groups:
+            if not is_torch:
+                group["step"] = steps
+            for parameter in group["params"]:
+                state = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                if is_torch:
+                    device = parameter.device if group["fused"] else None
+                    state["step"] = torch.tensor(float(steps), device=device)
+                part.state[parameter] = state
+    if is_hybrid:  # its own `load_state_dict` fails on float32 parameters
+        adam._sync_sub_optimizers_state_to_hdo()
 
 
 def _rng_state() -> ShardedObject:
