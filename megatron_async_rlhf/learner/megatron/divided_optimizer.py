@@ -24,7 +24,7 @@ from megatron_async_rlhf.learner.megatron.host_copy import on_host
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MAIN_PARAMETER = "fp32_param"  # as an undivided optimizer calls it
-_GATHERED_AT_ONCE = 2**26  # numbers, on the device of the rank that writes
+_GATHERED_AT_ONCE = 2**24  # numbers, on the device of the rank that writes
 
 Entries = dict[str, dict[int, Any]]  # `exp_avg` and so on -> number of a parameter -> what is saved or loaded of it
 
@@ -64,16 +64,8 @@ def gathered_state(optimizer: DistributedOptimizer, model_state: dict[str, Any])
     entries: Entries = {}
     for bucket in _buckets(optimizer):
         for key in _keys(bucket):
-            whole = _gather(optimizer, bucket, key)
-            if whole is None:
-                continue
-            found = {}
-            for parameter, place in bucket.places.items():
-                shard = shards[parameter]
-                if is_main_replica(shard.replica_id):
-                    data = whole[place : place + parameter.numel()].view(parameter.shape)
-                    found[numbers[parameter]] = _entry(shard, key, data)
-            entries.setdefault(key, {}).update(on_host(found))
+            for parameter, entry in _whole_parameters(optimizer, bucket, key, shards).items():
+                entries.setdefault(key, {})[numbers[parameter]] = entry
     return entries
 
 
@@ -152,6 +144,20 @@ def _kept(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) -> dic
     return {_MAIN_PARAMETER: main, **optimizer.optimizer.state[main]}
 
 
+def _whole_parameters(
+    optimizer: DistributedOptimizer, bucket: _Bucket, key: str, shards: dict[torch.nn.Parameter, ShardedBase]
+) -> dict[torch.nn.Parameter, Any]:
+    """What this rank writes of a bucket, copied out of the flat buffer, which goes."""
+    whole, found = _gather(optimizer, bucket, key), {}
+    if whole is not None:
+        for parameter, place in bucket.places.items():
+            shard = shards[parameter]
+            if is_main_replica(shard.replica_id):
+                data = whole[place : place + parameter.numel()].view(parameter.shape)
+                found[parameter] = _entry(shard, key, data)
+    return on_host(found)
+
+
 def _gather(optimizer: DistributedOptimizer, bucket: _Bucket, key: str) -> torch.Tensor | None:
     """A whole bucket in host memory, padding included, on the first rank."""
     group = optimizer.data_parallel_group
@@ -162,8 +168,9 @@ def _gather(optimizer: DistributedOptimizer, bucket: _Bucket, key: str) -> torch
     width = max(1, _GATHERED_AT_ONCE // group.size())
     for start in range(0, bucket.share, width):
         sent = mine[start : start + width]
-        received = None if whole is None else [torch.empty_like(sent) for _ in range(group.size())]
-        dist.gather(sent, received, group=group, group_dst=0)
-        if whole is not None:
-            whole[:, start : start + width] = torch.stack(received)
+        places = [] if whole is None else [row[start : start + width] for row in whole]
+        received = [place if sent.is_cpu else torch.empty_like(sent) for place in places]
+        dist.gather(sent, received or None, group=group, group_dst=0)
+        for place, part in zip(places, received, strict=True):
+            place.copy_(part)
     return None if whole is None else whole.flatten()

@@ -110,8 +110,8 @@ class MegatronLearner:
             if command.reference is not None:
                 with rl.reference_chunks() as chunks:
                     states[Path(command.reference)] = on_host(weights_state(chunks))
-            states[Path(command.checkpoint)] = rl.state(self.version)
-            self._save.start(states, snapshot=command.snapshot)
+            states[Path(command.checkpoint)] = rl.state(self.version, snapshot=command.snapshot)
+            self._save.start(states)
         return self._answer(command.id)
 
     def finish_checkpoint(self, command: FinishCheckpoint) -> Answer:

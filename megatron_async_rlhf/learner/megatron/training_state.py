@@ -36,6 +36,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.learner.megatron.divided_optimizer import fill, gathered_state, requested_state
+from megatron_async_rlhf.learner.megatron.host_copy import on_host
 from megatron_async_rlhf.learner.megatron.trained_model import TrainedModel
 
 _METADATA = {"chained_optim_avoid_prefix": True}
@@ -49,17 +50,18 @@ def weights_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     return {f"model{i}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for i, chunk in enumerate(chunks)}
 
 
-def training_state(models: Sequence[TrainedModel], version: int) -> dict[str, Any]:
+def training_state(models: Sequence[TrainedModel], version: int, *, snapshot: bool) -> dict[str, Any]:
     """Sharded state dict of everything training goes on from. Collective: a divided optimizer is gathered.
 
     Args:
         models: the policy, and the value model if there is one, which has made as many steps.
+        snapshot: what this rank writes of it is a copy in host memory, which stays as it is while training goes on.
     """
     policy, *others = models
     steps = policy.schedule.num_steps
-    state = _model_state(policy, steps)
+    state = _model_state(policy, steps, snapshot=snapshot)
     for value_model in others:
-        state[_VALUE] = _model_state(value_model, steps, _VALUE)
+        state[_VALUE] = _model_state(value_model, steps, _VALUE, snapshot=snapshot)
     state["rng"] = _rng_state()
     state["common"] = {"version": version, "steps": steps, "ranks": dist.get_world_size()}
     return state
@@ -102,11 +104,16 @@ def load_training_state(directory: Path, models: Sequence[TrainedModel]) -> int:
     return common["version"]
 
 
-def _model_state(model: TrainedModel, steps: int, name: str = "") -> dict[str, Any]:
-    state = _named_weights(model, name)
+def _model_state(model: TrainedModel, steps: int, name: str = "", *, snapshot: bool) -> dict[str, Any]:
+    state, of_optimizer = _named_weights(model, name), {}
     if steps:  # before its first step Adam has no state
-        state["optimizer"], _ = _optimizer_state(model.optimizer, state, is_loading=False)
-    return state
+        inner = _inner(model.optimizer)
+        if isinstance(inner, DistributedOptimizer):
+            of_optimizer["optimizer"] = gathered_state(inner, state)
+        else:
+            sharded, _ = _undivided_state(inner, state, is_loading=False)
+            of_optimizer["optimizer"] = on_host(sharded) if snapshot else sharded
+    return (on_host(state) if snapshot else state) | of_optimizer
 
 
 def _request(model: TrainedModel, steps: int, name: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -114,7 +121,11 @@ def _request(model: TrainedModel, steps: int, name: str = "") -> tuple[dict[str,
     request, kept = _named_weights(model, name), {}
     if steps:
         _allocate_adam(model.optimizer, steps)
-        request["optimizer"], kept["optimizer"] = _optimizer_state(model.optimizer, request, is_loading=True)
+        inner = _inner(model.optimizer)
+        if isinstance(inner, DistributedOptimizer):
+            request["optimizer"], kept["optimizer"] = requested_state(inner, request), {}
+        else:
+            request["optimizer"], kept["optimizer"] = _undivided_state(inner, request, is_loading=True)
     return request, kept
 
 
@@ -135,8 +146,8 @@ def _load_model(model: TrainedModel, loaded: dict[str, Any], kept: dict[str, Any
             main.copy_(own)
     adam = _inner(model.optimizer).optimizer
     if isinstance(adam, HybridDeviceOptimizer):
-        for parameter, on_host in adam.gpu_params_map_cpu_copy.items():
-            on_host.data.copy_(parameter)
+        for parameter, offloaded in adam.gpu_params_map_cpu_copy.items():
+            offloaded.data.copy_(parameter)
     model.schedule.step(increment=steps)
 
 
@@ -167,11 +178,8 @@ def _inner(optimizer: MegatronOptimizer) -> MegatronOptimizer:
     return chained[0]
 
 
-def _optimizer_state(optimizer: MegatronOptimizer, model_state: dict, *, is_loading: bool) -> tuple[dict, dict]:
+def _undivided_state(inner: MegatronOptimizer, model_state: dict, *, is_loading: bool) -> tuple[dict, dict]:
     """The sharded part of the optimizer's state, and the rest, which is not saved."""
-    inner = _inner(optimizer)
-    if isinstance(inner, DistributedOptimizer):
-        return (requested_state if is_loading else gathered_state)(inner, model_state), {}
     state = inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_METADATA))
     return extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
 
