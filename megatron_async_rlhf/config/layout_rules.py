@@ -2,7 +2,7 @@
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.config.sections import LearnerSection
+from megatron_async_rlhf.config.sections import Fp8Keys, LearnerSection
 from megatron_async_rlhf.errors import ConfigError
 
 # What vLLM's attention on CPU can run; another size only fails once the first request arrives.
@@ -22,7 +22,9 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
     _check_padded_vocabulary("generator.tensor_parallel", config.generator.tensor_parallel, arch)
     check_pipeline_parallel("learner.pipeline_parallel", config.learner.pipeline_parallel, arch)
     _check_virtual_stages(config.learner, arch)
-    _check_bf16_layers(config.learner, arch)
+    if config.learner.fp8 is not None:
+        _check_bf16_layers(config.learner.fp8, config.learner.pipeline_parallel, arch)
+        _check_fp8_sizes(config.learner.fp8, config.learner.tensor_parallel, arch)
     if config.generator.max_new_tokens >= arch.context_length:
         raise ConfigError(
             f"generator.max_new_tokens = {config.generator.max_new_tokens} leaves no room for a prompt in "
@@ -113,9 +115,32 @@ def _check_virtual_stages(learner: LearnerSection, arch: Architecture) -> None:
         )
 
 
-def _check_bf16_layers(learner: LearnerSection, arch: Architecture) -> None:
-    if learner.fp8 is not None and 2 * learner.fp8.bf16_layers >= arch.layers:
+def _check_bf16_layers(fp8: Fp8Keys, stages: int, arch: Architecture) -> None:
+    if 2 * fp8.bf16_layers >= arch.layers:
         raise ConfigError(
-            f"learner.fp8.bf16_layers = {learner.fp8.bf16_layers} at both ends leave none of the {arch.layers} layers "
-            "in FP8; lower it, or remove learner.fp8"
+            f"learner.fp8.bf16_layers = {fp8.bf16_layers} at both ends leave none of the {arch.layers} layers in FP8; "
+            "lower it, or remove learner.fp8"
         )
+    if fp8.bf16_layers > arch.layers // stages:
+        raise ConfigError(
+            f"learner.fp8.bf16_layers = {fp8.bf16_layers} is above the {arch.layers} / {stages} = {arch.layers // stages} "
+            "layers of a pipeline stage; lower it, or learner.pipeline_parallel"
+        )
+
+
+def _check_fp8_sizes(fp8: Fp8Keys, ranks: int, arch: Architecture) -> None:
+    """Both sides of every matrix, as a tensor-parallel rank has it, come in whole tiles."""
+    tile = 32 if fp8.recipe == "mxfp8" else 16
+    rows = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
+    for what, size, parts in (
+        ("hidden size", arch.hidden_size, 1),
+        ("feed-forward size", arch.ffn_size, ranks),
+        ("query size, heads x head size,", arch.heads * arch.head_dim, ranks),
+        ("query, key and value size together,", rows, ranks),
+    ):
+        if size // parts % tile:
+            divided = f"{size} / {parts} = {size // parts}" if parts > 1 else f"{size}"
+            raise ConfigError(
+                f"learner.fp8.recipe = {fp8.recipe} needs multiples of {tile}, and the {what} on a rank is {divided}; "
+                f"remove learner.fp8{', or lower learner.tensor_parallel' if parts > 1 else ''}"
+            )

@@ -55,17 +55,10 @@ def check_device(device: Device, learner: LearnerSection) -> None:
             f"learner.optimizer_offload = {learner.optimizer_offload} is a kind of Megatron's distributed optimizer: set "
             "learner.distributed_optimizer = true, which takes learner.ranks that hold the same weights, or optimizer_offload = 0"
         )
-    if learner.fp8 is None:
-        return
-    if learner.precision != "bf16":
+    if device == "cuda" and learner.context_parallel > 1 and learner.precision == "fp32":
+        raise ValueError(
+            f"learner.context_parallel = {learner.context_parallel} on GPUs takes attention that has no float32: set "
+            "learner.precision = bf16, or context_parallel = 1"
+        )
+    if learner.fp8 is not None and learner.precision != "bf16":
         raise ValueError(f"learner.fp8 goes with learner.precision = bf16, not {learner.precision}")
-    if learner.fp8.parameters and learner.reference == "swapped":
-        raise ValueError(
-            "learner.fp8.parameters has scales that a swap would mix up: set learner.reference = resident, or "
-            "fp8.parameters = false"
-        )
-    if learner.fp8.parameters and learner.distributed_optimizer:
-        raise ValueError(
-            "learner.fp8.parameters need whole float32 weights beside them to push and export: set "
-            "learner.distributed_optimizer = false, or fp8.parameters = false"
-        )

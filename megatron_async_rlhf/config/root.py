@@ -69,6 +69,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def check_overlong_buffer(self) -> "RunConfig":
+        buffer, longest = self.algorithm.overlong_buffer, self.generator.max_new_tokens
+        if buffer is not None and buffer > longest:
+            raise ValueError(
+                f"algorithm.overlong_buffer = {buffer} is above generator.max_new_tokens = {longest}: every completion "
+                "would be overlong"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_learner(self) -> "RunConfig":
         check_parallelism(self.learner)
         check_device(self.run.device, self.learner)

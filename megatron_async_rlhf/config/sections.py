@@ -92,7 +92,6 @@ class Fp8Keys(Section):
 
     # How scales are chosen: from earlier steps | from the tensor | per block of 128 (Hopper) | per 32 (Blackwell)
     recipe: Fp8Recipe = "tensorwise"
-    parameters: bool = False  # keep layer weights in FP8 too, instead of casting bf16 ones at every use
     bf16_layers: int = Field(0, ge=0)  # so many first and so many last layers stay in bf16
 
     @model_validator(mode="after")

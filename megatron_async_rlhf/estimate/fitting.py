@@ -11,6 +11,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.generator_memory import GeneratorMemory, generator_memory
 from megatron_async_rlhf.estimate.learner_memory import FIXED_CUDA, MIB, LearnerMemory, learner_memory
+from megatron_async_rlhf.estimate.save_memory import save_memory
 
 # Processes of a run on a CPU without model and data: proportional set sizes (`smaps_rollup`) of a run of
 # examples/quickstart.yaml, whose model is below 4 MB.
@@ -35,11 +36,13 @@ class RunMemory:
         learner: a rank of each pipeline stage.
         generator: a worker.
         host: all processes on a CPU together; beside GPUs, what the learner ranks keep in the machine's memory.
+        save: the part of it that is there while a checkpoint is written.
     """
 
     learner: list[LearnerMemory]
     generator: GeneratorMemory
     host: int
+    save: int
 
     @property
     def largest_rank(self) -> int:
@@ -52,12 +55,13 @@ def run_memory(config: RunConfig, arch: Architecture) -> RunMemory:
     learner = learner_memory(config, arch)
     generator = generator_memory(config, arch, fixed=FIXED_WORKER_CPU if on_cpu else FIXED_CUDA)
     ranks_of_stage = config.learner.world_size // len(learner)
-    host = ranks_of_stage * sum(rank.host for rank in learner)
+    save = config.learner.tensor_parallel * sum(save_memory(config, arch))
+    host = ranks_of_stage * sum(rank.host for rank in learner) + save
     if on_cpu:
         workers = config.generator.workers
         host += ranks_of_stage * sum(rank.total for rank in learner) + workers * generator.total
         host += config.generator.replicas * FIXED_SERVER_CPU + FIXED_CONTROL_CPU
-    return RunMemory(learner=learner, generator=generator, host=host)
+    return RunMemory(learner=learner, generator=generator, host=host, save=save)
 
 
 def needed(config: RunConfig, memory: RunMemory) -> int:

@@ -118,8 +118,8 @@ def _value_model(config: RunConfig, arch: Architecture, stage: int) -> tuple[int
 
 
 def _weights(learner: LearnerSection, arch: Architecture, stage: int, holding: Holding) -> int:
-    """Weights in the learner's precision, or of layers in FP8: rows and columns first, which Transformer Engine keeps
-    beside the bf16 ones it casts them from, unless `fp8.parameters`."""
+    """Weights in the learner's precision, and of layers in FP8 rows and columns first, which Transformer Engine keeps
+    beside the bf16 ones it casts them from."""
     item = ITEM_BYTES[learner.weights_dtype]
     if learner.fp8 is None:
         return item * holding.total
@@ -128,7 +128,7 @@ def _weights(learner: LearnerSection, arch: Architecture, stage: int, holding: H
     layers = arch.layers // learner.pipeline_parallel
     at_ends = (stage == 0) + (stage == learner.pipeline_parallel - 1)
     in_fp8 = matrices * max(0, layers - at_ends * learner.fp8.bf16_layers)
-    return item * (holding.total - (in_fp8 if learner.fp8.parameters else 0)) + 2 * in_fp8
+    return item * holding.total + 2 * in_fp8
 
 
 def _optimizer(config: RunConfig, holding: Holding) -> tuple[int, int]:

@@ -103,9 +103,9 @@ def _verdict_on_learner(config: RunConfig, arch: Architecture, memory: RunMemory
         what = (
             f"learner: the fullest rank{shared} needs {_gib(bytes_needed)} of {_gib(room)} GiB (launch.gpu_memory_gib)"
         )
-        if memory.host:
-            what += f", and all ranks {_gib(memory.host)} GiB of the machine's memory"
+        what += f", and all ranks {_gib(memory.host)} GiB of the machine's memory"
     lines = [f"{what}: {'fits' if bytes_needed <= room else 'does not fit'}"]
+    lines.append(f"  of the machine's memory, {_gib(memory.save)} GiB are for checkpoints, while one is written")
     if config.run.device == "cpu":
         lines.append("  on top comes freed memory that glibc keeps: up to 0.6 times a learner rank's in small models")
     if bytes_needed <= room:

@@ -29,20 +29,25 @@ def find_resumption(config: RunConfig) -> Resumption:
     """Look into `run.dir`.
 
     Raises:
-        ConfigError: a key has changed that must not.
+        ConfigError: a key has changed that must not, or a completed run without a checkpoint is to make more steps.
         CheckpointError: the newest checkpoint is broken.
     """
     run_dir, steps = config.run.path.absolute(), config.schedule.steps
     if not (run_dir / RESOLVED_CONFIG).is_file():
         return Resumption(note=f"{run_dir} holds no run yet: starting from the beginning")
     summary, places = read_summary(run_dir), RunCheckpoints(run_dir)
-    finished = summary.get("status") == "completed" and summary.get("steps", 0) >= steps
-    versions = places.versions()
+    completed, made = summary.get("status") == "completed", summary.get("steps", 0)
+    finished, versions = completed and made >= steps, places.versions()
+    if completed and not (finished or versions):
+        raise ConfigError(
+            f"schedule.steps = {steps}: {run_dir} is completed after {made} steps and has no checkpoint to go on from, "
+            "which takes checkpoint.every_steps from its start; run without --resume to start over"
+        )
     if not (finished or versions):
         return Resumption(note=f"{run_dir} has no checkpoint yet: starting from the beginning")
     check_same_run(load_config(run_dir / RESOLVED_CONFIG), config)
     if finished:
-        return Resumption(note=f"{run_dir} is completed: all {summary['steps']} steps are made", finished=True)
+        return Resumption(note=f"{run_dir} is completed: all {made} steps are made", finished=True)
     version = versions[-1]
     if version > steps:
         raise ConfigError(f"schedule.steps = {steps} is below the {version} steps of {places.path(version)}; raise it")

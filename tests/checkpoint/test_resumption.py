@@ -127,6 +127,17 @@ def test_a_completed_run_has_nothing_to_do_unless_there_are_more_steps(found: Fo
     assert found.resume("schedule.steps=12").version == 4
 
 
+def test_a_completed_run_without_a_checkpoint_does_not_start_over(found: Found):
+    (found.run / "summary.json").write_text('{"status": "completed", "steps": 10}')
+    shutil.rmtree(found.run / "checkpoints")
+    assert found.resume().finished
+    with pytest.raises(ConfigError) as error:
+        found.resume("schedule.steps=12")
+    message = str(error.value)
+    assert message.startswith(f"schedule.steps = 12: {found.run} is completed after 10 steps and has no checkpoint")
+    assert "checkpoint.every_steps" in message and "\n" not in message
+
+
 @pytest.mark.parametrize(
     ("override", "before"),
     [

@@ -194,6 +194,32 @@ def test_a_layout_that_cannot_hold_the_model_is_refused(load, sections: dict, na
     refused(lambda: check_layouts(config, architecture_of(config.model, 261)), *named)
 
 
+ON_GPUS = {"run": {"device": "cuda"}, "weights": {"transport": "nccl"}, "generator": {"max_new_tokens": 28}}
+
+
+@pytest.mark.parametrize(
+    ("learner", "model", "named"),
+    [
+        ({"fp8": {"bf16_layers": 2}}, {"layers": 4}, ["bf16_layers = 2", "none of the 4 layers"]),
+        ({"pipeline_parallel": 4, "fp8": {"bf16_layers": 3}}, {"layers": 8}, ["bf16_layers = 3", "8 / 4 = 2 layers"]),
+        ({"fp8": {}}, {"ffn_size": 104}, ["fp8.recipe = tensorwise", "multiples of 16", "feed-forward size", "104"]),
+        ({"fp8": {}, "tensor_parallel": 2}, {"ffn_size": 80}, ["80 / 2 = 40", "lower learner.tensor_parallel"]),
+        ({"fp8": {}, "tensor_parallel": 4}, {"hidden_size": 96}, ["query size", "96 / 4 = 24"]),
+        (
+            {"fp8": {"recipe": "mxfp8"}},
+            {"hidden_size": 48},
+            ["fp8.recipe = mxfp8", "multiples of 32", "hidden size", "48"],
+        ),
+    ],
+)
+def test_what_fp8_cannot_divide_is_refused(load, learner: dict, model: dict, named: list[str]):
+    plain = {"layers": 12, "hidden_size": 128, "ffn_size": 256, "heads": 4}
+    config = load(**ON_GPUS, learner={"precision": "bf16"} | learner, model=plain)
+    check_layouts(config, architecture_of(config.model, 261))  # the change below is what it refuses
+    config = load(**ON_GPUS, learner={"precision": "bf16"} | learner, model=plain | model)
+    refused(lambda: check_layouts(config, architecture_of(config.model, 261)), *named)
+
+
 @pytest.mark.parametrize(
     "sections",
     [

@@ -20,6 +20,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.holdings import learner_holdings
 from megatron_async_rlhf.estimate.learner_memory import LOGITS_BLOCK, LearnerMemory, learner_memory
 from megatron_async_rlhf.estimate.report import ACCURACY
+from megatron_async_rlhf.estimate.save_memory import save_memory
 from megatron_async_rlhf.weights.layout import LearnerLayout
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for all ranks of all cases
@@ -36,8 +37,11 @@ CASES = {
     "bf16": {"precision": "bf16"},
     "swapped reference": {"reference": "swapped"},
     "distributed optimizer": {"ranks": 2, "distributed_optimizer": True},
+    "distributed optimizer, bf16": {"ranks": 2, "distributed_optimizer": True, "precision": "bf16"},
     "recompute, long rows": {"recompute": "full", "micro_batch_tokens": 4096},
 }
+
+SAVED = ["one rank", "bf16", "distributed optimizer", "distributed optimizer, bf16"]
 
 
 def config_of(case: str) -> RunConfig:
@@ -68,9 +72,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     """Of each case what every rank wrote down."""
     directory = tmp_path_factory.mktemp("peaks")
     jobs = [
-        {"name": name, "vocab_size": VOCAB_SIZE, "config": config_of(name).model_dump(mode="json", exclude_unset=True)}
+        {
+            "name": name, "vocab_size": VOCAB_SIZE, "save": name in SAVED,
+            "config": config_of(name).model_dump(mode="json", exclude_unset=True),
+        }
         for name in CASES
-    ]
+    ]  # fmt: skip
     (directory / "job.json").write_text(json.dumps(jobs))
     here = Path(__file__).parent
     program = str(here / "measured_rank.py")
@@ -119,6 +126,18 @@ def test_weights_are_exact(measured: dict[str, list[dict]], case: str):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", SAVED)
+def test_estimated_copy_of_a_save(measured: dict[str, list[dict]], case: str):
+    """Only one of the ranks that hold the same weights keeps one; the other sends it what it has."""
+    config = config_of(case)
+    (estimate,) = save_memory(config, architecture(config))
+    writer, *others = [figures["save"] for figures in measured[case]]
+    print(case, round(estimate / writer, 3), [round(other / writer, 3) for other in others])
+    assert estimate == pytest.approx(writer, rel=ACCURACY)
+    assert all(other < 0.25 * writer for other in others)
+
+
+@pytest.mark.slow
 def test_the_measure_sees_what_a_case_saves(measured: dict[str, list[dict]]):
     """Else it could be some size that all cases have."""
     whole, shared = measured["one rank"][0], measured["distributed optimizer"][0]
@@ -140,6 +159,15 @@ def test_a_padded_vocabulary_is_held():
     (held,) = learner_holdings(arch, LearnerLayout(tensor_parallel=2))
     (even,) = learner_holdings(dataclasses.replace(arch, vocab_size=8192), LearnerLayout(tensor_parallel=2))
     assert held == even
+
+
+def test_what_is_saved_is_the_model_once():
+    """However it is divided: not a stage's copy of tied embeddings, not what the ranks of a data-parallel group share."""
+    tied = dataclasses.replace(architecture(config_of("one rank")), tie_embeddings=True)
+    whole = save_memory(config_of("one rank"), tied)
+    assert whole == [16 * tied.num_parameters]  # weights, two moments, and the reference, in float32
+    assert sum(save_memory(config_of("pipeline"), tied)) == sum(whole)
+    assert save_memory(config_of("distributed optimizer"), tied) == whole
 
 
 def with_algorithm(algorithm: dict, learner: dict | None = None) -> LearnerMemory:

@@ -13,9 +13,12 @@ from pathlib import Path
 import torch
 from forked_ranks import run_ranks
 from learner_worker import counted, digests_of, make_learner, preferences, sequences_of
+from offloading import offload_without_a_gpu
 
+from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError
+from megatron_async_rlhf.learner.megatron import data_parallel
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import join_learner
 from megatron_async_rlhf.learner.megatron.trained_model import TrainedModel
@@ -88,6 +91,23 @@ def error_of_a_save(learner: MegatronLearner, directory: Path) -> str:
     return ""
 
 
+def move_main_parameters(learner: MegatronLearner) -> None:
+    """Of an optimizer that has its own: by one place."""
+    for parameter in learner.chunks[0].parameters():
+        if (main := getattr(parameter, "main_param", None)) is not None:
+            main.data.copy_(main.data.roll(1))
+
+
+def error_of_resuming(learner: MegatronLearner, source: Path) -> str:
+    try:
+        learner.resume_reinforcement(
+            ResumeReinforcement(checkpoint=str(source / "checkpoint"), reference=str(source / "reference"))
+        )
+    except LearnerError as error:
+        return str(error)
+    return ""
+
+
 def train_and_save(learner: MegatronLearner, job: dict, phase: dict, directory: Path) -> dict:
     """Versions 1 (the optimizer has not stepped yet) and 2 are saved, the second while version 3 is trained."""
     root = Path(phase["save"])
@@ -106,8 +126,11 @@ def train_and_save(learner: MegatronLearner, job: dict, phase: dict, directory: 
     finish(learner)
     result |= outcome(learner, metrics, directory)
     result["error"] = error_of_a_save(learner, root / "blocked")
+    move_main_parameters(learner)
     save(learner, root / "after the error", snapshot=True)
     finish(learner)
+    if learner.config.learner.precision == "bf16":
+        result["moved"] = error_of_resuming(learner, root / "after the error")
     return result
 
 
@@ -121,9 +144,20 @@ def resume(learner: MegatronLearner, job: dict, phase: dict, directory: Path) ->
 
 
 def run_rank(rank: int, job: dict, phase: dict, path: Path) -> None:
+    if "bucket_size" in phase:  # of a gradient buffer; Megatron's own is that of large models
+        data_parallel.DistributedDataParallelConfig = partial(
+            data_parallel.DistributedDataParallelConfig, bucket_size=phase["bucket_size"]
+        )
     config = job["config"] | {"learner": job["config"]["learner"] | phase["learner"]}
     checked = RunConfig.model_validate(config | {"model": job["model"]["section"]})
-    learner = make_learner({"config": config}, job["model"], join_learner(checked.learner, "cpu"))
+    placement = join_learner(checked.learner, "cpu")
+    if "offload" in phase:  # which no config accepts without a GPU
+        offload_without_a_gpu()
+        keys = checked.learner.model_copy(update={"optimizer_offload": phase["offload"]})
+        arch = architecture_of(checked.model, job["model"]["vocab_size"])
+        learner = MegatronLearner(checked.model_copy(update={"learner": keys}), arch, placement)
+    else:
+        learner = make_learner({"config": config}, job["model"], placement)
     act = train_and_save if "save" in phase else resume
     result = act(learner, job, phase, path.parent / phase["name"])
     (path.parent / f"{phase['name']}-rank{rank}.json").write_text(json.dumps(result))

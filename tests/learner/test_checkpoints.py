@@ -31,10 +31,11 @@ SHAPE = {
 VOCAB_SIZE = 37
 ONE = Layout()
 GRID = Layout(tensor=2, pipeline=2)
-DIVIDED = Layout(data=2, distributed_optimizer=True)
+# Tied embeddings on several stages, and small buckets over three ranks: both leave padding inside a gradient buffer.
+DIVIDED = Layout(pipeline=2, data=2, distributed_optimizer=True)
 DIVIDED_GRID = Layout(tensor=2, data=2, distributed_optimizer=True)
 INTERLEAVED = Layout(pipeline=2, virtual_stages=2, reference="swapped")
-LATE = Layout(data=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+LATE = Layout(data=3, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 BF16 = Layout(precision="bf16")
 DIVIDED_BF16 = Layout(data=2, distributed_optimizer=True, precision="bf16")
 SAVED = [ONE, GRID, DIVIDED, INTERLEAVED, LATE, BF16, DIVIDED_BF16]
@@ -46,14 +47,16 @@ CHANGES = [
     (DIVIDED, DIVIDED_GRID),
     (INTERLEAVED, GRID),
     (DIVIDED, INTERLEAVED),
+    (LATE, ONE),
     (BF16, DIVIDED_BF16),
     (DIVIDED_BF16, BF16),
 ]
 
 
-def phase(name: str, layout: Layout, **what: str) -> dict:
+def phase(name: str, layout: Layout, **what: str | float) -> dict:
     sizes = {"tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline, "ranks": layout.ranks}
-    return {"name": name, "learner": sizes | layout.keys, **what}
+    buckets = {"bucket_size": 3000} if layout.overlap_grad_reduce else {}  # else these models have one
+    return {"name": name, "learner": sizes | layout.keys, **buckets, **what}
 
 
 class Ranks:
@@ -70,6 +73,12 @@ class Ranks:
         for source, target in CHANGES:
             saved = str(directory / "saved" / str(source) / "2")
             phases.append(phase(f"{source} to {target}", target, resume=saved))
+        saved = str(directory / "saved/offloaded")
+        phases.append(phase("offloaded", DIVIDED_BF16, save=saved, offload=0.5))
+        for version in (1, 2):
+            resumed = f"offloaded from {version}"
+            phases.append(phase(resumed, DIVIDED_BF16, resume=f"{saved}/{version}", offload=0.5))
+        phases.append(phase("offloaded to whole", BF16, resume=f"{saved}/2"))
         config = {
             "learner": REINFORCEMENT | {"micro_batch_tokens": 2 * CONTEXT_LENGTH, "timeout_s": 60},
             "warm_start": WARM_START,
@@ -110,6 +119,23 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks: Ranks, layout: Layout, versi
         for key in ("weights", "adam", "rates", "version"):
             assert rest[key] == whole[key], key
         assert all("exp_avg" in state for state in rest["adam"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_offloaded_optimizer_goes_on_bit_for_bit(ranks: Ranks, version: int):
+    for whole, rest in zip(ranks.results("offloaded"), ranks.results(f"offloaded from {version}"), strict=True):
+        assert rest["metrics"] == whole["metrics"][version:]
+        for key in ("weights", "adam", "rates", "version"):
+            assert rest[key] == whole[key], key
+        assert all("master_param" in state for state in rest["adam"])
+
+
+@pytest.mark.slow
+def test_an_offloaded_optimizer_goes_on_where_nothing_is_offloaded(ranks: Ranks):
+    (whole,), (offloaded, _) = ranks.results("offloaded to whole"), ranks.results("offloaded")
+    for ours, theirs in zip(whole["metrics"], offloaded["metrics"][2:], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -165,3 +191,12 @@ def test_a_file_that_cannot_be_written_fails_every_rank_and_is_named(ranks: Rank
         assert result["error"].startswith(f"checkpoint {blocked} could not be written (learner.0: IsADirectoryError")
     assert (ranks.directory / "saved" / str(layout) / "after the error/checkpoint/metadata.json").is_file()
     assert not (blocked / "metadata.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [BF16, DIVIDED_BF16], ids=str)
+def test_an_optimizer_of_other_weights_is_refused(ranks: Ranks, layout: Layout):
+    checkpoint = ranks.directory / "saved" / str(layout) / "after the error/checkpoint"
+    for result in ranks.results(layout):
+        assert result["moved"].startswith(f"{checkpoint}: the float32 weights of its optimizer are not those")
+        assert result["moved"].endswith(f"model.hf = {checkpoint}")

@@ -1,6 +1,6 @@
-"""Writes Megatron checkpoints while training goes on: plan and copy at once, files from a thread, then one last word.
+"""Writes Megatron checkpoints while training goes on: the plan at once, files from a thread, then one last word.
 
-    start:  every rank plans, copies what it will write, starts its thread   (collective; training goes on after it)
+    start:  every rank plans and starts its thread                           (collective; training goes on after it)
     thread: write and flush this rank's files                                (no collectives)
     finish: if all threads are done, rank 0 writes what makes the files a checkpoint   (collective)
 
@@ -58,11 +58,8 @@ class BackgroundSave:
         self._requests: list[AsyncRequest] = []
         self._names = ""
 
-    def start(self, states: Mapping[Path, dict], *, snapshot: bool) -> None:
-        """Begin to write each sharded state dict into its directory.
-
-        Args:
-            snapshot: write from a copy, so that the tensors may change from now on.
+    def start(self, states: Mapping[Path, dict]) -> None:
+        """Begin to write each sharded state dict into its directory; what is in host memory must not change meanwhile.
 
         Raises:
             LearnerError: the same on every rank.
@@ -78,7 +75,7 @@ class BackgroundSave:
             self._requests.append(request)
             writers.append(strategy.writer)
         for writer in writers:
-            writer.write_buckets = [_staged(bucket, snapshot) for bucket in writer.write_buckets]
+            writer.write_buckets = [_staged(bucket) for bucket in writer.write_buckets]
         self._under_way = self._thread.submit(self._write, writers)
 
     def finish(self) -> Span | None:
@@ -135,10 +132,10 @@ class BackgroundSave:
         return Span(name="write checkpoint", start=start, end=time.time(), process=f"learner.{self._placement.rank}")
 
 
-def _staged(bucket: tuple, snapshot: bool) -> tuple:
-    """A file's content in host memory, in memory of its own if `snapshot`."""
+def _staged(bucket: tuple) -> tuple:
+    """A file's content in host memory."""
     path, name, (objects, tensors) = bucket
-    return path, name, (objects, [(item, tensor.detach().to("cpu", copy=snapshot)) for item, tensor in tensors])
+    return path, name, (objects, [(item, tensor.detach().to("cpu")) for item, tensor in tensors])
 
 
 def _line(error: BaseException) -> str:

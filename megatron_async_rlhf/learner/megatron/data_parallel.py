@@ -29,7 +29,6 @@ class ReplicatedChunks:
             overlap_grad_reduce=learner.overlap_grad_reduce,
             overlap_param_gather=learner.overlap_param_gather,
             use_distributed_optimizer=learner.distributed_optimizer,
-            fp8_param_gather=learner.fp8 is not None and learner.fp8.parameters,
         )
         self.chunks = [
             # Buckets serve overlap; later chunks run first in backward and have nothing to overlap with.

@@ -21,7 +21,6 @@ def fp8_keys(fp8: Fp8Keys) -> dict[str, Any]:
     return {
         "fp8": "hybrid",  # E4M3 forward, E5M2 for gradients, which need the range
         "fp8_recipe": fp8.recipe,
-        "fp8_param": fp8.parameters,
         "fp8_amax_history_len": 1024 if fp8.recipe == "delayed" else 1,
         "fp8_amax_compute_algo": "max" if fp8.recipe == "delayed" else "most_recent",
         "first_last_layers_bf16": fp8.bf16_layers > 0,

@@ -19,12 +19,13 @@ from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.learner.flops import forward_flops, rollout_flops
 from megatron_async_rlhf.learner.megatron.background_save import BackgroundSave
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
+from megatron_async_rlhf.learner.megatron.host_copy import on_host
 from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.reinforcement import Reinforcement
 from megatron_async_rlhf.learner.megatron.steps import Passes, gather_policy_logprobs, read_logprobs
 from megatron_async_rlhf.learner.megatron.trained_model import Lesson, TrainedModel, training_step
-from megatron_async_rlhf.learner.megatron.training_state import on_host, weights_state
+from megatron_async_rlhf.learner.megatron.training_state import weights_state
 from megatron_async_rlhf.learner.megatron.weight_push import WeightPush
 from megatron_async_rlhf.learner.megatron.weights import RandomWeights, gather_weights, load_weights, named_parameters
 from megatron_async_rlhf.learner.meter import Meter
@@ -109,8 +110,8 @@ class MegatronLearner:
             if command.reference is not None:
                 with rl.reference_chunks() as chunks:
                     states[Path(command.reference)] = on_host(weights_state(chunks))
-            states[Path(command.checkpoint)] = rl.state(self.version)
-            self._save.start(states, snapshot=command.snapshot)
+            states[Path(command.checkpoint)] = rl.state(self.version, snapshot=command.snapshot)
+            self._save.start(states)
         return self._answer(command.id)
 
     def finish_checkpoint(self, command: FinishCheckpoint) -> Answer:

@@ -117,11 +117,11 @@ class Reinforcement:
         with self._reference.model() as chunks:
             yield chunks
 
-    def state(self, version: int) -> dict:
+    def state(self, version: int, *, snapshot: bool) -> dict:
         """What a checkpoint has of policy and value model; see `training_state`. Collective."""
         for model in self._models:
             model.gather_parameters()
-        return training_state(self._models, version)
+        return training_state(self._models, version, snapshot=snapshot)
 
     def load(self, checkpoint: Path) -> int:
         """Go on from what `state` became; returns its version. Collective."""

@@ -7,13 +7,11 @@
     common           policy version, optimizer steps, number of ranks: the same on all
 
 The optimizer's entries have the same keys and shapes whether data-parallel ranks divide it or not, so that either kind
-reads what the other wrote: Megatron's `fully_reshardable` form, with these differences smoothed out. Its two kinds name
-the main parameters differently; a divided float32 optimizer would write the parameters a second time; and what lies
-beside the tensors (groups, rates, step counts) has another form in each, but follows from the config and the step.
+reads what the other wrote. What lies beside the tensors (groups, rates, step counts) is not saved: it follows from the
+config and the step.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +27,20 @@ from megatron.core.dist_checkpointing.dict_utils import (
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedBase,
-    ShardedTensor,
-    ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_async_rlhf.errors import LearnerError
+from megatron_async_rlhf.learner.megatron.divided_optimizer import fill, gathered_state, requested_state
+from megatron_async_rlhf.learner.megatron.host_copy import on_host
 from megatron_async_rlhf.learner.megatron.trained_model import TrainedModel
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_METADATA = {"chained_optim_avoid_prefix": True}
 _VALUE = "value"
-_MAIN_PARAMETER = "fp32_param"  # as an undivided optimizer calls it; a divided one says `param`
 
 
 def weights_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -52,29 +50,18 @@ def weights_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     return {f"model{i}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for i, chunk in enumerate(chunks)}
 
 
-def on_host(state: dict[str, Any]) -> dict[str, Any]:
-    """The same state with its tensors copied to host memory, for tensors that are about to change."""
-
-    def copied(value: Any) -> Any:
-        if isinstance(value, ShardedTensor | ShardedTensorFactory):
-            return replace(value, data=value.data.detach().to("cpu", copy=True))
-        return value
-
-    dict_list_map_inplace(copied, state)
-    return state
-
-
-def training_state(models: Sequence[TrainedModel], version: int) -> dict[str, Any]:
+def training_state(models: Sequence[TrainedModel], version: int, *, snapshot: bool) -> dict[str, Any]:
     """Sharded state dict of everything training goes on from. Collective: a divided optimizer is gathered.
 
     Args:
         models: the policy, and the value model if there is one, which has made as many steps.
+        snapshot: what this rank writes of it is a copy in host memory, which stays as it is while training goes on.
     """
     policy, *others = models
     steps = policy.schedule.num_steps
-    state = _model_state(policy, steps)
+    state = _model_state(policy, steps, snapshot=snapshot)
     for value_model in others:
-        state[_VALUE] = _model_state(value_model, steps, _VALUE)
+        state[_VALUE] = _model_state(value_model, steps, _VALUE, snapshot=snapshot)
     state["rng"] = _rng_state()
     state["common"] = {"version": version, "steps": steps, "ranks": dist.get_world_size()}
     return state
@@ -89,7 +76,7 @@ def load_training_state(directory: Path, models: Sequence[TrainedModel]) -> int:
         models: as those of `training_state`.
 
     Raises:
-        LearnerError: no checkpoint of a run.
+        LearnerError: no checkpoint of a run, or one whose optimizer belongs to other weights.
     """
     common = dist_checkpointing.load_common_state_dict(str(directory)).get("common")
     if common is None:
@@ -101,20 +88,32 @@ def load_training_state(directory: Path, models: Sequence[TrainedModel]) -> int:
         request[_VALUE], kept[_VALUE] = _request(value_model, steps, _VALUE)
     if common["ranks"] == dist.get_world_size():
         request["rng"] = _rng_state()
-    loaded = dist_checkpointing.load(request, str(directory))
+    # A rank asks for what it keeps of a divided optimizer, which Megatron would take for gaps.
+    loaded = dist_checkpointing.load(request, str(directory), validate_access_integrity=False)
     _load_model(policy, loaded, kept, steps)
     for value_model in others:
         _load_model(value_model, loaded[_VALUE], kept[_VALUE], steps)
+    pairs = (pair for model in models for pair in _main_parameters(model))
+    if not all(torch.equal(main.to(own.dtype), own) for main, own in pairs):
+        raise LearnerError(
+            f"{directory}: the float32 weights of its optimizer are not those of its model, as some layouts with "
+            f"learner.distributed_optimizer once saved them; begin another run with model.hf = {directory}"
+        )
     if "rng" in loaded:
         _set_rng_state(loaded["rng"])
     return common["version"]
 
 
-def _model_state(model: TrainedModel, steps: int, name: str = "") -> dict[str, Any]:
-    state = _named_weights(model, name)
+def _model_state(model: TrainedModel, steps: int, name: str = "", *, snapshot: bool) -> dict[str, Any]:
+    state, of_optimizer = _named_weights(model, name), {}
     if steps:  # before its first step Adam has no state
-        state["optimizer"], _ = _optimizer_state(model.optimizer, state, is_loading=False)
-    return state
+        inner = _inner(model.optimizer)
+        if isinstance(inner, DistributedOptimizer):
+            of_optimizer["optimizer"] = gathered_state(inner, state)
+        else:
+            sharded, _ = _undivided_state(inner, state, is_loading=False)
+            of_optimizer["optimizer"] = on_host(sharded) if snapshot else sharded
+    return (on_host(state) if snapshot else state) | of_optimizer
 
 
 def _request(model: TrainedModel, steps: int, name: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -122,7 +121,11 @@ def _request(model: TrainedModel, steps: int, name: str = "") -> tuple[dict[str,
     request, kept = _named_weights(model, name), {}
     if steps:
         _allocate_adam(model.optimizer, steps)
-        request["optimizer"], kept["optimizer"] = _optimizer_state(model.optimizer, request, is_loading=True)
+        inner = _inner(model.optimizer)
+        if isinstance(inner, DistributedOptimizer):
+            request["optimizer"], kept["optimizer"] = requested_state(inner, request), {}
+        else:
+            request["optimizer"], kept["optimizer"] = _undivided_state(inner, request, is_loading=True)
     return request, kept
 
 
@@ -139,8 +142,27 @@ def _load_model(model: TrainedModel, loaded: dict[str, Any], kept: dict[str, Any
     if steps:
         _load_optimizer(model.optimizer, merge(kept["optimizer"], loaded["optimizer"]))
     else:
-        model.optimizer.reload_model_params()  # which it copied, if it works on others, before they were loaded
+        for main, own in _main_parameters(model):
+            main.copy_(own)
+    adam = _inner(model.optimizer).optimizer
+    if isinstance(adam, HybridDeviceOptimizer):
+        for parameter, offloaded in adam.gpu_params_map_cpu_copy.items():
+            offloaded.data.copy_(parameter)
     model.schedule.step(increment=steps)
+
+
+def _main_parameters(model: TrainedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Float32 parameters that the optimizer has of its own, and the model's that they are of; flat."""
+    inner = _inner(model.optimizer)
+    for parameter in (parameter for chunk in model.chunks for parameter in chunk.parameters()):
+        main = getattr(parameter, "main_param", None)
+        if main is None:
+            continue
+        own = parameter.detach().flatten()
+        if isinstance(inner, DistributedOptimizer):
+            part = inner._get_model_param_range_map(parameter)["param"]
+            own = own[part.start : part.end]
+        yield main.detach().flatten(), own
 
 
 def load_chunks(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
@@ -156,41 +178,19 @@ def _inner(optimizer: MegatronOptimizer) -> MegatronOptimizer:
     return chained[0]
 
 
-def _optimizer_state(optimizer: MegatronOptimizer, model_state: dict, *, is_loading: bool) -> tuple[dict, dict]:
+def _undivided_state(inner: MegatronOptimizer, model_state: dict, *, is_loading: bool) -> tuple[dict, dict]:
     """The sharded part of the optimizer's state, and the rest, which is not saved."""
-    inner = _inner(optimizer)
     state = inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_METADATA))
-    if isinstance(inner, DistributedOptimizer):
-        for index, parameter in enumerate(_parameters(inner)):
-            entries = state["param_state"][index]
-            main = entries.pop("param")
-            if parameter.dtype != torch.float32:  # else the weights themselves
-                entries[_MAIN_PARAMETER] = replace(main, key=main.key.replace(".param.", f".{_MAIN_PARAMETER}.", 1))
     return extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
     inner = _inner(optimizer)
-    if not isinstance(inner, DistributedOptimizer):
-        dict_list_map_inplace(lambda v: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v, state)
-        inner.load_state_dict(state)
+    if isinstance(inner, DistributedOptimizer):
+        fill(inner, state)
         return
-    for index, parameter in enumerate(_parameters(inner)):
-        entries = state["param_state"][index]
-        entries["param"] = entries.pop(_MAIN_PARAMETER, parameter.detach())
-    # Megatron fills whatever a parameter's state has, from entries without the step count that torch's Adam keeps there.
-    adam_states = inner.optimizer.state.values()
-    counts = [adam_state.pop("step", None) for adam_state in adam_states]
-    inner.load_parameter_state_from_fully_reshardable(state["param_state"])
-    for adam_state, count in zip(adam_states, counts, strict=True):
-        if count is not None:
-            adam_state["step"] = count.clone()  # Megatron lets all share one, which each parameter's step would advance
-
-
-def _parameters(optimizer: DistributedOptimizer) -> Iterator[torch.nn.Parameter]:
-    """In the order of the entries that `fully_reshardable` makes."""
-    for buffer in optimizer.buffers:
-        yield from buffer.param_index_map
+    dict_list_map_inplace(lambda v: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v, state)
+    inner.load_state_dict(state)
 
 
 def _allocate_adam(optimizer: MegatronOptimizer, steps: int) -> None:
@@ -199,17 +199,20 @@ def _allocate_adam(optimizer: MegatronOptimizer, steps: int) -> None:
     Torch's Adam has it in every parameter's state, Apex's and Transformer Engine's in the groups.
     """
     adam = _inner(optimizer).optimizer
-    is_torch = isinstance(adam, torch.optim.Adam)
-    for group in adam.param_groups:
-        if not is_torch:
-            group["step"] = steps
-            continue
-        for parameter in group["params"]:
-            adam.state[parameter] = {
-                "step": torch.tensor(float(steps)),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    is_hybrid = isinstance(adam, HybridDeviceOptimizer)
+    for part in adam.sub_optimizers if is_hybrid else [adam]:
+        is_torch = isinstance(part, torch.optim.Adam)
+        for group in part.param_groups:
+            if not is_torch:
+                group["step"] = steps
+            for parameter in group["params"]:
+                state = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                if is_torch:
+                    device = parameter.device if group["fused"] else None
+                    state["step"] = torch.tensor(float(steps), device=device)
+                part.state[parameter] = state
+    if is_hybrid:  # its own `load_state_dict` fails on float32 parameters
+        adam._sync_sub_optimizers_state_to_hdo()
 
 
 def _rng_state() -> ShardedObject:

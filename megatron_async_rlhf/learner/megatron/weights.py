@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import torch
 import torch.distributed as dist
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.models.gpt import GPTModel
 
 from megatron_async_rlhf.config.architecture import Architecture
@@ -26,11 +25,8 @@ _FUSED_NORMS = {
 
 
 def trained_values(parameter: torch.Tensor) -> torch.Tensor:
-    """What an optimizer's step changes: a weight itself, or if it is kept in FP8, the float32 one that it is cast from."""
-    if not is_float8tensor(parameter):
-        return parameter.detach()
-    main = getattr(parameter, "main_param", None)  # none before there is an optimizer
-    return dequantize_fp8_tensor(parameter.detach()) if main is None else main.detach()
+    """What is pushed and exported of a parameter."""
+    return parameter.detach()
 
 
 def named_parameters(chunks: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
@@ -73,12 +69,9 @@ def load_parameters(
     shapes = hf_shapes(arch)
     pieces_of = by_parameter(learner_pieces(arch, layout, placement.rank))
     for name, parameter in parameters.items():
-        # One in FP8 has one scale for many numbers, so it cannot be written piece by piece.
-        values = torch.zeros_like(trained_values(parameter)) if is_float8tensor(parameter) else parameter.zero_()
+        parameter.zero_()
         for piece in pieces_of.get(name, []):
-            _read_piece(reader, piece, shapes[piece.tensor], _place(values, piece))
-        if values is not parameter:
-            parameter.copy_(values)
+            _read_piece(reader, piece, shapes[piece.tensor], _place(parameter, piece))
 
 
 def _read_piece(reader: WeightReader, piece: Piece, shape: tuple[int, ...], target: torch.Tensor) -> None:
