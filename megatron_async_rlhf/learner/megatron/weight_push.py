@@ -17,7 +17,6 @@ from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, TransferError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-from megatron_async_rlhf.learner.megatron.weights import trained_values
 from megatron_async_rlhf.learner.protocol import JoinTransfer
 from megatron_async_rlhf.types import PushReport, Span
 from megatron_async_rlhf.weights.blame import root_cause
@@ -79,7 +78,7 @@ class WeightPush:
             raise LearnerError("PushWeights came before JoinTransfer: no generator is connected")
         if self._under_way is not None:
             raise LearnerError("PushWeights came before the push under way was finished with FinishPush")
-        weights = {name: trained_values(parameter) for name, parameter in self._parameters.items()}
+        weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
         if self._config.weights.snapshot:
             weights = {name: tensor.clone() for name, tensor in weights.items()}
         if self._stream is not None:

@@ -24,11 +24,6 @@ _FUSED_NORMS = {
 }
 
 
-def trained_values(parameter: torch.Tensor) -> torch.Tensor:
-    """What is pushed and exported of a parameter."""
-    return parameter.detach()
-
-
 def named_parameters(chunks: list[GPTModel]) -> dict[str, torch.nn.Parameter]:
     """This rank's parameters by the names that `weights.layout` has for them."""
     found = {}
@@ -114,7 +109,7 @@ def gather_weights(
             rows, cols = parameter_shapes(pieces)[name]
             mine = None
             if placement.rank == owner:
-                mine = as_matrix(trained_values(parameters[name]))[:rows].to("cpu", dtype)
+                mine = as_matrix(parameters[name].detach())[:rows].to("cpu", dtype)
             if placement.rank != 0:
                 dist.send(mine, dst=0, group=placement.control)
                 continue
