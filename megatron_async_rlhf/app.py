@@ -177,7 +177,10 @@ class Job:
         self.recorder.stage(f"evaluate {when}")
         start = time.time()
         self._evaluating = asyncio.create_task(self._controller.evaluate(when))
-        await asyncio.wait([self._evaluating])
+        try:
+            await asyncio.wait([self._evaluating])
+        finally:
+            self._evaluating.cancel()
         if not self._evaluating.cancelled():
             span = Span(name=f"evaluate {when}", start=start, end=time.time(), process="generators")
             self.recorder.evaluated(when, self._evaluating.result(), span)

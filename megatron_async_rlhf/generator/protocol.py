@@ -55,3 +55,7 @@ class Generator(Protocol):
     async def wait_queued(self, count: int) -> None:
         """While paused: return once `count` requests are with the engine."""
         ...
+
+    def give_up(self) -> None:
+        """It is lost, whatever it still answers: all requests under way raise GeneratorGoneError."""
+        ...

@@ -10,33 +10,51 @@ T = TypeVar("T")
 class Silence:
     """Of one server: how long it has worked on requests without answering any.
 
-    A request that waits behind a thousand others is in good hands as long as those are answered.
+    A request that waits behind a thousand others is in good hands as long as those are answered. While the server is
+    paused nothing is expected of it.
     """
 
     def __init__(self, limit_s: float) -> None:
-        self.limit_s = limit_s
+        self._limit_s = limit_s
         self._broken = float("-inf")  # when it last was
+        self._paused = False
+        self._waiting: set[asyncio.Future] = set()
 
-    def broken(self) -> None:
-        """The server has given a sign of life."""
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
         self._broken = asyncio.get_running_loop().time()
+
+    def give_up(self) -> None:
+        """Whoever waits now would wait in vain."""
+        for task in self._waiting:
+            task.cancel()
 
     async def wait(self, answer: Awaitable[T]) -> T:
         """What comes, whatever it is.
 
         Raises:
-            TimeoutError: since this request was made nothing has come for `limit_s`, to anybody; it is cancelled.
+            TimeoutError: since this request was made nothing has come for the limit, to anybody, or it was given up; it
+                is cancelled.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
         task = asyncio.ensure_future(answer)
+        self._waiting.add(task)
         try:
             while not task.done():
-                left = max(began, self._broken) + self.limit_s - loop.time()
+                left = self._limit_s if self._paused else max(began, self._broken) + self._limit_s - loop.time()
                 if left <= 0:
-                    raise TimeoutError
+                    raise TimeoutError(
+                        f"has answered no request for {self._limit_s:g} s; see its log, or raise generator.request_timeout_s"
+                    )
                 await asyncio.wait([task], timeout=left)
-            self.broken()
+            if task.cancelled():
+                raise TimeoutError("was given up with all its requests")
+            self._broken = loop.time()
             return task.result()
         finally:
+            self._waiting.discard(task)
             task.cancel()

@@ -51,13 +51,13 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
     """
     directory = config.run.path.absolute()
     places = RunCheckpoints(directory)
-    evaluated = read_run_state(places.path(version)).controller.evaluated
+    evaluated = read_run_state(places.path(version)).totals.evaluation.keys() - {"after"}
     try:
         places.remove_leftovers()
         RolloutLog(directory / ROLLOUT_DIR).cut(version)
         _keep_lines(directory / METRICS, lambda line: line["step"] < version)
         _keep_lines(directory / SAMPLES, lambda line: line["step"] < version)
-        _keep_lines(directory / EVALUATIONS, lambda line: _step_of_evaluation(line["when"]) <= evaluated)
+        _keep_lines(directory / EVALUATIONS, lambda line: line["when"] in evaluated)
         replace_file(directory / RESOLVED_CONFIG, dump_config(config))
     except OSError as error:
         raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
@@ -96,11 +96,6 @@ def check_inputs_apart(config: RunConfig) -> None:
                 f"{key} = {given} is inside run.dir = {config.run.path}, and a new run sets aside what is there; choose "
                 "another run.name or run.dir"
             )
-
-
-def _step_of_evaluation(when: str) -> float:
-    """Of `before`, `step <n>`, `after`."""
-    return float({"before": "0", "after": "inf"}.get(when, when.removeprefix("step ")))
 
 
 def _keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:

@@ -21,14 +21,21 @@ class LearnerClient:
         self._timeout_s = timeout_s
         self._next_id = 1
         self._turn = asyncio.Lock()
+        self._exchanges: set[asyncio.Task] = set()
 
     async def execute(self, command: Command) -> Answer:
-        """Send `command` and wait for its answer.
+        """Send `command` and wait for its answer. Whoever gives up waiting does not take it from the next command.
 
         Raises:
             NonFiniteLossError, TransferError: the command failed in that way.
             LearnerError: it failed otherwise, or no answer came within `learner.timeout_s`.
         """
+        exchange = asyncio.create_task(self._exchange(command))
+        self._exchanges.add(exchange)
+        exchange.add_done_callback(self._exchanges.discard)
+        return await asyncio.shield(exchange)
+
+    async def _exchange(self, command: Command) -> Answer:
         name = type(command).__name__
         async with self._turn:
             numbered = msgspec.structs.replace(command, id=self._next_id)

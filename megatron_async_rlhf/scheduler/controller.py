@@ -95,7 +95,7 @@ class Controller:
             changed=self._changed,
             ready=state.ready,
             evaluation=evaluation,
-            evaluated=state.evaluated,
+            evaluated=state.version if state.evaluated is None else state.evaluated,
             clock=clock,
         )
         self._evaluation = evaluation
@@ -110,6 +110,8 @@ class Controller:
         Raises:
             ExceptionGroup: of whatever learner, generators, rewards or pacing raised first.
         """
+        if self._stopping:
+            return
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             self._generation.weights_arrived()  # an evaluation that was due when the state was saved
@@ -273,8 +275,9 @@ class Controller:
 
     async def _start_push(self) -> None:
         """The learner has begun to send when this returns, so that a training command finds it at the next version."""
-        if self._push is not None:
+        if self._push is not None and not self._push.done():
             await self._push  # the learner gives its account of one push before it begins another
+            return  # to look again who there is to push to
         version, how = self._pacer.trained, self._schedule.in_flight_updates
         self._pacer.pushing = True
         self._pool.hold()

@@ -64,7 +64,7 @@ class Generation:
         self.evaluated = evaluated
         self._evaluating: int | None = None  # the version whose turn it is
         self._evaluation_waits = False
-        self._evaluation_task: asyncio.Task | None = None  # unless it is part of a rollout's
+        self._evaluation_task: asyncio.Task | None = None
         self._clock = clock
         self._samplers: dict[int, asyncio.Task] = {}  # by group index; those of a rollout share one
         self.ready = {group.index: group for group in ready}
@@ -87,6 +87,8 @@ class Generation:
             if self._schedule.generation == "batch":
                 task = tasks.create_task(self._sample_rollout(tickets, evaluating))
                 self._samplers |= {ticket.index: task for ticket in tickets}
+                if evaluating:
+                    self._evaluation_task = task
                 continue
             for ticket in tickets:
                 self._samplers[ticket.index] = tasks.create_task(self._sample_group(ticket))
@@ -142,7 +144,7 @@ class Generation:
         self._pacer.evaluating = False
         name = f"step {version}"
         versions = {version for (completion,) in completions for version in completion.versions}
-        if len(versions) > 1:  # a generator died with its part, and what was left met newer weights
+        if versions - {version}:  # a generator died with its part, and what was left met newer weights
             self._recorder.stage(f"no evaluation at {name}: a generator was lost meanwhile")
             return
         self.evaluated = version

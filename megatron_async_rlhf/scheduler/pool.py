@@ -230,6 +230,8 @@ class GeneratorPool:
         """So they stand from now on."""
         for member in members:
             member.standing = standing
+            if standing is Standing.LOST:
+                member.generator.give_up()
         self._recount()
         async with self._changed:
             self._changed.notify_all()

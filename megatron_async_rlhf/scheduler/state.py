@@ -34,7 +34,7 @@ class ControllerState(Struct, frozen=True, kw_only=True):
         ready: complete groups not trained on yet, in order of arrival.
         unfinished: indices of the groups that were under way.
         rewards: of all groups trained on, for `algorithm.reward_scale = running`.
-        evaluated: the last version whose evaluation has ended.
+        evaluated: the last version whose evaluation has ended; None: `version`.
     """
 
     version: int = 0
@@ -42,7 +42,7 @@ class ControllerState(Struct, frozen=True, kw_only=True):
     ready: list[ReadyGroup] = []
     unfinished: list[int] = []
     rewards: RewardMoments = RewardMoments()
-    evaluated: int = 0
+    evaluated: int | None = None
 
 
 BEGINNING = ControllerState()

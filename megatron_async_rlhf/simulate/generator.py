@@ -97,8 +97,8 @@ class SimulatedGenerator:
             self._start(mine, sample, request)
         try:
             interrupted = await self._silence.wait(self._answer(mine))
-        except TimeoutError:
-            raise self._gone(f"has answered no request for {self._timeout_s:g} s") from None
+        except TimeoutError as error:
+            raise self._gone(str(error)) from None
         finally:
             self._withdraw(engine, self._requests.pop(number))
         if is_empty:
@@ -123,13 +123,16 @@ class SimulatedGenerator:
             while not self._engine.is_idle:
                 await asyncio.sleep(self._scenario.speeds.token_s)
         self._engine.pause()
-        self._silence.broken()
+        self._silence.pause()
 
     async def resume(self) -> None:
         await self._travel()
         await self._reach("/resume")
-        self._silence.broken()
+        self._silence.resume()
         self._engine.resume()
+
+    def give_up(self) -> None:
+        self._silence.give_up()
 
     async def wait_queued(self, count: int) -> None:
         while len(self._requests) < count:

@@ -63,6 +63,7 @@ class SimulatedLearner:
         if not self._pushes:
             raise LearnerError("FinishPush came without PushWeights")
         self._pushes = False
+        await asyncio.sleep(self._speeds.answer_s / 2)
         why = await self._exchange.push.outcome()
         if why:
             raise TransferError(why)

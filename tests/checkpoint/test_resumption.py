@@ -33,7 +33,14 @@ CONFIG = {
     "schedule": {"steps": 10},
     "data": {"train_prompts": 32, "eval_prompts": 8},
 }
-TOTALS = RunTotals(mode="async", algorithm="online_dpo", staleness_bound=1, steps=4, staleness=Counter([0, 1, 1]))
+TOTALS = RunTotals(
+    mode="async",
+    algorithm="online_dpo",
+    staleness_bound=1,
+    steps=4,
+    staleness=Counter([0, 1, 1]),
+    evaluation={"before": {}, "step 2": {}},
+)
 
 
 def run_state(version: int, *waiting: int) -> RunState:
@@ -41,7 +48,7 @@ def run_state(version: int, *waiting: int) -> RunState:
     scored = ScoredGroup(group=RolloutGroup(prompt=prompt, completions=[], rewards=[]), facts=[])
     ready = [ReadyGroup(index=i, version=version, scored=scored, generate_s=1.0) for i in waiting]
     admitted = max(waiting, default=0) + 1
-    controller = ControllerState(version=version, admitted=admitted, ready=ready, evaluated=min(2, version))
+    controller = ControllerState(version=version, admitted=admitted, ready=ready, evaluated=2)
     return RunState(controller=controller, totals=TOTALS, metric="reward", scores={version: 0.5})
 
 

@@ -103,6 +103,9 @@ class FakeGenerator:
     async def resume(self) -> None:
         self._running.set()
 
+    def give_up(self) -> None:
+        pass
+
     async def is_ready(self) -> bool:
         return True
 

@@ -60,6 +60,12 @@ class Engine:
         while self.alive and len(self.asked) < count:
             await asyncio.sleep(0)
 
+    def give_up(self) -> None:
+        self.calls.append("give up")
+        for _, answer in self.asked:
+            if not answer.done():
+                answer.set_exception(GeneratorGoneError(f"{self.name}: given up"))
+
     async def is_ready(self) -> bool:
         return self.alive
 

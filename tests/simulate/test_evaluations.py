@@ -116,6 +116,26 @@ def test_generators_may_all_be_lost_during_a_rollout_of_any_length(tmp_path, gen
     assert run_in_virtual_time(whole(), patience_s=1e5) == 2
 
 
+@pytest.mark.parametrize("interrupted_at", [0.5, 5.0, 11.0, 12.0, 14.5])
+def test_an_evaluation_is_given_up_even_while_its_generator_gets_weights_again(tmp_path, interrupted_at):
+    """Nothing is left that a run, which is to end at once, would wait for."""
+    config = make_config({"steps": 2, "prompts_per_step": 4}, generator={"max_new_tokens": 64, "eval_temperature": 0.5})
+
+    async def whole() -> None:
+        simulation = Simulation(config, Scenario(lengths=ConstantLength(40), speeds=Speeds(push_s=2.0)), tmp_path)
+        asyncio.get_running_loop().call_later(0.3, simulation.generators[0].crash)
+        asyncio.get_running_loop().call_later(10.3, simulation.generators[0].restart)
+        evaluation = asyncio.create_task(simulation.controller.evaluate("before"))
+        await asyncio.sleep(interrupted_at)
+        evaluation.cancel()
+        await simulation.controller.stop()
+        await asyncio.wait([evaluation])
+        async with asyncio.timeout(1.0):
+            await simulation.controller.run()
+
+    run_in_virtual_time(whole(), patience_s=1e5)
+
+
 @pytest.mark.parametrize("generation", ["batch", "streaming"])
 def test_a_run_that_is_stopped_does_not_wait_for_an_evaluation(tmp_path, generation):
     config = make_config(

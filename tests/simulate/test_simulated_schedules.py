@@ -155,6 +155,52 @@ def test_a_run_outlives_each_of_its_generators(tmp_path, generation, hangs):
     assert all(len(generator.engines) == 2 for generator in simulation.generators)
 
 
+@pytest.mark.parametrize("how", ["keep", "recompute", "resubmit", "none"])
+@pytest.mark.parametrize("at", [3.0, 7.0, 9.3, 14.0])
+def test_a_generator_that_hangs_takes_no_request_of_another_with_it(tmp_path, how, at):
+    """However long the other one is paused for the push that finds out."""
+    config = make_config(
+        {"generation": "streaming", "in_flight_updates": how, "max_staleness": 2, "steps": 8, "prompts_per_step": 4},
+        generator={"max_new_tokens": 64, "request_timeout_s": 30.0, "start_timeout_s": 2000.0},
+        weights={"timeout_s": 200.0},
+    )
+    speeds = Speeds(token_s=0.2, push_s=1.0, train_s=2.0)
+    faults = [Fault(generator=1, at=at, back_s=300.0, hangs=True)]
+    scenario = Scenario(generators=2, lengths=LognormalLengths(30, 0.5), speeds=speeds, faults=faults)
+
+    async def whole() -> set[str]:
+        simulation = Simulation(config, scenario, tmp_path)
+        lost: set[str] = set()
+        simulation.pool._on_lost = lambda generator, samples: (
+            lost.add(generator.name),
+            simulation.recorder.cancelled(samples),
+        )
+        await simulation.run()
+        simulation.outcome()
+        return lost
+
+    assert run_in_virtual_time(whole(), patience_s=1e5) <= {"generator.1"}
+
+
+@pytest.mark.parametrize("at", [3.0 + 0.4 * i for i in range(20)])
+def test_the_only_generator_may_die_between_two_pushes(tmp_path, at):
+    """While the learner still owes its account of the first."""
+    config = make_config(
+        {
+            "generation": "streaming",
+            "in_flight_updates": "keep",
+            "steps": 12,
+            "prompts_per_step": 2,
+            "max_staleness": 3,
+        },
+        generator={"max_new_tokens": 64, "start_timeout_s": 2000.0},
+        weights={"timeout_s": 200.0},
+    )
+    speeds = Speeds(token_s=0.05, train_s=0.6, push_s=0.2, answer_s=1.0)
+    faults = [Fault(generator=0, at=at, back_s=10.0)]
+    run(config, Scenario(lengths=LognormalLengths(30, 0.5), speeds=speeds, faults=faults), tmp_path)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_a_run_that_is_stopped_goes_on_from_its_state(tmp_path, seed):
     random = Random(f"resumed {seed}")

@@ -111,12 +111,9 @@ class VLLMGenerator:
         try:
             asking = self._ask("/inference/v1/generate", body, timeout_s=NO_LIMIT, answer=_Answer)
             answer = await self._silence.wait(asking)
-        except TimeoutError:
+        except TimeoutError as error:
             self.version = -1
-            raise GeneratorGoneError(
-                f"{self.name}: has answered no request for {self._timeout_s:g} s; see its log, or raise "
-                "generator.request_timeout_s"
-            ) from None
+            raise GeneratorGoneError(f"{self.name}: {error}") from None
         finally:
             self._under_way -= 1
         choices = sorted(answer.choices, key=lambda choice: choice.index)
@@ -170,7 +167,7 @@ class VLLMGenerator:
         """
         clear_cache = how != "keep" or not self._under_way
         await self._ask(f"/pause?mode={how}&clear_cache={str(clear_cache).lower()}")
-        self._silence.broken()
+        self._silence.pause()
         if self.version >= 0 and await self._label() not in (None, str(self.version)):
             raise self._started_again()
 
@@ -190,7 +187,10 @@ class VLLMGenerator:
 
     async def resume(self) -> None:
         await self._ask("/resume")
-        self._silence.broken()
+        self._silence.resume()
+
+    def give_up(self) -> None:
+        self._silence.give_up()
 
     async def wait_queued(self, count: int) -> None:
         """Return once the server has taken in `count` requests; they run after `resume`."""
@@ -199,7 +199,7 @@ class VLLMGenerator:
                 while (await self._server.get("/load"))["server_load"] < count:
                     await asyncio.sleep(0.005)
         except TimeoutError:
-            raise GeneratorError(
+            raise GeneratorGoneError(
                 f"{self.name}: {count} requests were not queued within {self._timeout_s:g} s"
             ) from None
 
