@@ -119,7 +119,11 @@ def test_generators_may_all_be_lost_during_a_rollout_of_any_length(tmp_path, gen
 @pytest.mark.parametrize("interrupted_at", [0.5, 5.0, 11.0, 12.0, 14.5])
 def test_an_evaluation_is_given_up_even_while_its_generator_gets_weights_again(tmp_path, interrupted_at):
     """Nothing is left that a run, which is to end at once, would wait for."""
-    config = make_config({"steps": 2, "prompts_per_step": 4}, generator={"max_new_tokens": 64, "eval_temperature": 0.5})
+    config = make_config(
+        {"steps": 2, "prompts_per_step": 4, "eval_every": 1},
+        generator={"max_new_tokens": 64, "eval_temperature": 0.5},
+        data={"eval_prompts": 8},
+    )
 
     async def whole() -> None:
         simulation = Simulation(config, Scenario(lengths=ConstantLength(40), speeds=Speeds(push_s=2.0)), tmp_path)

@@ -156,15 +156,15 @@ def test_a_run_outlives_each_of_its_generators(tmp_path, generation, hangs):
 
 
 @pytest.mark.parametrize("how", ["keep", "recompute", "resubmit", "none"])
-@pytest.mark.parametrize("at", [3.0, 7.0, 9.3, 14.0])
-def test_a_generator_that_hangs_takes_no_request_of_another_with_it(tmp_path, how, at):
-    """However long the other one is paused for the push that finds out."""
+@pytest.mark.parametrize(("at", "push_s"), [(3.0, 1.0), (9.3, 1.0), (14.0, 1.0), (14.0, 40.0)])
+def test_a_generator_that_hangs_takes_no_request_of_another_with_it(tmp_path, how, at, push_s):
+    """However long the other one is paused for pushes."""
     config = make_config(
         {"generation": "streaming", "in_flight_updates": how, "max_staleness": 2, "steps": 8, "prompts_per_step": 4},
         generator={"max_new_tokens": 64, "request_timeout_s": 30.0, "start_timeout_s": 2000.0},
         weights={"timeout_s": 200.0},
     )
-    speeds = Speeds(token_s=0.2, push_s=1.0, train_s=2.0)
+    speeds = Speeds(token_s=0.2, push_s=push_s, train_s=2.0)
     faults = [Fault(generator=1, at=at, back_s=300.0, hangs=True)]
     scenario = Scenario(generators=2, lengths=LognormalLengths(30, 0.5), speeds=speeds, faults=faults)
 
