@@ -5,7 +5,7 @@ checked in `config.root`.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -93,6 +93,14 @@ class Fp8Keys(Section):
     # How scales are chosen: from earlier steps | from the tensor | per block of 128 (Hopper) | per 32 (Blackwell)
     recipe: Fp8Recipe = "tensorwise"
     bf16_layers: int = Field(0, ge=0)  # so many first and so many last layers stay in bf16
+
+    @model_validator(mode="before")
+    @classmethod
+    def pass_over_parameters(cls, keys: Any) -> Any:
+        """`parameters: false` stands in the resolved configurations of older runs."""
+        if isinstance(keys, dict) and keys.get("parameters") is False:
+            return {key: value for key, value in keys.items() if key != "parameters"}
+        return keys
 
     @model_validator(mode="after")
     def check_bf16_layers(self) -> "Fp8Keys":

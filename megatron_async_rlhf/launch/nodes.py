@@ -86,6 +86,8 @@ def check_node_rank(config: RunConfig, rank: int) -> None:
             f"launch.nodes = {nodes}, but this is node rank {rank}; set launch.nodes to the number of machines"
         )
     started = {key: int(os.environ.get(f"SLURM_STEP_NUM_{key}") or nodes) for key in ("NODES", "TASKS")}
+    if os.environ.get("SLURM_NTASKS", "") not in ("", os.environ.get("SLURM_STEP_NUM_TASKS")):
+        return  # of the step that a batch job was submitted from
     if nodes > 1 and started["NODES"] != nodes:
         raise ConfigError(
             f"launch.nodes = {nodes}, but this Slurm step has {started['NODES']} nodes; ask for {nodes} (sbatch --nodes)"

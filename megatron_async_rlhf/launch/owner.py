@@ -42,9 +42,14 @@ class Owner(Struct, frozen=True, kw_only=True):
 
 
 def owner_path(config: RunConfig) -> Path:
-    """Beside the run directory, which may not exist yet, and is renamed when a new run takes its place."""
+    """Beside the run directory, which may not exist yet, and is renamed when a new run takes its place.
+
+    In it where nothing can be written beside it: then it is there already, and cannot be renamed.
+    """
     run_dir = config.run.path.resolve()
-    return run_dir.with_name(f".{run_dir.name}.owner")
+    name = f".{run_dir.name}.owner"
+    is_closed = run_dir.parent.exists() and not os.access(run_dir.parent, os.W_OK)
+    return run_dir / name if is_closed else run_dir.with_name(name)
 
 
 @contextlib.contextmanager
@@ -69,8 +74,9 @@ def owning(config: RunConfig) -> Iterator[None]:
     finally:
         over.set()
         toucher.join()
-        if _read(path) == own:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is found out to be dead
+            if _read(path) == own:
+                path.unlink()
 
 
 def _claim(path: Path, own: Owner, config: RunConfig) -> None:
@@ -105,8 +111,10 @@ def _take_away(path: Path, found: bytes) -> None:
     path.rename(aside)
     if aside.read_bytes() == found:
         aside.unlink()
-    else:
-        aside.rename(path)
+        return
+    with contextlib.suppress(FileExistsError):  # a third one has put its own there
+        os.link(aside, path)
+    aside.unlink()
 
 
 def _taken(config: RunConfig, owner: Owner | None) -> str:
@@ -138,7 +146,10 @@ def _touched(path: Path) -> int:
 
 def _machine() -> str:
     """This boot of it, and which of its process ids are seen here: containers have their own."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # some containers hide it: then none is known to be the same
+        return secrets.token_hex(8)
 
 
 def _started(pid: int) -> int | None:

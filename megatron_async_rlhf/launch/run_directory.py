@@ -12,6 +12,7 @@ from megatron_async_rlhf.checkpoint.run_state import read_run_state
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.launch.owner import owner_path
 from megatron_async_rlhf.prepare import value_source
 from megatron_async_rlhf.scheduler.recording import RolloutLog
 from megatron_async_rlhf.telemetry.files import (
@@ -31,9 +32,9 @@ def create_run_directory(config: RunConfig, template: Path) -> tuple[Path, Path 
     Raises:
         ConfigError: the directory cannot be written, or holds something that is not a run.
     """
-    directory = config.run.path.absolute()
+    directory = config.run.path.resolve()
     try:
-        aside = _set_aside(directory)
+        aside = _set_aside(directory, owner_path(config))
         directory.mkdir(parents=True, exist_ok=True)
         (directory / RESOLVED_CONFIG).write_text(dump_config(config))
         shutil.copytree(template, directory / POLICY_TEMPLATE_DIR)
@@ -111,8 +112,8 @@ def _keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
     replace_file(path, "".join(kept))
 
 
-def _set_aside(directory: Path) -> Path | None:
-    if not directory.exists() or not any(directory.iterdir()):
+def _set_aside(directory: Path, owner: Path) -> Path | None:
+    if not directory.exists() or all(path == owner for path in directory.iterdir()):
         return None
     if not (directory / RESOLVED_CONFIG).exists():
         raise ConfigError(f"run.dir = {directory} exists and is not a run; choose another run.name or run.dir")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.errors import ConfigError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
@@ -265,3 +266,10 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path: Path):
 def test_examples_load(path: Path):
     config = load_config(path)
     assert yaml.safe_load(dump_config(config))["run"]["name"] == config.run.name
+
+
+def test_what_older_runs_say_of_fp8_parameters_is_passed_over():
+    keys = {"precision": "bf16", "fp8": {"recipe": "tensorwise", "parameters": False}}
+    assert LearnerSection.model_validate(keys) == LearnerSection.model_validate({**keys, "fp8": {}})
+    with pytest.raises(ValueError, match="parameters"):
+        LearnerSection.model_validate({**keys, "fp8": {"parameters": True}})

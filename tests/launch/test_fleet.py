@@ -21,6 +21,7 @@ from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.agent import Link, serve
 from megatron_async_rlhf.launch.fleet import Switchboard, gather
+from megatron_async_rlhf.launch.nodes import check_node_rank
 from megatron_async_rlhf.launch.plan import ProcessSpec
 from megatron_async_rlhf.launch.rendezvous import Left, Refused, Rendezvous, encode, rendezvous_path, write_rendezvous
 
@@ -119,11 +120,11 @@ def test_processes_start_and_end_elsewhere(cluster, tmp_path):
 
 
 def test_a_machine_that_falls_silent_is_lost(cluster, tmp_path):
-    agent = cluster.agent("launch.node_timeout_s=2")
-    with gather(cluster.config("launch.node_timeout_s=2")) as fleet:
+    agent = cluster.agent("launch.node_timeout_s=5")
+    with gather(cluster.config("launch.node_timeout_s=5")) as fleet:
         agent.send_signal(signal.SIGSTOP)
         wait(lambda: fleet.lost() is not None)
-        assert fleet.lost().startswith("node 1 (m1) is silent for more than launch.node_timeout_s = 2")
+        assert fleet.lost().startswith("node 1 (m1) is silent for more than launch.node_timeout_s = 5")
         agent.send_signal(signal.SIGCONT)
 
 
@@ -155,10 +156,10 @@ with gather(config) as fleet:
 
 def test_nothing_outlives_the_first_machine(cluster, tmp_path):
     """Killed without a word: the others end what they have started."""
-    settings = [*cluster.settings, "launch.node_timeout_s=2"]
+    settings = [*cluster.settings, "launch.node_timeout_s=5"]
     command = [sys.executable, "-c", FIRST, str(TINY), str(tmp_path), *settings]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    agent = cluster.agent("launch.node_timeout_s=2")
+    agent = cluster.agent("launch.node_timeout_s=5")
     pid = int(first.stdout.readline())
     agent.send_signal(signal.SIGTERM)  # as Slurm does with all of a job; it is for the first machine to decide
     time.sleep(0.5)
@@ -166,7 +167,7 @@ def test_nothing_outlives_the_first_machine(cluster, tmp_path):
     first.kill()
     first.wait()
     code, said = ended(agent)
-    assert code == 1 and "the first machine is silent for more than launch.node_timeout_s = 2" in said
+    assert code == 1 and "the first machine is silent for more than launch.node_timeout_s = 5" in said
     assert not is_alive(pid)
 
 
@@ -213,7 +214,7 @@ def test_what_the_first_machine_finds_ends_the_others(cluster, tmp_path, overrid
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_machine_that_goes_while_others_are_awaited_may_come_again(cluster, how):
     """Twice asked to end it says that it leaves; killed it is silent."""
-    settings = ["launch.nodes=3", "launch.node_timeout_s=2"]
+    settings = ["launch.nodes=3", "launch.node_timeout_s=5"]
     with ThreadPoolExecutor() as pool:
         switchboard = Switchboard(cluster.config(*settings))
         path = rendezvous_path(cluster.config())
@@ -347,6 +348,7 @@ def free_port() -> int:
     [
         ({"SLURM_STEP_NUM_NODES": "3"}, [], "launch.nodes = 2, but this Slurm step has 3 nodes; ask for 2"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, [], "has 4 tasks; start one on each node (srun --ntasks-per-node=1)"),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"}, [], "has 4 tasks; start one on each node"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, ["-s", "launch.nodes=1"], "launch.nodes = 1, but this Slurm step has 8 tasks"),
         ({"SLURM_NODEID": "2"}, [], "launch.nodes = 2, but this is node rank 2; set launch.nodes"),
         ({"SLURM_NODEID": "1"}, ["-s", "launch.nodes=1"], "launch.nodes = 1, but this is node rank 1"),
@@ -379,3 +381,11 @@ def test_in_the_shell_of_a_step_one_process_is_one(tmp_path):
             command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, start_new_session=True
         )
         assert told.stdout.strip() == "let in", told.stdout
+
+
+def test_a_job_submitted_from_within_a_step_is_not_that_step(monkeypatch):
+    """sbatch hands the environment on."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    check_node_rank(load_config(TINY), 0)

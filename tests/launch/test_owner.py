@@ -16,6 +16,7 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch import owner
 from megatron_async_rlhf.launch.owner import Owner, owner_path, owning
+from megatron_async_rlhf.launch.run_directory import create_run_directory
 
 TINY = Path(__file__).parents[1] / "e2e/tiny.yaml"
 LIMIT_S = 60
@@ -130,3 +131,28 @@ def test_a_second_start_changes_nothing(config, command: str, flags: list[str]):
         assert isinstance(told.exception, ConfigError), told.output
         assert f"process {os.getpid()} on " in str(told.exception)
         assert sorted(run.parent.rglob("*")) == before
+
+
+def test_where_nothing_can_be_written_beside_it_the_file_is_in_the_directory(config, monkeypatch):
+    """As in a mounted volume; the parent is somebody else's."""
+    config.run.path.mkdir()
+    monkeypatch.setattr(owner.os, "access", lambda path, mode: Path(path) != config.run.path.parent)
+    with owning(config):
+        assert owner_path(config).parent == config.run.path
+        with pytest.raises(ConfigError, match="runs there"), owning(config):
+            pass
+        assert create_run_directory(config, TINY.parent)[1] is None  # it does not count as a run
+        assert (config.run.path / "config.yaml").is_file()
+    assert not owner_path(config).exists()
+
+
+def test_a_directory_is_the_same_under_each_of_its_names(config, tmp_path):
+    """When its run is set aside, too: a link goes on to lead to what is new."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.yaml").touch()
+    config.run.path.symlink_to(target)
+    before = owner_path(config)
+    run_dir, aside = create_run_directory(config, TINY.parent)
+    assert (run_dir, aside) == (target, tmp_path / "target.1")
+    assert config.run.path.is_symlink() and owner_path(config) == before

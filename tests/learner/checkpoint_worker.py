@@ -92,7 +92,9 @@ def error_of_a_save(learner: MegatronLearner, directory: Path) -> str:
 
 
 def move_main_parameters(learner: MegatronLearner) -> None:
-    """Of an optimizer that has its own: by one place."""
+    """Of an optimizer that has its own: by one place, on one rank."""
+    if learner.placement.rank != torch.distributed.get_world_size() - 1:
+        return
     for parameter in learner.chunks[0].parameters():
         if (main := getattr(parameter, "main_param", None)) is not None:
             main.data.copy_(main.data.roll(1))

@@ -19,7 +19,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, is_main_replica
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.learner.megatron.host_copy import on_host
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -116,7 +115,8 @@ def _entry(shard: ShardedBase, key: str, data: torch.Tensor) -> ShardedBase:
 def _buckets(optimizer: DistributedOptimizer) -> Iterator[_Bucket]:
     """
     Raises:
-        LearnerError: Megatron has laid out its buffers in another way than this module knows.
+        RuntimeError: Megatron has laid out its buffers in another way than this module knows. It ends this process, and
+            the run with it: other ranks may not see it.
     """
     group = optimizer.data_parallel_group
     for buffer, (ranges,) in zip(optimizer.buffers, map(dict.values, optimizer.gbuf_ranges), strict=True):
@@ -130,7 +130,7 @@ def _buckets(optimizer: DistributedOptimizer) -> Iterator[_Bucket]:
                 for parameter, own in of_rank["param_map"].items()
             }
             if any(group.rank() * share + p.place - p.start != places.get(name) for name, p in parts.items()):
-                raise LearnerError(
+                raise RuntimeError(
                     "this version of Megatron divides its optimizer in a way that checkpoints cannot follow: set "
                     "learner.distributed_optimizer = false"
                 )

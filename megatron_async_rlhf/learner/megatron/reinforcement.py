@@ -125,7 +125,7 @@ class Reinforcement:
 
     def load(self, checkpoint: Path) -> int:
         """Go on from what `state` became; returns its version. Collective."""
-        return load_training_state(checkpoint, self._models)
+        return load_training_state(checkpoint, self._models, self._placement.control)
 
     @property
     def _models(self) -> list[TrainedModel]:

@@ -67,13 +67,14 @@ def training_state(models: Sequence[TrainedModel], version: int, *, snapshot: bo
     return state
 
 
-def load_training_state(directory: Path, models: Sequence[TrainedModel]) -> int:
+def load_training_state(directory: Path, models: Sequence[TrainedModel], control: dist.ProcessGroup) -> int:
     """Fill models, fresh optimizers and fresh schedules, which keep the rates of their own config; the policy version.
 
     Collective.
 
     Args:
         models: as those of `training_state`.
+        control: all ranks, to be of one mind about errors.
 
     Raises:
         LearnerError: no checkpoint of a run, or one whose optimizer belongs to other weights.
@@ -94,7 +95,9 @@ def load_training_state(directory: Path, models: Sequence[TrainedModel]) -> int:
     for value_model in others:
         _load_model(value_model, loaded[_VALUE], kept[_VALUE], steps)
     pairs = (pair for model in models for pair in _main_parameters(model))
-    if not all(torch.equal(main.to(own.dtype), own) for main, own in pairs):
+    differing = torch.tensor(sum(not torch.equal(main.to(own.dtype), own) for main, own in pairs))
+    dist.all_reduce(differing, group=control)
+    if differing:
         raise LearnerError(
             f"{directory}: the float32 weights of its optimizer are not those of its model, as some layouts with "
             f"learner.distributed_optimizer once saved them; begin another run with model.hf = {directory}"
