@@ -5,7 +5,8 @@
     start generators ─────────────────────────┘
 
 A run that goes on from a checkpoint loads it instead of the warm start, pushes its version and is not evaluated before.
-An interrupted run saves a checkpoint, and gives up an evaluation that is not over.
+An interrupted run saves a checkpoint, and gives up an evaluation that is not over. In the warm start there is nothing to
+save yet: it ends at once.
 
 Started by the supervisor (`launch.supervisor`):
 `python -m megatron_async_rlhf.app --run-dir runs/x --learner tcp://... --generator http://... --transfer host:port`.
@@ -49,6 +50,10 @@ from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Span
 from megatron_async_rlhf.weights.hf_mapping import elements_held
 from megatron_async_rlhf.weights.plan import ITEM_BYTES
+
+
+class _GivenUp(Exception):
+    """The run was interrupted before there was anything to save."""
 
 
 class Job:
@@ -99,15 +104,22 @@ class Job:
             state=resumed.controller if resumed else BEGINNING,
         )
         self.cut_short = self._interrupted = False
+        self._warm_start: asyncio.Task | None = None
         self._evaluating: asyncio.Task | None = None
         self._began = time.time()
 
     async def run(self) -> None:
         """All stages; an interrupt ends loop and evaluations early, saves and exports what there is."""
         self.recorder.stage("start")
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._start_learner())
-            tasks.create_task(self._start_generators())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._start_learner())
+                tasks.create_task(self._start_generators())
+        except* _GivenUp:
+            self.cut_short = True
+        if self.cut_short:
+            await self._learner.execute(Stop())
+            return
         self.recorder.pushed(*await self._weight_sync.push(self._controller.version))
         if "before" not in self.recorder.totals.evaluation:
             await self._evaluate("before")
@@ -132,8 +144,9 @@ class Job:
     async def interrupt(self) -> None:
         """Let the step under way finish, then save, export and end."""
         self._interrupted = True
-        if self._evaluating is not None:
-            self._evaluating.cancel()
+        for stage in (self._warm_start, self._evaluating):
+            if stage is not None:
+                stage.cancel()
         await self._controller.stop()
 
     async def _start_learner(self) -> None:
@@ -141,7 +154,14 @@ class Job:
         if self._resumed is not None:
             await self._load(self._resumed.controller.version)
             return
-        await begin_reinforcement(self._config, self._learner, self._materials, self.recorder)
+        if self._interrupted:
+            raise _GivenUp
+        starting = begin_reinforcement(self._config, self._learner, self._materials, self.recorder)
+        self._warm_start = asyncio.create_task(starting)
+        await asyncio.wait([self._warm_start])
+        if self._warm_start.cancelled():
+            raise _GivenUp
+        self._warm_start.result()
 
     async def _load(self, version: int) -> None:
         self.recorder.stage(f"load checkpoint of step {version}")

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,7 @@ from megatron_async_rlhf.telemetry.files import (
 )
 
 if TYPE_CHECKING:
+    from megatron_async_rlhf.config.architecture import Architecture
     from megatron_async_rlhf.launch.fleet import Fleet
     from megatron_async_rlhf.launch.plan import ProcessPlan
     from megatron_async_rlhf.launch.resume import Resumption
@@ -91,18 +93,19 @@ def train(
 
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
-    from megatron_async_rlhf.estimate.report import refuse_too_large
+    from megatron_async_rlhf.launch.abilities import check_installed
     from megatron_async_rlhf.launch.dry_run import print_plan
     from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.run_directory import check_writable, reopen_run_directory
-    from megatron_async_rlhf.prepare import check_value_weights, load_materials, make_model_template
+    from megatron_async_rlhf.prepare import make_model_template
 
     resolved = load_config(config, set)
     if not dry_run:
+        check_installed("torch", "megatron", "vllm")
         _serve_unless_first(resolved, node_rank)
-    _warn(resolved)
+    _warn(advice(resolved))
     check_writable(resolved)
     if dry_run:
         if not _find_start(resolved, resume).finished:
@@ -116,9 +119,7 @@ def train(
         template = Path(scratch) / "model" if version is None else run_dir / POLICY_TEMPLATE_DIR
         if version is None:
             make_model_template(resolved, template)
-        architecture = load_materials(resolved, template).architecture
-        check_value_weights(resolved, architecture)
-        refuse_too_large(resolved, architecture)
+        architecture = _check_all(resolved, template)
         plan = plan_processes(resolved, run_dir, architecture.context_length, fleet.nodes, version)
         if version is None:
             run_dir = _new_run_directory(resolved, template)
@@ -288,6 +289,19 @@ def _find_start(config: RunConfig, resume: bool) -> "Resumption":
     return start
 
 
+def _check_all(config: RunConfig, template: Path) -> "Architecture":
+    """Model, data, weights and memory of a whole run, before anything of it is there."""
+    from megatron_async_rlhf.estimate.report import refuse_too_large
+    from megatron_async_rlhf.prepare import check_policy_weights, check_value_weights, doubts, load_materials
+
+    materials = load_materials(config, template)
+    check_policy_weights(config, materials.architecture)
+    check_value_weights(config, materials.architecture)
+    refuse_too_large(config, materials.architecture)
+    _warn(doubts(config, materials))
+    return materials.architecture
+
+
 def _supervise(config: RunConfig, plan: "ProcessPlan", run_dir: Path, fleet: "Fleet") -> int:
     from megatron_async_rlhf.launch.display import Display
     from megatron_async_rlhf.launch.supervisor import Supervisor
@@ -305,8 +319,8 @@ def _new_run_directory(config: RunConfig, template: Path) -> Path:
     return run_dir
 
 
-def _warn(config: RunConfig) -> None:
-    for line in advice(config):
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
         typer.echo(f"warning: {line}", err=True)
 
 

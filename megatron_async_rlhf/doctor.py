@@ -56,7 +56,7 @@ def examine() -> Iterator[Finding]:
     for name, module, purpose in (
         ("datasets", "datasets", "data.train = hf:..."),
         ("W&B", "wandb", "telemetry.wandb"),
-        ("NeMo-Run", "nemo_run", "async-rlhf launch; it wants an environment of its own: pip install '.[launch]'"),
+        ("NeMo-Run", "nemo_run", "async-rlhf launch; in an environment of its own: bash tools/setup_launch_env.sh"),
     ):
         yield _package(name, module, advice=f"for {purpose}")
 
@@ -186,7 +186,10 @@ def _program(what: str, program: str, argument: str, advice: str) -> Finding:
     if shutil.which(program) is None:
         return Finding(what=what, state="missing", detail=f"{program} is not on the PATH", advice=advice)
     told = subprocess.run([program, argument], capture_output=True, text=True, timeout=10, check=False)
-    return Finding(what=what, state="ok", detail=(told.stdout or told.stderr).strip())
+    said = " ".join((told.stdout or told.stderr).split())
+    if told.returncode:
+        return Finding(what=what, state="missing", detail=f"{program} does not work here: {said[:120]}", advice=advice)
+    return Finding(what=what, state="ok", detail=said)
 
 
 def main() -> None:

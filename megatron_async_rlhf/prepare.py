@@ -91,6 +91,18 @@ def value_source(config: RunConfig) -> Path | None:
     return config.algorithm.value_hf if config.algorithm.has_value_model else None
 
 
+def check_policy_weights(config: RunConfig, architecture: Architecture) -> None:
+    """
+    Raises:
+        CheckpointError: `model.hf` lacks a weight, or has one that does not fit.
+    """
+    if config.model.hf is not None:
+        from megatron_async_rlhf.checkpoint.convert import check_complete  # brings torch
+        from megatron_async_rlhf.checkpoint.sources import open_weights
+
+        check_complete(open_weights(config.model.hf), architecture)
+
+
 def check_value_weights(config: RunConfig, architecture: Architecture) -> None:
     """
     Raises:
@@ -132,7 +144,7 @@ def load_materials(config: RunConfig, template: Path) -> Materials:
     Raises:
         ConfigError, DataError: one line.
     """
-    tokenizer = Tokenizer.load(template)
+    tokenizer = _read_tokenizer(config, template)
     architecture, transfer = outline(config, template)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ConfigError(
@@ -158,6 +170,26 @@ def load_materials(config: RunConfig, template: Path) -> Materials:
     return Materials(
         architecture=architecture, tokenizer=tokenizer, reward=reward, solved=solved, transfer=transfer, **splits
     )
+
+
+def doubts(config: RunConfig, materials: Materials) -> list[str]:
+    """What is possible and yet hardly meant, a line each."""
+    limit = config.generator.max_new_tokens
+    lengths = [len(row.token_ids) - row.prompt_length for row in materials.solved.values()]
+    longer = sum(length > limit for length in lengths)
+    if 2 * longer <= len(lengths):
+        return []
+    return [
+        f"generator.max_new_tokens = {limit}: {longer} of the {len(lengths)} solutions in data.train are longer, so most "
+        f"completions cannot end; half of them have at most {sorted(lengths)[len(lengths) // 2]} tokens"
+    ]
+
+
+def _read_tokenizer(config: RunConfig, template: Path) -> Tokenizer:
+    try:
+        return Tokenizer.load(template)
+    except DataError as error:  # of a copy, which the user has never seen
+        raise DataError(str(error).replace(str(template), f"model.hf = {config.model.hf}")) from None
 
 
 def _copy_template(source: Path, directory: Path) -> None:

@@ -82,16 +82,24 @@ def export_hf(source: Path, out: Path, *, dtype: str | None, config: Path | None
         write_safetensors(directory, specs, _stream(reader, specs))
 
 
+def check_complete(reader: WeightReader, arch: Architecture) -> None:
+    """
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    for name, shape in hf_shapes(arch).items():
+        found = find_tensor(reader, name).shape
+        if found != shape:
+            raise CheckpointError(f"{reader.label}: {name} has shape {found}, but config.json describes {shape}")
+
+
 def _check_tensors(reader: WeightReader, arch: Architecture) -> None:
     """
     Raises:
         CheckpointError: a tensor is missing, has another shape, or has no place in the model.
     """
+    check_complete(reader, arch)
     shapes = hf_shapes(arch)
-    for name, shape in shapes.items():
-        found = find_tensor(reader, name).shape
-        if found != shape:
-            raise CheckpointError(f"{reader.label}: {name} has shape {found}, but config.json describes {shape}")
     for name in reader.tensors:
         if name not in shapes:
             raise CheckpointError(f"{reader.label}: {name} has no place in a {arch.family} model of this config.json")

@@ -120,4 +120,5 @@ def _known_keys(location: tuple) -> str:
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         model = next(c for c in candidates if isinstance(c, type) and hasattr(c, "model_fields"))
-    return f"known here{whose}: {', '.join(model.model_fields)}"
+    hint = f"; to replace all of the section: -s 'algorithm={{type: {location[1]}}}'" if whose else ""
+    return f"known here{whose}: {', '.join(model.model_fields)}{hint}"

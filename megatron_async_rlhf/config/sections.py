@@ -53,7 +53,10 @@ class ModelSection(Section):
         shape = {name: getattr(self, name) for name in type(self).model_fields if name != "hf"}
         given = sorted(name for name, value in shape.items() if value is not None and name != "context_length")
         if self.hf is not None and given:
-            raise ValueError(f"model.hf brings shape and tokenizer; remove model.{given[0]}")
+            raise ValueError(
+                f"model.hf brings shape and tokenizer; remove model.{given[0]}, or replace all of the section: "
+                f"-s 'model={{hf: {self.hf}}}'"
+            )
         required = ("layers", "hidden_size", "ffn_size", "heads", "context_length")
         missing = [name for name in required if shape[name] is None]
         if self.hf is None and missing:

@@ -25,8 +25,9 @@ def load_examples(data: DataSection, split: Literal["train", "eval"], seed: int)
     """
     if split == "eval":
         return _eval_examples(data, seed)[: data.eval_prompts]
+    everything = _read(data, "train", seed)
     reserved = {_key(example) for example in _eval_examples(data, seed)}
-    examples = [example for example in _read(data, "train", seed) if _key(example) not in reserved]
+    examples = [example for example in everything if _key(example) not in reserved]
     if not examples:
         raise DataError(
             f"data.train = {data.train}: all its prompts are used for evaluation; give more, or another data.eval"

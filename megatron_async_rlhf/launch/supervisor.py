@@ -69,6 +69,8 @@ class Supervisor:
         self._drain_events()
         self._write_summary(status, error, tail)
         self._display.finished(status, error, tail, self._run_dir)
+        if status == "interrupted" and self._plan.generators:
+            self._display.note("the same command with --resume goes on from its last checkpoint")
         return _EXIT_CODES[status]
 
     def _start(self) -> None:
@@ -111,7 +113,7 @@ class Supervisor:
                 asked = self._interrupts
                 if asked > 1:
                     return "interrupted", "interrupted twice: ended without saving", []
-                self._display.note("interrupted: finishing the step under way (press again to end at once)")
+                self._display.note("interrupted: finishing the step under way (once more to end at once)")
                 self._controller.signal(signal.SIGTERM)
                 deadline = time.monotonic() + self._config.launch.interrupt_grace_s
             if lost := self._fleet.lost():

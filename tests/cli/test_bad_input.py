@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
+
+from megatron_async_rlhf.config.architecture import architecture_of_hf
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.prepare import make_model_template
+from megatron_async_rlhf.weights.hf_mapping import hf_shapes
 
 SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
 BASE = {
@@ -132,6 +139,37 @@ def test_a_bad_file(tmp_path, text, message):
 def test_a_model_that_cannot_be_trained(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert message in refused(train(tmp_path, {**BASE, "model": {"hf": str(tmp_path)}}))
+
+
+def hugging_face(directory: Path) -> Path:
+    """A model of two layers, whole."""
+    make_model_template(RunConfig.model_validate(BASE), directory)
+    weights = {name: torch.zeros(shape) for name, shape in hf_shapes(architecture_of_hf(directory)).items()}
+    save_file(weights, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncate", "model.safetensors"),
+        ("layers", "has no tensor model.layers.2."),
+        ("tokenizer", "model.hf = "),
+    ],
+)
+def test_a_damaged_model_is_refused_before_anything_starts(tmp_path, damage, message):
+    model = hugging_face(tmp_path / "hf")
+    if damage == "truncate":
+        weights = model / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    if damage == "layers":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    if damage == "tokenizer":
+        (model / "tokenizer.json").unlink()
+    config = BASE | {"model": {"hf": str(model), "context_length": 96}}
+    said = refused(train(tmp_path, config))
+    assert message in said and str(model) in said
 
 
 def test_a_missing_config(tmp_path):

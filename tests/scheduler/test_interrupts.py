@@ -29,6 +29,7 @@ class Learner(FakeLearner):
                 lengths = [len(s.token_ids) - s.prompt_length for s in command.sequences]
                 return Answer(id=0, logprobs=[[-1.0] * length for length in lengths])
             case TrainSupervised():
+                await asyncio.sleep(0.001)
                 return Answer(id=0, metrics=StepMetrics(values={"loss": 1.0}))
         try:
             return await super().execute(command)
@@ -67,6 +68,21 @@ class Run:
 
 def interrupt(run: Run) -> None:
     asyncio.get_running_loop().create_task(run.job.interrupt())
+
+
+def test_the_warm_start_is_given_up(tmp_path):
+    """In its third step; there is nothing to save."""
+    run, steps = Run(tmp_path / "run"), []
+
+    def told(command: Command) -> None:
+        if isinstance(command, TrainSupervised):
+            steps.append(command)
+            if len(steps) == 3:
+                interrupt(run)
+
+    run.learner.told = told
+    run()
+    assert run.job.cut_short and run.saved() == [] and len(steps) == 3
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
