@@ -23,7 +23,9 @@ def train(config: Path, mode: str, seed: int, overrides: list[str]) -> dict:
     if not summary.exists() or json.loads(summary.read_text())["status"] != "completed":
         settings = [f"run.dir={directory}", f"run.seed={seed}", f"schedule.mode={mode}", *overrides]
         flags = [part for setting in settings for part in ("-s", setting)]
-        subprocess.run([sys.executable, "-m", "megatron_async_rlhf", "train", str(config), *flags], check=True)
+        done = subprocess.run([sys.executable, "-m", "megatron_async_rlhf", "train", str(config), *flags])
+        if done.returncode:
+            raise SystemExit(done.returncode)  # it has said why
     return json.loads(summary.read_text())
 
 

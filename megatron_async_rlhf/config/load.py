@@ -98,7 +98,9 @@ def _lines_of(error: ValidationError) -> list[str]:
         elif item["type"] == "missing":
             lines.append(f"{key}: missing")
         elif item["type"] == "value_error":
-            lines.append(f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"]))
+            of_a_key = key and not isinstance(item["input"], dict)  # else the rule names the keys it is about
+            shown = f"{key} = {_shown(item['input'])}" if of_a_key else key
+            lines.append(f"{shown}: {item['ctx']['error']}" if key else str(item["ctx"]["error"]))
         else:
             lines.append(f"{key} = {_shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}")
     return lines

@@ -3,7 +3,6 @@
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidatorFunctionWrapHandler, field_validator
-from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
@@ -17,5 +16,5 @@ class Section(BaseModel):
         """Python takes `true` for 1, and so does pydantic."""
         checked = check(value)
         if isinstance(value, bool) and isinstance(checked, int | float) and not isinstance(checked, bool):
-            raise PydanticCustomError("number_type", "input should be a number, not true or false")
+            raise ValueError("input should be a number, not true or false")
         return checked
