@@ -103,7 +103,7 @@ class Job:
             rollouts=RolloutLog(run_dir / ROLLOUT_DIR) if config.schedule.record else None,
             state=resumed.controller if resumed else BEGINNING,
         )
-        self.cut_short = self._interrupted = False
+        self.cut_short = self._interrupted = self._gives_up = False
         self._warm_start: asyncio.Task | None = None
         self._evaluating: asyncio.Task | None = None
         self._began = time.time()
@@ -137,16 +137,21 @@ class Job:
         await self._learner.execute(Stop())
 
     async def out_of_time(self) -> None:
-        """As `interrupt`, because `checkpoint.max_run_seconds` are over."""
+        """As `interrupt`, because `checkpoint.max_run_seconds` are over; but a warm start goes on to its end, and is saved."""
         self.recorder.stage(f"checkpoint.max_run_seconds = {self._config.checkpoint.max_run_seconds:g} are over")
-        await self.interrupt()
+        await self._end_early()
 
     async def interrupt(self) -> None:
         """Let the step under way finish, then save, export and end."""
+        self._gives_up = True
+        if self._warm_start is not None:
+            self._warm_start.cancel()
+        await self._end_early()
+
+    async def _end_early(self) -> None:
         self._interrupted = True
-        for stage in (self._warm_start, self._evaluating):
-            if stage is not None:
-                stage.cancel()
+        if self._evaluating is not None:
+            self._evaluating.cancel()
         await self._controller.stop()
 
     async def _start_learner(self) -> None:
@@ -154,7 +159,7 @@ class Job:
         if self._resumed is not None:
             await self._load(self._resumed.controller.version)
             return
-        if self._interrupted:
+        if self._gives_up:
             raise _GivenUp
         starting = begin_reinforcement(self._config, self._learner, self._materials, self.recorder)
         self._warm_start = asyncio.create_task(starting)
