@@ -13,6 +13,7 @@ from megatron_async_rlhf.config.advice import advice
 from megatron_async_rlhf.config.load import load_config, read_tree
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
+from megatron_async_rlhf.installed import check_installed
 from megatron_async_rlhf.launch.command import launch
 from megatron_async_rlhf.simulate.command import simulate
 from megatron_async_rlhf.telemetry.files import (
@@ -93,7 +94,6 @@ def train(
 
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
-    from megatron_async_rlhf.launch.abilities import check_installed
     from megatron_async_rlhf.launch.dry_run import print_plan
     from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.owner import owning

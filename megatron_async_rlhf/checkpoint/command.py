@@ -1,12 +1,11 @@
 """`async-rlhf import-hf`, `export-hf` and `verify-weights`: weights between formats, and the proof that they are the same."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.installed import check_installed
 
 Dtype = Literal["bfloat16", "float32"]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Round the weights to this; else they keep their dtype.")]
@@ -29,7 +28,7 @@ def import_hf(
 
     Example: async-rlhf import-hf models/Qwen2.5-0.5B checkpoints/qwen --tensor-parallel 2 --pipeline-parallel 2
     """
-    _check_torch()
+    check_installed("torch")
     from megatron_async_rlhf.checkpoint.convert import import_hf
 
     import_hf(hf_dir, out, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, dtype=dtype)
@@ -46,7 +45,7 @@ def export_hf(
 
     Example: async-rlhf export-hf checkpoints/qwen exported/qwen --dtype bfloat16
     """
-    _check_torch()
+    check_installed("torch")
     from megatron_async_rlhf.checkpoint.convert import export_hf
 
     export_hf(checkpoint, out, dtype=dtype, config=config)
@@ -68,19 +67,10 @@ def verify_weights(
 
     Example: async-rlhf verify-weights models/Qwen2.5-0.5B checkpoints/qwen
     """
-    _check_torch()
+    check_installed("torch")
     from megatron_async_rlhf.checkpoint.sources import open_holders
 
     compare_holders(*open_holders(a, b, config), cast)
-
-
-def _check_torch() -> None:
-    """
-    Raises:
-        ConfigError: it is not installed, which only what reads and writes weights needs.
-    """
-    if find_spec("torch") is None:
-        raise ConfigError("torch is not installed here, and weights cannot be read without it: bash tools/setup_env.sh")
 
 
 def compare_holders(a: Any, b: Any, cast: Dtype | None) -> None:

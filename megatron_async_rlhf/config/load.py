@@ -98,9 +98,10 @@ def _lines_of(error: ValidationError) -> list[str]:
         elif item["type"] == "missing":
             lines.append(f"{key}: missing")
         elif item["type"] == "value_error":
-            of_a_key = key and not isinstance(item["input"], dict)  # else the rule names the keys it is about
-            shown = f"{key} = {_shown(item['input'])}" if of_a_key else key
-            lines.append(f"{shown}: {item['ctx']['error']}" if key else str(item["ctx"]["error"]))
+            rule = str(item["ctx"]["error"])
+            if key and not isinstance(item["input"], dict):  # of a section the rule names the keys it is about
+                key = f"{key} = {_shown(item['input'])}"
+            lines.append(f"{key}: {rule}" if key else rule)
         else:
             lines.append(f"{key} = {_shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}")
     return lines

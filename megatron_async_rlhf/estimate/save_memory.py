@@ -16,9 +16,10 @@ def save_memory(config: RunConfig, arch: Architecture) -> list[int]:
     """Bytes of a rank of each pipeline stage that writes, the first stage first; of the first checkpoint, which may
     bring the reference along."""
     layout = LearnerLayout.of(config.learner)
-    numbers = [held.total for held in learner_holdings(arch, layout)]
+    holdings = learner_holdings(arch, layout)
+    numbers = [held.total for held in holdings]
     if arch.tie_embeddings and len(numbers) > 1:  # the last stage's copy is not saved
-        numbers[-1] -= learner_holdings(arch, layout)[-1].vocabulary * arch.hidden_size
+        numbers[-1] -= holdings[-1].vocabulary * arch.hidden_size
     per_number = _bytes_per_number(config.learner)
     item = ITEM_BYTES[config.learner.weights_dtype] if config.algorithm.has_reference else 0
     stages = [(per_number + item) * count for count in numbers]

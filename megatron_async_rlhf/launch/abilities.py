@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_async_rlhf.config.load import dump_config
@@ -12,19 +11,6 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 
 _TIMEOUT_S = 120.0  # imports torch and Megatron, and starts CUDA
-
-
-def check_installed(*packages: str) -> None:
-    """
-    Raises:
-        ConfigError: this environment lacks one of them.
-    """
-    for package in packages:
-        if find_spec(package) is None:
-            raise ConfigError(
-                f"{package} is not installed in {sys.prefix}: bash tools/setup_env.sh, then .venv/bin/async-rlhf "
-                "(or look at async-rlhf doctor)"
-            )
 
 
 def count_gpus(config: RunConfig) -> int:

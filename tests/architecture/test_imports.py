@@ -16,7 +16,13 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Lowest first: a module imports from its own row and the rows above it here. The longest matching name counts.
 ORDER = [
-    ["types", "errors", "devices", "weights.families"],  # the families are plain data, read by the config too
+    [
+        "types",
+        "errors",
+        "devices",
+        "installed",
+        "weights.families",
+    ],  # the families are plain data, read by the config too
     ["config"],
     [
         "algorithms",

@@ -1,0 +1,19 @@
+"""Whether this environment has the packages that a command needs, asked without loading them."""
+
+import sys
+from importlib.util import find_spec
+
+from megatron_async_rlhf.errors import ConfigError
+
+
+def check_installed(*packages: str) -> None:
+    """
+    Raises:
+        ConfigError: one of them is not there.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise ConfigError(
+                f"{package} is not installed here, in {sys.prefix}: bash tools/setup_env.sh, then .venv/bin/async-rlhf "
+                "(or look at async-rlhf doctor)"
+            )
