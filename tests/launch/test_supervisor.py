@@ -21,11 +21,16 @@ from megatron_async_rlhf.telemetry.files import PROCESSES
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
 STAND = "import time; print('up', flush=True); time.sleep(600)"
 LIMIT_S = 30
-# Tells that training has begun, and ends well once the file `end` is there.
+# Tells that training has begun, and ends well once the file `end` is there. Tells what stands in the file `tell`.
 CONTROLLER = """
 import json, pathlib, sys, time
 print(json.dumps({"event": "stage", "name": sys.argv[2]}), flush=True)
-while not pathlib.Path(sys.argv[1], "end").exists(): time.sleep(0.02)
+tell = pathlib.Path(sys.argv[1], "tell")
+while not pathlib.Path(sys.argv[1], "end").exists():
+    time.sleep(0.02)
+    if tell.exists():
+        print(tell.read_text(), flush=True)
+        tell.unlink()
 """
 
 
@@ -72,6 +77,13 @@ class Run:
         os.kill(pid, signal.SIGKILL)
         return pid
 
+    def report_silent(self, name: str, since: float) -> None:
+        """As the controller does of a generator that has done nothing since then."""
+        event = {"event": "unresponsive", "name": name, "since": since, "why": f"{name}: has answered no request"}
+        (self.directory / "new").write_text(json.dumps(event))
+        (self.directory / "new").rename(self.directory / "tell")
+        self.wait(lambda: not (self.directory / "tell").exists())
+
     def end(self) -> int:
         (self.directory / "end").touch()
         return self.join()
@@ -117,3 +129,27 @@ def test_the_death_of_any_other_process_ends_the_run(tmp_path, monkeypatch):
     run.kill("learner.0")
     assert run.join() == 1
     assert "error: learner.0 was killed by SIGKILL" in run.output.getvalue()
+
+
+def test_a_generator_that_does_nothing_is_killed_and_started_again(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, restarts=2)
+    old = run.pids["generator.1"]
+    os.kill(old, signal.SIGSTOP)
+    run.report_silent("generator.1", since=time.time())
+    run.wait(lambda: run.pids["generator.1"] != old)
+    assert "generator.1: has answered no request; killed" in run.output.getvalue()
+    assert "generator.1 was killed by SIGKILL; started again (1 of 2)" in run.output.getvalue()
+    run.wait(lambda: run.log("generator.1") == "up\n" * 2)
+    new = run.pids["generator.1"]
+    run.report_silent("generator.1", since=time.time() - 3600)  # of the one before: it comes late
+    time.sleep(0.5)
+    assert run.pids["generator.1"] == new and run.thread.is_alive()
+    assert run.end() == 0
+
+
+def test_a_generator_that_does_nothing_and_must_not_be_started_again_ends_the_run(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, restarts=0)
+    run.report_silent("generator.1", since=time.time())
+    assert run.join() == 1
+    assert "error: generator.1: has answered no request" in run.output.getvalue()
+    assert json.loads((tmp_path / "summary.json").read_text())["error"] == "generator.1: has answered no request"
