@@ -62,6 +62,18 @@ class LearnerError(AsyncRLHFError, RuntimeError):
     """The learner group failed to execute a command: names the command and carries the rank's own error."""
 
 
+class LearnerSilentError(LearnerError):
+    """The learner did not answer in time: one of its ranks hangs, or waits for one that does.
+
+    Attributes:
+        silent_s: for how long it has been waited for in vain.
+    """
+
+    def __init__(self, message: str, *, silent_s: float) -> None:
+        super().__init__(message)
+        self.silent_s = silent_s
+
+
 class NonFiniteLossError(LearnerError):
     """A loss or gradient norm that is not finite: names the step and the file the batch was saved to."""
 

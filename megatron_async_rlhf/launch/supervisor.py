@@ -29,6 +29,7 @@ from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
 from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
 from megatron_async_rlhf.launch.process import Process
+from megatron_async_rlhf.launch.stacks import dump_stacks
 from megatron_async_rlhf.telemetry.events import parse_event
 from megatron_async_rlhf.telemetry.files import LOG_DIR, PROCESSES, STOP, SUMMARY, replace_file
 from megatron_async_rlhf.telemetry.summary import UNFINISHED, RunTotals
@@ -56,6 +57,7 @@ class Supervisor:
         self._training = False
         self._restarts = {spec.name: 0 for spec in plan.generators}
         self._started: dict[str, float] = {}  # seconds since the epoch
+        self._learner_is_silent = False
         self._killed: dict[str, str] = {}  # processes that did nothing, and how that was found
         self._failure: str | None = None  # the controller's own account, if it gave one
 
@@ -182,6 +184,14 @@ class Supervisor:
         """A process that died by itself comes before a controller that only reports what it saw."""
         dead = self._dead()
         others = [process for process in dead if process is not self._controller]
+        learners = [process for process in self._processes if process.spec in self._plan.learners]
+        if self._learner_is_silent or any(process.returncode > 0 and process in learners for process in others):
+            if stopped := dump_stacks(learners):
+                names = ", ".join(process.name for process in stopped)
+                error = ProcessDiedError(
+                    f"{names} did nothing any more, not even react to a signal: stopped, or its machine hangs"
+                )
+                return "failed", str(error), stopped[0].last_lines()
         if self._failure and not others:
             named = next((p for p in self._processes if self._failure.startswith(p.name)), self._controller)
             return "failed", self._failure, named.last_lines()
@@ -199,13 +209,14 @@ class Supervisor:
                 return
             self._training = self._training or (event["event"] == "stage" and event["name"] == "train")
             if event["event"] == "unresponsive":
+                self._learner_is_silent |= event["name"] == "learner"
                 self._kill(event["name"], event["since"], event["why"])
             if event["event"] == "closed" and event["status"] == "failed":
                 self._failure = event["error"]
             self._display.show(event)
 
     def _kill(self, name: str, since: float, why: str) -> None:
-        """A process that has done nothing since then, unless another has been started in its place."""
+        """End a process that has done nothing since then, unless another has been started in its place."""
         for process in self._processes:
             if process.name == name and process.returncode is None and self._started[name] < since:
                 self._killed[name] = why

@@ -11,6 +11,7 @@ from itertools import count
 from random import Random
 from typing import Any
 
+from megatron_async_rlhf.config.sections import GeneratorSection
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError, InvariantError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.silence import Silence
@@ -64,18 +65,16 @@ class SimulatedGenerator:
         scenario: Scenario,
         ledger: Ledger,
         exchange: Exchange,
+        limits: GeneratorSection,
         *,
         version: int,
-        places: int,
-        request_timeout_s: float,
-        probe_timeout_s: float,
         slowness: float = 1.0,
     ) -> None:
         self.name, self.version = name, version
         self._scenario, self._ledger, self._exchange = scenario, ledger, exchange
-        self._places, self._slowness = places, slowness
-        self._timeout_s, self._probe_timeout_s = request_timeout_s, probe_timeout_s
-        self._silence = Silence(name, request_timeout_s)
+        self._places, self._slowness = limits.max_concurrent, slowness
+        self._timeout_s, self._probe_timeout_s = limits.request_timeout_s, limits.probe_timeout_s
+        self._silence = Silence(name, self._timeout_s)
         self._random = Random(f"{scenario.seed}/{name}")
         self._loop = asyncio.get_running_loop()
         self._requests: dict[int, _Request] = {}

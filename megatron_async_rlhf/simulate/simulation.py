@@ -103,10 +103,8 @@ class Simulation:
                 scenario,
                 self.ledger,
                 exchange,
+                config.generator,
                 version=state.version,
-                places=config.generator.max_concurrent,
-                request_timeout_s=config.generator.request_timeout_s,
-                probe_timeout_s=config.generator.probe_timeout_s,
                 slowness=scenario.slowness.get(i, 1.0),
             )
             for i in range(scenario.generators)

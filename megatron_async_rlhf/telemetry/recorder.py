@@ -57,7 +57,7 @@ class Recorder:
         self._events.emit("activity", side=side, what=what)
 
     def unresponsive(self, name: str, since: float, why: str) -> None:
-        """A generator has done nothing since then; its process may be alive.
+        """A generator, or the learner, has done nothing since then; its processes may be alive.
 
         Args:
             since: seconds since the epoch.

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from random_schedules import make_config, random_config, random_scenario
 
-from megatron_async_rlhf.errors import DeadlockError, InvariantError, TransferError
+from megatron_async_rlhf.errors import DeadlockError, GeneratorError, InvariantError, TransferError
 from megatron_async_rlhf.learner.protocol import PushWeights, TrainRollout
 from megatron_async_rlhf.scheduler.pool import GeneratorPool, Standing
 from megatron_async_rlhf.simulate.invariants import Ledger
@@ -172,6 +172,16 @@ def test_a_silent_engine_costs_the_time_until_it_is_noticed_and_no_more(tmp_path
         scenario = Scenario(generators=generators, lengths=LognormalLengths(40, 0.5), faults=faults)
         walls[kind] = run(config, scenario, tmp_path / kind).recorder.totals.wall_s
     assert walls["silent_engine"] < walls["crash"] + 2 * 30.0 + 20.0
+
+
+@pytest.mark.parametrize("at", [2.5 + 0.5 * i for i in range(12)])
+def test_the_last_error_says_how_the_last_generator_was_lost(tmp_path, at):
+    """Also if only a push had noticed it."""
+    config = make_config({"max_staleness": 1, "steps": 20, "prompts_per_step": 4}, weights={"timeout_s": 20.0})
+    faults = [Fault(generator=0, at=at, back_s=1e6)]
+    scenario = Scenario(lengths=ConstantLength(10), speeds=Speeds(push_s=2.0), faults=faults)
+    with pytest.raises(GeneratorError, match=r"no generator is left .* The last one: generator.0: .*gone"):
+        simulate(config, scenario)
 
 
 def test_the_others_sample_on_while_one_that_came_back_tries_to_meet_the_learner(tmp_path):
