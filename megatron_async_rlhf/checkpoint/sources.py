@@ -13,6 +13,7 @@ from megatron_async_rlhf.telemetry.files import EXPORT_DIR, RESOLVED_CONFIG
 from megatron_async_rlhf.telemetry.summary import read_summary
 from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
+from megatron_async_rlhf.weights.safetensors_files import refuse_adapter
 from megatron_async_rlhf.weights.stored import WeightReader
 from megatron_async_rlhf.weights.verify import StoredWeights, WeightHolder
 
@@ -81,19 +82,23 @@ def is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
-def description_of(directory: Path, config: Path | None = None) -> Path:
+def description_of(directory: Path, config: Path | None = None, wanted: str = "a Hugging Face model directory") -> Path:
     """Where the model's config and tokenizer are.
+
+    Args:
+        wanted: what a message asks for where there is nothing of a model.
 
     Raises:
         CheckpointError: a checkpoint brings none and none are given.
     """
+    refuse_adapter(directory)
     found = config or hf_files_of(directory)
     if not (found / "config.json").is_file():
         if is_checkpoint(directory) and config is None:
             raise CheckpointError(
                 f"{directory} has no {HF_DIR}/config.json; name the model's Hugging Face directory with --config"
             )
-        raise CheckpointError(f"{found} has no config.json; give a Hugging Face model directory")
+        raise CheckpointError(f"{found} has no config.json; give {wanted}")
     return found
 
 

@@ -45,6 +45,7 @@ class Family:
         model_type, hf_class: `model_type` and the one entry of `architectures` in its `config.json`.
         layer: the rows of every layer.
         free_head_size: whether `head_dim` may differ from hidden size / heads; vLLM ignores the key for some families.
+        whole_heads: whether Transformers refuses a hidden size that is not a multiple of the heads, whatever `head_dim` is.
         config_defaults: what Transformers takes for a key that `config.json` leaves out, where families differ.
     """
 
@@ -55,6 +56,7 @@ class Family:
     final_norm: Mapping
     output: Mapping  # absent from a model with tied embeddings
     free_head_size: bool = True
+    whole_heads: bool = False
     config_defaults: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -166,7 +168,7 @@ _LLAMA_LAYER = (_INPUT_NORM, _QKV, _ATTENTION_OUTPUT, *_MLP)
 
 
 def _families() -> Iterator[Family]:
-    yield Family(model_type="llama", hf_class="LlamaForCausalLM", layer=_LLAMA_LAYER, **_OUTER)
+    yield Family(model_type="llama", hf_class="LlamaForCausalLM", layer=_LLAMA_LAYER, **_OUTER, whole_heads=True)
     yield Family(
         model_type="mistral",
         hf_class="MistralForCausalLM",
