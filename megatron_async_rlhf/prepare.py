@@ -6,6 +6,7 @@ again to get the same objects.
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from msgspec import Struct
@@ -29,7 +30,6 @@ from megatron_async_rlhf.data.solutions import solved_prompts
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.data.tokenizer import Tokenizer, fix_date, make_byte_tokenizer, train_bpe_tokenizer
 from megatron_async_rlhf.errors import ConfigError, DataError
-from megatron_async_rlhf.installed import check_installed
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.types import Prompt, Sequence
@@ -116,10 +116,11 @@ def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
     Raises:
         ConfigError, DataError: one line.
     """
-    check_causal_model(config.model.hf)
-    architecture, transfer = outline(config, config.model.hf)
-    if (config.model.hf / "tokenizer.json").is_file():
-        _check_vocabulary(_read_tokenizer(config, config.model.hf), architecture)
+    described = hf_files_of(config.model.hf)
+    check_causal_model(described)
+    architecture, transfer = outline(config, described)
+    if (described / "tokenizer.json").is_file():
+        _check_vocabulary(config, _read_tokenizer(config, described), architecture)
     return architecture, transfer
 
 
@@ -147,7 +148,6 @@ def check_value_weights(config: RunConfig, architecture: Architecture) -> None:
 def _stored_tensors(source: Path) -> Mapping[str, TensorSpec]:
     if not is_checkpoint(source):
         return {name: place.spec for name, place in find_weights(source).items()}
-    check_installed("torch")
     from megatron_async_rlhf.checkpoint.sources import open_weights  # brings torch
 
     return open_weights(source).tensors
@@ -160,6 +160,8 @@ def missing_inputs(config: RunConfig) -> list[str]:
     nothing is missing in this sense.
     """
     hf = config.model.hf
+    if hf is not None and is_checkpoint(hf) and find_spec("torch") is None:
+        return [f"weights: torch, without which those in the checkpoint model.hf = {hf} cannot be read"]
     if hf is None or is_checkpoint(hf) or weight_files(hf):
         return []
     whole = f"in model.hf = {hf}; get the whole model and name its directory"
@@ -183,7 +185,7 @@ def load_materials(config: RunConfig, template: Path) -> Materials:
     """
     tokenizer = _read_tokenizer(config, template)
     architecture, transfer = outline(config, template)
-    _check_vocabulary(tokenizer, architecture)
+    _check_vocabulary(config, tokenizer, architecture)
     room = architecture.context_length - config.generator.max_new_tokens
     limit = config.data.max_prompt_tokens or room
     if limit > room:
@@ -226,11 +228,11 @@ def _read_tokenizer(config: RunConfig, template: Path) -> Tokenizer:
         raise DataError(str(error).replace(str(template), f"model.hf = {config.model.hf}")) from None
 
 
-def _check_vocabulary(tokenizer: Tokenizer, architecture: Architecture) -> None:
+def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
     largest, rows = tokenizer.largest_id, architecture.vocab_size
     if largest >= rows:
         raise ConfigError(
-            f"model.hf: the tokenizer's token {tokenizer.token_of(largest)!r} has id {largest}, the model only {rows} "
+            f"model.hf = {config.model.hf}: the tokenizer's token {tokenizer.token_of(largest)!r} has id {largest}, the model only {rows} "
             "embeddings (vocab_size); give the tokenizer that belongs to the model"
         )
 

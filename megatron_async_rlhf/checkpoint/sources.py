@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_async_rlhf.checkpoint.directory import HF_DIR, hf_files_of, is_checkpoint
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.weights import CheckpointWeights
-from megatron_async_rlhf.config.architecture import Architecture, architecture_of_hf
+from megatron_async_rlhf.config.architecture import Architecture, architecture_of_hf, check_causal_model
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
 from megatron_async_rlhf.generator.vllm.live_weights import LiveWeights
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, RESOLVED_CONFIG
@@ -102,15 +102,17 @@ def description_of(directory: Path, config: Path | None = None, wanted: str = "a
     return found
 
 
-def read_architecture(directory: Path) -> Architecture:
+def read_architecture(directory: Path, *, causal: bool = False) -> Architecture:
     """
+    Args:
+        causal: the model has to be a language model itself.
+
     Raises:
         CheckpointError: a model that is not supported.
     """
     try:
+        if causal:
+            check_causal_model(directory)
         return architecture_of_hf(directory)
     except ConfigError as error:
         raise CheckpointError(str(error).removeprefix("model.hf = ")) from None
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{directory / 'config.json'} does not describe a model ({reason})") from None

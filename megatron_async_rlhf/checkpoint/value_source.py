@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_async_rlhf.checkpoint.directory import is_checkpoint
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import CheckpointError
+from megatron_async_rlhf.installed import check_installed
 from megatron_async_rlhf.weights.families import FAMILIES
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
 from megatron_async_rlhf.weights.safetensors_files import find_weights
@@ -31,6 +32,7 @@ def check_value_source(directory: Path, arch: Architecture) -> None:
         CheckpointError: no weights there, or one that is missing or has another shape than the value model's.
     """
     if is_checkpoint(directory):
+        check_installed("torch")
         open_value_source(directory, arch)
         return
     try:

@@ -210,7 +210,7 @@ def architecture_of_hf(directory: Path) -> Architecture:
     hf = family.config_defaults | hf
     rope = _rope_parameters(hf, where)
     _refuse_unsupported(family, hf, rope, where)
-    numbers = _Numbers(hf, where)
+    numbers = _Numbers(hf, where, family.never_null)
     hidden_size, heads = numbers.count("hidden_size"), numbers.count("num_attention_heads")
     arch = Architecture(
         family=family.model_type,
@@ -235,8 +235,8 @@ def architecture_of_hf(directory: Path) -> Architecture:
 class _Numbers:
     """The values of a `config.json`, each refused by name if it is not what it should be."""
 
-    def __init__(self, hf: dict[str, Any], where: str) -> None:
-        self._hf, self._where = hf, where
+    def __init__(self, hf: dict[str, Any], where: str, never_null: tuple[str, ...] = ()) -> None:
+        self._hf, self._where, self._never_null = hf, where, never_null
 
     def count(self, key: str, default: int | None = None) -> int:
         """
@@ -244,7 +244,7 @@ class _Numbers:
             default: what stands for a key that is missing or null, where it may be.
         """
         value = self._hf.get(key)
-        if value is None and default is not None:
+        if value is None and default is not None and key not in self._never_null:
             return default
         return self._checked(key, int, "a positive whole number")
 
