@@ -229,10 +229,10 @@ def _read_tokenizer(config: RunConfig, template: Path) -> Tokenizer:
 
 
 def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
-    largest, rows = tokenizer.largest_id, architecture.vocab_size
+    (largest, token), rows = tokenizer.last_token, architecture.vocab_size
     if largest >= rows:
         raise ConfigError(
-            f"model.hf = {config.model.hf}: the tokenizer's token {tokenizer.token_of(largest)!r} has id {largest}, the model only {rows} "
+            f"model.hf = {config.model.hf}: the tokenizer's token {token!r} has id {largest}, the model only {rows} "
             "embeddings (vocab_size); give the tokenizer that belongs to the model"
         )
 

@@ -322,7 +322,6 @@ def _refuse_unsupported(family: Family, hf: dict[str, Any], rope: dict[str, Any]
     layer_types = hf.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise ConfigError(f"{where}: layer_types other than full_attention are not supported")
-    _refuse_sliding_window(family, hf, where)
     if any(isinstance(value, dict) for value in rope.values()):
         raise ConfigError(f"{where}: rope parameters that differ between layers are not supported")
     if _rope_type(rope) not in ("default", "llama3"):
@@ -331,12 +330,15 @@ def _refuse_unsupported(family: Family, hf: dict[str, Any], rope: dict[str, Any]
         if table.get("partial_rotary_factor", 1.0) not in (1.0, None):
             rotary = table["partial_rotary_factor"]
             raise ConfigError(f"{where}: partial_rotary_factor = {rotary} is not supported, only 1.0 is")
+    _refuse_sliding_window(family, hf, where)
 
 
 def _refuse_sliding_window(family: Family, hf: dict[str, Any], where: str) -> None:
-    window, context = hf.get("sliding_window"), _Numbers(hf, where).count("max_position_embeddings")
-    has_switch = "use_sliding_window" in family.config_defaults  # off, or it was refused above
-    if not has_switch and window is not None and not (isinstance(window, int) and window >= context):
+    window, has_switch = hf.get("sliding_window"), "use_sliding_window" in family.config_defaults
+    if has_switch or window is None:  # a switch is off here, or it was refused
+        return
+    context = _Numbers(hf, where).count("max_position_embeddings")
+    if not isinstance(window, int) or window < context:
         raise ConfigError(
             f"{where}: sliding_window = {window} is below max_position_embeddings = {context}, and only full attention "
             f"is supported; set max_position_embeddings = {window} to stay inside the window, or sliding_window = null"

@@ -11,7 +11,6 @@ another day has the same prompts.
 import json
 from collections.abc import Iterable
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -27,7 +26,6 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 BYTE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-_GENERATION = ("generation_config.json", "config.json")
 DATE = "date.txt"  # not one of Hugging Face's, so an export does not have it
 
 
@@ -38,7 +36,6 @@ class Tokenizer:
         eos_token_id: ends a completion.
         pad_token_id: fills batches; the end-of-sequence token where the directory names no padding token.
         bos_token_id: None if the directory names none.
-        stop_token_ids: `eos_token_id`, and what else ends a completion by the directory's generation config.
     """
 
     def __init__(self, directory: Path, now: datetime) -> None:
@@ -58,9 +55,9 @@ class Tokenizer:
         self.eos_token_id: int = eos_token_id
         self.pad_token_id: int = eos_token_id if pad_token_id is None else pad_token_id
         self.bos_token_id: int | None = token_id("bos_token")
-        self.stop_token_ids = sorted({eos_token_id, *_generation_ends(directory)})
         added = self._text_only.get_added_tokens_decoder()
-        self._special_ids = {index for index, token in added.items() if token.special}
+        self._specials = {index: token.content for index, token in added.items() if token.special}
+        self._special_ids = set(self._specials)
         self._control_ids = self._special_ids - {token_id("unk_token")} | {self.eos_token_id}
         self._directory = directory
         self._template = ChatTemplate(files.template, named, now=now, where=str(directory))
@@ -83,14 +80,10 @@ class Tokenizer:
         """Number of tokens, added ones included."""
         return self._with_specials.get_vocab_size(with_added_tokens=True)
 
-    @cached_property
-    def largest_id(self) -> int:
-        """The id of a token; above `vocab_size` - 1 where the vocabulary has holes."""
-        return max(self._with_specials.get_vocab(with_added_tokens=True).values())
-
-    def token_of(self, index: int) -> str:
-        """How the vocabulary spells the token with this id."""
-        return self._with_specials.id_to_token(index)
+    @property
+    def last_token(self) -> tuple[int, str]:
+        """The largest id, above `vocab_size` - 1 where the vocabulary has holes, and its token."""
+        return max((index, token) for token, index in self._with_specials.get_vocab(with_added_tokens=True).items())
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, nothing added; special tokens spelled out in it stay text.
@@ -130,8 +123,8 @@ class Tokenizer:
 
     def _brings_specials(self, rendered: str) -> bool:
         """Whether special tokens are spelled in a templated prompt that the template does not have by itself."""
-        special = {self.token_of(index) for index in self._special_ids}
-        return any(rendered.count(text) > sum(part.count(text) for part in self._template.parts) for text in special)
+        parts = self._template.parts
+        return any(rendered.count(text) > sum(part.count(text) for part in parts) for text in self._specials.values())
 
     def _encode_template(self, text: str) -> list[int]:
         return self._with_specials.encode(text, add_special_tokens=False).ids
@@ -223,18 +216,3 @@ def _read_date(directory: Path) -> datetime:
 def _special(token: AddedToken) -> AddedToken:
     flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
     return AddedToken(token.content, special=True, **flags)
-
-
-def _generation_ends(directory: Path) -> list[int]:
-    """Ids that end a completion in Transformers' `generate`: those of `generation_config.json`, or else of `config.json`."""
-    path = next((path for name in _GENERATION if (path := directory / name).is_file()), None)
-    if path is None:
-        return []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{directory}: {path.name} cannot be read ({error}); restore the file") from None
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if any(isinstance(index, bool) or not isinstance(index, int) for index in ids):
-        raise DataError(f"{directory}: eos_token_id = {found!r} in {path.name} is neither an id nor a list of them")
-    return ids

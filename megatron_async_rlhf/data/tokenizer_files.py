@@ -24,7 +24,12 @@ from megatron_async_rlhf.errors import DataError
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _OWN = "model_specific_special_tokens"
-_CONFIG, _BACKEND, _MAP, _ADDED = "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"
+_CONFIG, _BACKEND, _MAP, _ADDED = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ def _refuse_unsupported(directory: Path, settings: dict[str, Any]) -> None:
     where = f"{directory}: {_CONFIG}:"
     auto = settings.get("auto_map")
     if isinstance(auto, dict) and auto.get("AutoTokenizer") or isinstance(auto, list):
-        raise DataError(f"{where} auto_map names code of the tokenizer's own, which is not run; remove it to do without")
+        raise DataError(
+            f"{where} auto_map names code of the tokenizer's own, which is not run; remove it to do without"
+        )
     if settings.get("split_special_tokens"):
         raise DataError(f"{where} split_special_tokens is not supported, a template could not open a turn; remove it")
     for key in ("fast_tokenizer_files", "init_inputs"):
@@ -193,7 +200,9 @@ def _special_tokens(
     old = settings.get("additional_special_tokens")  # of special_tokens_map.json
     extra = settings.get("extra_special_tokens", old) or []
     if not isinstance(extra, list):
-        raise DataError(f"{directory}: extra_special_tokens = {extra!r} is neither a list nor an object; correct {_CONFIG}")
+        raise DataError(
+            f"{directory}: extra_special_tokens = {extra!r} is neither a list nor an object; correct {_CONFIG}"
+        )
     # `add_bos_token` is a flag.
     late = {key: value for key, value in settings.items() if _is_own_name(key) and isinstance(value, str | AddedToken)}
     named = {name: settings[name] for name in NAMES if settings.get(name) is not None} | late | settings[_OWN]
@@ -238,7 +247,9 @@ def _add_tokens(
 
 
 def _read_template(directory: Path, settings: dict[str, Any]) -> str:
-    templates: Any = {path.stem: _read_text(path, directory) for path in sorted((directory / TEMPLATES).glob("*.jinja"))}
+    templates: Any = {
+        path.stem: _read_text(path, directory) for path in sorted((directory / TEMPLATES).glob("*.jinja"))
+    }
     if (directory / TEMPLATE).is_file():
         templates = {"default": _read_text(directory / TEMPLATE, directory)} | templates
     if not templates:

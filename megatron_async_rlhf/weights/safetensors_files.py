@@ -18,7 +18,17 @@ CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER = "adapter_config.json"
 # What other programs call the weights of a model, or a part of them.
-_WEIGHT_FILES = ("*.safetensors*", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.h5", "*.msgpack")
+_WEIGHT_FILES = (
+    "*.safetensors*",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+)
 _LONGEST_HEADER = 100 * 10**6  # the limit of the safetensors library
 _BLOCK_BYTES = 4 * 2**20
 

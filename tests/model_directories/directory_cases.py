@@ -187,6 +187,8 @@ ROPE = {"rope_scaling": ..., "rope_parameters": ..., "rope_theta": ...}  # none 
 BIASES = {f"model.layers.{i}.self_attn.{p}_proj.bias": (64 if p in "qo" else 32) for i in (0, 1) for p in "qkvo"}
 
 
+# One row a case, so that they can be read as a table.
+# fmt: off
 def _config_cases() -> Iterator[Case]:
     group = "config.json"
     for family in ("llama", "mistral", "qwen2", "qwen3"):
@@ -341,8 +343,9 @@ def _tokenizer_cases() -> Iterator[Case]:
         "{% set x = 'out' %}{% generation %}{% set x = 'in' %}{{ x }}{% endgeneration %}{{ x }}{{ strftime_now('%%') }}"
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content | trim }}{% endfor %}"
         "{% if messages | length > 1 %}{{ raise_exception('one at a time') }}{% endif %}{{ enable_thinking is defined }}"
-    )))  # fmt: skip
+    )))
     yield Case(group, "a template that does not allow a single user message", "the chat template fails", "refuses", change=files(chat_template__jinja="{{ raise_exception('a system message comes first') }}"))
+# fmt: on
 
 
 CASES = [*_config_cases(), *_tensor_cases(), *_file_cases(), *_tokenizer_cases()]

@@ -77,7 +77,9 @@ def our_logits(model: Path, scratch: Path) -> torch.Tensor:
     """Of a Transformers model made from what we understand of `config.json`, filled with what we read."""
     config = RunConfig.model_validate(settings(model, scratch / "run"))
     arch = check_inputs(config, scratch / "template").architecture
-    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**arch.to_hf(eos_token_id=257)), dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**arch.to_hf(eos_token_id=257)), dtype=torch.float32
+    )
     reader, state = open_weights(model), {}
     for name in reader.tensors:
         spec = find_tensor(reader, name)
@@ -148,7 +150,9 @@ def test_every_command_says_the_same(case: Case, model: Path, tmp_path: Path, mo
     assert (tmp_path / "imported").exists() == ("import-hf" in commands and not case.ours)
 
 
-def test_a_description_without_weights_can_be_planned_with_and_not_started(tmp_path: Path, byte_tokenizer: Path, monkeypatch, capsys):
+def test_a_description_without_weights_can_be_planned_with_and_not_started(
+    tmp_path: Path, byte_tokenizer: Path, monkeypatch, capsys
+):
     """The one difference: a dry run also plans for a machine that has the model, and says what it has not checked."""
     build(CASES[0], tmp_path / "model", byte_tokenizer)
     (tmp_path / "model/model.safetensors").unlink()

@@ -101,7 +101,7 @@ class VLLMGenerator:
                 "top_k": 0,
                 "max_tokens": left,
                 "logprobs": 0,
-                "stop_token_ids": self._tokenizer.stop_token_ids,
+                "stop_token_ids": [self._tokenizer.eos_token_id],
                 "detokenize": False,
                 "output_kind": _FINAL_ONLY,
             },
