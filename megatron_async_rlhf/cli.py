@@ -144,7 +144,7 @@ def sft(config: ConfigArgument, set: SetOption = [], node_rank: NodeRankOption =
     from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
-    from megatron_async_rlhf.prepare import load_materials, make_model_template
+    from megatron_async_rlhf.prepare import check_inputs, make_model_template
 
     resolved = load_config(config, set)
     if not resolved.warm_start.steps:
@@ -155,7 +155,7 @@ def sft(config: ConfigArgument, set: SetOption = [], node_rank: NodeRankOption =
         check_inputs_apart(resolved)
         template = Path(scratch) / "model"
         make_model_template(resolved, template)
-        load_materials(resolved, template)
+        check_inputs(resolved, template)
         plan = plan_learner_alone(resolved, resolved.run.path.absolute(), fleet.nodes, "sft")
         run_dir = _new_run_directory(resolved, template)
         raise typer.Exit(_supervise(resolved, plan, run_dir, fleet))
@@ -292,11 +292,9 @@ def _find_start(config: RunConfig, resume: bool) -> "Resumption":
 def _check_all(config: RunConfig, template: Path) -> "Architecture":
     """Model, data, weights and memory of a whole run, before anything of it is there."""
     from megatron_async_rlhf.estimate.report import refuse_too_large
-    from megatron_async_rlhf.prepare import check_policy_weights, check_value_weights, doubts, load_materials
+    from megatron_async_rlhf.prepare import check_inputs, doubts
 
-    materials = load_materials(config, template)
-    check_policy_weights(config, materials.architecture)
-    check_value_weights(config, materials.architecture)
+    materials = check_inputs(config, template)
     refuse_too_large(config, materials.architecture)
     _warn(doubts(config, materials))
     return materials.architecture

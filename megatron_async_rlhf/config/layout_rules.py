@@ -38,9 +38,12 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
             f"{together} x {arch.context_length} = {together * arch.context_length}"
         )
     if config.run.device == "cpu" and arch.head_dim not in _CPU_HEAD_SIZES:
+        hf = config.model.hf
+        whose = "" if hf is None else f"model.hf = {hf}: "
+        change = "change model.heads" if hf is None else "take another model, or run this one on a GPU"
         raise ConfigError(
-            f"the head size {arch.head_dim} (hidden_size / heads, or head_dim) is not one that vLLM runs on a CPU: "
-            f"{', '.join(str(size) for size in _CPU_HEAD_SIZES)}; change model.heads"
+            f"{whose}the head size {arch.head_dim} (hidden_size / heads, or head_dim) is not one that vLLM runs on a CPU: "
+            f"{', '.join(str(size) for size in _CPU_HEAD_SIZES)}; {change}"
         )
 
 

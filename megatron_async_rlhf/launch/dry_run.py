@@ -10,26 +10,19 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.report import describe
 from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.launch.plan import plan_processes
-from megatron_async_rlhf.prepare import (
-    check_value_weights,
-    load_materials,
-    make_model_template,
-    missing_inputs,
-    outline,
-)
+from megatron_async_rlhf.prepare import check_description, check_inputs, make_model_template, missing_inputs
 
 
 def print_plan(config: RunConfig) -> None:
     """Of a model that is not here, what follows from its shape; of machines, what the configuration says of them."""
     missing = missing_inputs(config)
     if missing:
-        architecture, transfer = outline(config, config.model.hf)
+        architecture, transfer = check_description(config)
         prompts = "# prompts: not checked"
     else:
         with tempfile.TemporaryDirectory() as scratch:
             make_model_template(config, Path(scratch))
-            materials = load_materials(config, Path(scratch))
-        check_value_weights(config, materials.architecture)
+            materials = check_inputs(config, Path(scratch))
         architecture, transfer = materials.architecture, materials.transfer
         prompts = f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out"
     typer.echo(dump_config(config))

@@ -64,7 +64,7 @@ def test_a_model_that_is_not_there_is_refused_at_a_start(root: Path):
     command = [sys.executable, "-m", "megatron_async_rlhf", "train", "examples/llama8b_async.yaml"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: model.hf = examples/llama8b holds no .safetensors file")
+    assert result.stderr.startswith("error: examples/llama8b holds no model.safetensors")
 
 
 def test_a_whole_model_is_checked(tmp_path: Path, root: Path):
