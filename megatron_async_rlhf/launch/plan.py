@@ -85,7 +85,9 @@ def plan_processes(
     sites = [(home.address, home.generator_ports[i]) for i, home in enumerate(homes)]
     template = run_dir / POLICY_TEMPLATE_DIR
     generators = [
-        _generator(config, f"generator.{i}", slots, home, server_command(config, template, site, context_length, budget))
+        _generator(
+            config, f"generator.{i}", slots, home, server_command(config, template, site, context_length, budget)
+        )
         for i, (slots, home, site) in enumerate(zip(layout.generators, homes, sites, strict=True))
     ]
     addresses = [

@@ -143,7 +143,9 @@ def test_learner_and_generator_on_one_gpu_are_weighed_together(root: Path):
         refuse_too_large(config, outline(config, config.model.hf)[0])
 
     check(230)
-    with pytest.raises(ConfigError, match=r"^learner and generator on one GPU are estimated to need 211.4 GiB.*try learner\."):
+    with pytest.raises(
+        ConfigError, match=r"^learner and generator on one GPU are estimated to need 211.4 GiB.*try learner\."
+    ):
         check(180)
 
 

@@ -83,7 +83,9 @@ def test_a_generator_on_the_learners_gpu_gets_what_that_leaves(llama8b, gib: int
     assert worker.cache == most if gib == 2000 else worker.cache < most  # generation cannot use more than that
     budget = gpu_budget(config, arch)
     assert budget.cache == worker.cache
-    assert budget.share * gib * GIB == pytest.approx(worker.weights + worker.activations + worker.cache, abs=gib * GIB / 1000)
+    assert budget.share * gib * GIB == pytest.approx(
+        worker.weights + worker.activations + worker.cache, abs=gib * GIB / 1000
+    )
 
 
 def test_a_share_bounds_a_generator_on_the_learners_gpu_too(llama8b):

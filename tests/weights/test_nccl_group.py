@@ -73,7 +73,9 @@ def test_what_nccl_says_of_a_communicator_is_told_in_one_line(monkeypatch):
             raise dist.DistBackendError("NCCL error in: init.cu: invalid usage\nDuplicate GPU detected")
 
     monkeypatch.setattr(dist, "ProcessGroupNCCL", Duplicate, raising=False)
-    with pytest.raises(TransferError, match="could not make an NCCL communicator: NCCL error in: init.cu: invalid usage$"):
+    with pytest.raises(
+        TransferError, match="could not make an NCCL communicator: NCCL error in: init.cu: invalid usage$"
+    ):
         connect(9.0)
 
 
