@@ -443,6 +443,7 @@ def part_push(device: str, found: Findings) -> None:
 def part_generate(device: str, found: Findings) -> None:
     if not on_gpu(device):
         raise Skip("speed of vLLM on a CPU says nothing about a GPU")
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as generators are started
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
@@ -478,6 +479,7 @@ def part_run(device: str, found: Findings) -> None:
     }  # fmt: skip
     if on_gpu(device):
         keys |= {"weights.transport": "ipc", "generator.gpu_memory_share": 0.4, "model.hidden_size": 256}
+        keys |= {"launch.gpu_memory_gib": describe(device)["memory_gib"]}
     command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(ROOT / "examples" / "quickstart.yaml")]
     for key, value in keys.items():
         command += ["-s", f"{key}={value}"]
@@ -637,7 +639,8 @@ def describe(device: str) -> dict[str, Any]:
         return {"device": "cpu"}
     code = (
         "import json, torch; n = torch.cuda.device_count(); "
-        "print(json.dumps({'gpus': n, 'name': torch.cuda.get_device_name() if n else None}))"
+        "first = torch.cuda.get_device_properties(0) if n else None; "
+        "print(json.dumps({'gpus': n, 'name': n and first.name, 'memory_gib': n and int(first.total_memory / 2**30)}))"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = json.loads(told.stdout)
