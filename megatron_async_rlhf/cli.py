@@ -94,6 +94,7 @@ def train(
 
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
+    from megatron_async_rlhf.estimate.fitting import gpu_budget
     from megatron_async_rlhf.launch.dry_run import print_plan
     from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.owner import owning
@@ -120,7 +121,8 @@ def train(
         if version is None:
             make_model_template(resolved, template)
         architecture = _check_all(resolved, template)
-        plan = plan_processes(resolved, run_dir, architecture.context_length, fleet.nodes, version)
+        budget = gpu_budget(resolved, architecture)
+        plan = plan_processes(resolved, run_dir, architecture.context_length, fleet.nodes, version, budget=budget)
         if version is None:
             run_dir = _new_run_directory(resolved, template)
         else:

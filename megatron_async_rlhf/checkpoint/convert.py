@@ -24,7 +24,15 @@ from megatron_async_rlhf.weights.stored import DTYPES, WeightReader, read_blocks
 from megatron_async_rlhf.weights.tensor_spec import TensorSpec
 
 # Layers of Transformer Engine keep scaling factors in an extra state; others save that they have none.
-_WITH_EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+_WITH_EXTRA_STATE = (
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "decoder.final_layernorm",
+)
 
 
 def import_hf(source: Path, out: Path, *, tensor_parallel: int, pipeline_parallel: int, dtype: str | None) -> None:
@@ -120,8 +128,8 @@ def _height(piece: Piece) -> int:
 def _extra_states(parameter: Parameter, arch: Architecture) -> Iterator[SavedObject]:
     module, _, kind = parameter.key.rpartition(".")
     if kind == "weight" and module.endswith(_WITH_EXTRA_STATE):
-        key = f"{module}._extra_state/shard_{parameter.layer}_{arch.layers}"
-        yield SavedObject(key=key, value=[None])
+        shard = "0_1" if parameter.layer is None else f"{parameter.layer}_{arch.layers}"
+        yield SavedObject(key=f"{module}._extra_state/shard_{shard}", value=[None])
 
 
 def _stream(reader: WeightReader, specs: list[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:

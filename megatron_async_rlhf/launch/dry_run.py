@@ -7,6 +7,7 @@ import typer
 
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.fitting import gpu_budget
 from megatron_async_rlhf.estimate.report import describe
 from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.launch.plan import plan_processes
@@ -35,7 +36,8 @@ def print_plan(config: RunConfig) -> None:
     for line in describe(config, architecture):
         typer.echo(f"# {line}")
     nodes = planned_nodes(config)
-    for process in plan_processes(config, config.run.path.absolute(), architecture.context_length, nodes).processes:
+    run_dir, budget = config.run.path.absolute(), gpu_budget(config, architecture)
+    for process in plan_processes(config, run_dir, architecture.context_length, nodes, budget=budget).processes:
         cores = f"cores {process.cores}" if process.cores else "any core"
         where = f"GPUs {process.gpus}" if process.gpus else cores
         machine = f"{nodes[process.node].name}, " if len(nodes) > 1 else ""

@@ -131,6 +131,24 @@ def test_a_start_is_refused_only_far_above_the_memory(root: Path):
     check(too_little, "launch.memory_check=false")
 
 
+def test_learner_and_generator_on_one_gpu_are_weighed_together(root: Path):
+    """The default share of 0.85 alone is no reason to refuse: the generator's cache is what the learner leaves."""
+
+    def check(gib: float) -> None:
+        overrides = (
+            "weights.transport=ipc", "learner.ranks=1", "learner.tensor_parallel=1", "learner.sequence_parallel=false",
+            "generator.replicas=1", f"launch.gpu_memory_gib={gib}",
+        )  # fmt: skip
+        config = load_config(root / "examples/llama8b_async.yaml", overrides)
+        refuse_too_large(config, outline(config, config.model.hf)[0])
+
+    check(230)
+    with pytest.raises(
+        ConfigError, match=r"^learner and generator on one GPU are estimated to need 211.4 GiB.*try learner\."
+    ):
+        check(180)
+
+
 def test_train_refuses_what_does_not_fit(tmp_path: Path):
     shape = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
     config = {

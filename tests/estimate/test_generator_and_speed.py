@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.fitting import gpu_budget, run_memory
 from megatron_async_rlhf.estimate.generator_memory import (
     GIB,
     PREFILL_TOKENS,
@@ -62,6 +63,37 @@ def test_weights_and_cache_of_llama_8b(llama8b):
     share = round(config.generator.gpu_memory_share * 80 * GIB)
     assert memory.weights + memory.cache + memory.activations == share
     assert memory.cache_tokens * 128 * 1024 == pytest.approx(memory.cache, abs=128 * 1024)
+
+
+ON_ONE_GPU = (
+    "weights.transport=ipc", "learner.ranks=1", "learner.tensor_parallel=1", "learner.sequence_parallel=false",
+    "generator.replicas=1", "learner.micro_batch_tokens=3072",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("gib", [230, 240, 2000])
+def test_a_generator_on_the_learners_gpu_gets_what_that_leaves(llama8b, gib: int):
+    """With the default share, and with room for what the learner's estimate may be wrong by."""
+    config, arch = llama8b(*ON_ONE_GPU, f"launch.gpu_memory_gib={gib}")
+    memory = run_memory(config, arch)
+    worker, learner = memory.generator, memory.largest_rank
+    assert worker.cache >= worker.smallest_cache
+    assert worker.total + 1.15 * learner <= gib * GIB + 1
+    most = config.generator.max_concurrent * worker.smallest_cache
+    assert worker.cache == most if gib == 2000 else worker.cache < most  # generation cannot use more than that
+    budget = gpu_budget(config, arch)
+    assert budget.cache == worker.cache
+    assert budget.share * gib * GIB == pytest.approx(
+        worker.weights + worker.activations + worker.cache, abs=gib * GIB / 1000
+    )
+
+
+def test_a_share_bounds_a_generator_on_the_learners_gpu_too(llama8b):
+    config, arch = llama8b(*ON_ONE_GPU, "launch.gpu_memory_gib=300", "generator.gpu_memory_share=0.07")
+    budget = gpu_budget(config, arch)
+    worker = run_memory(config, arch).generator
+    assert budget.share == 0.07
+    assert worker.weights + worker.activations + budget.cache == round(0.07 * 300 * GIB)
 
 
 def test_two_workers_share_weights_and_cache(llama8b):

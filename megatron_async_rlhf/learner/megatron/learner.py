@@ -189,6 +189,10 @@ class MegatronLearner:
         self._meter.add(span)
         return self._answer(command.id, push=report)
 
+    def close(self) -> None:
+        """Leave every group but the learner's own; there are no more commands."""
+        self._push.close()
+
     def _begin_reinforcement(self) -> Reinforcement:
         """The weights as they are become the reference; fresh optimizers."""
         self.reinforcement = Reinforcement(

@@ -103,6 +103,13 @@ class WeightPush:
         process = f"learner.{self._placement.rank}"
         return ending.report, Span(name="push", start=ending.start, end=ending.end, process=process)
 
+    def close(self) -> None:
+        """Leave the generators for good; a push under way fails. An interpreter that ends with an NCCL communicator open
+        may hang in it, or crash."""
+        self._leave()
+        self._thread.shutdown()
+        self._store = None
+
     def _join(self, command: JoinTransfer) -> None:
         config, placement = self._config, self._placement
         roster = Roster(

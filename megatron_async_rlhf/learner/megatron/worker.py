@@ -167,6 +167,7 @@ def main() -> None:
     _log.info("rank %d of %d ready after %.1f s", placement.rank, dist.get_world_size(), time.monotonic() - start)
     channel = CommandChannel(placement, arguments.listen)
     serve(learner, channel)
+    learner.close()
     channel.close()
     dist.destroy_process_group()
 
