@@ -2,7 +2,7 @@
 
 import re
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -79,7 +79,7 @@ def _line(key: str, location: Location, kind: str, item: Any) -> str:
         case "algorithm_type":
             return _algorithm_type(value)
         case "missing":
-            return f"{key}: missing{_example_of(location, '; for example')}"
+            return f"{key}: missing{_example_of(location, introduced='; for example')}"
         case "value_error":
             return _broken_rule(key, location, value, str(context["error"]))
         case "literal_error":
@@ -87,7 +87,7 @@ def _line(key: str, location: Location, kind: str, item: Any) -> str:
         case "union":
             return f"{given}: must be text, a number, or true or false"
         case _ if kind in _SECTION_ERRORS:
-            return f"{given}: must be a section of keys{_example_of(location)}"
+            return f"{given}: must be a section of keys{_example_of(location, value)}"
     return f"{given}: {_rule(kind, location, value, context) or _first_small(item['msg'])}"
 
 
@@ -178,17 +178,20 @@ def _key_of_another_algorithm(name: str, location: Location) -> str:
     return f"{whose}; to replace all of the section: -s 'algorithm={{type: {own}}}'"
 
 
-def _example_of(location: Location, introduced: str = ", such as") -> str:
-    """How the section there is written."""
+def _example_of(location: Location, given: Any = None, introduced: str = ", such as") -> str:
+    """How the section there is written, with the key in it that `given` is a value of, if there is one."""
     section, key = section_at(location), dotted(location)
     if section is None:
         return ""
-    name, value = _example_key(section)
+    name, value = _example_key(section, given)
     off = ", or null to do without it" if NoneType in types_at(_as_written(location)) else ""
     return f"{introduced} {key}: {{{name}: {value}}}, on the command line -s {key}.{name}={value}{off}"
 
 
-def _example_key(section: type[Section]) -> tuple[str, str]:
+def _example_key(section: type[Section], given: Any) -> tuple[str, str]:
+    for name, field in section.model_fields.items():
+        if given in get_args(field.annotation):
+            return name, str(given)
     for name, field in section.model_fields.items():
         default = field.default
         if isinstance(default, str | int | float) and not isinstance(default, bool):

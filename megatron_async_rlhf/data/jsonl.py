@@ -27,7 +27,7 @@ def find_jsonl(source: str, key: str, beside: str | None) -> Path:
         places = list(dict.fromkeys([Path(beside).parent / path, path]))
     for place in places:
         if place.is_dir():
-            raise DataError(f"{key} = {source}: {place} is a directory; {_of_directory(place)}")
+            raise DataError(f"{key} = {source} is a directory; {_of_directory(place)}")
         if place.exists() and path.suffix == ".jsonl":
             return place
     if path.suffix != ".jsonl":

@@ -17,12 +17,13 @@ from megatron_async_rlhf.checkpoint.convert import import_hf
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state, read_run_state
 from megatron_async_rlhf.config.load import dump_config, load_config
-from megatron_async_rlhf.errors import CheckpointError, ConfigError
+from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError
 from megatron_async_rlhf.launch.resume import find_resumption
 from megatron_async_rlhf.launch.run_directory import reopen_run_directory
 from megatron_async_rlhf.prepare import make_model_template
 from megatron_async_rlhf.scheduler.scoring import ScoredGroup
 from megatron_async_rlhf.scheduler.state import ControllerState, ReadyGroup
+from megatron_async_rlhf.telemetry.files import read_lines
 from megatron_async_rlhf.telemetry.summary import RunTotals
 from megatron_async_rlhf.types import Prompt, RolloutGroup
 
@@ -303,6 +304,30 @@ def test_what_came_after_the_checkpoint_is_cut_off(found: Found):
     assert load_config(found.run / "config.yaml") == now
     assert not left_over.exists()
     assert found.places.versions() == [2, 4]
+
+
+TEXT = "a\u2028b\u2029c\x85d\ve\ff\x1cg\x1dh\x1ei"  # at each of which `str.splitlines` would cut
+
+
+def test_text_with_any_separator_is_kept(found: Found):
+    samples = [{"step": step, "prompt": TEXT} for step in (0, 3, 5)]
+    evaluations = [{"when": when, "completion": TEXT} for when in ("before", "after")]
+    for name, lines in (("samples.jsonl", samples), ("evaluations.jsonl", evaluations)):
+        (found.run / name).write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+        )
+    reopen_run_directory(found.config(), 4)
+    assert read_lines(found.run / "samples.jsonl") == samples[:2]
+    assert read_lines(found.run / "evaluations.jsonl") == evaluations[:1]
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "rew', '{"other": 1}', "\0\0\0"], ids=repr)
+def test_a_line_that_the_run_did_not_write_is_named_before_anything_is_changed(found: Found, line: str):
+    (found.run / "samples.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 3}}\n')
+    before = contents(found.run)
+    with pytest.raises(DataError, match=r"samples\.jsonl:2: "):
+        reopen_run_directory(found.config(), 4)
+    assert contents(found.run) == before
 
 
 def test_a_state_comes_back_as_it_was(found: Found):
