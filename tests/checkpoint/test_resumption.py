@@ -16,16 +16,19 @@ from hf_models import make_hf_model
 from megatron_async_rlhf.checkpoint.convert import import_hf
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state, read_run_state
+from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError
+from megatron_async_rlhf.launch.inputs import describe_inputs, write_inputs
 from megatron_async_rlhf.launch.resume import find_resumption
 from megatron_async_rlhf.launch.run_directory import reopen_run_directory
-from megatron_async_rlhf.prepare import make_model_template
+from megatron_async_rlhf.prepare import load_materials, make_model_template
 from megatron_async_rlhf.scheduler.scoring import ScoredGroup
 from megatron_async_rlhf.scheduler.state import ControllerState, ReadyGroup
 from megatron_async_rlhf.telemetry.files import read_lines
 from megatron_async_rlhf.telemetry.summary import RunTotals
 from megatron_async_rlhf.types import Prompt, RolloutGroup
+from megatron_async_rlhf.usage import run_command_line
 
 CONFIG = {
     "model": {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96},
@@ -272,6 +275,19 @@ def test_a_refusal_changes_nothing(found: Found):
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and "step_000004/__0_0.distcp" in line
+    assert contents(found.run) == before
+
+
+@pytest.mark.parametrize("flags", [["--resume"], ["--resume", "--dry-run"]], ids=" ".join)
+def test_other_prompts_than_it_was_started_with_are_refused(found: Found, flags: list[str], capsys):
+    make_model_template(found.earlier, found.run / "model")
+    other = found.config("data.train_prompts=31")
+    write_inputs(found.run, describe_inputs(other, load_materials(other, found.run / "model")))
+    before = contents(found.run)
+    assert run_command_line(app, ["train", str(found.file), "-s", f"run.dir={found.run}", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: data.train = builtin: its prompts are not those that the run in ")
+    assert "there were 31, there are 32" in line and line.endswith("start another run without --resume")
     assert contents(found.run) == before
 
 
