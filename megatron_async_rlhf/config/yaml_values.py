@@ -6,6 +6,7 @@ where one is expected, and what remains ambiguous is an error that names line an
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,6 +20,7 @@ _TRUE = {"yes", "true", "on"}
 _POWER = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 _NO_SPACE = re.compile(r"(?P<key>[A-Za-z_]\w*):(?P<value>[^\s:].*)")
+_VARIABLE = re.compile(r"\$\{?[A-Za-z_][\w.:]*\}?")
 _MOST_VALUES = 20_000  # of one file: aliases of aliases can stand for billions
 
 
@@ -118,6 +120,10 @@ def _scalar(node: yaml.ScalarNode, location: tuple) -> Any:
             raise ConfigError(
                 f"{_line(node)}: {_dotted(location)} = {text} lacks the space after the colon: write "
                 f"{unspaced['key']}: {unspaced['value']}"
+            )
+        if Path in types and location[0] != "launch" and (variable := _VARIABLE.search(text)):
+            raise ConfigError(
+                f"{_line(node)}: {_dotted(location)} = {text}: {variable[0]} is not filled in here; write the path itself"
             )
         return float(text.replace("_", "")) if is_number(types) and _POWER.fullmatch(text) else text
     if kind in ("bool", "int", "float"):

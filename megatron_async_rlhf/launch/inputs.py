@@ -92,7 +92,7 @@ def check_same_inputs(run_dir: Path, config: RunConfig, now: Inputs, *, starts_o
             "same cannot be checked"
         ]
     except (OSError, msgspec.MsgspecError) as error:
-        return [f"{path} cannot be read ({error}): whether data and model.hf are still the same cannot be checked"]
+        raise ConfigError(f"{path} cannot be read ({error}); delete it to go on without comparing the data") from None
     way_out = "; put back what was there, or start another run" + ("" if starts_over else " without --resume")
     for key, source, was, found in (
         ("data.train", config.data.train, before.train, now.train),

@@ -103,6 +103,8 @@ OVERRIDES = [
     ("launch.slurm={tunnel: ssh}", ["launch.slurm.tunnel = ssh needs launch.slurm.host"]),
     ("run.name=null", ["run.name = null", "must be text"]),
     ("run.name=a/b", ["run.name = a/b"]),
+    ("run.dir=${HOME}/x", ["run.dir = ${HOME}/x", "${HOME} is not filled in"]),
+    ("model.hf=$MODELS/x", ["$MODELS is not filled in"]),
     ("run.name=a #b", ["'#b'", "comment", "quotes"]),
     ("run.name={", ["'run.name={'", "not valid YAML"]),
     ("run.seed.deep=5", ["run.seed = {deep: 5}", "whole number"]),

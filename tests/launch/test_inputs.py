@@ -9,6 +9,7 @@ import pytest
 
 from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import dump_config, load_config
+from megatron_async_rlhf.config.resume import check_same_run
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch import inputs
@@ -102,7 +103,26 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_warning(run: Run):
     (line,) = run.check()
     assert line.startswith(f"{run.directory} has no inputs.json") and "cannot be checked" in line
     (run.directory / "inputs.json").write_text("{")
-    assert "cannot be checked" in run.check()[0]
+    with pytest.raises(ConfigError, match="inputs.json cannot be read .*; delete it to go on without comparing"):
+        run.check()
+
+
+def test_the_same_data_may_lie_elsewhere(run: Run):
+    earlier = run.config()
+    Path("moved").mkdir()
+    for name in ("t.jsonl", "e.jsonl"):
+        Path(name).rename(Path("moved") / name)
+    now = run.config("data.train=moved/t.jsonl", "data.eval=moved/e.jsonl")
+    check_same_run(earlier, now, contents_are_compared=True)
+    assert (
+        check_same_inputs(run.directory, now, describe_inputs(now, load_materials(now, run.directory / "model"))) == []
+    )
+    with pytest.raises(ConfigError, match="data.train = moved/t.jsonl: the run in runs/run was started with t.jsonl"):
+        check_same_run(earlier, now)  # of an earlier version
+    with pytest.raises(ConfigError, match="data.prompt_field = x: "):
+        check_same_run(earlier, run.config("data.prompt_field=x"), contents_are_compared=True)
+    with pytest.raises(ConfigError, match="data.eval = null: "):
+        check_same_run(earlier, run.config("data.eval=null"), contents_are_compared=True)
 
 
 def test_other_code_of_the_reward_is_said(run: Run):
