@@ -68,15 +68,6 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def check_warm_start_has_solutions(self) -> "RunConfig":
-        if self.warm_start.steps and self.data.train != "builtin" and self.data.solution_field is None:
-            raise ValueError(
-                f"warm_start.steps = {self.warm_start.steps} trains on solutions: set data.solution_field to the field of "
-                f"data.train = {self.data.train} with good answers, or warm_start.steps = 0"
-            )
-        return self
-
-    @model_validator(mode="after")
     def check_best_metric(self) -> "RunConfig":
         metric, names = self.checkpoint.keep_best, metric_names(self.algorithm, self.reward.type)
         if metric is not None and metric not in names:

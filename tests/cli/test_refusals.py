@@ -283,13 +283,6 @@ def test_a_source_of_data(told, source: str, way_out: str):
     assert line.startswith(f"data.train = {source}" if source else "data.train is empty") and way_out in line
 
 
-def test_a_warm_start_without_solutions_names_the_field(told):
-    Path("t.jsonl").write_text(ROW)
-    Path("c.yaml").write_text(OWN + "warm_start: {steps: 3}\n")
-    line = told("train", "c.yaml", "-s", "data.solution_field=null", "-s", "reward.type=gsm8k")
-    assert "data.solution_field" in line
-
-
 def test_there_are_enough_of_them():
     assert len(OVERRIDES) + len(COMMAND_LINES) + len(FILES) + len(DATA) + len(SOURCES) >= 60
 
