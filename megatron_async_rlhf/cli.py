@@ -254,6 +254,7 @@ def sweep(
     from rich.console import Console
 
     from megatron_async_rlhf.sweep.driver import Driver, check_directory, parse_only
+    from megatron_async_rlhf.sweep.inputs import check_inputs_of_earlier_points
     from megatron_async_rlhf.sweep.points import expand
     from megatron_async_rlhf.sweep.preflight import check_points
     from megatron_async_rlhf.sweep.report import write_report
@@ -270,6 +271,7 @@ def sweep(
         write_report(console, whole)
         return
     check_points(whole, points)
+    check_inputs_of_earlier_points(whole)
     if dry_run:
         print_points(console, whole, points)
         return

@@ -164,6 +164,30 @@ def test_a_small_file_is_read_whole(tmp_path: Path):
     assert len(list(tmp_path.glob("*.seen"))) == 40
 
 
+def test_a_sweep_goes_on_with_the_same_data_only(run: Run, capsys: pytest.CaptureFixture):
+    """The points that are there already have seen others."""
+    Path("sweep.yaml").write_text(CONFIG + "run: {name: sweep}\nsweep: {axes: {seed: {run.seed: [0, 1]}}}\n")
+    assert run_command_line(app, ["sweep", "sweep.yaml", "--dry-run"]) == 0
+    point = load_config(Path("c.yaml"), ["run.dir=runs/sweep/seed0"])
+    make_model_template(point, Path("runs/sweep/seed0/model"))
+    write_inputs(Path("runs/sweep/seed0"), run.now())
+    held_out = ["sweep", "sweep.yaml", "--dry-run", "-s", "data.eval=null", "-s", "data.train_prompts=null"]
+    for seed in (0, 1):  # each draws others
+        own = load_config(Path("c.yaml"), ["data.eval=null", "data.train_prompts=null", f"run.seed={seed}"])
+        directory = Path(f"runs/sweep/seed{seed}")
+        make_model_template(own, directory / "model")
+        write_inputs(directory, describe_inputs(own, load_materials(own, directory / "model")))
+    assert run_command_line(app, held_out) == 0, capsys.readouterr().err
+    (Path("runs/sweep/seed1") / "inputs.json").unlink()
+    write_inputs(Path("runs/sweep/seed0"), run.now())
+    assert run_command_line(app, ["sweep", "sweep.yaml", "--dry-run"]) == 0
+    write("e.jsonl", rows(60, 2))
+    capsys.readouterr()
+    assert run_command_line(app, ["sweep", "sweep.yaml", "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: data.eval = e.jsonl: its prompts are not those that the run in runs/sweep/seed0 was")
+
+
 def test_a_replay_of_other_data_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     from megatron_async_rlhf.scheduler.recording import RolloutLog
 
