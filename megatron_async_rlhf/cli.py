@@ -1,8 +1,9 @@
 """The `async-rlhf` command."""
 
+import json
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ from megatron_async_rlhf.checkpoint.command import compare_holders, export_hf, i
 from megatron_async_rlhf.config.advice import advice
 from megatron_async_rlhf.config.load import load_config, read_tree
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
+from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.installed import check_installed
 from megatron_async_rlhf.launch.command import launch
 from megatron_async_rlhf.simulate.command import simulate
@@ -24,16 +25,15 @@ from megatron_async_rlhf.telemetry.files import (
     ROLLOUT_DIR,
     read_lines,
 )
+from megatron_async_rlhf.usage import run_command_line
 
 if TYPE_CHECKING:
-    from megatron_async_rlhf.config.architecture import Architecture
     from megatron_async_rlhf.launch.fleet import Fleet
     from megatron_async_rlhf.launch.plan import ProcessPlan
     from megatron_async_rlhf.launch.resume import Resumption
+    from megatron_async_rlhf.prepare import Materials
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-_EXIT_BAD_INPUT = 2
 
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML configuration, such as examples/quickstart.yaml.")]
 SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value. Repeatable.")]
@@ -97,19 +97,23 @@ def train(
     from megatron_async_rlhf.estimate.fitting import gpu_budget
     from megatron_async_rlhf.launch.dry_run import print_plan
     from megatron_async_rlhf.launch.fleet import gather
+    from megatron_async_rlhf.launch.inputs import describe_inputs, write_inputs
     from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.run_directory import check_writable, reopen_run_directory
     from megatron_async_rlhf.prepare import make_model_template
 
-    resolved = load_config(config, set)
+    resolved = _load_for_run(config, set, resume)
     if not dry_run:
         check_installed("torch", "megatron", "vllm")
         _serve_unless_first(resolved, node_rank)
     _warn(advice(resolved))
     check_writable(resolved)
     if dry_run:
-        if not _find_start(resolved, resume).finished:
+        start = _find_start(resolved, resume)
+        if start.version is not None:
+            _check_resumed_inputs(resolved)
+        if not start.finished:
             print_plan(resolved)
         return
     with gather(resolved) as fleet, owning(resolved), tempfile.TemporaryDirectory() as scratch:
@@ -120,13 +124,16 @@ def train(
         template = Path(scratch) / "model" if version is None else run_dir / POLICY_TEMPLATE_DIR
         if version is None:
             make_model_template(resolved, template)
-        architecture = _check_all(resolved, template)
+        materials = _check_all(resolved, template)
+        inputs, architecture = describe_inputs(resolved, materials), materials.architecture
         budget = gpu_budget(resolved, architecture)
         plan = plan_processes(resolved, run_dir, architecture.context_length, fleet.nodes, version, budget=budget)
         if version is None:
             run_dir = _new_run_directory(resolved, template)
         else:
+            _check_resumed_inputs(resolved, materials)
             reopen_run_directory(resolved, version)
+        write_inputs(run_dir, inputs)
         raise typer.Exit(_supervise(resolved, plan, run_dir, fleet))
 
 
@@ -135,24 +142,38 @@ app.command()(launch)
 
 
 @app.command()
-def sft(config: ConfigArgument, set: SetOption = [], node_rank: NodeRankOption = 0) -> None:
+def sft(
+    config: ConfigArgument,
+    set: SetOption = [],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+    ] = False,
+    node_rank: NodeRankOption = 0,
+) -> None:
     """Run the warm start alone, `warm_start` and `data` of a configuration, and export the policy.
 
     RL runs then start from it with model.hf=<run>/checkpoints/final and warm_start.steps=0.
 
     Example: async-rlhf sft examples/quickstart.yaml -s run.name=sft
     """
+    from megatron_async_rlhf.launch.dry_run import print_sft_plan
     from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
     from megatron_async_rlhf.prepare import check_inputs, make_model_template
 
-    resolved = load_config(config, set)
+    resolved = _load_for_run(config, set, resume=False)
     if not resolved.warm_start.steps:
         raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
-    _serve_unless_first(resolved, node_rank)
+    if not dry_run:
+        check_installed("torch", "megatron")
+        _serve_unless_first(resolved, node_rank)
     check_writable(resolved)
+    if dry_run:
+        check_inputs_apart(resolved)
+        print_sft_plan(resolved)
+        return
     with gather(resolved) as fleet, owning(resolved), tempfile.TemporaryDirectory() as scratch:
         check_inputs_apart(resolved)
         template = Path(scratch) / "model"
@@ -197,6 +218,7 @@ def replay(
         recorded = sum(1 for _ in RolloutLog(run / ROLLOUT_DIR).read(end=len(read_lines(run / METRICS))))
         if not recorded:
             raise ConfigError(f"{run} has recorded nothing; it must be run with schedule.record = true")
+        _check_resumed_inputs(earlier, run_dir=run, starts_over=True)
         run_dir = config.run.path.absolute()
         plan = plan_learner_alone(config, run_dir, fleet.nodes, "replay", ["--recorded", str(run)])
         _new_run_directory(config, run / POLICY_TEMPLATE_DIR)
@@ -234,6 +256,7 @@ def sweep(
     from rich.console import Console
 
     from megatron_async_rlhf.sweep.driver import Driver, check_directory, parse_only
+    from megatron_async_rlhf.sweep.inputs import check_inputs_of_earlier_points
     from megatron_async_rlhf.sweep.points import expand
     from megatron_async_rlhf.sweep.preflight import check_points
     from megatron_async_rlhf.sweep.report import write_report
@@ -250,6 +273,7 @@ def sweep(
         write_report(console, whole)
         return
     check_points(whole, points)
+    check_inputs_of_earlier_points(whole)
     if dry_run:
         print_points(console, whole, points)
         return
@@ -291,7 +315,35 @@ def _find_start(config: RunConfig, resume: bool) -> "Resumption":
     return start
 
 
-def _check_all(config: RunConfig, template: Path) -> "Architecture":
+def _load_for_run(config: Path, overrides: Sequence[str], resume: bool) -> RunConfig:
+    """The configuration to run; a run's directory stands for that run, wherever it has been moved to."""
+    if not (config / RESOLVED_CONFIG).is_file():
+        return load_config(config, overrides)
+    if not resume:
+        raise ConfigError(
+            f"{config} is the directory of a run: add --resume to train to go on with it, or give "
+            f"{config / RESOLVED_CONFIG} and another -s run.name=... for a new run like it"
+        )
+    resolved = load_config(config, overrides)
+    if resolved.run.path.resolve() == config.resolve():
+        return resolved
+    return load_config(config, [f"run.dir={json.dumps(str(config.absolute()), ensure_ascii=False)}", *overrides])
+
+
+def _check_resumed_inputs(
+    config: RunConfig, materials: "Materials | None" = None, *, run_dir: Path | None = None, starts_over: bool = False
+) -> None:
+    """That data and weights are still those of the run that is gone on with, or done again."""
+    from megatron_async_rlhf.launch.inputs import check_same_inputs, describe_inputs
+    from megatron_async_rlhf.prepare import load_materials
+
+    directory = run_dir or config.run.path.absolute()
+    if materials is None:
+        materials = load_materials(config, directory / POLICY_TEMPLATE_DIR)
+    _warn(check_same_inputs(directory, config, describe_inputs(config, materials), starts_over=starts_over))
+
+
+def _check_all(config: RunConfig, template: Path) -> "Materials":
     """Model, data, weights and memory of a whole run, before anything of it is there."""
     from megatron_async_rlhf.estimate.report import refuse_too_large
     from megatron_async_rlhf.prepare import check_inputs, doubts
@@ -299,7 +351,7 @@ def _check_all(config: RunConfig, template: Path) -> "Architecture":
     materials = check_inputs(config, template)
     refuse_too_large(config, materials.architecture)
     _warn(doubts(config, materials))
-    return materials.architecture
+    return materials
 
 
 def _supervise(config: RunConfig, plan: "ProcessPlan", run_dir: Path, fleet: "Fleet") -> int:
@@ -326,15 +378,7 @@ def _warn(lines: Iterable[str]) -> None:
 
 def main() -> None:
     """Entry point; errors the user can mend are one line each on stderr, exit code 2 before anything started."""
-    try:
-        app(standalone_mode=True)
-    except (ConfigError, DataError, CheckpointError, MappingError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(_EXIT_BAD_INPUT) from None
-    except AsyncRLHFError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    raise SystemExit(run_command_line(app, sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -210,6 +210,20 @@ def load_materials(config: RunConfig, template: Path) -> Materials:
 
 def doubts(config: RunConfig, materials: Materials) -> list[str]:
     """What is possible and yet hardly meant, a line each."""
+    return [*_too_few_prompts(config, len(materials.train)), *_too_short_completions(config, materials)]
+
+
+def _too_few_prompts(config: RunConfig, prompts: int) -> list[str]:
+    needed = config.schedule.groups_per_rollout
+    if prompts >= needed:
+        return []
+    return [
+        f"data.train = {config.data.train}: its {prompts} prompts to train on are fewer than the {needed} of a rollout "
+        "(schedule.mini_batches x prompts_per_step), so some are in it more than once"
+    ]
+
+
+def _too_short_completions(config: RunConfig, materials: Materials) -> list[str]:
     limit = config.generator.max_new_tokens
     lengths = [len(row.token_ids) - row.prompt_length for row in materials.solved.values()]
     longer = sum(length > limit for length in lengths)

@@ -21,6 +21,7 @@ class Prompt(Struct, frozen=True, kw_only=True):
         token_ids: the templated prompt, [prompt_length].
         reference: what the verifier needs (task kind and answer, `#### number`...).
         solution: a good answer for the supervised warm start, without the end-of-sequence token; None if unknown.
+        origin: file and line, or dataset and row, for messages; empty if it was made.
     """
 
     index: int
@@ -28,6 +29,12 @@ class Prompt(Struct, frozen=True, kw_only=True):
     token_ids: list[int]
     reference: dict[str, Any]
     solution: str | None = None
+    origin: str = ""
+
+    @property
+    def name(self) -> str:
+        """For messages: where it comes from, and how it begins."""
+        return f"{self.origin or f'prompt {self.index}'} ({self.text[:40]!r})"
 
 
 class Completion(Struct, frozen=True, kw_only=True):

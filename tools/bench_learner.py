@@ -194,7 +194,7 @@ def problem_lengths(gsm8k: Path | None) -> list[tuple[int, int]]:
             (min(250, int(dice.lognormvariate(3.99, 0.38))) + 1, min(400, int(dice.lognormvariate(4.15, 0.51))) + 1)
             for _ in range(4000)
         ]
-    problems = [json.loads(line) for line in gsm8k.read_text().splitlines()]
+    problems = [json.loads(line) for line in gsm8k.read_bytes().split(b"\n") if line]
     return [tuple(len(p[key].encode()) // 4 + 1 for key in ("question", "answer")) for p in problems]
 
 

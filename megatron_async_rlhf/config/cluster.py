@@ -2,21 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from megatron_async_rlhf.config.section import Section
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-def _refuse_number(value: Any) -> Any:
-    """YAML 1.1 reads 12:30:00 as 45000, in base 60."""
-    if isinstance(value, int | float):
-        raise ValueError("YAML takes a time without quotes for a number; write '12:30:00' in quotes, or use --time")
-    return value
 
 
 def _check_time(value: str) -> str:
@@ -38,7 +31,7 @@ class SlurmKeys(Section):
     account: str | None = None
     partition: str | None = None
     qos: str | None = None
-    time: Annotated[str, BeforeValidator(_refuse_number), AfterValidator(_check_time)] = "01:00:00"  # of each stage
+    time: Annotated[str, AfterValidator(_check_time)] = "01:00:00"  # of each stage
     exclusive: bool = True  # share the machines with nobody; else give cpus_per_node
     cpus_per_node: PositiveInt | None = None  # default: all, if exclusive; else what Slurm gives, which may be one
     memory: str | None = "0"  # of each machine, as --mem takes it; 0 is all of it

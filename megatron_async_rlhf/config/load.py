@@ -1,5 +1,6 @@
 """From a YAML file and `key=value` overrides to a checked `RunConfig`; every error is one line."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,20 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megatron_async_rlhf.config.algorithms import SECTIONS
+from megatron_async_rlhf.config.messages import lines_of
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.yaml_values import comment_in, parse_value
 from megatron_async_rlhf.errors import ConfigError
+
+RESOLVED_CONFIG = "config.yaml"  # in a run directory
+_KEY = re.compile(r"[A-Za-z_][\w.-]*")
+# A key with a value as other programs take it.
+_HABIT = re.compile(
+    r"(?:-s\s*|--set[\s=]|--|\+\+|\+)?"
+    r"(?P<key>[A-Za-z_]\w*(?:\.\w[\w-]*)+(?=[=:\s])|[A-Za-z_]\w*(?==))"
+    r"\s*[=:\s]\s*(?P<value>\S.*)",
+    re.DOTALL,
+)
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -27,19 +39,38 @@ def read_tree(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: no YAML file of sections, or an override that is none.
     """
+    path = path / RESOLVED_CONFIG if (path / RESOLVED_CONFIG).is_file() else path  # of a run
+    text = _read(path)
     try:
-        tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        tree = parse_value(text)
+    except ConfigError as error:
+        is_syntax = str(error).startswith("not valid YAML")
+        raise ConfigError(f"config file {path} is {error}" if is_syntax else f"config file {path}, {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path} must hold sections (run, model, learner...), not {type(tree).__name__}")
+        what = {list: "not a list", str: "not text", type(None): "and is empty"}.get(type(tree), "not a single value")
+        raise ConfigError(f"config file {path} must hold sections (run, model, learner...), {what}")
     for override in overrides:
         _apply_override(tree, override)
     return tree
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        meant = override_of(str(path))
+        way_out = "" if meant is None else f"; the configuration comes first, then overrides as -s {meant}"
+        raise ConfigError(f"config file {path} does not exist{way_out}") from None
+    except IsADirectoryError:
+        raise ConfigError(
+            f"config file {path} cannot be read: it is a directory without {RESOLVED_CONFIG}; give a YAML file, or a run's "
+            "directory"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"config file {path} cannot be read: line {line} is not UTF-8; save it as UTF-8") from None
 
 
 def check_tree(tree: dict[str, Any]) -> RunConfig:
@@ -50,7 +81,7 @@ def check_tree(tree: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_lines_of(error))) from None
+        raise ConfigError("\n".join(lines_of(error))) from None
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -77,51 +108,31 @@ def dump_config(config: RunConfig) -> str:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     key = key.strip()
-    if not separator or not all(key.split(".")):
-        raise ConfigError(f"override {override!r} must look like section.key=value")
+    if not separator or not all(key.split(".")) or not _KEY.fullmatch(key):
+        raise ConfigError(f"override {override!r} must look like section.key=value{_instead(override)}")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+        value = parse_value(text, tuple(key.split(".")))
+        comment = comment_in(text)
+    except ConfigError as error:
+        reason = str(error).replace("line 1: ", "", 1)  # it has one
+        is_syntax = reason.startswith("not valid YAML")
+        raise ConfigError(f"override {override!r}: {'the value is ' if is_syntax else ''}{reason}") from None
+    if comment:
+        raise ConfigError(f"override {override!r}: YAML takes {comment!r} for a comment; put the value in quotes")
     set_key(tree, key, value)
 
 
-def _lines_of(error: ValidationError) -> list[str]:
-    lines = []
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"] if part not in SECTIONS)
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{key} = {_shown(item['input'])}: no such key; {_known_keys(item['loc'][:-1])}")
-        elif item["type"] == "algorithm_type":
-            value = item["input"]["type"] if isinstance(item["input"], dict) else item["input"]
-            lines.append(f"algorithm.type = {_shown(value)}: must be one of {', '.join(SECTIONS)}")
-        elif item["type"] == "missing":
-            lines.append(f"{key}: missing")
-        elif item["type"] == "value_error":
-            rule = str(item["ctx"]["error"])
-            if key and not isinstance(item["input"], dict):  # of a section the rule names the keys it is about
-                key = f"{key} = {_shown(item['input'])}"
-            lines.append(f"{key}: {rule}" if key else rule)
-        else:
-            lines.append(f"{key} = {_shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}")
-    return lines
+def override_of(argument: str) -> str | None:
+    """The override that somebody meant who wrote it as for Hydra, argparse or OmegaConf (`+a.b=1`, `--a.b=1`, `a.b:1`).
+
+    None if it resembles none.
+    """
+    found = _HABIT.fullmatch(argument.strip())
+    return f"{found['key']}={found['value'].strip()}" if found else None
 
 
-def _shown(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _known_keys(location: tuple) -> str:
-    model, whose = RunConfig, ""
-    for part in location:
-        if part in SECTIONS:  # the type of algorithm, which pydantic adds to the key
-            model, whose = SECTIONS[part], f" with algorithm.type = {part}"
-            continue
-        if part == "algorithm":
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and hasattr(c, "model_fields"))
-    hint = f"; to replace all of the section: -s 'algorithm={{type: {location[1]}}}'" if whose else ""
-    return f"known here{whose}: {', '.join(model.model_fields)}{hint}"
+def _instead(override: str) -> str:
+    if override.startswith("~"):
+        return f"; to set a key back to nothing: -s {override[1:].partition('=')[0]}=null"
+    meant = override_of(override)
+    return f": write -s {meant}" if meant is not None and meant != override else ""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_async_rlhf.config.messages import shown
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 
@@ -14,17 +15,26 @@ _FIXED = (
 )  # fmt: skip
 
 
-def check_same_run(earlier: RunConfig, now: RunConfig) -> None:
+# Where prompts and weights are read. They may lie elsewhere now, as long as the contents are known to be the same.
+_PLACES = ("data.train", "data.eval", "model.hf")
+
+
+def check_same_run(earlier: RunConfig, now: RunConfig, *, contents_are_compared: bool = False) -> None:
     """Refuse to go on under another configuration.
+
+    Args:
+        contents_are_compared: by digests of what is read (`launch.inputs`), so that its path does not matter.
 
     Raises:
         ConfigError: one line naming the first key that differs, and both values.
     """
     before, after = _leaves(earlier.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
     for key in (*before, *after):
+        if contents_are_compared and key in _PLACES and None not in (before.get(key), after.get(key)):
+            continue
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED) and before.get(key) != after.get(key):
             raise ConfigError(
-                f"{key} = {_shown(after.get(key))}: the run in {now.run.path} was started with {_shown(before.get(key))}; "
+                f"{key} = {shown(after.get(key))}: the run in {now.run.path} was started with {shown(before.get(key))}; "
                 "set that again, or start another run without --resume"
             )
 
@@ -34,7 +44,3 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return leaves
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)

@@ -1,9 +1,12 @@
 """The whole configuration of a run and the rules that cross its sections."""
 
+from pathlib import Path
+
 from pydantic import Field, model_validator
 
 from megatron_async_rlhf.config.algorithms import AlgorithmSection, OnlineDPOSection
 from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
+from megatron_async_rlhf.config.metrics import metric_names
 from megatron_async_rlhf.config.section import Section
 from megatron_async_rlhf.config.sections import (
     CheckpointSection,
@@ -20,6 +23,7 @@ from megatron_async_rlhf.config.sections import (
     WeightsSection,
 )
 from megatron_async_rlhf.config.sweep import SweepSection
+from megatron_async_rlhf.suggestions import did_you_mean
 
 
 class RunConfig(Section):
@@ -48,11 +52,28 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_reward_fits_data(self) -> "RunConfig":
-        if self.reward.type == "builtin" and self.data.train != "builtin":
-            raise ValueError("reward.type = builtin only scores data.train = builtin; set reward.type = gsm8k")
-        if self.reward.type == "gsm8k" and (self.data.train == "builtin" or self.data.solution_field is None):
+        train, reward = self.data.train, self.reward.type
+        if reward == "builtin" and train != "builtin":
+            nowhere = "" if train.startswith("hf:") or Path(train).exists() else " (and there is no such file here)"
             raise ValueError(
-                "reward.type = gsm8k needs data.train with data.solution_field, answers ending `#### <number>`"
+                f"reward.type = builtin scores the built-in prompts alone, not those of data.train = {train}{nowhere}: set "
+                "reward.type = gsm8k if the solutions in data.solution_field end in a line `#### <number>`; nothing else is "
+                "scored yet"
+            )
+        if reward == "gsm8k" and (train == "builtin" or self.data.solution_field is None):
+            raise ValueError(
+                "reward.type = gsm8k needs data.train and data.solution_field, the field with solutions that end in a line "
+                "`#### <number>`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_best_metric(self) -> "RunConfig":
+        metric, names = self.checkpoint.keep_best, metric_names(self.algorithm, self.reward.type)
+        if metric is not None and metric not in names:
+            raise ValueError(
+                f"checkpoint.keep_best = {metric}: this run's steps have no such metric; "
+                f"{did_you_mean(metric, names, otherwise='there are {names}')}"
             )
         return self
 

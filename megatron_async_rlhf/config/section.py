@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidatorFunctionWrapHandler, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidatorFunctionWrapHandler, field_validator
 
 
 class Section(BaseModel):
@@ -16,5 +16,15 @@ class Section(BaseModel):
         """Python takes `true` for 1, and so does pydantic."""
         checked = check(value)
         if isinstance(value, bool) and isinstance(checked, int | float) and not isinstance(checked, bool):
-            raise ValueError("input should be a number, not true or false")
+            raise ValueError("must be a number, not true or false")
         return checked
+
+
+def synonyms(**names: tuple[str, ...]) -> BeforeValidator:
+    """For a field of text: each name with what else people write for it, in any case."""
+    known = {other: name for name, others in names.items() for other in others}
+
+    def resolve(value: Any) -> Any:
+        return known.get(value.strip().lower().removeprefix("torch."), value) if isinstance(value, str) else value
+
+    return BeforeValidator(resolve)

@@ -5,15 +5,17 @@ checked in `config.root`.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from megatron_async_rlhf.config.cluster import SlurmKeys
-from megatron_async_rlhf.config.section import Section
+from megatron_async_rlhf.config.section import Section, synonyms
 
 Device = Literal["cpu", "cuda"]
-Precision = Literal["fp32", "bf16"]
+_FLOAT32, _BFLOAT16 = ("fp32", "float32", "f32", "float"), ("bf16", "bfloat16", "bfloat")
+Precision = Annotated[Literal["fp32", "bf16"], synonyms(fp32=_FLOAT32, bf16=_BFLOAT16)]
+Dtype = Annotated[Literal["float32", "bfloat16"], synonyms(float32=_FLOAT32, bfloat16=_BFLOAT16)]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Recompute = Literal["none", "selective", "full"]
 
@@ -182,7 +184,7 @@ class GeneratorSection(Section):
     temperature: PositiveFloat = 0.7
     eval_temperature: float | None = Field(None, ge=0)  # of the held-out evaluation; default temperature, 0 is greedy
     max_new_tokens: PositiveInt = 128
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights it holds; the learner converts while packing
+    dtype: Dtype = "float32"  # of the weights it holds; the learner converts while packing
     max_concurrent: PositiveInt = 128  # sequences a replica decodes at once
     kv_cache_gib: PositiveInt = 1  # per replica; cpu only
     gpu_memory_share: float = Field(0.85, gt=0, lt=1)  # of each GPU for weights, activations and cache; cuda only

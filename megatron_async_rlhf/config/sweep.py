@@ -104,7 +104,9 @@ def _keys(choices: Choices) -> set[str]:
 
 def _choices(axis: str, choices: Any) -> Any:
     if not isinstance(choices, dict):
-        raise ValueError(f"axis {axis} = {choices}: must be {{label: {{key: value}}}} or {{key: [values]}}")
+        raise ValueError(
+            f"axis {axis} = {'null' if choices is None else choices}: must be {{label: {{key: value}}}} or {{key: [values]}}"
+        )
     lists = [key for key, values in choices.items() if isinstance(values, list)]
     if lists:
         if len(choices) > 1:

@@ -12,6 +12,7 @@ class Example(Struct, frozen=True, kw_only=True):
         text: the instruction as written, without the chat template.
         reference: what the verifier needs; empty when the source has no answers.
         solution: a good answer for the supervised warm start; None if unknown.
+        origin: file and line, or dataset and row, for messages; empty if it was made.
 
     Example:
         Example(text="Reverse cat.", reference={"kind": "reverse", "answer": "tac"}, solution="tac")
@@ -20,3 +21,4 @@ class Example(Struct, frozen=True, kw_only=True):
     text: str
     reference: dict[str, Any]
     solution: str | None = None
+    origin: str = ""

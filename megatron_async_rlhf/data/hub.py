@@ -40,11 +40,13 @@ def _load(source: str, key: str, name: str, config: str | None, split: str) -> A
         import datasets  # here, because it is slow to import and most runs do without
 
         builder = _BUILDERS.get(Path(name).suffix)
+        if builder is not None and not Path(name).exists():
+            raise FileNotFoundError(f"no such file: {Path(name).absolute()}")
         if builder is not None and Path(name).is_file():
             return datasets.load_dataset(builder, config, data_files={split.partition("[")[0]: name}, split=split)
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library and what is below it raise dozens of types
-        reason = (str(error).splitlines() or [""])[0]
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
         raise DataError(
             f"{key} = {source}: datasets cannot load it ({type(error).__name__}: {reason}); check name, config, split"
             " and network"

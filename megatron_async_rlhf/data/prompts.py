@@ -18,28 +18,29 @@ def build_prompts(
     Raises:
         DataError: a prompt is longer and `drop_long` is off, naming the first; or every prompt is.
     """
-    prompts = []
+    prompts, too_long = [], []
     for index, example in enumerate(examples):
-        token_ids = tokenizer.render_prompt(example.text)
-        if len(token_ids) > max_prompt_tokens:
-            if drop_long:
-                continue
-            raise DataError(
-                f"prompt {index} ({example.text[:40]!r}) has {len(token_ids)} tokens with the chat template, above the"
-                f" limit of {max_prompt_tokens}; raise data.max_prompt_tokens, lower generator.max_new_tokens, or set"
-                " data.long_prompts = drop"
-            )
-        prompts.append(
-            Prompt(
-                index=index,
-                text=example.text,
-                token_ids=token_ids,
-                reference=example.reference,
-                solution=example.solution,
-            )
+        prompt = Prompt(
+            index=index,
+            text=example.text,
+            token_ids=tokenizer.render_prompt(example.text),
+            reference=example.reference,
+            solution=example.solution,
+            origin=example.origin,
+        )
+        (prompts if len(prompt.token_ids) <= max_prompt_tokens else too_long).append(prompt)
+    if too_long and not drop_long:
+        first = too_long[0]
+        raise DataError(
+            f"{first.name} has {len(first.token_ids)} tokens with the chat template, above the limit of"
+            f" {max_prompt_tokens}, the first of {len(too_long)} such prompts; raise data.max_prompt_tokens,"
+            " lower generator.max_new_tokens, raise model.context_length, or set data.long_prompts = drop"
         )
     if not prompts:
-        raise DataError(f"all {len(examples)} prompts are longer than the limit of {max_prompt_tokens} tokens")
+        raise DataError(
+            f"all {len(examples)} prompts are longer than the limit of {max_prompt_tokens} tokens; raise"
+            " data.max_prompt_tokens or lower generator.max_new_tokens"
+        )
     return prompts
 
 

@@ -10,7 +10,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.fitting import gpu_budget
 from megatron_async_rlhf.estimate.report import describe
 from megatron_async_rlhf.launch.nodes import planned_nodes
-from megatron_async_rlhf.launch.plan import plan_processes
+from megatron_async_rlhf.launch.plan import plan_learner_alone, plan_processes
 from megatron_async_rlhf.prepare import check_description, check_inputs, make_model_template, missing_inputs
 
 
@@ -44,3 +44,18 @@ def print_plan(config: RunConfig) -> None:
         typer.echo(f"# {process.name}: {machine}{where}: {' '.join(process.arguments)}")
     for line in missing:
         typer.echo(f"# not checked, and needed for a start: {line}")
+
+
+def print_sft_plan(config: RunConfig) -> None:
+    """Of a warm start alone: what it learns from, and its processes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        make_model_template(config, Path(scratch))
+        materials = check_inputs(config, Path(scratch))
+    steps, size = config.warm_start.steps, config.warm_start.batch_size
+    typer.echo(dump_config(config))
+    typer.echo(f"# policy: {materials.architecture.num_parameters / 1e6:.2f} M parameters")
+    typer.echo(f"# solutions: {len(materials.solved)} of {len(materials.train)} prompts to train on have one that fits")
+    typer.echo(f"# {steps} steps of {size} sequences: {steps * size / len(materials.solved):.1f} epochs")
+    nodes = planned_nodes(config)
+    for process in plan_learner_alone(config, config.run.path.absolute(), nodes, "sft").processes:
+        typer.echo(f"# {process.name}: {nodes[process.node].name}: {' '.join(process.arguments)}")

@@ -13,6 +13,8 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
+# The way out where the variables are left over: a notebook or an editor's terminal that was started inside a step.
+_ALONE = "; a command that is no task of the step takes `env -u SLURM_STEP_NUM_NODES -u SLURM_STEP_NUM_TASKS` before it"
 PORTS = 3  # rendezvous of the learner's ranks, its commands, weight transfer: all where learner rank 0 is
 
 
@@ -83,20 +85,27 @@ def check_node_rank(config: RunConfig, rank: int) -> None:
     nodes = config.launch.nodes
     if rank >= nodes:
         raise ConfigError(
-            f"launch.nodes = {nodes}, but this is node rank {rank}; set launch.nodes to the number of machines"
+            f"launch.nodes = {nodes}, but this is node rank {rank}; set launch.nodes to the number of machines, or "
+            "--node-rank 0 if this one runs alone (without it SLURM_NODEID counts)"
         )
-    started = {key: int(os.environ.get(f"SLURM_STEP_NUM_{key}") or nodes) for key in ("NODES", "TASKS")}
+    started = {key: _number_in(f"SLURM_STEP_NUM_{key}", nodes) for key in ("NODES", "TASKS")}
     if os.environ.get("SLURM_NTASKS", "") not in ("", os.environ.get("SLURM_STEP_NUM_TASKS")):
         return  # of the step that a batch job was submitted from
     if nodes > 1 and started["NODES"] != nodes:
         raise ConfigError(
             f"launch.nodes = {nodes}, but this Slurm step has {started['NODES']} nodes; ask for {nodes} (sbatch --nodes)"
+            f"{_ALONE}"
         )
     if started["TASKS"] != nodes and not (nodes == 1 and _in_terminal()):
         raise ConfigError(
             f"launch.nodes = {nodes}, but this Slurm step has {started['TASKS']} tasks; start one on each node "
-            "(srun --ntasks-per-node=1)"
+            f"(srun --ntasks-per-node=1){_ALONE}"
         )
+
+
+def _number_in(variable: str, default: int) -> int:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isascii() and value.isdigit() else default
 
 
 def node_name() -> str:

@@ -7,7 +7,7 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.resume import check_same_run
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
-from megatron_async_rlhf.telemetry.files import RESOLVED_CONFIG
+from megatron_async_rlhf.telemetry.files import INPUTS, RESOLVED_CONFIG
 from megatron_async_rlhf.telemetry.summary import read_summary
 
 
@@ -45,7 +45,8 @@ def find_resumption(config: RunConfig) -> Resumption:
         )
     if not (finished or versions):
         return Resumption(note=f"{run_dir} has no checkpoint yet: starting from the beginning")
-    check_same_run(load_config(run_dir / RESOLVED_CONFIG), config)
+    has_digests = (run_dir / INPUTS).is_file()  # compared when the data is loaded
+    check_same_run(load_config(run_dir / RESOLVED_CONFIG), config, contents_are_compared=has_digests)
     if finished:
         return Resumption(note=f"{run_dir} is completed: all {made} steps are made", finished=True)
     version = versions[-1]

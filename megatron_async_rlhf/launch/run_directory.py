@@ -1,6 +1,5 @@
 """Makes the directory of a run; an earlier run found there is set aside, never overwritten, or gone on with."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -11,7 +10,8 @@ from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.run_state import read_run_state
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.errors import ConfigError, DataError
+from megatron_async_rlhf.json_lines import read_json_lines
 from megatron_async_rlhf.launch.owner import owner_path
 from megatron_async_rlhf.prepare import value_source
 from megatron_async_rlhf.scheduler.recording import RolloutLog
@@ -49,16 +49,23 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
     Raises:
         ConfigError: the directory cannot be written.
         CheckpointError: the checkpoint cannot be read.
+        DataError: a line of its files is broken, other than the last one, which a kill cuts off. Nothing is changed.
     """
     directory = config.run.path.absolute()
     places = RunCheckpoints(directory)
     evaluated = read_run_state(places.path(version)).totals.evaluation.keys() - {"after"}
     try:
+        # All are read before anything is changed: one may have a line that nobody wrote like that.
+        kept = {
+            METRICS: _lines_to_keep(directory / METRICS, lambda line: line["step"] < version),
+            SAMPLES: _lines_to_keep(directory / SAMPLES, lambda line: line["step"] < version),
+            EVALUATIONS: _lines_to_keep(directory / EVALUATIONS, lambda line: line["when"] in evaluated),
+        }
         places.remove_leftovers()
         RolloutLog(directory / ROLLOUT_DIR).cut(version)
-        _keep_lines(directory / METRICS, lambda line: line["step"] < version)
-        _keep_lines(directory / SAMPLES, lambda line: line["step"] < version)
-        _keep_lines(directory / EVALUATIONS, lambda line: line["when"] in evaluated)
+        for name, lines in kept.items():
+            if (directory / name).exists():
+                replace_file(directory / name, lines)
         replace_file(directory / RESOLVED_CONFIG, dump_config(config))
     except OSError as error:
         raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
@@ -99,17 +106,18 @@ def check_inputs_apart(config: RunConfig) -> None:
             )
 
 
-def _keep_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+def _lines_to_keep(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> bytes:
+    """As they were written."""
     if not path.exists():
-        return
+        return b""
     kept = []
-    for line in path.read_text().splitlines():
+    for line in read_json_lines(path, may_be_cut=True):
         try:
-            if is_kept(json.loads(line)):
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue  # the process was killed in the middle of it
-    replace_file(path, "".join(kept))
+            if is_kept(line.record):
+                kept.append(line.raw + b"\n")
+        except (KeyError, TypeError):
+            raise DataError(f"{path}:{line.number}: this run did not write it; remove the line to resume") from None
+    return b"".join(kept)
 
 
 def _set_aside(directory: Path, owner: Path) -> Path | None:

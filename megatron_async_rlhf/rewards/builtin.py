@@ -32,8 +32,7 @@ class BuiltinReward:
         needed = _OPEN_KINDS.get(kind, ("answer",))
         if kind not in KINDS or any(name not in prompt.reference for name in needed):
             raise DataError(
-                f"prompt {prompt.index} ({prompt.text[:40]!r}) is not of the built-in task; set data.train = builtin or"
-                " another reward.type"
+                f"{prompt.name} is not of the built-in task; set data.train = builtin or another reward.type"
             )
 
     def score(self, prompt: Prompt, completion: Completion) -> Score:

@@ -7,8 +7,16 @@ from megatron_async_rlhf.errors import DataError
 from megatron_async_rlhf.rewards.base import Score
 from megatron_async_rlhf.types import Completion, Prompt
 
-# One amount: sign and dollar in either order, thousands separators, decimals, a full stop behind it.
-_NUMBER = r"(?:-?\$?|\$-)(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)\.?"
+# One amount: sign (also a typographic minus) and dollar in either order, thousands separators, decimals, a per cent sign,
+# a full stop behind it.
+_MINUS = "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"
+_SIGN = rf"[-+{_MINUS}]"
+_SPACE = "[ \u00a0\u2009\u202f]"
+_NUMBER = (
+    rf"(?:(?:{_SIGN}{_SPACE}?)?(?:\${_SPACE}?)?|\${_SPACE}?{_SIGN}{_SPACE}?)"
+    rf"(?:[0-9]{{1,3}}(?:{_SPACE}[0-9]{{3}})+(?:\.[0-9]+)?|[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+    rf"(?:{_SPACE}?[%$])?\.?"
+)
 _ANSWER_LINE = re.compile(rf"^[^\S\n]*####[^\S\n]*({_NUMBER})[^\S\n]*$", re.MULTILINE)
 _WELL_FORMED = re.compile(rf"#### {_NUMBER}")
 
@@ -25,10 +33,7 @@ class Gsm8kReward:
     def check(self, prompt: Prompt) -> None:
         """Raises DataError if the prompt's reference solution has no `#### <number>` line."""
         if find_answer(prompt.reference.get("solution", "")) is None:
-            raise DataError(
-                f"prompt {prompt.index} ({prompt.text[:40]!r}): its solution has no line `#### <number>`; check"
-                " data.solution_field"
-            )
+            raise DataError(f"{prompt.name}: its solution has no line `#### <number>`; check data.solution_field")
 
     def score(self, prompt: Prompt, completion: Completion) -> Score:
         """Metrics: `exact`, 1 if the number is right; `well_formed`, 1 if the last line is an answer line.
@@ -47,7 +52,13 @@ class Gsm8kReward:
 def find_answer(text: str) -> Decimal | None:
     """The number on the last line of the form `#### <number>`; None if there is no such line."""
     lines = _ANSWER_LINE.findall(text)
-    return Decimal(re.sub(r"[$,]", "", lines[-1]).removesuffix(".")) if lines else None
+    return _value(lines[-1]) if lines else None
+
+
+def _value(amount: str) -> Decimal:
+    """Of a text of the form `_NUMBER`."""
+    plain = re.sub(rf"[$%,]|{_SPACE}", "", re.sub(f"[{_MINUS}]", "-", amount))
+    return Decimal(plain.removesuffix("."))
 
 
 def is_well_formed(text: str) -> bool:

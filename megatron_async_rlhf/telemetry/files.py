@@ -1,11 +1,13 @@
 """Names inside a run directory: one place, because every process writes or reads some of them; how they are read and replaced."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from megatron_async_rlhf.json_lines import read_json_lines
+
 RESOLVED_CONFIG = "config.yaml"
+INPUTS = "inputs.json"  # digests of the data and weights that the run was started with
 METRICS = "metrics.jsonl"
 WARM_START = "warm_start.jsonl"
 SAMPLES = "samples.jsonl"
@@ -26,13 +28,16 @@ FAILED_BATCH = "non_finite_batch.json"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All lines of a `.jsonl` file; none if it is not there. Who wrote it may have been killed in the middle of one."""
-    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
-    return [json.loads(line) for line in whole.splitlines()]
+    """All lines of a `.jsonl` file; none if it is not there. Who wrote it may have been killed in the middle of one.
+
+    Raises:
+        DataError: another line is broken (named as file:line).
+    """
+    return [line.record for line in read_json_lines(path, may_be_cut=True)] if path.exists() else []
 
 
-def replace_file(path: Path, text: str) -> None:
-    """In one step, so that a reader, or a crash, never meets half of it."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """In one step, so that a reader, or a crash, never meets half of it. Text is written as UTF-8."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)

@@ -21,6 +21,8 @@ ORDER = [
         "errors",
         "devices",
         "installed",
+        "json_lines",
+        "suggestions",
         "weights.families",
     ],  # the families are plain data, read by the config too
     ["config"],
@@ -48,7 +50,7 @@ ORDER = [
     ],
     ["learner.client", "learner.megatron", "generator.vllm", "checkpoint"],
     ["simulate", "app", "sft", "replay", "lifecycle", "prepare", "doctor"],
-    ["launch", "sweep", "cli", "__main__"],
+    ["launch", "sweep", "usage", "cli", "__main__"],
 ]
 ROW_OF = {name: row for row, names in enumerate(ORDER) for name in names}
 # Modules that only their owners may import, because they bring a heavy library along.

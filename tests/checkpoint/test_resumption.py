@@ -16,15 +16,19 @@ from hf_models import make_hf_model
 from megatron_async_rlhf.checkpoint.convert import import_hf
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state, read_run_state
+from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import dump_config, load_config
-from megatron_async_rlhf.errors import CheckpointError, ConfigError
+from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError
+from megatron_async_rlhf.launch.inputs import describe_inputs, write_inputs
 from megatron_async_rlhf.launch.resume import find_resumption
 from megatron_async_rlhf.launch.run_directory import reopen_run_directory
-from megatron_async_rlhf.prepare import make_model_template
+from megatron_async_rlhf.prepare import load_materials, make_model_template
 from megatron_async_rlhf.scheduler.scoring import ScoredGroup
 from megatron_async_rlhf.scheduler.state import ControllerState, ReadyGroup
+from megatron_async_rlhf.telemetry.files import read_lines
 from megatron_async_rlhf.telemetry.summary import RunTotals
 from megatron_async_rlhf.types import Prompt, RolloutGroup
+from megatron_async_rlhf.usage import run_command_line
 
 CONFIG = {
     "model": {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96},
@@ -274,6 +278,19 @@ def test_a_refusal_changes_nothing(found: Found):
     assert contents(found.run) == before
 
 
+@pytest.mark.parametrize("flags", [["--resume"], ["--resume", "--dry-run"]], ids=" ".join)
+def test_other_prompts_than_it_was_started_with_are_refused(found: Found, flags: list[str], capsys):
+    make_model_template(found.earlier, found.run / "model")
+    other = found.config("data.train_prompts=31")
+    write_inputs(found.run, describe_inputs(other, load_materials(other, found.run / "model")))
+    before = contents(found.run)
+    assert run_command_line(app, ["train", str(found.file), "-s", f"run.dir={found.run}", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: data.train = builtin: its prompts are not those that the run in ")
+    assert "there were 31, there are 32" in line and line.endswith("start another run without --resume")
+    assert contents(found.run) == before
+
+
 def test_a_dry_run_shows_what_it_would_go_on_from_and_changes_nothing(found: Found):
     make_model_template(found.earlier, found.run / "model")
     found.places.partial(found.places.path(6)).mkdir()
@@ -303,6 +320,30 @@ def test_what_came_after_the_checkpoint_is_cut_off(found: Found):
     assert load_config(found.run / "config.yaml") == now
     assert not left_over.exists()
     assert found.places.versions() == [2, 4]
+
+
+TEXT = "a\u2028b\u2029c\x85d\ve\ff\x1cg\x1dh\x1ei"  # at each of which `str.splitlines` would cut
+
+
+def test_text_with_any_separator_is_kept(found: Found):
+    samples = [{"step": step, "prompt": TEXT} for step in (0, 3, 5)]
+    evaluations = [{"when": when, "completion": TEXT} for when in ("before", "after")]
+    for name, lines in (("samples.jsonl", samples), ("evaluations.jsonl", evaluations)):
+        (found.run / name).write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+        )
+    reopen_run_directory(found.config(), 4)
+    assert read_lines(found.run / "samples.jsonl") == samples[:2]
+    assert read_lines(found.run / "evaluations.jsonl") == evaluations[:1]
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "rew', '{"other": 1}', "\0\0\0"], ids=repr)
+def test_a_line_that_the_run_did_not_write_is_named_before_anything_is_changed(found: Found, line: str):
+    (found.run / "samples.jsonl").write_text(f'{{"step": 0}}\n{line}\n{{"step": 3}}\n')
+    before = contents(found.run)
+    with pytest.raises(DataError, match=r"samples\.jsonl:2: "):
+        reopen_run_directory(found.config(), 4)
+    assert contents(found.run) == before
 
 
 def test_a_state_comes_back_as_it_was(found: Found):

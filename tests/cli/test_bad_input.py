@@ -1,5 +1,7 @@
 """Bad input ends `async-rlhf train` with exit code 2 and one line per problem, before anything is started."""
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -12,9 +14,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.architecture import architecture_of_hf
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.prepare import make_model_template
+from megatron_async_rlhf.usage import run_command_line
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
 
 SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
@@ -26,11 +30,15 @@ BASE = {
 
 
 def train(directory: Path, config: object, *overrides: str, flags: list[str] = []) -> subprocess.CompletedProcess:
+    """In this process: to start another takes longer than all that it checks."""
     path = directory / "config.yaml"
     path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
     settings = [part for override in (f"run.dir={directory / 'run'}", *overrides) for part in ("-s", override)]
-    command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(path), *settings, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=directory)
+    command = ["train", str(path), *settings, *flags]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(directory), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_command_line(app, command)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def refused(result: subprocess.CompletedProcess) -> str:

@@ -103,7 +103,7 @@ def test_without_nemo_run_one_line_says_how_to_get_it():
         (["--stages", "sft", "-s", "warm_start.steps=0"], "warm_start.steps = 0"),
         (["--executor", "local", "--nodes", "2"], "launch.nodes = 2 with --executor local"),
         (["--executor", "local", "--account", "team"], "--account is for --executor slurm"),
-        (["-s", "launch.slurm.time=12:30:00"], "in quotes, or use --time"),
+        (["-s", "launch.slurm.time=soon"], "write hours:minutes:seconds"),
         (["--time", "soon"], "'soon' is no time"),
         (["--tunnel", "ssh", "--host", "login", "--user", "me"], "tunnel = ssh needs launch.slurm.job_dir"),
         (["--host", "login"], "host = login needs tunnel = ssh"),

@@ -18,7 +18,7 @@ from megatron_async_rlhf.errors import ConfigError
             "algorithm.type = proximal_rloo is of whole completions: set algorithm.correction.type = mask_sequences",
         ),
         ({"type": "rloo", "ratio_base": "sampler"}, "algorithm.ratio_base = sampler: no such key"),
-        ({"type": "ppo", "score_after_end": True}, "algorithm.score_after_end = True: no such key"),
+        ({"type": "ppo", "score_after_end": True}, "algorithm.score_after_end = true: no such key"),
         ({"type": "ppo", "dual_clip": 1.2}, "algorithm.dual_clip = 1.2 must be above 1 + algorithm.clip_high = 1.2"),
         ({"type": "grpo", "dual_clip": 1.1}, "algorithm.dual_clip = 1.1 must be above"),
         ({"type": "grpo", "loss": "cispo", "clip_high": 0.28}, "algorithm.clip_high = 0.28 has no meaning with"),

@@ -60,10 +60,10 @@ def test_updates_in_flight_by_name_or_by_switch(load, value, meant: str):
     ("sections", "message"),
     [
         ({"algorithm": {"type": "dpo"}}, r"algorithm.type = dpo: must be one of online_dpo, ppo"),
-        ({"algorithm": 3}, r"algorithm.type = 3: must be one of"),
+        ({"algorithm": 3}, r"algorithm = 3: must be a section"),
         (
             {"algorithm": {"type": "ppo", "beta": 1}},
-            r"algorithm.beta = 1: no such key; known here with algorithm.type = ppo",
+            r"algorithm.beta = 1: no such key; it goes with algorithm.type = online_dpo, not ppo",
         ),
         (
             {"algorithm": {"type": "ppo", "kl": {"foo": 1}}},

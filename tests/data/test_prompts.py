@@ -29,7 +29,10 @@ def test_prompts_carry_their_example(byte_directory):
 
 def test_first_prompt_that_is_too_long_is_named(byte_directory):
     examples = [Example(text=text, reference={}) for text in ("ab", "abcd", "abcdefgh")]
-    message = r"prompt 1 \('abcd'\) has 6 tokens with the chat template, above the limit of 5; raise data.max_prompt"
+    message = (
+        r"prompt 1 \('abcd'\) has 6 tokens with the chat template, above the limit of 5, the first of 2 such prompts; "
+        "raise data.max_prompt"
+    )
     with pytest.raises(DataError, match=message):
         build_prompts(examples, Tokenizer.load(byte_directory), 5)
 

@@ -42,10 +42,10 @@ def test_jsonl_fields_become_text_reference_and_solution(tmp_path):
     path = write(tmp_path / "t.jsonl", [{"q": " Wie früh? ", "a": "so #### 1", "other": [1]}, {"q": "x", "a": "y"}])
     with_solution = DataSection(train=path, eval="builtin", prompt_field="q", solution_field="a")
     assert load_examples(with_solution, "train", 0)[0] == Example(
-        text=" Wie früh? ", reference={"solution": "so #### 1"}, solution="so #### 1"
+        text=" Wie früh? ", reference={"solution": "so #### 1"}, solution="so #### 1", origin=f"{path}:1"
     )
     without = DataSection(train=path, eval="builtin", prompt_field="q")
-    assert load_examples(without, "train", 0)[1] == Example(text="x", reference={}, solution=None)
+    assert load_examples(without, "train", 0)[1] == Example(text="x", reference={}, origin=f"{path}:2")
 
 
 def test_blank_lines_byte_order_mark_and_windows_line_ends_are_no_matter(tmp_path):
@@ -98,18 +98,18 @@ def test_relative_eval_is_tried_beside_train_first(tmp_path, monkeypatch):
     ("content", "message"),
     [
         (b'{"prompt": "a"}\n{"prompt": \n', r"t\.jsonl:2: not JSON \(.*each line must be one JSON object"),
-        (b'{"prompt": "\xff"}\n', r"t\.jsonl:1: not JSON"),
+        (b'{"prompt": "\xff"}\n', r"t\.jsonl:1: not UTF-8 \(byte 0xff at column 13\)"),
         (b"[" * 100_000, r"t\.jsonl:1: not JSON"),
-        (b'\n["a"]\n', r"t\.jsonl:2: a JSON list, not an object"),
-        (b"null\n", r"t\.jsonl:1: a JSON NoneType, not an object"),
+        (b'\n["a"]\n', r"t\.jsonl:2: a list, not an object"),
+        (b"null\n", r"t\.jsonl:1: null, not an object"),
         (
             b'{"question": "a", "id": 1}\n',
             r"t\.jsonl:1: no field 'prompt', the fields present are 'question', 'id'; set data.prompt_field",
         ),
         (b"{}\n", r"t\.jsonl:1: no field 'prompt', the fields present are none"),
         (b'{"prompt": " \\n"}\n', r"t\.jsonl:1: the prompt in field 'prompt' is empty"),
-        (b'{"prompt": 3}\n', r"t\.jsonl:1: field 'prompt' is of type int, not text"),
-        (b'{"prompt": null}\n', r"t\.jsonl:1: field 'prompt' is of type NoneType, not text"),
+        (b'{"prompt": 3}\n', r"t\.jsonl:1: field 'prompt' is a number, not text"),
+        (b'{"prompt": null}\n', r"t\.jsonl:1: field 'prompt' is null, not text"),
         (b'{"prompt": "\\ud800"}\n', r"t\.jsonl:1: field 'prompt' is not valid Unicode"),
         (b"", r"data.train = .*t\.jsonl: has no prompts"),
         (b"\n \n", r"data.train = .*t\.jsonl: has no prompts"),
@@ -127,7 +127,7 @@ def test_bad_solutions_are_named(tmp_path):
         DataSection(train=path, eval="builtin", solution_field="solution"),
         r":1: no field 'solution', the fields present are 'prompt', 'answer'; set data.solution_field",
     )
-    refused(DataSection(train=path, eval="builtin", solution_field="answer"), r":2: field 'answer' is of type NoneType")
+    refused(DataSection(train=path, eval="builtin", solution_field="answer"), r":2: field 'answer' is null")
 
 
 def test_files_that_are_not_there(tmp_path, monkeypatch):
@@ -141,7 +141,7 @@ def test_files_that_are_not_there(tmp_path, monkeypatch):
     )
     refused(DataSection(train=str(tmp_path)), "is a directory; give a .jsonl file")
     refused(DataSection(train="folder.jsonl"), "is a directory; give a .jsonl file")
-    refused(DataSection(train="built-in"), "data.train = built-in: give `builtin`, a .jsonl file or `hf:")
+    refused(DataSection(train="built-in"), "data.train = built-in: write `builtin`")
 
 
 def test_file_that_cannot_be_read(tmp_path, monkeypatch):

@@ -4,6 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.config.metrics import metric_names
+
 LAYOUTS = [
     pytest.param((1, 1, 1), "async", 1, id="tp1-generator-tp1"),
     pytest.param((1, 2, 1), "sync", 1, id="pp2-generator-tp1-sync", marks=pytest.mark.thorough),
@@ -45,6 +48,9 @@ def test_a_run_in_every_layout(start, layout, mode, bound):
     assert summary["samples_generated"] == 4 * 8 * 3 == summary["samples_trained"] + summary["samples_dropped"]
     assert set(summary["eval"]) == {"before", "after"}
     assert len(run.lines("metrics.jsonl")) == 4
+    config = load_config(run.directory / "config.yaml")
+    known = {"step", "time", *metric_names(config.algorithm, config.reward.type)}
+    assert {name for line in run.lines("metrics.jsonl") for name in line} <= known
     events = json.loads((run.directory / "trace.json").read_text())["traceEvents"]
     assert {"generators", "learner", "weights"} <= {e["args"]["name"] for e in events if e["ph"] == "M"}
     assert list((run.directory / "wandb").glob("offline-run-*"))

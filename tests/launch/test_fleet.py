@@ -366,6 +366,9 @@ def test_a_step_of_another_shape_is_refused(tmp_path, environment, arguments, sa
         start_new_session=True,  # tasks of Slurm have no terminal
     )
     assert told.returncode == 2 and says in told.stderr and told.stderr.count("\n") == 1
+    # A notebook or an editor that was started in a step has its variables too.
+    way_out = "--node-rank 0" if "SLURM_NODEID" in environment else "env -u SLURM_STEP_NUM_NODES -u SLURM_STEP_NUM_TASKS"
+    assert way_out in told.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -388,4 +391,10 @@ def test_a_job_submitted_from_within_a_step_is_not_that_step(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     monkeypatch.setenv("SLURM_NTASKS", "1")
+    check_node_rank(load_config(TINY), 0)
+
+
+def test_a_variable_that_holds_no_number_counts_for_nothing(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2(x3)")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "")
     check_node_rank(load_config(TINY), 0)

@@ -25,7 +25,9 @@ from plain_training import PlainLearner, completion_logprobs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_async_rlhf.config.algorithms import BestOfNSection
 from megatron_async_rlhf.config.architecture import architecture_of_hf
+from megatron_async_rlhf.config.metrics import metric_names
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.holdings import learner_holdings, value_holdings
 from megatron_async_rlhf.learner.flops import forward_flops
@@ -160,6 +162,18 @@ def test_the_value_model_is_the_plain_loops(trained: Trained, plain: dict[str, P
         gap = (ours[key] - theirs[their_key]).abs().max()
         assert gap <= 2e-4 * theirs[their_key].abs().max(), key
     assert ours["output_layer.weight"].shape == (1, 32)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_configuration_tells_which_metrics_there_are(trained: Trained, name: str):
+    """Those that `checkpoint.keep_best` can be; what is not of the algorithm comes from the controller, or is for all."""
+    config = RunConfig.model_validate({"model": {"hf": trained.models["policy"]}, **trained.configs[name]})
+    result = trained.result(ONE, name)
+    reported = {metric for step in result["steps"] for metric in step} | {m for step in result["seconds"] for m in step}
+    known = set(metric_names(config.algorithm, "builtin"))
+    assert reported - known == set()
+    others = metric_names(BestOfNSection(), "builtin")
+    assert known - reported - {*others, "time/proximal_s"} == set()
 
 
 def test_the_cases_reach_what_they_are_about(trained: Trained):

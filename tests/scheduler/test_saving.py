@@ -130,8 +130,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path, best, every):
     assert set(RunCheckpoints(tmp_path).versions()) == {winner, 8}
 
 
-def test_an_unknown_metric_is_refused_at_the_first_step(tmp_path):
-    rig = Rig(tmp_path, checkpoint={"every_steps": 5, "keep_best": "rewrad"})
+def test_a_metric_that_does_not_come_is_refused_at_the_first_step(tmp_path):
+    """A name that no step can have is refused before the start; this one needs a known peak of the device."""
+    rig = Rig(tmp_path, checkpoint={"every_steps": 5, "keep_best": "model_flops_utilisation"})
 
     async def train(command, execute=rig.learner.execute):
         answer = await execute(command)
@@ -142,7 +143,7 @@ def test_an_unknown_metric_is_refused_at_the_first_step(tmp_path):
     rig.learner.execute = train
     with pytest.raises(ExceptionGroup) as caught:
         rig.run()
-    assert caught.group_contains(ConfigError, match="checkpoint.keep_best = rewrad: .* one of .*reward.*staleness/mean")
+    assert caught.group_contains(ConfigError, match="checkpoint.keep_best = model_flops_utilisation: .* one of .*reward.*staleness/mean")
     assert rig.learner.version == 1
 
 

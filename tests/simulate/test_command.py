@@ -73,7 +73,8 @@ def test_a_finished_run_gives_back_what_it_was_made_of(tmp_path):
     assert found.speeds.push_s == pytest.approx(0.25, rel=1e-3)
     assert found.speeds.sequence_s == pytest.approx(0.003, rel=0.01)  # queueing a batch is in the measured time
     assert found.lengths.draw(None) == 20
-    (tmp_path / "evaluations.jsonl").write_text('{"token_ids": [1, 2, 3]}\n')
+    line = '{"prompt": "a\u2028b\x85c", "token_ids": [1, 2, 3]}\n'  # no line ends there
+    (tmp_path / "evaluations.jsonl").write_text(line, encoding="utf-8")
     assert measure(tmp_path).lengths.name.startswith("1 measured in the evaluations")
 
 

@@ -92,7 +92,7 @@ def test_axes_are_told_apart_by_what_they_set(make):
         ({"axes": {"seed": {"run.seed": [0], "schedule.steps": [8]}}}, ["axis seed", "only key"]),
         ({"axes": {"data": {"data.train": ["a/b.jsonl"]}}}, ["'a/b.jsonl'", "label: {key: value}"]),
         ({"axes": {"name": {"run.name": ["a"]}}}, ["run.name", "the sweep sets itself"]),
-        ({"axes": {"x": {"a": 5}}}, ["sweep.axes.x.a = 5", "dictionary"]),
+        ({"axes": {"x": {"a": 5}}}, ["sweep.axes.x.a = 5", "mapping"]),
         ({"skip": [{"algoritm": "dpo"}]}, ["sweep.skip", "no axis algoritm", "algorithm, updates, seed"]),
         ({"skip": [{"updates": 3}]}, ["sweep.skip", "axis updates has no 3", "1, 4"]),
         ({"skip": [{}]}, ["sweep.skip", "empty rule"]),

@@ -1,0 +1,208 @@
+"""Pydantic's errors as lines for people: key, value, rule, and what was probably meant."""
+
+import re
+from types import NoneType
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_async_rlhf.config.algorithms import SECTIONS
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.schema import Location, choices, has_algorithm_type, places_of, section_at, types_at
+from megatron_async_rlhf.config.section import Section
+from megatron_async_rlhf.suggestions import closest
+
+_SECTION_ERRORS = ("model_type", "model_attributes_type", "dataclass_type")
+_RULES = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "path_type": "must be a path",
+    "list_type": "must be a list, such as [a, b]",
+    "dict_type": "must be a mapping, such as {{a: b}}",
+    "finite_number": "must be a finite number",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "string_pattern_mismatch": "must match the pattern {pattern}",
+    "too_short": "must have at least {min_length} entries",
+}
+_UNION_PARTS = ("str", "int", "float", "bool")
+
+
+def lines_of(error: ValidationError) -> list[str]:
+    """One line for each key that is wrong."""
+    lines: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        location, kind = item["loc"], item["type"]
+        if location and location[-1] in _UNION_PARTS and len(types_at(location[:-1])) > 1:
+            location, kind = location[:-1], "union"  # pydantic lists every type that it tried
+        key = dotted(location)
+        lines.setdefault(key or str(len(lines)), _line(key, location, kind, item))
+    return list(lines.values())
+
+
+def dotted(location: Location) -> str:
+    """As the key is written."""
+    return ".".join(map(str, _as_written(location)))
+
+
+def shown(value: Any) -> str:
+    """A value as YAML writes it, on one line, cut short."""
+    if value is None or isinstance(value, bool):
+        text = "null" if value is None else str(value).lower()
+    elif isinstance(value, dict | list):
+        try:
+            text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True, sort_keys=False)
+        except yaml.YAMLError:
+            text = str(value)
+    else:
+        text = str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _line(key: str, location: Location, kind: str, item: Any) -> str:
+    value, context = item["input"], item.get("ctx", {})
+    given = f"{key} = {shown(value)}"
+    match kind:
+        case "extra_forbidden":
+            return f"{given}: no such key; {_which_key(location, value)}"
+        case "algorithm_type":
+            return _algorithm_type(value)
+        case "missing":
+            return f"{key}: missing{_example_of(location, introduced='; for example')}"
+        case "value_error":
+            return _broken_rule(key, location, value, str(context["error"]))
+        case "literal_error":
+            return f"{given}: {_which_choice(location, value, context['expected'])}"
+        case "union":
+            return f"{given}: must be text, a number, or true or false"
+        case _ if kind in _SECTION_ERRORS:
+            return f"{given}: must be a section of keys{_example_of(location, value)}"
+    return f"{given}: {_rule(kind, location, value, context) or _first_small(item['msg'])}"
+
+
+def _rule(kind: str, location: Location, value: Any, context: dict[str, Any]) -> str | None:
+    if kind not in _RULES:
+        return None
+    rule = _RULES[kind].format_map({name: _plain(limit) for name, limit in context.items()})
+    if NoneType in types_at(_as_written(location)):
+        rule += ", or null"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        rule += f"; in quotes it is: '{shown(value)}'"
+    if kind.endswith("_parsing") and re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", str(value)):
+        rule += f": write {str(value).replace(',', '')}"
+    return rule
+
+
+def _plain(limit: Any) -> Any:
+    return int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+
+
+def _broken_rule(key: str, location: Location, value: Any, rule: str) -> str:
+    """Of a section the rule itself names the keys that it is about, all or only the last part of them."""
+    if not key:
+        return rule
+    if not isinstance(value, dict):
+        return f"{key} = {shown(value)}: {rule}"
+    first = re.match(r"[a-z_0-9]+(?=[. ])", rule)
+    names = key.split(".")
+    if first and first[0] == names[0]:
+        return rule
+    section = section_at(location)
+    if first and section is not None and first[0] in section.model_fields:
+        return f"{key}.{rule}"
+    if first and first[0] == names[-1]:
+        return ".".join([*names[:-1], rule])
+    return f"{key}: {rule}"
+
+
+def _which_choice(location: Location, value: Any, expected: str) -> str:
+    names = [str(choice) for choice in choices(types_at(_as_written(location)))]
+    meant = closest(str(value), names)
+    rule = f"must be {expected}"
+    if NoneType in types_at(_as_written(location)):
+        rule += ", or null"
+    return rule if meant is None else f"{rule}; did you mean {meant}?"
+
+
+def _algorithm_type(value: Any) -> str:
+    if not isinstance(value, dict):
+        return (
+            f"algorithm = {shown(value)}: must be a section of keys; write -s 'algorithm={{type: {_nearest(value)}}}'"
+        )
+    given = value["type"]
+    return f"algorithm.type = {shown(given)}: must be one of {', '.join(SECTIONS)}{_meant(given)}"
+
+
+def _nearest(value: Any) -> str:
+    return closest(str(value), SECTIONS) or "online_dpo"
+
+
+def _meant(given: Any) -> str:
+    meant = closest(str(given), SECTIONS)
+    return "" if meant is None else f"; did you mean {meant}?"
+
+
+def _which_key(location: Location, value: Any) -> str:
+    """For a key that does not exist."""
+    name, section = str(location[-1]), section_at(location[:-1]) or RunConfig
+    here = dotted(location[:-1])
+    if not here and "." in name:
+        first, _, rest = name.partition(".")
+        return f"write it into its section, {first}: {{{rest}: {shown(value)}}}, or on the command line -s {name}={shown(value)}"
+    if (meant := closest(name, section.model_fields)) is not None:
+        return f"did you mean {here + '.' if here else ''}{meant}?"
+    if section in SECTIONS.values():
+        return _key_of_another_algorithm(name, location)
+    if elsewhere := places_of(name):
+        return f"did you mean {' or '.join(elsewhere[:3])}?"
+    return f"known here: {', '.join(section.model_fields)}"
+
+
+def _key_of_another_algorithm(name: str, location: Location) -> str:
+    own = str(location[1])
+    others = [kind for kind, section in SECTIONS.items() if name in section.model_fields]
+    whose = f"it goes with algorithm.type = {' or '.join(others)}, not {own}" if others else (
+        f"known here with algorithm.type = {own}: {', '.join(SECTIONS[own].model_fields)}"
+    )  # fmt: skip
+    return f"{whose}; to replace all of the section: -s 'algorithm={{type: {own}}}'"
+
+
+def _example_of(location: Location, given: Any = None, introduced: str = ", such as") -> str:
+    """How the section there is written, with the key in it that `given` is a value of, if there is one."""
+    section, key = section_at(location), dotted(location)
+    if section is None:
+        return ""
+    name, value = _example_key(section, given)
+    off = ", or null to do without it" if NoneType in types_at(_as_written(location)) else ""
+    return f"{introduced} {key}: {{{name}: {value}}}, on the command line -s {key}.{name}={value}{off}"
+
+
+def _example_key(section: type[Section], given: Any) -> tuple[str, str]:
+    for name, field in section.model_fields.items():
+        if given in get_args(field.annotation):
+            return name, str(given)
+    for name, field in section.model_fields.items():
+        default = field.default
+        if isinstance(default, str | int | float) and not isinstance(default, bool):
+            return name, shown(default)
+    return next(iter(section.model_fields)), "..."
+
+
+def _as_written(location: Location) -> tuple:
+    """Without the type of algorithm, which pydantic adds."""
+    return (location[0], *location[2:]) if has_algorithm_type(location) else tuple(location)
+
+
+def _first_small(text: str) -> str:
+    return text[:1].lower() + text[1:]

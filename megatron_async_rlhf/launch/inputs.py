@@ -1,0 +1,160 @@
+"""What a run reads that is not in its directory, remembered there, so that a resumed one goes on with the same.
+
+Prompts are compared as the run sees them, so that data, tokenizer, template and the code that makes prompts all count, and
+nothing else does. Weights are compared by samples of their files.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from megatron_async_rlhf.checkpoint.run_checkpoints import has_own_reference
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.prepare import Materials
+from megatron_async_rlhf.telemetry.files import INPUTS, replace_file
+from megatron_async_rlhf.types import Prompt
+
+_FORMAT = 1
+_WEIGHT_FILES = (".safetensors", ".distcp")
+_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file: training changes nearly every number of a model
+
+
+class PromptSet(Struct, frozen=True, kw_only=True):
+    """Digests of a split's prompts, of each part in their order."""
+
+    count: int
+    texts: str
+    solutions: str
+    tokens: str
+
+
+class Inputs(Struct, frozen=True, kw_only=True):
+    """Digests of all that a run reads from elsewhere.
+
+    Attributes:
+        weights: of `model.hf`; None without it.
+        reward: of the source code that scores.
+    """
+
+    train: PromptSet
+    eval: PromptSet
+    weights: str | None
+    reward: str | None
+    format: int = _FORMAT
+
+
+def describe_inputs(config: RunConfig, materials: Materials) -> Inputs:
+    """
+    Raises:
+        ConfigError: the weights of `model.hf` cannot be read.
+    """
+    source = inspect.getsourcefile(type(materials.reward))
+    return Inputs(
+        train=_prompts(materials.train),
+        eval=_prompts(materials.eval),
+        weights=None if config.model.hf is None else _weights(config.model.hf),
+        reward=None if source is None else _digest([Path(source).read_bytes()]),
+    )
+
+
+def write_inputs(run_dir: Path, inputs: Inputs) -> None:
+    """
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        replace_file(run_dir / INPUTS, msgspec.json.format(msgspec.json.encode(inputs), indent=1) + b"\n")
+    except OSError as error:
+        raise ConfigError(f"{run_dir / INPUTS} cannot be written ({error.strerror or error})") from None
+
+
+def check_same_inputs(run_dir: Path, config: RunConfig, now: Inputs, *, starts_over: bool = False) -> list[str]:
+    """That what is read `now` is what the run in `run_dir` was started with; warnings about what can do no harm.
+
+    Args:
+        starts_over: the policy's weights are read from `model.hf` again, which a resumed run has in its checkpoint.
+
+    Raises:
+        ConfigError: one line naming the key whose contents are others.
+    """
+    path = run_dir / INPUTS
+    try:
+        before = msgspec.json.decode(path.read_bytes(), type=Inputs)
+    except FileNotFoundError:
+        return [
+            f"{run_dir} has no {INPUTS}, so it was started by an earlier version: whether data and model.hf are still the "
+            "same cannot be checked"
+        ]
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); delete it to go on without comparing the data") from None
+    way_out = "; put back what was there, or start another run" + ("" if starts_over else " without --resume")
+    for key, source, was, found in (
+        ("data.train", config.data.train, before.train, now.train),
+        ("data.eval", config.data.eval or f"null, held out of data.train = {config.data.train}", before.eval, now.eval),
+    ):
+        if (difference := _difference(was, found)) is not None:
+            raise ConfigError(
+                f"{key} = {source}: its prompts are not those that the run in {run_dir} was started with: {difference}{way_out}"
+            )
+    reads_weights = starts_over or (config.algorithm.has_reference and not has_own_reference(config))
+    if reads_weights and before.weights != now.weights:
+        raise ConfigError(
+            f"model.hf = {config.model.hf}: its weights are not those that the run in {run_dir} was started with{way_out}"
+        )
+    if before.reward != now.reward:
+        return [f"reward.type = {config.reward.type}: its code has changed since the run in {run_dir} was started"]
+    return []
+
+
+def _difference(before: PromptSet, now: PromptSet) -> str | None:
+    if before == now:
+        return None
+    if before.count != now.count:
+        return f"there were {before.count}, there are {now.count}"
+    parts = {"texts": "the texts", "solutions": "the solutions", "tokens": "the tokens (the template or tokenizer)"}
+    return f"{next(what for part, what in parts.items() if getattr(before, part) != getattr(now, part))} differ"
+
+
+def _prompts(prompts: Sequence[Prompt]) -> PromptSet:
+    return PromptSet(
+        count=len(prompts),
+        texts=_digest(_packed(prompt.text) for prompt in prompts),
+        solutions=_digest(_packed([prompt.reference, prompt.solution]) for prompt in prompts),
+        tokens=_digest(_packed(prompt.token_ids) for prompt in prompts),
+    )
+
+
+def _weights(directory: Path) -> str:
+    """Of the names, the sizes and samples of the contents of its weight files."""
+    try:
+        files = sorted(path for path in directory.iterdir() if path.suffix in _WEIGHT_FILES)
+        return _digest(part for path in files for part in _samples(path))
+    except OSError as error:
+        raise ConfigError(f"model.hf = {directory}: cannot be read ({error.strerror or error})") from None
+
+
+def _samples(path: Path) -> Iterable[bytes]:
+    size = path.stat().st_size
+    yield _packed([path.name, size])
+    with path.open("rb") as file:
+        for number in range(_SAMPLES):
+            file.seek(number * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+            yield file.read(_SAMPLE_BYTES)
+
+
+def _packed(value: Any) -> bytes:
+    return msgspec.msgpack.encode(value)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
