@@ -56,8 +56,8 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
     try:
         places.remove_leftovers()
         RolloutLog(directory / ROLLOUT_DIR).cut(version)
-        _keep_lines(directory / METRICS, lambda line: line["step"] < version)
-        _keep_lines(directory / SAMPLES, lambda line: line["step"] < version)
+        _keep_lines(directory / METRICS, lambda line: line["step"] <= version)
+        _keep_lines(directory / SAMPLES, lambda line: line["step"] <= version)
         _keep_lines(directory / EVALUATIONS, lambda line: line["when"] in evaluated)
         replace_file(directory / RESOLVED_CONFIG, dump_config(config))
     except OSError as error:

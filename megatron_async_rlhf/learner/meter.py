@@ -34,7 +34,7 @@ class Meter:
         start = time.time()
         yield
         self._synchronize()
-        self.add(Span(name=name, start=start, end=time.time(), process=self._process))
+        self.add(Span(name=name, start=start, end=time.time(), process=self._process, lane="train"))
 
     def add(self, span: Span) -> None:
         """A span measured elsewhere."""

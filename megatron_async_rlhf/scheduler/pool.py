@@ -9,6 +9,7 @@ the least loaded generator at once.
 
 import asyncio
 import heapq
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,6 +19,7 @@ import msgspec
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Generator, Pause, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
+from megatron_async_rlhf.telemetry.busy import GeneratorsBusy
 from megatron_async_rlhf.types import Completion
 
 _WATCH_S = 0.5
@@ -51,6 +53,7 @@ class GeneratorPool:
         serving: those that hold it.
         returned: those that are alive again, without weights.
         on_change: awaited when that has changed.
+        busy: told when each of them samples.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class GeneratorPool:
         self._on_lost = on_lost
         self._changed = asyncio.Condition()
         self.on_change: Callable[[], Awaitable[None]] | None = None
+        self.busy = GeneratorsBusy(time.time, on_any=lambda span: None, on_one=lambda span: None)
         self._last_loss = "none answered"
         self._paused = False
         self._recount()
@@ -171,7 +175,9 @@ class GeneratorPool:
     async def _sample_at(self, member: Member, request: SamplingRequest, losses: int = 0) -> list[Completion]:
         self._add_load(member, request.samples)
         try:
-            completions = await member.generator.sample(request)
+            with self.busy.at(member.generator.name) as busy:
+                completions = await member.generator.sample(request)
+                busy.done(samples=len(completions), tokens=_new_tokens(completions, request))
         except GeneratorGoneError as error:
             if losses == _MOST_LOSSES:
                 raise GeneratorError(
@@ -277,3 +283,9 @@ class GeneratorPool:
                 await self.lost(generator, error)
 
         await asyncio.gather(*(one(generator) for generator in self.serving))
+
+
+def _new_tokens(completions: Sequence[Completion], request: SamplingRequest) -> int:
+    """Without those that another request had sampled before."""
+    begun = len(request.begun.token_ids) if request.begun else 0
+    return sum(len(completion.token_ids) - begun for completion in completions)

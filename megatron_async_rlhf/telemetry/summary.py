@@ -60,7 +60,7 @@ class RunTotals(Struct):
     train_busy_s: float = 0.0
     samples_generated: int = 0
     samples_trained: int = 0
-    samples_dropped: int = 0
+    samples_not_selected: int = 0
     samples_cancelled: int = 0
     tokens_generated: int = 0
     tokens_trained: int = 0
@@ -83,6 +83,10 @@ class RunTotals(Struct):
 
     def to_summary(self, status: str, error: str | None) -> dict[str, Any]:
         """The contents of `summary.json`; the keys are documented in docs/run_directory.md."""
+        # Complete, and neither trained on nor passed over: waiting, if the run is not over. Without generators: none.
+        left = max(
+            0, self.samples_generated - self.samples_trained - self.samples_not_selected - self.samples_cancelled
+        )
         return {
             "status": status,
             "error": error,
@@ -99,8 +103,10 @@ class RunTotals(Struct):
             else 0.0,
             "samples_generated": self.samples_generated,
             "samples_trained": self.samples_trained,
-            "samples_dropped": self.samples_dropped,
+            "samples_not_selected": self.samples_not_selected,
             "samples_cancelled": self.samples_cancelled,
+            "samples_dropped": left if status == "completed" else 0,
+            "samples_waiting": 0 if status == "completed" else left,
             "tokens_generated": self.tokens_generated,
             "tokens_trained": self.tokens_trained,
             "pairs_skipped": self.pairs_skipped,

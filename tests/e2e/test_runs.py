@@ -42,11 +42,11 @@ def test_a_run_in_every_layout(start, layout, mode, bound):
     assert pushes["digests_compared"] > 0
     assert 0 < summary["logprob_gap"]["tokens"]
     assert summary["logprob_gap"]["max_abs"] <= 1e-4
-    assert summary["samples_generated"] == 4 * 8 * 3 == summary["samples_trained"] + summary["samples_dropped"]
+    assert summary["samples_generated"] == 4 * 8 * 3 == summary["samples_trained"] + summary["samples_not_selected"]
     assert set(summary["eval"]) == {"before", "after"}
     assert len(run.lines("metrics.jsonl")) == 4
     events = json.loads((run.directory / "trace.json").read_text())["traceEvents"]
-    assert {"generators", "learner", "weights"} <= {e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert {"generator.0", "learner", "learner.0", "weights", "evaluation"} <= {e["args"]["name"] for e in events if e["ph"] == "M"}
     assert list((run.directory / "wandb").glob("offline-run-*"))
     assert_export_answers_like_the_generators(run)
 

@@ -102,7 +102,7 @@ class Reinforcement:
             if not mini_batch.sequences:
                 yield counts, []
                 continue
-            metrics = self._update(mini_batch, f"step {version + number}")
+            metrics = self._update(mini_batch, f"step {version + number + 1}")
             logprobs = []
             if number == 0:
                 logprobs = gather_policy_logprobs(mini_batch.batches, self._placement, mini_batch.num_sequences)
