@@ -164,12 +164,14 @@ class Recorder:
 
     def pushed(self, report: PushReport, spans: Sequence[Span]) -> None:
         """A push took `spans[0]`."""
+        whole, *parts = spans
+        args = whole.args | {"bytes": report.wire_bytes, "digests": report.compared}
+        self._spans += (msgspec.structs.replace(whole, args=args), *parts)
         self.totals.push_bytes.add(report.wire_bytes)
         self.totals.push_bytes_minimum += self._minimum_bytes
-        self.totals.push_s.add(spans[0].end - spans[0].start)
+        self.totals.push_s.add(whole.end - whole.start)
         self.totals.digests_compared += report.compared
         self.totals.pushes_verified += report.compared > 0
-        self._spans += spans
 
     def saved(self, version: int, spans: Sequence[Span]) -> None:
         """The checkpoint of a policy version is complete."""

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from trace_nesting import dropped
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LAYOUTS = [
@@ -45,7 +46,9 @@ def test_a_run_in_every_layout(start, layout, mode, bound):
     assert summary["samples_generated"] == 4 * 8 * 3 == summary["samples_trained"] + summary["samples_not_selected"]
     assert set(summary["eval"]) == {"before", "after"}
     assert len(run.lines("metrics.jsonl")) == 4
-    events = json.loads((run.directory / "trace.json").read_text())["traceEvents"]
+    trace = json.loads((run.directory / "trace.json").read_text())
+    assert not dropped(trace)
+    events = trace["traceEvents"]
     assert {"generator.0", "learner", "learner.0", "weights", "evaluation"} <= {e["args"]["name"] for e in events if e["ph"] == "M"}
     assert list((run.directory / "wandb").glob("offline-run-*"))
     assert_export_answers_like_the_generators(run)
