@@ -13,6 +13,8 @@ from msgspec import Struct, field, to_builtins
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.telemetry.files import SUMMARY
 
+# Of summary.json and the files of lines beside it. 1 (version 0.1.0, which did not say so): steps counted from 0.
+SCHEMA = 2
 _PACKAGES = (
     "megatron-async-rlhf",
     "torch",
@@ -88,6 +90,7 @@ class RunTotals(Struct):
             0, self.samples_generated - self.samples_trained - self.samples_not_selected - self.samples_cancelled
         )
         return {
+            "schema": SCHEMA,
             "status": status,
             "error": error,
             "mode": self.mode,
