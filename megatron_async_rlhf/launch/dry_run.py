@@ -17,6 +17,7 @@ from megatron_async_rlhf.prepare import (
     missing_inputs,
     outline,
 )
+from megatron_async_rlhf.simulate import prediction
 
 
 def print_plan(config: RunConfig) -> None:
@@ -39,7 +40,7 @@ def print_plan(config: RunConfig) -> None:
     rounds = max(len(messages) for messages in transfer.streams.values())
     megabytes = transfer.num_bytes * config.generator.replicas / 1e6
     typer.echo(f"# weights: {megabytes:.2f} MB a push: {slices} slices in {rounds} rounds to each generator")
-    for line in describe(config, architecture):
+    for line in (*describe(config, architecture), *prediction.describe(config, architecture)):
         typer.echo(f"# {line}")
     nodes = planned_nodes(config)
     for process in plan_processes(config, config.run.path.absolute(), architecture.context_length, nodes).processes:

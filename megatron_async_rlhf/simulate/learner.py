@@ -1,6 +1,7 @@
 """A learner that only counts: versions go up, time passes, commands are executed one at a time in their order."""
 
 import asyncio
+from random import Random
 
 from megatron_async_rlhf.errors import LearnerError, TransferError
 from megatron_async_rlhf.learner.protocol import (
@@ -34,6 +35,7 @@ class SimulatedLearner:
         self._forgets = forgets
         self._turn = asyncio.Lock()
         self._pushes = False
+        self._random = Random(0)
 
     async def execute(self, command: Command) -> Answer:
         async with self._turn:
@@ -79,6 +81,8 @@ class SimulatedLearner:
         ]
         updates = len(tokens) * command.epochs
         seconds = updates * self._speeds.train_s + sum(tokens) * command.epochs * self._speeds.train_token_s
+        if self._speeds.jitter:
+            seconds = max(0.1 * seconds, self._random.gauss(seconds, self._speeds.jitter * seconds))
         await asyncio.sleep(seconds)
         if self._exchange.push is not None:
             await self._exchange.push.outcome()  # weights do not change while they are being sent
