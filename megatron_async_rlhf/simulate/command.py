@@ -20,7 +20,7 @@ def simulate(
     set: Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value.")] = [],
     generators: Annotated[int | None, typer.Option(min=1, help="Default: generator.replicas.")] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Completions in all; default: the first rollouts, about 4,000.")
+        int | None, typer.Option(min=1, help="Completions in all; default: of the first rollouts.")
     ] = None,
     from_run: Annotated[
         Path | None, typer.Option(help="A finished run: lengths and times are as they were there, unless given.")

@@ -55,7 +55,7 @@ def facts(outcome: Outcome) -> dict[str, Any]:
 
 _ROWS = [
     ("virtual wall clock", "wall_seconds", "{:.1f} s"),
-    ("a step, once under way", "step_seconds", "{:.3g} s"),
+    ("a step, once under way", "step_seconds", "{:.2f} s"),
     ("samples per second", "samples_per_second", "{:.2f}"),
     ("generators busy (any of them)", "generate_busy", "{:.1%}"),
     ("learner busy", "train_busy", "{:.1%}"),
