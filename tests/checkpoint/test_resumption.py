@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import yaml
@@ -210,6 +211,13 @@ def cut(path: Path) -> None:
         (lambda c: (c / "run_state.msgpack").unlink(), "step_000004/run_state.msgpack cannot be read"),
         (lambda c: cut(c / "run_state.msgpack"), "step_000004/run_state.msgpack is broken or from another release"),
         (lambda c: (c / "run_state.msgpack").write_bytes(b"\x80"), "is broken or from another release"),
+        # Version 0.1.0 counted steps from 0 in the files beside it.
+        (
+            lambda c: (c / "run_state.msgpack").write_bytes(
+                encode_run_state(msgspec.structs.replace(run_state(4, 4), format=2))
+            ),
+            "is from another release (format 2, not 3)",
+        ),
         (
             lambda c: (c / "run_state.msgpack").write_bytes(encode_run_state(run_state(4, 6, 6))),
             "its groups do not add up",

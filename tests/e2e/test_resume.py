@@ -185,7 +185,9 @@ def assert_every_step_once(run, steps: int) -> None:
     assert summary["samples_generated"] == steps * PER_STEP + summary["samples_cancelled"]
     assert set(summary["eval"]) == {"before", "after"}
     assert [line["step"] for line in run.lines("metrics.jsonl")] == list(range(1, steps + 1))
-    assert [line["step"] for line in run.lines("samples.jsonl")] == [step for step in range(1, steps + 1) for _ in range(8)]
+    assert [line["step"] for line in run.lines("samples.jsonl")] == [
+        step for step in range(1, steps + 1) for _ in range(8)
+    ]
 
 
 def assert_wandb_has_one_run(run) -> None:

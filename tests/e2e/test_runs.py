@@ -49,7 +49,9 @@ def test_a_run_in_every_layout(start, layout, mode, bound):
     trace = json.loads((run.directory / "trace.json").read_text())
     assert not dropped(trace)
     events = trace["traceEvents"]
-    assert {"generator.0", "learner", "learner.0", "weights", "evaluation"} <= {e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert {"generator.0", "learner", "learner.0", "weights", "evaluation"} <= {
+        e["args"]["name"] for e in events if e["ph"] == "M"
+    }
     assert list((run.directory / "wandb").glob("offline-run-*"))
     assert_export_answers_like_the_generators(run)
 
