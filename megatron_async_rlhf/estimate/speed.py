@@ -86,7 +86,7 @@ def machine_of(config: RunConfig) -> Machine:
     """What the run is planned for: `run.device`, `launch.gpu`."""
     if config.run.device == "cpu":
         return CPU_CORE
-    device, learner = DEVICES[config.launch.gpu], config.learner
+    device, learner, shared = DEVICES[config.launch.gpu], config.learner, config.weights.transport == "ipc"
     peak = device.flops.get("fp8", device.flops["bf16"]) if learner.fp8 else device.flops[learner.precision]
     return Machine(
         name=f"{device.name} (launch.gpu)",
@@ -96,10 +96,10 @@ def machine_of(config: RunConfig) -> Machine:
         sequence_s=0.0,
         push_s=0.3,
         push_bandwidth=25e9,
-        contention=1.0,
+        contention=2.0 if shared else 1.0,
         jitter=0.0,
         assumed="40% of peak FLOP/s in the learner, 50% in prefill, 60% of memory bandwidth in decoding, 25 GB/s a worker in "
-        "pushes",
+        "pushes" + ", both sides taking turns on their GPU" * shared,
     )
 
 

@@ -177,7 +177,8 @@ class GeneratorPool:
         try:
             with self.busy.at(member.generator.name) as busy:
                 completions = await member.generator.sample(request)
-                busy.done(samples=len(completions), tokens=_new_tokens(completions, request))
+                whole = sum(not completion.interrupted for completion in completions)
+                busy.done(samples=whole, tokens=_new_tokens(completions, request))
         except GeneratorGoneError as error:
             if losses == _MOST_LOSSES:
                 raise GeneratorError(

@@ -11,7 +11,6 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.simulate.lengths import parse_lengths
-from megatron_async_rlhf.simulate.measured import Measured, measure
 from megatron_async_rlhf.simulate.scenario import Scenario
 
 
@@ -48,30 +47,26 @@ def simulate(
     """
     from rich.console import Console
 
-    from megatron_async_rlhf.simulate.prediction import known_error, predict
-    from megatron_async_rlhf.simulate.report import show, to_json
+    from megatron_async_rlhf.simulate.report import show
 
     whole = load_config(config, set)
-    resolved = _sized(config, set, whole, samples)
-    number = generators or whole.generator.replicas
-    measured = measure(from_run) if from_run is not None else None
-    speeds = {"token_s": token_s, "sequence_s": sequence_s, "push_s": push_s}
-    speeds |= {"train_s": train_s, "train_token_s": train_token_s}
-    usual = _usual_scenario(whole, measured, given=None not in (lengths, *speeds.values()))
-    scenario = _changed(
-        usual,
+    report = _simulated(
+        whole,
+        _sized(config, set, whole, samples),
+        from_run,
         lengths,
-        speeds,
-        generators=number,
+        dict(token_s=token_s, sequence_s=sequence_s, train_s=train_s, train_token_s=train_token_s, push_s=push_s),
+        trace,
+        generators=generators or whole.generator.replicas,
         crashes_per_hour=crashes_per_hour,
         back_s=back_s,
-        slowness=dict.fromkeys(range(min(slow, number)), 3.0),
+        slow=slow,
         seed=seed,
     )
-    prediction = predict(resolved, scenario, trace)
-    error = known_error(whole) if measured is None else measured.known_error(usual)
-    report = to_json(resolved, whole.schedule.steps, prediction, error)
-    typer.echo(json.dumps(report, indent=1)) if json_ else show(Console(), report)
+    if json_:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        show(Console(), report)
 
 
 def _sized(file: Path, overrides: list[str], config: RunConfig, samples: int | None) -> RunConfig:
@@ -86,17 +81,52 @@ def _sized(file: Path, overrides: list[str], config: RunConfig, samples: int | N
     return load_config(file, [*overrides, f"schedule.steps={steps}"])
 
 
-def _usual_scenario(config: RunConfig, measured: Measured | None, given: bool) -> Scenario:
-    """What was measured, else what is estimated, unless everything is given.
+def _simulated(
+    whole: RunConfig,
+    sized: RunConfig,
+    from_run: Path | None,
+    lengths: str | None,
+    speeds: dict[str, float | None],
+    trace: Path | None,
+    *,
+    generators: int,
+    slow: int,
+    **rest: Any,
+) -> dict[str, Any]:
+    """The report on `sized`, the simulated part of the `whole` run; what is None is as usual."""
+    from megatron_async_rlhf.simulate.measured import measure
+    from megatron_async_rlhf.simulate.prediction import known_error, predict
+    from megatron_async_rlhf.simulate.report import to_json
+
+    measured = measure(from_run) if from_run is not None else None
+    if measured is not None:
+        usual = Scenario(lengths=measured.lengths, speeds=measured.speeds)
+    else:
+        usual = _estimated(whole, needed=None in (lengths, *speeds.values()))
+    scenario = replace(
+        usual,
+        generators=generators,
+        lengths=usual.lengths if lengths is None else parse_lengths(lengths),
+        speeds=replace(usual.speeds, **{name: value for name, value in speeds.items() if value is not None}),
+        slowness=dict.fromkeys(range(min(slow, generators)), 3.0),
+        **rest,
+    )
+    prediction = predict(sized, scenario, trace)
+    error = known_error(whole) if measured is None else measured.known_error(usual)
+    return to_json(sized, whole.schedule.steps, prediction, error)
+
+
+def _estimated(config: RunConfig, *, needed: bool) -> Scenario:
+    """
+    Args:
+        needed: something is not given.
 
     Raises:
         ConfigError: there is nothing to estimate from.
     """
     from megatron_async_rlhf.simulate.prediction import estimated_scenario, shape_of
 
-    if measured is not None:
-        return Scenario(lengths=measured.lengths, speeds=measured.speeds)
-    if given:
+    if not needed:
         return Scenario()
     try:
         return estimated_scenario(config, shape_of(config))[0]
@@ -105,10 +135,3 @@ def _usual_scenario(config: RunConfig, measured: Measured | None, given: bool) -
             f"no speeds can be estimated ({error}); give the run's times: --lengths, --token-s, --sequence-s, --train-s, "
             "--train-token-s and --push-s, or --from-run"
         ) from None
-
-
-def _changed(usual: Scenario, lengths: str | None, speeds: dict[str, float | None], **rest: Any) -> Scenario:
-    """With what was given in place of what is usual."""
-    given = {name: value for name, value in speeds.items() if value is not None}
-    drawn = usual.lengths if lengths is None else parse_lengths(lengths)
-    return replace(usual, lengths=drawn, speeds=replace(usual.speeds, **given), **rest)

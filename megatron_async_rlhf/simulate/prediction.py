@@ -42,10 +42,11 @@ class Prediction(Struct, frozen=True, kw_only=True):
         return self.synchronous.step_s / self.schedule.step_s
 
     @property
-    def bound(self) -> str:
-        """Which side works longer on a step."""
+    def verdict(self) -> str:
+        """One line, the same from every command: the ratio, and which side works longer on a step."""
         totals = self.schedule.totals
-        return "generators" if totals.generate_busy_s >= totals.train_busy_s else "learner"
+        busier = "the generators have" if totals.generate_busy_s >= totals.train_busy_s else "the learner has"
+        return f"{self.speedup:.2f} times as fast as the synchronous schedule on the same machines; {busier} the most to do"
 
 
 def synchronous(config: RunConfig) -> RunConfig:
@@ -168,7 +169,7 @@ def describe(config: RunConfig, arch: Architecture) -> list[str]:
     try:
         scenario, speed = estimated_scenario(config, arch)
     except ConfigError:
-        return []
+        return []  # the estimate of memory has said so
     prediction = predict(sized(config), scenario)
     turns, machine = prediction.synchronous, speed.machine
     lines = [
@@ -179,15 +180,7 @@ def describe(config: RunConfig, arch: Architecture) -> list[str]:
         f"{_s(turns.totals.generate_busy_s / turns.totals.steps)} to its longest completion, push {_s(speed.push_s)}; "
         f"taking turns {_s(turns.step_s)}, as configured {_s(prediction.schedule.step_s)}",
     ]
-    return [*lines, f"  {verdict(prediction)}", f"  {known_error(config)}"]
-
-
-def verdict(prediction: Prediction) -> str:
-    """One line, the same from every command."""
-    return (
-        f"{prediction.speedup:.2f} times as fast as the synchronous schedule on the same machines; the "
-        f"{prediction.bound} have the most to do"
-    ).replace("learner have", "learner has")
+    return [*lines, f"  {prediction.verdict}", f"  {known_error(config)}"]
 
 
 def known_error(config: RunConfig) -> str:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.simulate.prediction import Prediction, verdict
+from megatron_async_rlhf.simulate.prediction import Prediction
 from megatron_async_rlhf.simulate.simulation import Outcome
 from megatron_async_rlhf.telemetry.summary import staleness_figures
 
@@ -25,7 +25,7 @@ def to_json(config: RunConfig, steps: int, prediction: Prediction, known_error: 
         "schedule": facts(prediction.schedule),
         "synchronous": facts(prediction.synchronous),
         "speedup": prediction.speedup,
-        "verdict": verdict(prediction),
+        "verdict": prediction.verdict,
         "known_error": known_error,
     }
 

@@ -24,15 +24,15 @@ def written(spans) -> dict:
     return {"traceEvents": trace_events(spans)}
 
 
-@pytest.fixture(scope="module")
-def simulated(tmp_path_factory: pytest.TempPathFactory):
+@pytest.fixture(scope="module", params=["keep", "resubmit"])
+def simulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """A run of two generators, its weights updated in flight, evaluated meanwhile; and its timeline."""
     directory = tmp_path_factory.mktemp("simulated")
     (directory / "config.yaml").write_text("{}")
     config = load_config(
         directory / "config.yaml",
-        [MODEL, "schedule={steps: 12, prompts_per_step: 8, generation: streaming, in_flight_updates: keep, eval_every: 4}",
-         "generator={replicas: 2, max_new_tokens: 48}", "data={eval_prompts: 16}"],
+        [MODEL, "schedule={steps: 12, prompts_per_step: 8, generation: streaming, eval_every: 4}",
+         f"schedule.in_flight_updates={request.param}", "generator={replicas: 2, max_new_tokens: 48}", "data={eval_prompts: 16}"],
     )  # fmt: skip
     scenario = Scenario(generators=2, lengths=LognormalLengths(20, 0.6), speeds=SPEEDS)
     outcome = simulate(config, scenario, directory / "trace.json")
