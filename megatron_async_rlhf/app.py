@@ -26,7 +26,13 @@ from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError, MismatchError, ProcessDiedError
+from megatron_async_rlhf.errors import (
+    AsyncRLHFError,
+    GeneratorError,
+    GeneratorSilentError,
+    MismatchError,
+    ProcessDiedError,
+)
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import Hello, ResumeReinforcement, Stop
@@ -83,7 +89,10 @@ class Job:
             generators,
             max_concurrent=config.generator.max_concurrent,
             return_timeout_s=config.generator.start_timeout_s,
+            # After a failed push the workers themselves wait in vain first.
+            silence_limit_s=config.generator.probe_timeout_s + config.weights.timeout_s,
             on_lost=self._lost,
+            on_silent=self._silent,
         )
         prompts = PromptOrder(materials.train, config.run.seed)
         evaluation = Evaluation(config, materials.eval, materials.reward, self.recorder)
@@ -219,6 +228,10 @@ class Job:
         self.recorder.cancelled(samples)
         self.recorder.activity("generators", f"{generator.name} is gone")
 
+    def _silent(self, generator: VLLMGenerator, error: GeneratorSilentError) -> None:
+        """The supervisor, which owns its process, is to end that."""
+        self.recorder.unresponsive(generator.name, since=time.time() - error.silent_s, why=str(error))
+
 
 @asynccontextmanager
 async def _connected(config: RunConfig, materials: Materials, learner_address: str, urls: list[str]):
@@ -230,6 +243,7 @@ async def _connected(config: RunConfig, materials: Materials, learner_address: s
             tokenizer=materials.tokenizer,
             tensor_parallel=config.generator.tensor_parallel,
             request_timeout_s=config.generator.request_timeout_s,
+            probe_timeout_s=config.generator.probe_timeout_s,
         )
         for i, url in enumerate(urls)
     ]

@@ -46,8 +46,32 @@ class GeneratorGoneError(GeneratorError):
     """A generator that did not answer at all: its process has ended, or it hangs."""
 
 
+class GeneratorSilentError(GeneratorGoneError):
+    """A generator whose process may be alive but that does nothing: it hangs, is stopped, or cannot be reached.
+
+    Attributes:
+        silent_s: for how long it has been waited for in vain.
+    """
+
+    def __init__(self, message: str, *, silent_s: float) -> None:
+        super().__init__(message)
+        self.silent_s = silent_s
+
+
 class LearnerError(AsyncRLHFError, RuntimeError):
     """The learner group failed to execute a command: names the command and carries the rank's own error."""
+
+
+class LearnerSilentError(LearnerError):
+    """The learner did not answer in time: one of its ranks hangs, or waits for one that does.
+
+    Attributes:
+        silent_s: for how long it has been waited for in vain.
+    """
+
+    def __init__(self, message: str, *, silent_s: float) -> None:
+        super().__init__(message)
+        self.silent_s = silent_s
 
 
 class NonFiniteLossError(LearnerError):

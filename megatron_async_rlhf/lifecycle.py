@@ -6,6 +6,7 @@ start learner ─> warm start ─> reference ─> ... ─> export
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import AsyncRLHFError
+from megatron_async_rlhf.errors import AsyncRLHFError, LearnerSilentError
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, Learner, StartReinforcement
 from megatron_async_rlhf.prepare import Materials
@@ -70,5 +71,7 @@ def close_failed(recorder: Recorder, error: BaseException) -> int:
     """Say what ended the run; its exit code."""
     line = str(error) if isinstance(error, AsyncRLHFError) else f"{type(error).__name__}: {error}"
     _log.error("run failed: %s", line, exc_info=error)
+    if isinstance(error, LearnerSilentError):
+        recorder.unresponsive("learner", since=time.time() - error.silent_s, why=line)
     recorder.close("failed", line)
     return EXIT_FAILED

@@ -190,7 +190,12 @@ class GeneratorSection(Section):
     port: int = Field(0, ge=0, le=65535)  # of the first replica, the next ones follow; 0 picks free ports
     start_timeout_s: PositiveFloat = 300.0
     request_timeout_s: PositiveFloat = 300.0  # a generator that has requests and answers none for so long is lost
-    restarts: int = Field(3, ge=0)  # of each replica that dies once training has begun; 0: its death ends the run
+    # A server whose engine and workers do not answer a call that takes no time within this is not ready. They answer
+    # between two engine steps, so it must be longer than the longest one.
+    probe_timeout_s: PositiveFloat = 60.0
+    restarts: int = Field(
+        3, ge=0
+    )  # of each replica that dies or hangs once training has begun; 0: its death ends the run
 
     @property
     def workers(self) -> int:

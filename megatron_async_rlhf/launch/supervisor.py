@@ -2,6 +2,7 @@
 
     start all ─> watch ──┬─ controller ends with 0 ───────────────> completed
                          ├─ a generator dies in training ──> start it again, same name, port, cores and log
+                         ├─ the controller says that one does nothing ──> kill it: a generator has died
                          ├─ any other death, a machine is lost ──> end the others ──> failed, naming it
                          └─ Ctrl-C, SIGTERM, or a file `stop` in the run directory
                                 └──> controller finishes its step, saves and exports ──> interrupted
@@ -26,8 +27,9 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ProcessDiedError
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
-from megatron_async_rlhf.launch.plan import ProcessPlan
+from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
 from megatron_async_rlhf.launch.process import Process
+from megatron_async_rlhf.launch.stacks import dump_stacks
 from megatron_async_rlhf.telemetry.events import parse_event
 from megatron_async_rlhf.telemetry.files import LOG_DIR, PROCESSES, STOP, SUMMARY, replace_file
 from megatron_async_rlhf.telemetry.summary import UNFINISHED, RunTotals
@@ -54,6 +56,9 @@ class Supervisor:
         self._interrupts = 0
         self._training = False
         self._restarts = {spec.name: 0 for spec in plan.generators}
+        self._started: dict[str, float] = {}  # seconds since the epoch
+        self._learner_is_silent = False
+        self._killed: dict[str, str] = {}  # processes that did nothing, and how that was found
         self._failure: str | None = None  # the controller's own account, if it gave one
 
     def run(self) -> int:
@@ -79,10 +84,14 @@ class Supervisor:
         self._write_summary(*UNFINISHED, [])
         for spec in self._plan.processes:
             is_controller = spec is self._plan.controller
-            self._processes.append(self._fleet.start(spec, log_dir, pipe_stdout=is_controller))
+            self._processes.append(self._start_process(spec, pipe_stdout=is_controller))
         self._controller = self._processes[-1]
         self._write_pids()
         threading.Thread(target=self._read_events, daemon=True).start()
+
+    def _start_process(self, spec: ProcessSpec, *, pipe_stdout: bool = False) -> Process:
+        self._started[spec.name] = time.time()
+        return self._fleet.start(spec, self._run_dir / LOG_DIR, pipe_stdout=pipe_stdout)
 
     def _write_pids(self) -> None:
         """If they have changed; those on other machines are told a moment after the start."""
@@ -168,17 +177,28 @@ class Supervisor:
             self._display.note(
                 f"{process.name} {process.ending()}; started again ({used + 1} of {self._plan.restarts})"
             )
-            self._processes[i] = self._fleet.start(process.spec, self._run_dir / LOG_DIR)
+            self._killed.pop(process.name, None)
+            self._processes[i] = self._start_process(process.spec)
 
     def _blame(self) -> tuple[str, str, list[str]]:
         """A process that died by itself comes before a controller that only reports what it saw."""
         dead = self._dead()
         others = [process for process in dead if process is not self._controller]
+        learners = [process for process in self._processes if process.spec in self._plan.learners]
+        if self._learner_is_silent or any(process.returncode > 0 and process in learners for process in others):
+            if stopped := dump_stacks(learners):
+                names = ", ".join(process.name for process in stopped)
+                error = ProcessDiedError(
+                    f"{names} did nothing any more, not even react to a signal: stopped, or its machine hangs"
+                )
+                return "failed", str(error), stopped[0].last_lines()
         if self._failure and not others:
             named = next((p for p in self._processes if self._failure.startswith(p.name)), self._controller)
             return "failed", self._failure, named.last_lines()
         culprit = min(others or dead, key=lambda process: process.returncode >= 0)
-        error = ProcessDiedError(f"{culprit.name} {culprit.ending()}; see {culprit.log}")
+        error = ProcessDiedError(
+            self._killed.get(culprit.name) or f"{culprit.name} {culprit.ending()}; see {culprit.log}"
+        )
         return "failed", str(error), culprit.last_lines()
 
     def _drain_events(self) -> None:
@@ -188,9 +208,20 @@ class Supervisor:
             except queue.Empty:
                 return
             self._training = self._training or (event["event"] == "stage" and event["name"] == "train")
+            if event["event"] == "unresponsive":
+                self._learner_is_silent |= event["name"] == "learner"
+                self._kill(event["name"], event["since"], event["why"])
             if event["event"] == "closed" and event["status"] == "failed":
                 self._failure = event["error"]
             self._display.show(event)
+
+    def _kill(self, name: str, since: float, why: str) -> None:
+        """End a process that has done nothing since then, unless another has been started in its place."""
+        for process in self._processes:
+            if process.name == name and process.returncode is None and self._started[name] < since:
+                self._killed[name] = why
+                self._display.note(f"{why}; killed")
+                process.kill_group(signal.SIGKILL)
 
     def _on_interrupt(self, number: int, frame: object) -> None:
         self._interrupts += 1

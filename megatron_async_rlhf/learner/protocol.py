@@ -4,12 +4,15 @@ The learner is a group of SPMD ranks; rank 0 receives a command, all ranks execu
 are executed one at a time in the order they were sent.
 """
 
+import signal
 from typing import Literal, Protocol
 
 import msgspec
 from msgspec import Struct
 
 from megatron_async_rlhf.types import PushReport, Sequence, Span, StepMetrics, TrainingGroup
+
+DUMP_STACKS = signal.SIGUSR1  # to a rank: write where every thread is into the log
 
 
 class Command(Struct, frozen=True, kw_only=True, tag=True):

@@ -22,7 +22,7 @@ from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.state import BEGINNING, ControllerState
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.simulate.exchange import Exchange
-from megatron_async_rlhf.simulate.faults import let_happen
+from megatron_async_rlhf.simulate.faults import inject_faults
 from megatron_async_rlhf.simulate.generator import SimulatedGenerator, utilisation
 from megatron_async_rlhf.simulate.invariants import HELD_OUT, CheckedEvaluation, Ledger
 from megatron_async_rlhf.simulate.learner import SimulatedLearner
@@ -106,9 +106,8 @@ class Simulation:
                 scenario,
                 self.ledger,
                 exchange,
+                config.generator,
                 version=state.version,
-                places=config.generator.max_concurrent,
-                request_timeout_s=config.generator.request_timeout_s,
                 slowness=scenario.slowness.get(i, 1.0),
             )
             for i in range(scenario.generators)
@@ -120,7 +119,9 @@ class Simulation:
             self.generators,
             max_concurrent=config.generator.max_concurrent,
             return_timeout_s=config.generator.start_timeout_s,
+            silence_limit_s=config.generator.probe_timeout_s + config.weights.timeout_s,
             on_lost=lambda generator, samples: self.recorder.cancelled(samples),
+            on_silent=lambda generator, error: generator.kill(since=clock() - error.silent_s),
         )
         self.controller = Controller(
             config,
@@ -139,7 +140,7 @@ class Simulation:
 
     async def run(self) -> None:
         """The RL loop, and what befalls the generators meanwhile."""
-        faults = asyncio.create_task(let_happen(self.scenario, self.generators))
+        faults = asyncio.create_task(inject_faults(self.scenario, self.generators))
         self.recorder.loop_started(0.0)
         try:
             await self.controller.run()

@@ -56,6 +56,14 @@ class Recorder:
         """What `learner` or `generators` is doing from now on."""
         self._events.emit("activity", side=side, what=what)
 
+    def unresponsive(self, name: str, since: float, why: str) -> None:
+        """A generator, or the learner, has done nothing since then; its processes may be alive.
+
+        Args:
+            since: seconds since the epoch.
+        """
+        self._events.emit("unresponsive", name=name, since=since, why=why)
+
     def warm_start_step(self, step: int, values: dict[str, float], spans: Iterable[Span]) -> None:
         self._spans += spans
         with (self._dir / WARM_START).open("a") as file:

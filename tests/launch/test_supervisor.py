@@ -20,12 +20,24 @@ from megatron_async_rlhf.telemetry.files import PROCESSES
 
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
 STAND = "import time; print('up', flush=True); time.sleep(600)"
+RANK = (
+    "import faulthandler, signal, sys; faulthandler.register(signal.SIGUSR1); "
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); " + STAND
+)
 LIMIT_S = 30
-# Tells that training has begun, and ends well once the file `end` is there.
+# Tells that training has begun, and ends well once the file `end` is there, badly with `fail`. Tells what stands in `tell`.
 CONTROLLER = """
 import json, pathlib, sys, time
 print(json.dumps({"event": "stage", "name": sys.argv[2]}), flush=True)
-while not pathlib.Path(sys.argv[1], "end").exists(): time.sleep(0.02)
+tell = pathlib.Path(sys.argv[1], "tell")
+while not pathlib.Path(sys.argv[1], "end").exists():
+    time.sleep(0.02)
+    if pathlib.Path(sys.argv[1], "fail").exists():
+        print(json.dumps({"event": "closed", "status": "failed", "error": "the learner did not answer"}), flush=True)
+        sys.exit(1)
+    if tell.exists():
+        print(tell.read_text(), flush=True)
+        tell.unlink()
 """
 
 
@@ -40,7 +52,7 @@ class Run:
         monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
         self.directory, self.output = directory, io.StringIO()
         plan = ProcessPlan(
-            learners=[process("learner.0", STAND)],
+            learners=[process(f"learner.{i}", RANK) for i in range(2)],
             generators=[process(f"generator.{i}", STAND) for i in range(2)],
             controller=process("controller", CONTROLLER, str(directory), stage),
             restarts=restarts,
@@ -50,7 +62,7 @@ class Run:
         self.thread = threading.Thread(target=lambda: setattr(self, "code", supervisor.run()))
         self.thread.start()
         self.wait(lambda: stage in self.output.getvalue())
-        self.wait(lambda: "up" in self.log("generator.1"))
+        self.wait(lambda: all("up" in self.log(name) for name in ("generator.1", "learner.0", "learner.1")))
 
     def wait(self, condition) -> None:
         deadline = time.monotonic() + LIMIT_S
@@ -72,6 +84,13 @@ class Run:
         os.kill(pid, signal.SIGKILL)
         return pid
 
+    def report_silent(self, name: str, since: float) -> None:
+        """As the controller does of a generator that has done nothing since then."""
+        event = {"event": "unresponsive", "name": name, "since": since, "why": f"{name}: has answered no request"}
+        (self.directory / "new").write_text(json.dumps(event))
+        (self.directory / "new").rename(self.directory / "tell")
+        self.wait(lambda: not (self.directory / "tell").exists())
+
     def end(self) -> int:
         (self.directory / "end").touch()
         return self.join()
@@ -84,7 +103,7 @@ class Run:
 
 def test_a_generator_is_started_again_until_its_restarts_are_used_up(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch, restarts=2)
-    untouched = {name: run.pids[name] for name in ("generator.0", "learner.0", "controller")}
+    untouched = {name: run.pids[name] for name in ("generator.0", "learner.0", "learner.1", "controller")}
     for attempt in (1, 2):
         old = run.kill("generator.1")
         run.wait(lambda old=old: run.pids["generator.1"] != old)
@@ -117,3 +136,55 @@ def test_the_death_of_any_other_process_ends_the_run(tmp_path, monkeypatch):
     run.kill("learner.0")
     assert run.join() == 1
     assert "error: learner.0 was killed by SIGKILL" in run.output.getvalue()
+
+
+def test_a_generator_that_does_nothing_is_killed_and_started_again(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, restarts=2)
+    old = run.pids["generator.1"]
+    os.kill(old, signal.SIGSTOP)
+    run.report_silent("generator.1", since=time.time())
+    run.wait(lambda: run.pids["generator.1"] != old)
+    assert "generator.1: has answered no request; killed" in run.output.getvalue()
+    assert "generator.1 was killed by SIGKILL; started again (1 of 2)" in run.output.getvalue()
+    run.wait(lambda: run.log("generator.1") == "up\n" * 2)
+    new = run.pids["generator.1"]
+    run.report_silent("generator.1", since=time.time() - 3600)  # of the one before: it comes late
+    time.sleep(0.5)
+    assert run.pids["generator.1"] == new and run.thread.is_alive()
+    assert run.end() == 0
+
+
+def test_a_generator_that_does_nothing_and_must_not_be_started_again_ends_the_run(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, restarts=0)
+    run.report_silent("generator.1", since=time.time())
+    assert run.join() == 1
+    assert "error: generator.1: has answered no request" in run.output.getvalue()
+    assert json.loads((tmp_path / "summary.json").read_text())["error"] == "generator.1: has answered no request"
+
+
+def test_a_stopped_learner_rank_is_told_from_those_that_wait_for_it(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, restarts=0)
+    os.kill(run.pids["learner.1"], signal.SIGSTOP)
+    run.report_silent("learner", since=time.time())
+    (tmp_path / "fail").touch()
+    assert run.join() == 1
+    assert "error: learner.1 did nothing any more, not even react to a signal" in run.output.getvalue()
+    assert "File" in run.log("learner.0"), "where it waits is in its log"
+
+
+def test_a_rank_that_gave_up_waiting_is_not_taken_for_the_cause(tmp_path, monkeypatch):
+    """Its collective timed out, and it ended; the other one is stopped."""
+    run = Run(tmp_path, monkeypatch, restarts=0)
+    os.kill(run.pids["learner.1"], signal.SIGSTOP)
+    os.kill(run.pids["learner.0"], signal.SIGTERM)  # stands for an end of its own
+    assert run.join() == 1
+    assert "error: learner.1 did nothing any more" in run.output.getvalue()
+
+
+def test_a_learner_whose_ranks_all_wait_says_so_itself(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, restarts=0)
+    run.report_silent("learner", since=time.time())
+    (tmp_path / "fail").touch()
+    assert run.join() == 1
+    assert "error: the learner did not answer" in run.output.getvalue()
+    assert "File" in run.log("learner.0") and "File" in run.log("learner.1")

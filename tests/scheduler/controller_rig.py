@@ -72,7 +72,7 @@ class Rig:
         self.controller = Controller(
             self.config,
             learner=self.learner,
-            pool=GeneratorPool(self.generators, max_concurrent=8, return_timeout_s=5),
+            pool=GeneratorPool(self.generators, max_concurrent=8, return_timeout_s=5, silence_limit_s=5),
             weight_sync=WeightSync(self.learner, self.generators, self.config, ("127.0.0.1", 1)),
             reward=LengthReward(),
             prompts=self.prompts,

@@ -11,6 +11,7 @@ and with it the run, because the other ranks may be waiting inside a collective.
 """
 
 import argparse
+import faulthandler
 import logging
 import signal
 import time
@@ -27,6 +28,7 @@ from megatron_async_rlhf.learner.megatron.layers import fused_parts
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.protocol import (
+    DUMP_STACKS,
     Answer,
     AnyCommand,
     ExportWeights,
@@ -151,6 +153,8 @@ def main() -> None:
     parser.add_argument("--listen", required=True, help="ZeroMQ address rank 0 takes commands on")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Where every thread is, in the log: asked for when the learner is silent, and who does not react is the cause.
+    faulthandler.register(DUMP_STACKS, all_threads=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         # A scheduler sends them to all of a job, and a checkpoint takes every rank; the supervisor ends us otherwise.
         signal.signal(number, signal.SIG_IGN)
