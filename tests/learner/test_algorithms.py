@@ -302,7 +302,7 @@ def test_a_value_model_that_is_not_finite_changes_no_weight_of_either(trained: T
     for rank in trained.refusals(layout):
         error, version = rank["value model"]
         assert error["kind"] == "NonFiniteLossError"
-        assert error["message"].startswith("step 1, value model: loss ")
+        assert error["message"].startswith("step 2, value model: loss ")
         assert version == 1
         assert rank["same"]
 

@@ -77,7 +77,7 @@ def test_the_batch_of_a_non_finite_loss_is_kept(tmp_path):
     rig = Rig(tmp_path)
 
     async def explode(command):
-        raise NonFiniteLossError("step 0: loss nan")
+        raise NonFiniteLossError("step 1: loss nan")
 
     rig.learner.execute = explode
     with pytest.raises(ExceptionGroup) as caught:
