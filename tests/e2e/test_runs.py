@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from trace_nesting import dropped
+from trace_nesting import dropped, slices
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_async_rlhf.telemetry.metrics import METRICS, SUMMARY, TRACE_ARGS, WARM_START
@@ -67,6 +67,8 @@ def assert_names_are_documented(run):
     assert found["warm_start.jsonl"] == set(WARM_START) - {"model_flops_utilisation"}, "nobody knows this CPU's peak"
     assert set(run.summary()) == {key.name.split(".")[0] for key in SUMMARY} - {"log_tail"}
     trace = json.loads((run.directory / "trace.json").read_text())
+    parts = slices(trace)["learner.0", "train"]
+    assert [e["args"]["version"] for e in parts if e["name"] == "optimizer" and "args" in e] == [1, 2, 3, 4]
     assert {name for event in trace["traceEvents"] if event["ph"] == "X" for name in event.get("args", {})} == {
         key.name for key in TRACE_ARGS
     }
