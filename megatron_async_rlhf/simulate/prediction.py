@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError
 from megatron_async_rlhf.estimate.fitting import run_memory
 from megatron_async_rlhf.estimate.speed import Speed, estimate_speed
 from megatron_async_rlhf.prepare import make_model_template, missing_inputs, outline
@@ -22,6 +22,7 @@ from megatron_async_rlhf.simulate.simulation import Outcome, simulate
 SIGMA = 0.6  # of the logarithm of completion lengths
 # A prediction simulates so many completions, or the rollouts that may take up to so many: a second or two.
 _SAMPLES, _ROLLOUTS, _MOST_SAMPLES = 2000, 9, 16000
+_MOST_IN_A_ROLLOUT = 20000  # completions for which a dry run waits
 
 # The only run whose prediction could be compared so far, on two quiet cores: sync 140 s, async 94 s of 110 steps each.
 # Predicted is what comes out for it here (tests/simulate/test_prediction.py).
@@ -170,7 +171,15 @@ def describe(config: RunConfig, arch: Architecture) -> list[str]:
         scenario, speed = estimated_scenario(config, arch)
     except ConfigError:
         return []  # the estimate of memory has said so
-    prediction = predict(sized(config), scenario)
+    rollout = config.schedule.groups_per_rollout * config.algorithm.samples_per_prompt
+    if rollout > _MOST_IN_A_ROLLOUT:
+        return [
+            f"speed: not predicted here, for a rollout has {rollout:,} completions; async-rlhf simulate takes the time"
+        ]
+    try:
+        prediction = predict(sized(config), scenario)
+    except AsyncRLHFError as error:
+        return [f"speed: not predicted, for this configuration fails when it is simulated: {error}"]
     turns, machine = prediction.synchronous, speed.machine
     lines = [
         f"speed, predicted for {machine.name} with prompts of {speed.prompt:.0f} and completions of {speed.completion:.0f} "

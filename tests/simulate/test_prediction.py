@@ -52,6 +52,17 @@ def test_a_dry_run_and_simulate_say_the_same(example, overrides):
     assert error in planned
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("generator.request_timeout_s=2", r"speed: not predicted, .* fails when it is simulated: .*request_timeout_s"),
+        ("schedule.prompts_per_step=16384", r"speed: not predicted here, for a rollout has 32,768 completions"),
+    ],
+)
+def test_a_dry_run_goes_on_where_nothing_can_be_predicted(override, line):
+    assert re.search(line, output("train", "examples/llama8b_async.yaml", "--dry-run", "-s", override))
+
+
 def test_the_known_error_is_what_the_model_makes_of_the_run_that_was_measured():
     config = load_config(EXAMPLES / "quickstart.yaml")
     scenario, _ = estimated_scenario(config, shape_of(config))
