@@ -45,7 +45,7 @@ class Prediction(Struct, frozen=True, kw_only=True):
     @property
     def verdict(self) -> str:
         """One line, the same from every command: the ratio, and which side works longer on a step."""
-        totals = self.schedule.totals
+        totals = self.synchronous.totals
         busier = "the generators have" if totals.generate_busy_s >= totals.train_busy_s else "the learner has"
         return f"{self.speedup:.2f} times as fast as the synchronous schedule on the same machines; {busier} the most to do"
 
