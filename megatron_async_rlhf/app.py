@@ -53,7 +53,6 @@ from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
 from megatron_async_rlhf.telemetry.recorder import Recorder
-from megatron_async_rlhf.types import Span
 from megatron_async_rlhf.weights.hf_mapping import elements_held
 from megatron_async_rlhf.weights.plan import ITEM_BYTES
 
@@ -216,8 +215,14 @@ class Job:
         finally:
             self._evaluating.cancel()
         if not self._evaluating.cancelled():
-            span = Span(name=f"evaluate {when}", start=start, end=time.time(), process="generators")
-            self.recorder.evaluated(when, self._evaluating.result(), span)
+            self.recorder.evaluated(
+                when,
+                self._evaluating.result(),
+                start,
+                time.time(),
+                version=self._controller.version,
+                samples=len(self._materials.eval),
+            )
 
     def _lost(self, generator: VLLMGenerator, samples: int) -> None:
         self.recorder.cancelled(samples)

@@ -119,7 +119,10 @@ class CheckpointSaver:
             await asyncio.to_thread(self._put_in_place, save)
         except OSError as error:
             raise CheckpointError(f"{save.directories[0]} cannot be written ({error.strerror or error})") from None
-        span = Span(name=f"checkpoint {save.version}", start=save.start, end=time.time(), process="checkpoints")
+        args = {"version": save.version}
+        span = Span(
+            name=f"checkpoint {save.version}", start=save.start, end=time.time(), process="checkpoints", args=args
+        )
         self._recorder.saved(save.version, [span, *answer.spans])
 
     def _put_in_place(self, save: _Save) -> None:

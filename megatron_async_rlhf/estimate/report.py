@@ -1,4 +1,4 @@
-"""The estimate in words: tables of memory and speed, whether each group of processes fits, and what to change if not."""
+"""The estimate in words: tables of memory, whether each group of processes fits, and what to change if not."""
 
 import io
 
@@ -12,12 +12,6 @@ from megatron_async_rlhf.estimate.fitting import ACCURACY, RunMemory, advise, ne
 from megatron_async_rlhf.estimate.generator_memory import GIB, GeneratorMemory
 from megatron_async_rlhf.estimate.learner_memory import LearnerMemory
 from megatron_async_rlhf.estimate.machine import machine_memory
-from megatron_async_rlhf.estimate.speed import (
-    BANDWIDTH_UTILISATION,
-    LEARNER_UTILISATION,
-    PREFILL_UTILISATION,
-    estimate_speed,
-)
 
 _LEARNER_COLUMNS = (
     "weights",
@@ -34,14 +28,13 @@ _GENERATOR_COLUMNS = ("weights", "cache", "activations", "push", "fixed")
 
 
 def describe(config: RunConfig, arch: Architecture) -> list[str]:
-    """The whole estimate, one line each."""
+    """The whole estimate of memory, one line each."""
     memory = run_memory(config, arch)
     return [
         "estimate, not a measurement: memory in GiB of one process, at its peak (docs/estimate.md)",
         *_tables(memory),
         *_verdict_on_learner(config, arch, memory),
         *_verdict_on_generator(config, arch, memory.generator),
-        *_speed(config, arch, memory.generator),
     ]
 
 
@@ -135,23 +128,6 @@ def _verdict_on_generator(config: RunConfig, arch: Architecture, worker: Generat
     if worker.total > room:
         return [f"{what}: does not fit; lower generator.gpu_memory_share = {generator.gpu_memory_share:g}"]
     return [f"{what}: fits"]
-
-
-def _speed(config: RunConfig, arch: Architecture, worker: GeneratorMemory) -> list[str]:
-    if config.run.device == "cpu":
-        return ["speed: not estimated for a CPU"]
-    if not worker.sequences:
-        return []
-    speed = estimate_speed(config, arch, worker)
-    ratio = f", {speed.sync_s / speed.async_s:.2f} times faster" if config.schedule.mode == "async" else ""
-    return [
-        f"speed, estimated for {speed.device.name} (launch.gpu) with every sequence at its longest, assuming "
-        f"{LEARNER_UTILISATION:.0%} of peak FLOP/s in the learner, {PREFILL_UTILISATION:.0%} in prefill and "
-        f"{BANDWIDTH_UTILISATION:.0%} of memory bandwidth in decoding:",
-        f"  learner {speed.trained_per_s:,.0f} tokens/s, generators {speed.generated_per_s:,.0f} tokens/s",
-        f"  a step: training {speed.train_s:.1f} s, generation {speed.generate_s:.1f} s; sync (their sum) "
-        f"{speed.sync_s:.1f} s, async (the longer one) {speed.async_s:.1f} s{ratio}",
-    ]
 
 
 def _room(config: RunConfig) -> int:

@@ -12,6 +12,7 @@ from megatron_async_rlhf.estimate.report import describe
 from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.launch.plan import plan_learner_alone, plan_processes
 from megatron_async_rlhf.prepare import check_description, check_inputs, make_model_template, missing_inputs
+from megatron_async_rlhf.simulate import prediction
 
 
 def print_plan(config: RunConfig) -> None:
@@ -33,7 +34,7 @@ def print_plan(config: RunConfig) -> None:
     rounds = max(len(messages) for messages in transfer.streams.values())
     megabytes = transfer.num_bytes * config.generator.replicas / 1e6
     typer.echo(f"# weights: {megabytes:.2f} MB a push: {slices} slices in {rounds} rounds to each generator")
-    for line in describe(config, architecture):
+    for line in (*describe(config, architecture), *prediction.describe(config, architecture)):
         typer.echo(f"# {line}")
     nodes = planned_nodes(config)
     run_dir, budget = config.run.path.absolute(), gpu_budget(config, architecture)

@@ -26,7 +26,7 @@ class Hello(Command, frozen=True, kw_only=True, tag=True):
 
 
 class TrainSupervised(Command, frozen=True, kw_only=True, tag=True):
-    """One optimizer step of the warm start."""
+    """The `step`-th optimizer step of the warm start."""
 
     step: int
     sequences: list[Sequence]

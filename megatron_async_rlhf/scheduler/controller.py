@@ -42,7 +42,7 @@ from megatron_async_rlhf.scheduler.weight_sync import PushError, WeightSync
 from megatron_async_rlhf.telemetry.files import FAILED_BATCH
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.telemetry.summary import staleness_figures
-from megatron_async_rlhf.types import Span
+from megatron_async_rlhf.telemetry.trace import rollout_span
 
 _PAUSES = {"none": "keep", "keep": "keep", "recompute": "keep", "resubmit": "abort"}
 
@@ -98,6 +98,7 @@ class Controller:
             evaluated=state.version if state.evaluated is None else state.evaluated,
             clock=clock,
         )
+        pool.busy = self._generation.busy
         self._evaluation = evaluation
         self._rewards = state.rewards
         self._push: asyncio.Task | None = None
@@ -209,7 +210,7 @@ class Controller:
             self._pacer.staleness(versions[update % len(parts)], update)
             for update in range(schedule.updates_per_rollout)
         ]
-        self._recorder.activity("learner", f"step {version}")
+        self._recorder.activity("learner", f"step {version + 1}")
         command = TrainRollout(
             version=version, mini_batches=[batch.groups for batch in batches], epochs=schedule.epochs
         )
@@ -226,8 +227,7 @@ class Controller:
         # Generators get the version before this one first, however the two race: schedules do not depend on speed.
         await self._changed.wait_until(lambda: not self._pacer.pushing)
         self._pacer.trained = version + schedule.updates_per_rollout
-        span = Span(name=f"step {version}", start=start, end=end, process="learner")
-        self._recorder.learner_was_busy([span, *answer.spans])
+        self._recorder.learner_was_busy(rollout_span(command, start, end), answer.spans)
         gaps = logprob_gaps(batches[0].completions, answer.logprobs, version)
         self._recorder.logprob_gaps(gaps)
         for update, step in enumerate(answer.steps):
@@ -235,21 +235,21 @@ class Controller:
             values = {"time/train_s": (end - start) / len(answer.steps), **step.values}
             if gaps and not update:
                 values |= {"logprob_gap/mean_abs": fmean(gaps), "logprob_gap/max_abs": max(gaps)}
-            self._report(version + update, parts[part], batches[part], ages[update], values)
+            self._report(version + update + 1, parts[part], batches[part], ages[update], values)
             if update < len(parts):
                 self._recorder.trained(len(batches[part].completions), _samples(parts[part]), batches[part].skipped)
 
     def _report(
         self, version: int, groups: list[ReadyGroup], batch: MiniBatch, ages: Counter[int], values: dict[str, float]
     ) -> None:
-        """An optimizer step that took the learner from `version` to the next."""
+        """The optimizer step that took the learner to `version`."""
         self._recorder.stepped(ages, batch.tokens)
         staleness = staleness_figures(ages)
         metrics = {
             **mean_facts(group.scored for group in groups),
             **values,
             "reward_margin": batch.margin,
-            "pairs_skipped": batch.skipped / len(groups),
+            "pairs_skipped_share": batch.skipped / len(groups),
             "staleness/mean": staleness["mean"],
             "staleness/max": staleness["max"],
             "time/generate_s": max(group.generate_s for group in groups),

@@ -13,6 +13,7 @@ the least loaded generator at once.
 
 import asyncio
 import heapq
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import msgspec
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
 from megatron_async_rlhf.generator.protocol import Generator, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
+from megatron_async_rlhf.telemetry.busy import GeneratorsBusy
 from megatron_async_rlhf.types import Completion
 
 _WATCH_S = 0.5
@@ -58,6 +60,7 @@ class GeneratorPool:
         serving: those that hold it.
         returned: those that are alive again; whether they can be given weights is not known.
         on_change: awaited when that has changed.
+        busy: told when each of them samples.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class GeneratorPool:
         self._on_silent = on_silent
         self._changed = asyncio.Condition()
         self.on_change: Callable[[], Awaitable[None]] | None = None
+        self.busy = GeneratorsBusy(time.time, on_any=lambda span: None, on_one=lambda span: None)
         self._last_loss = "none answered"
         self._held = False  # by a push
         self._dealing = False  # by `sample_together`, while requests queue at paused engines
@@ -230,7 +234,10 @@ class GeneratorPool:
     async def _sample_at(self, member: Member, request: SamplingRequest, losses: int = 0) -> list[Completion]:
         self._add_load(member, request.samples)
         try:
-            completions = await member.generator.sample(request)
+            with self.busy.at(member.generator.name) as busy:
+                completions = await member.generator.sample(request)
+                whole = sum(not completion.interrupted for completion in completions)
+                busy.done(samples=whole, tokens=_new_tokens(completions, request))
         except GeneratorGoneError as error:
             if losses == _MAX_LOSSES_PER_REQUEST:
                 raise GeneratorError(
@@ -355,3 +362,9 @@ class GeneratorPool:
                 await self.mark_lost(generator, error)
 
         await asyncio.gather(*(one(generator) for generator in self.serving))
+
+
+def _new_tokens(completions: Sequence[Completion], request: SamplingRequest) -> int:
+    """Without those that another request had sampled before."""
+    begun = len(request.begun.token_ids) if request.begun else 0
+    return sum(len(completion.token_ids) - begun for completion in completions)

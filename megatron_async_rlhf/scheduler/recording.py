@@ -48,10 +48,12 @@ class RolloutSink(Protocol):
 
 
 class RolloutLog:
-    """A file per rollout."""
+    """A file per rollout, named by the first of its steps."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        # Version 0.1.0 counted steps from 0; what it recorded can still be read.
+        self._first = 0 if (directory / "step_000000.msgpack").exists() else 1
 
     def write(self, command: TrainRollout, rollout: Sequence[ReadyGroup], arrived: list[int]) -> None:
         groups = [
@@ -98,4 +100,4 @@ class RolloutLog:
             yield record
 
     def _path(self, version: int) -> Path:
-        return self._directory / f"step_{version:06d}.msgpack"
+        return self._directory / f"step_{version + self._first:06d}.msgpack"

@@ -189,7 +189,8 @@ class WeightSync:
         except AsyncRLHFError as error:
             raise await self._failure(version, error, tasks) from None
         finally:
-            self._span = Span(name=f"push {version}", start=started, end=self._clock(), process="weights")
+            args = {"version": version}
+            self._span = Span(name=f"push {version}", start=started, end=self._clock(), process="weights", args=args)
 
     async def _all_done(self, tasks: dict[asyncio.Task, Receiver]) -> None:
         """Raises what the first that failed raised."""

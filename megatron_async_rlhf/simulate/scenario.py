@@ -19,6 +19,9 @@ class Speeds(Struct, frozen=True, kw_only=True):
         train_token_s: of one optimizer step, for each token of prompts and completions in it.
         push_s: from the pause of the engines to verified weights.
         answer_s: most that a request or an answer is on its way; uniform from 0, so that they overtake each other.
+        contention: how many times as long either side takes while the other works too (`prediction.slowed`).
+        jitter: standard deviation of a rollout's time in the learner, as a share of it: whoever waits for the slower of
+            two waits longer than for the slower one's average.
     """
 
     token_s: float = 0.02
@@ -28,6 +31,8 @@ class Speeds(Struct, frozen=True, kw_only=True):
     train_token_s: float = 0.0001
     push_s: float = 1.0
     answer_s: float = 0.0
+    contention: float = 1.0
+    jitter: float = 0.0
 
 
 class Fault(Struct, frozen=True, kw_only=True):

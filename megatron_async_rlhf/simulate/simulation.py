@@ -10,6 +10,7 @@ import asyncio
 import io
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct
 
@@ -39,12 +40,14 @@ class Outcome(Struct, frozen=True, kw_only=True):
     Attributes:
         decoding: share of their time that engines decoded, on average; `frozen`: were kept from it by a push.
         at_once: sequences an engine decoded together.
+        step_s: from one optimizer step to the next, without the first rollout, on which nothing could overlap.
     """
 
     totals: RunTotals
     decoding: float
     frozen: float
     at_once: float
+    step_s: float
 
 
 class HashReward:
@@ -155,7 +158,8 @@ class Simulation:
         """
         self.ledger.check_end(self.recorder.totals)
         decoding, frozen, at_once = utilisation(self.generators, self.recorder.totals.wall_s)
-        return Outcome(totals=self.recorder.totals, decoding=decoding, frozen=frozen, at_once=at_once)
+        totals, step_s = self.recorder.totals, self.recorder.step_s(self.config.schedule.updates_per_rollout)
+        return Outcome(totals=totals, decoding=decoding, frozen=frozen, at_once=at_once, step_s=step_s)
 
     def _evaluation(self) -> CheckedEvaluation | None:
         if self.config.schedule.eval_every is None:
@@ -220,6 +224,21 @@ def _prompt(number: int, tokens: int) -> Prompt:
 
 
 class _Recorder(Recorder):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stepped: list[float] = []
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        super().step(step, values)
+        self._stepped.append(self._clock())
+
+    def step_s(self, updates: int) -> float:
+        """Mean time of a step after those of the first rollout, which had `updates`; of all, if there are no others."""
+        later = len(self._stepped) - updates
+        if later <= 0:
+            return self.totals.wall_s / max(1, self.totals.steps)
+        return (self._stepped[-1] - self._stepped[updates - 1]) / later
+
     def write_summary(self, status: str, error: str | None) -> None:
         """Nobody looks at it while the simulation goes."""
 

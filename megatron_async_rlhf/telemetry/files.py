@@ -36,6 +36,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [line.record for line in read_json_lines(path, may_be_cut=True)] if path.exists() else []
 
 
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """As `read_lines`, of a file with a `step` in each line: the N-th optimizer step has N.
+
+    Version 0.1.0 counted from 0: what it wrote is read as if it had counted from 1.
+    """
+    lines = read_lines(path)
+    if any(line["step"] == 0 for line in lines):
+        return [line | {"step": line["step"] + 1} for line in lines]
+    return lines
+
+
 def replace_file(path: Path, content: str | bytes) -> None:
     """In one step, so that a reader, or a crash, never meets half of it. Text is written as UTF-8."""
     partial = path.with_name(f"{path.name}.partial")

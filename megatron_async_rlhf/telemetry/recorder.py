@@ -68,7 +68,7 @@ class Recorder:
         self._spans += spans
         with (self._dir / WARM_START).open("a") as file:
             file.write(json.dumps({"step": step, "time": self._clock(), **values}) + "\n")
-        self._events.emit("warm_start", step=step + 1, steps=self._config.warm_start.steps, loss=values["loss"])
+        self._events.emit("warm_start", step=step, steps=self._config.warm_start.steps, loss=values["loss"])
         self._wandb.warm_start(step, values)
 
     def loop_started(self, startup_s: float) -> None:
@@ -95,17 +95,20 @@ class Recorder:
     def generators_were_busy(self, span: Span) -> None:
         """At least one completion was being sampled."""
         self.totals.generate_busy_s += span.end - span.start
+
+    def generator_was_busy(self, span: Span) -> None:
+        """One of them was sampling."""
         self._spans.append(span)
 
-    def learner_was_busy(self, spans: Sequence[Span]) -> None:
-        """A rollout took `spans[0]`."""
-        self.totals.train_busy_s += spans[0].end - spans[0].start
-        self._spans += spans
+    def learner_was_busy(self, rollout: Span, parts: Sequence[Span]) -> None:
+        """A rollout was trained."""
+        self.totals.train_busy_s += rollout.end - rollout.start
+        self._spans += (rollout, *parts)
 
     def trained(self, samples: int, of: int, skipped: int) -> None:
         """The learner has had `samples` of the `of` completions of a mini-batch; `skipped` groups taught nothing."""
         self.totals.samples_trained += samples
-        self.totals.samples_dropped += of - samples
+        self.totals.samples_not_selected += of - samples
         self.totals.pairs_skipped += skipped
 
     def stepped(self, ages: Counter[int], tokens: int) -> None:
@@ -115,7 +118,7 @@ class Recorder:
         self.totals.staleness.update(ages)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """All metrics of one optimizer step: a line of metrics.jsonl, a progress event, a W&B step."""
+        """All metrics of the `step`-th optimizer step: a line of metrics.jsonl, a progress event, a W&B step."""
         line = {"step": step, "time": self._clock(), **values}
         self._metrics.write(json.dumps(line) + "\n")
         self._wandb.step(step, line)
@@ -124,7 +127,7 @@ class Recorder:
         rate = self.totals.samples_generated / self.totals.wall_s if self.totals.wall_s else 0.0
         self._events.emit(
             "step",
-            step=step + 1,
+            step=step,
             steps=self._config.schedule.steps,
             reward=values["reward"],
             loss=values.get("loss"),
@@ -169,12 +172,14 @@ class Recorder:
 
     def pushed(self, report: PushReport, spans: Sequence[Span]) -> None:
         """A push took `spans[0]`."""
+        whole, *parts = spans
+        args = whole.args | {"bytes": report.wire_bytes, "digests": report.compared}
+        self._spans += (msgspec.structs.replace(whole, args=args), *parts)
         self.totals.push_bytes.add(report.wire_bytes)
         self.totals.push_bytes_minimum += self._minimum_bytes
-        self.totals.push_s.add(spans[0].end - spans[0].start)
+        self.totals.push_s.add(whole.end - whole.start)
         self.totals.digests_compared += report.compared
         self.totals.pushes_verified += report.compared > 0
-        self._spans += spans
 
     def saved(self, version: int, spans: Sequence[Span]) -> None:
         """The checkpoint of a policy version is complete."""
@@ -186,12 +191,16 @@ class Recorder:
         if gaps:
             self.totals.logprob_gap.add(*gaps)
 
-    def evaluated(self, when: str, metrics: dict[str, float], span: Span) -> None:
-        """Held-out metrics `before` or `after` RL, or at a `step` of it."""
+    def evaluated(
+        self, when: str, metrics: dict[str, float], start: float, end: float, *, version: int, samples: int
+    ) -> None:
+        """Held-out metrics `before` or `after` RL, or at a `step` of it: of `samples` completions of a policy version."""
         self.totals.evaluation[when] = metrics
-        self._spans.append(span)
+        args = {"version": version, "samples": samples, "tokens": round(metrics["response_length"] * samples)}
+        self._spans.append(Span(name=f"evaluate {when}", start=start, end=end, process="evaluation", args=args))
         self._events.emit("evaluated", when=when, metrics=metrics)
-        self._wandb.step(self.totals.steps, {f"eval/{name}": value for name, value in metrics.items()})
+        values = {f"eval/{name}": value for name, value in metrics.items()}
+        self._wandb.evaluation(version, self.totals.steps, values)
 
     def write_summary(self, status: str, error: str | None) -> None:
         """Replace summary.json."""

@@ -73,7 +73,7 @@ def test_a_whole_model_is_checked(tmp_path: Path, root: Path):
     assert "not checked" not in output
     assert re.search(r"# prompts: \d+ to train on, 512 held out", output)
     assert re.search(r"# all processes together need [\d.]+ GiB of this machine's [\d.]+ GiB: fits", output)
-    assert "# speed: not estimated for a CPU" in output
+    assert "# speed, predicted for CPU cores" in output and "known error: " in output
 
 
 def test_a_70b_model_does_not_fit(tmp_path: Path, root: Path):

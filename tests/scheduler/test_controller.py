@@ -39,7 +39,7 @@ def test_any_bound_holds_at_any_speed(tmp_path, seed):
     assert totals.steps == 12 == rig.learner.version
     assert max(totals.staleness) <= bound
     assert {generator.version for generator in rig.generators} == {12}
-    assert totals.samples_generated == 12 * 3 * 2 == totals.samples_trained + totals.samples_dropped
+    assert totals.samples_generated == 12 * 3 * 2 == totals.samples_trained + totals.samples_not_selected
     seeds = [seed for generator in rig.generators for seed in generator.seeds]
     assert len(set(seeds)) == len(seeds) == 12 * 3
 
@@ -77,7 +77,7 @@ def test_the_batch_of_a_non_finite_loss_is_kept(tmp_path):
     rig = Rig(tmp_path)
 
     async def explode(command):
-        raise NonFiniteLossError("step 0: loss nan")
+        raise NonFiniteLossError("step 1: loss nan")
 
     rig.learner.execute = explode
     with pytest.raises(ExceptionGroup) as caught:

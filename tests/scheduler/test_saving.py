@@ -54,7 +54,7 @@ def test_the_bound_holds_and_every_batch_counts_once_after_a_resume(tmp_path, se
     totals = rest.recorder.totals
     assert totals.steps == 9 == rest.learner.version
     assert max(totals.staleness) <= bound
-    assert totals.samples_generated == 9 * 3 * 2 == totals.samples_trained + totals.samples_dropped
+    assert totals.samples_generated == 9 * 3 * 2 == totals.samples_trained + totals.samples_not_selected
     kept = [group.scored.group.prompt.index for group in state.ready]
     assert kept == [rest.prompts.at(index).index for index in waiting]
     seeds = [seed for generator in rest.generators for seed in generator.seeds]
@@ -212,5 +212,5 @@ def test_a_stop_leaves_a_state_to_go_on_from(tmp_path):
     rest = go_on(tmp_path, version, steps=version + 4, max_staleness=2)
     totals = rest.recorder.totals
     assert totals.steps == version + 4
-    assert totals.samples_trained + totals.samples_dropped == (version + 4) * 3 * 2
+    assert totals.samples_trained + totals.samples_not_selected == (version + 4) * 3 * 2
     assert totals.samples_generated == (version + 4) * 3 * 2 + totals.samples_cancelled

@@ -18,12 +18,12 @@ from megatron_async_rlhf.sweep.results import Group, collect, grouped, pareto_fr
 
 
 def leave_run(point: Point, *, status: str = "completed", reward: float = 0.5, losses: list | None = None, **summary):
-    """What a finished run leaves: KL of step n is n."""
+    """What a finished run leaves: KL of step n is n - 1."""
     directory, schedule = point.config.run.path, point.config.schedule
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_config(point.config))
     losses = losses or [0.1] * schedule.steps
-    lines = [{"step": n, "loss": loss, "kl_to_reference": float(n)} for n, loss in enumerate(losses)]
+    lines = [{"step": n, "loss": loss, "kl_to_reference": float(n - 1)} for n, loss in enumerate(losses, 1)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     oldest = schedule.mini_batches - 1
     content = {
@@ -71,7 +71,7 @@ def test_a_run_that_measures_no_kl_has_none(make):
     sweep = make({"axes": {"beta": {"algorithm.beta": [0.1]}}})
     leave_run(sweep.points[0])
     path = sweep.points[0].config.run.path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": n, "loss": 0.1}) + "\n" for n in range(8)))
+    path.write_text("".join(json.dumps({"step": n, "loss": 0.1}) + "\n" for n in range(1, 9)))
     (result,) = collect(sweep)
     assert result.kl_to_reference is None
     (group,) = grouped(sweep.section, [result])

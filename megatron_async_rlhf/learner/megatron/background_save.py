@@ -129,7 +129,13 @@ class BackgroundSave:
                     raise written[number]
             writer.results_queue.put(written)
             writer.write_buckets = [(path, name, ([], [])) for path, name, _ in writer.write_buckets]  # frees the copy
-        return Span(name="write checkpoint", start=start, end=time.time(), process=f"learner.{self._placement.rank}")
+        return Span(
+            name="write checkpoint",
+            start=start,
+            end=time.time(),
+            process=f"learner.{self._placement.rank}",
+            lane="checkpoint",
+        )
 
 
 def _staged(bucket: tuple) -> tuple:
