@@ -75,10 +75,10 @@ class Job:
         self._materials = materials
         self._learner = learner
         self._generators = generators
-        elements = elements_held(materials.architecture, config.generator.tensor_parallel) * len(generators)
+        elements = elements_held(materials.architecture, config.generator.tensor_parallel)
         held = elements * ITEM_BYTES[config.generator.dtype]
         self.recorder = Recorder(
-            config, run_dir, EventStream(), bytes_held_by_generators=held, totals=resumed.totals if resumed else None
+            config, run_dir, EventStream(), generator_bytes=held, totals=resumed.totals if resumed else None
         )
         self._pool = GeneratorPool(
             generators,

@@ -315,7 +315,7 @@ class WeightsSection(Section):
     """How the learner's weights reach the generators."""
 
     transport: Literal["gloo", "nccl", "ipc"] = "gloo"  # sockets | one GPU per rank | learner and generator share GPUs
-    verify: Literal["every", "first", "off"] = "every"  # which pushes have both sides' digests compared
+    verify: Literal["every", "first", "off"] = "every"  # pushes with both sides' digests compared
     staging_mib: PositiveInt = 64  # a staging buffer; a rank has two (generators on CPU: one, see docs/weights.md)
     snapshot: bool = False  # send from a copy, so that not even the optimizer's step waits; costs the copy's memory
     timeout_s: PositiveFloat = 120.0  # how long nothing may move: rendezvous, each message, each verdict

@@ -72,7 +72,8 @@ class WeightSync:
         self._learner = learner
         self._config = config
         self._host, self._port = address
-        self._sessions = self._pushes = 0
+        self._sessions = 0
+        self._pushes = 0  # over this connection: a generator that was started again has proven nothing
         self._connected = False
         self._receiving: asyncio.Task | None = None
         self._span: Span | None = None
@@ -99,12 +100,13 @@ class WeightSync:
             TransferError: nobody could be reached, or not all members met.
         """
         weights = self._config.weights
-        verify = weights.verify == "every" or (weights.verify == "first" and self._pushes == 0)
         started = self._clock()
         if receivers is not None and list(receivers) != self.receivers:
             self.receivers, self._connected = list(receivers), False
         if not self._connected:
             await self._connect()
+            self._pushes = 0
+        verify = weights.verify == "every" or (weights.verify == "first" and self._pushes == 0)
         await self._pause(how)
         on_paused()
         self._answer = None

@@ -111,7 +111,7 @@ class Simulation:
             for i in range(scenario.generators)
         ]
         self.recorder = _Recorder(
-            config, directory, EventStream(_Nowhere()), bytes_held_by_generators=0, totals=totals, clock=clock
+            config, directory, EventStream(_Nowhere()), totals=totals, clock=clock
         )
         self.pool = GeneratorPool(
             self.generators,

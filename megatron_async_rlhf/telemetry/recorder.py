@@ -30,16 +30,21 @@ class Recorder:
         run_dir: Path,
         events: EventStream,
         *,
-        bytes_held_by_generators: int,
+        generator_bytes: int = 0,
         totals: RunTotals | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`totals`: of the run so far, if this one goes on with it. `clock`: seconds; a simulation has its own."""
+        """
+        Args:
+            generator_bytes: of the weights that the workers of one generator hold together.
+            totals: of the run so far, if this one goes on with it.
+            clock: seconds; a simulation has its own.
+        """
         self._clock = clock
         self._config = config
         self._dir = run_dir
         self._events = events
-        self._minimum_bytes = bytes_held_by_generators
+        self._generator_bytes = generator_bytes
         self._metrics = (run_dir / METRICS).open("a", buffering=1)
         self._samples = (run_dir / SAMPLES).open("a", buffering=1)
         self._wandb = WandbLog(config, run_dir)
@@ -162,7 +167,7 @@ class Recorder:
     def pushed(self, report: PushReport, spans: Sequence[Span]) -> None:
         """A push took `spans[0]`."""
         self.totals.push_bytes.add(report.wire_bytes)
-        self.totals.push_bytes_minimum += self._minimum_bytes
+        self.totals.push_bytes_minimum += self._generator_bytes * report.generators
         self.totals.push_s.add(spans[0].end - spans[0].start)
         self.totals.digests_compared += report.compared
         self.totals.pushes_verified += report.compared > 0

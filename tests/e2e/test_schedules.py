@@ -88,3 +88,4 @@ def test_a_killed_generator_comes_back_and_nothing_is_lost(start):
     assert_counts_add_up(summary)
     assert summary["samples_trained"] + summary["samples_dropped"] == 30 * 8 * 3
     assert summary["weight_sync"]["mismatches"] == 0
+    assert summary["weight_sync"]["bytes"] == summary["weight_sync"]["bytes_minimum"]
