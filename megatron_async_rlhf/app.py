@@ -32,9 +32,9 @@ from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import Hello, ResumeReinforcement, Stop
 from megatron_async_rlhf.lifecycle import (
     END_AT_ONCE,
-    EXIT_INTERRUPTED,
     begin_reinforcement,
     close_failed,
+    close_well,
     export_policy,
 )
 from megatron_async_rlhf.prepare import Materials, load_materials
@@ -259,8 +259,7 @@ async def run_job(
             return _fail(job, error)
         except asyncio.CancelledError:
             return _fail(job, ProcessDiedError("ended because another process of the run has"))
-        job.recorder.close("interrupted" if job.cut_short else "completed", None)
-        return EXIT_INTERRUPTED if job.cut_short else 0
+        return close_well(job.recorder, "interrupted" if job.cut_short else "completed")
 
 
 def _fail(job: Job, error: BaseException) -> int:

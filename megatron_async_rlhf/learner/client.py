@@ -6,10 +6,10 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError
+from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError, WriteError
 from megatron_async_rlhf.learner.protocol import Answer, Command, decode_answer, encode_command
 
-_ERRORS = {"": LearnerError, "non_finite": NonFiniteLossError, "transfer": TransferError}
+_ERRORS = {"": LearnerError, "non_finite": NonFiniteLossError, "transfer": TransferError, "write": WriteError}
 
 
 class LearnerClient:
@@ -27,7 +27,7 @@ class LearnerClient:
         """Send `command` and wait for its answer. Whoever gives up waiting does not take it from the next command.
 
         Raises:
-            NonFiniteLossError, TransferError: the command failed in that way.
+            NonFiniteLossError, TransferError, WriteError: the command failed in that way.
             LearnerError: it failed otherwise, or no answer came within `learner.timeout_s`.
         """
         exchange = asyncio.create_task(self._exchange(command))

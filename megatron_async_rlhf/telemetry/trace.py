@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_async_rlhf.telemetry.files import replace_file
 from megatron_async_rlhf.types import Span
 
 
@@ -26,4 +27,4 @@ def write_trace(path: Path, spans: Sequence[Span]) -> None:
         }
         for span in sorted(spans, key=lambda span: span.start)
     ]
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    replace_file(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

@@ -22,7 +22,7 @@ import zmq
 
 from megatron_async_rlhf.config.architecture import policy_architecture
 from megatron_async_rlhf.config.load import load_config
-from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError
+from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError, WriteError
 from megatron_async_rlhf.learner.megatron.layers import fused_parts
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
@@ -106,6 +106,8 @@ def serve(learner: MegatronLearner, channel: CommandChannel) -> None:
             answer = _execute(learner, command)
         except NonFiniteLossError as error:
             answer = Answer(id=command.id, error=str(error), error_kind="non_finite")
+        except WriteError as error:
+            answer = Answer(id=command.id, error=str(error), error_kind="write")
         except TransferError as error:
             answer = Answer(id=command.id, error=str(error), error_kind="transfer")
         except LearnerError as error:
