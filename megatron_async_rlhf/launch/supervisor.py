@@ -28,6 +28,7 @@ from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
 from megatron_async_rlhf.launch.plan import ProcessPlan
 from megatron_async_rlhf.launch.process import Process
+from megatron_async_rlhf.launch.scratch import remove_abandoned
 from megatron_async_rlhf.telemetry.events import parse_event
 from megatron_async_rlhf.telemetry.files import (
     LOG_DIR,
@@ -89,6 +90,7 @@ class Supervisor:
         return _EXIT_CODES[status]
 
     def _start(self) -> None:
+        remove_abandoned()
         log_dir = self._run_dir / LOG_DIR
         with writing(log_dir):
             log_dir.mkdir(parents=True, exist_ok=True)
@@ -185,6 +187,7 @@ class Supervisor:
                 continue
             self._restarts[process.name] = used + 1
             process.kill_group(signal.SIGKILL)  # its workers hold the cores, and perhaps the port
+            process.clean_up()
             if used == self._plan.restarts:
                 self._display.note(f"{process.name} {process.ending()}; generator.restarts = {used} are used up")
                 continue
@@ -235,6 +238,8 @@ class Supervisor:
             time.sleep(_POLL_S)
         for process in self._processes:
             process.kill_group(signal.SIGKILL)
+        for process in self._processes:
+            process.clean_up()
 
     def _write_last_summary(self, status: str, error: str | None, tail: list[str]) -> None:
         """Into the room that was kept for it, should there be no other."""

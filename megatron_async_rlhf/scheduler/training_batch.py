@@ -84,7 +84,9 @@ def chosen_samples(algorithm: str, rewards: Seq[float]) -> list[int]:
         case "ppo" | "rloo" | "proximal_rloo" | "grpo":
             return list(range(len(rewards)))
         case _:
-            raise NotImplementedError(f"algorithm.type = {algorithm}: chosen_samples does not know which samples it trains on")
+            raise NotImplementedError(
+                f"algorithm.type = {algorithm}: chosen_samples does not know which samples it trains on"
+            )
 
 
 def as_sequence(prompt: Prompt, completion: Completion) -> Sequence:

@@ -110,9 +110,7 @@ class Simulation:
             )
             for i in range(scenario.generators)
         ]
-        self.recorder = _Recorder(
-            config, directory, EventStream(_Nowhere()), totals=totals, clock=clock
-        )
+        self.recorder = _Recorder(config, directory, EventStream(_Nowhere()), totals=totals, clock=clock)
         self.pool = GeneratorPool(
             self.generators,
             max_concurrent=config.generator.max_concurrent,

@@ -113,6 +113,7 @@ class Driver:
         began = self._clock()
         self._process = LocalProcess(spec, logs)
         ended_in_time = self._wait(config)
+        self._process.clean_up()
         seconds = f"{self._clock() - began:.0f} s"
         progress, returned = progress_of(config), self._process.returncode
         if returned == EXIT_COMPLETED and progress.status == "completed":
