@@ -3,6 +3,7 @@
 from pydantic import Field, model_validator
 
 from megatron_async_rlhf.config.algorithms import AlgorithmSection, OnlineDPOSection
+from megatron_async_rlhf.config.effects import check_effects
 from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
 from megatron_async_rlhf.config.section import Section
 from megatron_async_rlhf.config.sections import (
@@ -54,6 +55,11 @@ class RunConfig(Section):
             raise ValueError(
                 "reward.type = gsm8k needs data.train with data.solution_field, answers ending `#### <number>`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_effects(self) -> "RunConfig":
+        check_effects(self)
         return self
 
     @model_validator(mode="after")

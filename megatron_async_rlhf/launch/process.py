@@ -108,6 +108,7 @@ class LocalProcess(Process):
             self._popen.send_signal(number)
 
     def kill_group(self, number: int) -> None:
+        self._scratch.note_shared(_group(self._popen.pid))
         try:
             if number == signal.SIGKILL:
                 self._kill_owners()

@@ -1,7 +1,10 @@
-"""A temporary directory for each process of a run, gone when the process and all it started are.
+"""A temporary directory for each process of a run, gone when the process and all it started are, and shared memory too.
 
 vLLM leaves its sockets and rendezvous files in the temporary directory, however it ends, W&B what it was uploading. In a
 directory of their own nobody else's files are there, so all of it can go. torch's compile cache stays where it is.
+
+Shared memory has no directories. Python's is removed by its resource trackers (see `process`), that of vLLM's tensor
+parallelism on a CPU by nobody: it is known by who uses it, or by the rendezvous file that it is called after.
 """
 
 import contextlib
@@ -11,12 +14,15 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_async_rlhf.launch.owner import machine, started
 
 # The machine, and the process that made it with its start: ids are used again.
 _NAME = re.compile(r"rlhf-([0-9a-f]{6})-(\d+)-(\d+)-\w+")
+_SHARED = Path("/dev/shm")
+_VLLM_SHARED = re.compile(r"(?:psm_|vllm_)\S+|\S+-cpushm_\d+")
 _LONGEST = 107 - len("/") - 36  # a socket's path, less the name vLLM gives it
 
 
@@ -25,6 +31,7 @@ class Scratch:
 
     def __init__(self) -> None:
         pid = os.getpid()
+        self._shared: set[Path] = set()
         prefix = f"rlhf-{_machine()}-{pid}-{started(pid)}-"
         self._compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{_user()}")
         self.path = Path(tempfile.mkdtemp(prefix=prefix))
@@ -38,7 +45,22 @@ class Scratch:
         path = str(self.path)
         return {"TMPDIR": path, "VLLM_RPC_BASE_PATH": path, "TORCHINDUCTOR_CACHE_DIR": self._compiled}
 
+    def note_shared(self, pids: Iterable[int]) -> None:
+        """What these processes, which are about to end, share."""
+        for pid in pids:
+            with contextlib.suppress(OSError):  # it has ended
+                for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                    _, _, mapped = line.partition(f" {_SHARED}/")
+                    if name := _VLLM_SHARED.match(mapped):
+                        self._shared.add(_SHARED / name[0])
+
     def remove(self) -> None:
+        with contextlib.suppress(OSError):
+            for rendezvous in self.path.glob("vllm_dist_*"):
+                self._shared.update(_SHARED.glob(f"{rendezvous.name}-*"))
+        for path in self._shared:
+            with contextlib.suppress(OSError):
+                path.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
 

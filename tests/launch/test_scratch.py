@@ -77,6 +77,36 @@ def test_nothing_is_left_of_a_process_and_its_children(start, asked_first: bool)
     assert not files[1].parent.exists()
 
 
+@pytest.mark.parametrize("name", ["vllm_dist_0123-tp:0-[0-1]-cpushm_0", "45123-tp:0-[0-1]-cpushm_1"])
+def test_shared_memory_that_nobody_tracks_goes_too(tmp_path: Path, name: str):
+    """As vLLM's tensor parallelism on a CPU makes it, called after a rendezvous file or a port."""
+    path = Path("/dev/shm") / name.replace("123", f"{os.getpid()}")
+    code = "import mmap, sys, time; f = open(sys.argv[1], 'w+b'); f.truncate(64); m = mmap.mmap(f.fileno(), 64); print(1, flush=True); time.sleep(600)"
+    spec = ProcessSpec(name="worker", arguments=[sys.executable, "-c", code, str(path)], environment={}, cores=[])
+    process = LocalProcess(spec, tmp_path, pipe_stdout=True)
+    process.stdout.readline()
+    assert path.exists()
+    process.kill_group(signal.SIGKILL)
+    process.clean_up()
+    assert not path.exists()
+
+
+def test_shared_memory_of_workers_that_died_by_themselves_is_known_by_its_name(tmp_path: Path):
+    name = f"vllm_dist_{os.getpid()}"
+    code = f"import os; open(os.environ['TMPDIR'] + '/{name}', 'w'); open('/dev/shm/{name}-tp:0-cpushm_0', 'w')"
+    spec = ProcessSpec(name="worker", arguments=[sys.executable, "-c", code], environment={}, cores=[])
+    process = LocalProcess(spec, tmp_path)
+    deadline = time.monotonic() + LIMIT_S
+    while process.returncode is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    path = Path(f"/dev/shm/{name}-tp:0-cpushm_0")
+    assert process.returncode == 0 and path.exists()
+    process.kill_group(signal.SIGKILL)
+    process.clean_up()
+    assert not path.exists()
+
+
 def test_others_keep_theirs(start):
     process, _ = start()
     _, files = start()
