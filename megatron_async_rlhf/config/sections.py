@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from megatron_async_rlhf.config.beats import IDLE_BEAT_S, NODE_BEAT_S
 from megatron_async_rlhf.config.cluster import SlurmKeys
 from megatron_async_rlhf.config.section import Section
 
@@ -139,6 +140,11 @@ class LearnerSection(OptimizerKeys):
     peak_tflops: PositiveFloat | None = None
     threads: PositiveInt = 1  # OpenMP threads per rank
     timeout_s: PositiveFloat = 600.0  # any collective, and any one command of the controller
+
+    @field_validator("timeout_s")
+    @classmethod
+    def check_timeout(cls, value: float) -> float:
+        return _at_least(2 * IDLE_BEAT_S, value, f"ranks without work hear from rank 0 every {IDLE_BEAT_S:g} s")
 
     @property
     def model_ranks(self) -> int:
@@ -384,3 +390,15 @@ class LaunchSection(Section):
     shutdown_grace_s: PositiveFloat = 10.0  # between SIGTERM and SIGKILL
     interrupt_grace_s: PositiveFloat = 120.0  # after Ctrl-C, for the step under way, the checkpoint and the export
     slurm: SlurmKeys | None = None  # what `async-rlhf launch --executor slurm` asks Slurm for; a run ignores it
+
+    @field_validator("node_timeout_s")
+    @classmethod
+    def check_node_timeout(cls, value: float) -> float:
+        return _at_least(3 * NODE_BEAT_S, value, f"machines hear from each other every {NODE_BEAT_S:g} s")
+
+
+def _at_least(least: float, value: float, why: str) -> float:
+    """The value of a timeout, unless those it is for would miss each other although all is well."""
+    if value < least:
+        raise ValueError(f"must be at least {least:g}: {why}")
+    return value
