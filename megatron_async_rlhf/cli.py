@@ -111,7 +111,11 @@ def train(
         if not _find_start(resolved, resume).finished:
             print_plan(resolved)
         return
-    with gather(resolved) as fleet, owning(resolved), tempfile.TemporaryDirectory() as scratch:
+    with (
+        gather(resolved) as fleet,
+        owning(resolved),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+    ):
         start = _find_start(resolved, resume)
         if start.finished:
             return
@@ -151,7 +155,11 @@ def sft(config: ConfigArgument, set: SetOption = [], node_rank: NodeRankOption =
         raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
     _serve_unless_first(resolved, node_rank)
     check_writable(resolved)
-    with gather(resolved) as fleet, owning(resolved), tempfile.TemporaryDirectory() as scratch:
+    with (
+        gather(resolved) as fleet,
+        owning(resolved),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+    ):
         check_inputs_apart(resolved)
         template = Path(scratch) / "model"
         make_model_template(resolved, template)

@@ -26,7 +26,7 @@ def print_plan(config: RunConfig) -> None:
         architecture, transfer = outline(config, config.model.hf)
         prompts = "# prompts: not checked"
     else:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             make_model_template(config, Path(scratch))
             materials = load_materials(config, Path(scratch))
         check_value_weights(config, materials.architecture)

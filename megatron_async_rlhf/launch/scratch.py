@@ -55,13 +55,7 @@ class Scratch:
                         self._shared.add(_SHARED / name[0])
 
     def remove(self) -> None:
-        with contextlib.suppress(OSError):
-            for rendezvous in self.path.glob("vllm_dist_*"):
-                self._shared.update(_SHARED.glob(f"{rendezvous.name}-*"))
-        for path in self._shared:
-            with contextlib.suppress(OSError):
-                path.unlink()
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path, self._shared)
 
 
 def remove_abandoned() -> None:
@@ -71,7 +65,15 @@ def remove_abandoned() -> None:
             for path in Path(directory).glob("rlhf-*"):
                 found = _NAME.fullmatch(path.name)
                 if found and found[1] == _machine() and str(started(int(found[2]))) != found[3]:
-                    shutil.rmtree(path, ignore_errors=True)
+                    _remove(path)
+
+
+def _remove(directory: Path, shared: Iterable[Path] = ()) -> None:
+    with contextlib.suppress(OSError):
+        named = [path for file in directory.glob("vllm_dist_*") for path in _SHARED.glob(f"{file.name}-*")]
+        for path in (*shared, *named):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _machine() -> str:

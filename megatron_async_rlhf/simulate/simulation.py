@@ -174,7 +174,7 @@ def simulate(config: RunConfig, scenario: Scenario, trace: Path | None = None) -
         DeadlockError, InvariantError, StaleSampleError: a bug, here or in the scheduler.
         GeneratorError: what befell the generators was too much.
     """
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
 
         async def whole() -> Outcome:
             simulation = Simulation(config, scenario, Path(directory))

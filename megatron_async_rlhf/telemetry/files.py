@@ -80,6 +80,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def unwritten(path: Path, error: OSError) -> str:
     """One line: the file, the cause and, where that is known, the way out."""
+    if isinstance(error.filename, str) and not error.filename.startswith(str(path)):
+        path = Path(error.filename)  # another one was in the way, such as a temporary directory
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     way_out = "; make room there, then go on with --resume" if full else ""
     return f"{path} cannot be written ({error.strerror or error}){way_out}"
