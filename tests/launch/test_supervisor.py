@@ -197,3 +197,20 @@ def test_a_disk_that_is_full_from_the_start_is_named(small_disk, monkeypatch):
     code = Supervisor(config, plan, small_disk, Display(Console(file=output, width=300)), Fleet(list)).run()
     assert code == 1
     assert f"{small_disk / RESERVE} cannot be written (No space left on device)" in output.getvalue()
+
+
+def test_an_output_that_takes_no_more_ends_no_run(tmp_path):
+    """As `async-rlhf train ... > run.log` beside a run that fills the disk."""
+    code = """
+import pathlib, sys
+from megatron_async_rlhf.launch.display import Display
+display = Display()
+display.note("step 1")
+display.finished("failed", "no room", ["last words"], pathlib.Path("run"))
+print("went on", file=sys.stderr)
+"""
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S
+        )
+    assert "went on" in ended.stderr
