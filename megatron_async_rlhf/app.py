@@ -38,9 +38,9 @@ from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import Hello, ResumeReinforcement, Stop
 from megatron_async_rlhf.lifecycle import (
     END_AT_ONCE,
-    EXIT_INTERRUPTED,
     begin_reinforcement,
     close_failed,
+    close_well,
     export_policy,
 )
 from megatron_async_rlhf.prepare import Materials, load_materials
@@ -80,10 +80,10 @@ class Job:
         self._materials = materials
         self._learner = learner
         self._generators = generators
-        elements = elements_held(materials.architecture, config.generator.tensor_parallel) * len(generators)
+        elements = elements_held(materials.architecture, config.generator.tensor_parallel)
         held = elements * ITEM_BYTES[config.generator.dtype]
         self.recorder = Recorder(
-            config, run_dir, EventStream(), bytes_held_by_generators=held, totals=resumed.totals if resumed else None
+            config, run_dir, EventStream(), generator_bytes=held, totals=resumed.totals if resumed else None
         )
         self._pool = GeneratorPool(
             generators,
@@ -278,8 +278,7 @@ async def run_job(
             return _fail(job, error)
         except asyncio.CancelledError:
             return _fail(job, ProcessDiedError("ended because another process of the run has"))
-        job.recorder.close("interrupted" if job.cut_short else "completed", None)
-        return EXIT_INTERRUPTED if job.cut_short else 0
+        return close_well(job.recorder, "interrupted" if job.cut_short else "completed")
 
 
 def _fail(job: Job, error: BaseException) -> int:

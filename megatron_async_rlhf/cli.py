@@ -116,7 +116,11 @@ def train(
         if not start.finished:
             print_plan(resolved)
         return
-    with gather(resolved) as fleet, owning(resolved), tempfile.TemporaryDirectory() as scratch:
+    with (
+        gather(resolved) as fleet,
+        owning(resolved),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+    ):
         start = _find_start(resolved, resume)
         if start.finished:
             return
@@ -174,7 +178,11 @@ def sft(
         check_inputs_apart(resolved)
         print_sft_plan(resolved)
         return
-    with gather(resolved) as fleet, owning(resolved), tempfile.TemporaryDirectory() as scratch:
+    with (
+        gather(resolved) as fleet,
+        owning(resolved),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+    ):
         check_inputs_apart(resolved)
         template = Path(scratch) / "model"
         make_model_template(resolved, template)

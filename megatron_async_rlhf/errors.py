@@ -21,6 +21,10 @@ class CheckpointError(AsyncRLHFError, ValueError):
     """Weight files that cannot be read or written: names the file, and the tensor or the rule it breaks."""
 
 
+class WriteError(AsyncRLHFError, RuntimeError):
+    """A file of the run that cannot be written, as on a full disk: names the file and the cause. What was complete stays."""
+
+
 class TransferError(AsyncRLHFError, RuntimeError):
     """A weight push that failed or did not arrive byte for byte: names the phase, the peer and the tensor."""
 

@@ -87,7 +87,7 @@ async def run_job(run_dir: Path, recorded: Path, learner_address: str) -> int:
     """Run all stages; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
     materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
-    recorder = Recorder(config, run_dir, EventStream(), bytes_held_by_generators=0)
+    recorder = Recorder(config, run_dir, EventStream())
     learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
     stages = run_stages(config, run_dir, recorded, materials, learner, recorder)
     return await run_learner_alone(stages, learner, recorder)

@@ -119,10 +119,12 @@ class PushReport(Struct, frozen=True, kw_only=True):
 
     Attributes:
         wire_bytes: bytes of weights that arrived at generator workers, all together.
+        generators: how many took part.
         compared: digests compared, one per slice and worker; 0 when not verified.
         mismatches: `generator rank: tensor[rows, columns] from learner rank` of every slice that differs.
     """
 
     wire_bytes: int
+    generators: int = 1
     compared: int = 0
     mismatches: list[str] = []

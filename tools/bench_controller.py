@@ -152,7 +152,7 @@ async def run(config: RunConfig, directory: Path, url: str) -> tuple[float, floa
     for generator in generators:
         generator.version = 0
     learner = CodingLearner()
-    recorder = Recorder(config, directory, EventStream(open(os.devnull, "w")), bytes_held_by_generators=0)
+    recorder = Recorder(config, directory, EventStream(open(os.devnull, "w")))
     controller = Controller(
         config,
         learner=learner,

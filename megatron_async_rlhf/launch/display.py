@@ -1,5 +1,6 @@
 """Progress of a run for a person: a live panel on a terminal, plain lines anywhere else."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ from megatron_async_rlhf.telemetry.summary import read_summary
 _LINE_EVERY_S = 5.0  # plain warm-start lines: a log, not a film
 
 
+class _PatientConsole(Console):
+    """Standard output may be a file on a disk that is full, or a terminal that is gone: no reason to end a run."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().print(*objects, **options)
+
+
 class Display:
     """Shows the controller's events."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=False, highlight=False, soft_wrap=True)
+        self._console = console or _PatientConsole(stderr=False, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._state: dict[str, str] = {"stage": "starting", "generators": "starting", "learner": "starting"}
         self._began = self._last_line = time.monotonic()

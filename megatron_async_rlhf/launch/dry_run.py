@@ -22,7 +22,7 @@ def print_plan(config: RunConfig) -> None:
         architecture, transfer = check_description(config)
         prompts = "# prompts: not checked"
     else:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             make_model_template(config, Path(scratch))
             materials = check_inputs(config, Path(scratch))
         architecture, transfer = materials.architecture, materials.transfer

@@ -6,10 +6,16 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from megatron_async_rlhf.errors import LearnerError, LearnerSilentError, NonFiniteLossError, TransferError
+from megatron_async_rlhf.errors import (
+    LearnerError,
+    LearnerSilentError,
+    NonFiniteLossError,
+    TransferError,
+    WriteError,
+)
 from megatron_async_rlhf.learner.protocol import Answer, Command, decode_answer, encode_command
 
-_ERRORS = {"": LearnerError, "non_finite": NonFiniteLossError, "transfer": TransferError}
+_ERRORS = {"": LearnerError, "non_finite": NonFiniteLossError, "transfer": TransferError, "write": WriteError}
 
 
 class LearnerClient:
@@ -27,7 +33,7 @@ class LearnerClient:
         """Send `command` and wait for its answer. Whoever gives up waiting does not take it from the next command.
 
         Raises:
-            NonFiniteLossError, TransferError: the command failed in that way.
+            NonFiniteLossError, TransferError, WriteError: the command failed in that way.
             LearnerSilentError: no answer came within `learner.timeout_s`.
             LearnerError: it failed otherwise.
         """

@@ -144,7 +144,7 @@ class Answer(Struct, frozen=True, kw_only=True):
 
     id: int
     error: str | None = None
-    error_kind: Literal["", "non_finite", "transfer"] = ""
+    error_kind: Literal["", "non_finite", "transfer", "write"] = ""
     metrics: StepMetrics | None = None  # of TrainSupervised
     steps: list[StepMetrics] = []  # of TrainRollout, one per optimizer step
     # of each sequence's completion tokens, in the command's order, before any update the command made; of a rollout

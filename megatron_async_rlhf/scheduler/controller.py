@@ -25,7 +25,7 @@ from statistics import fmean
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import NonFiniteLossError
+from megatron_async_rlhf.errors import NonFiniteLossError, WriteError
 from megatron_async_rlhf.learner.protocol import Learner, TrainRollout
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
@@ -220,8 +220,7 @@ class Controller:
         try:
             answer = await self._learner.execute(command)
         except NonFiniteLossError as error:
-            saved = self._recorder.save_json(FAILED_BATCH, [group.scored.group for group in rollout])
-            raise NonFiniteLossError(f"{error}; the batch is in {saved}") from None
+            raise NonFiniteLossError(f"{error}; {self._keep_failed(rollout)}") from None
         end = self._clock()
         self._recorder.activity("learner", "idle")
         # Generators get the version before this one first, however the two race: schedules do not depend on speed.
@@ -238,6 +237,13 @@ class Controller:
             self._report(version + update + 1, parts[part], batches[part], ages[update], values)
             if update < len(parts):
                 self._recorder.trained(len(batches[part].completions), _samples(parts[part]), batches[part].skipped)
+
+    def _keep_failed(self, rollout: list[ReadyGroup]) -> str:
+        """Where a rollout is that could not be trained on."""
+        try:
+            return f"the batch is in {self._recorder.save_json(FAILED_BATCH, [g.scored.group for g in rollout])}"
+        except WriteError as error:
+            return str(error)
 
     def _report(
         self, version: int, groups: list[ReadyGroup], batch: MiniBatch, ages: Counter[int], values: dict[str, float]

@@ -10,6 +10,7 @@ from msgspec import Struct
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.learner.protocol import TrainRollout
 from megatron_async_rlhf.scheduler.state import ReadyGroup
+from megatron_async_rlhf.telemetry.files import writing
 
 
 class RecordedGroup(Struct, frozen=True, kw_only=True):
@@ -65,9 +66,10 @@ class RolloutLog:
             )
             for group in rollout
         ]
-        self._directory.mkdir(exist_ok=True)
-        record = RecordedRollout(command=command, groups=groups, arrived=arrived)
-        self._path(command.version).write_bytes(msgspec.msgpack.encode(record))
+        record, path = RecordedRollout(command=command, groups=groups, arrived=arrived), self._path(command.version)
+        with writing(path):
+            self._directory.mkdir(exist_ok=True)
+            path.write_bytes(msgspec.msgpack.encode(record))
 
     def cut(self, version: int) -> None:
         """Forget what was trained at this version or later: the run goes on from there."""

@@ -112,9 +112,7 @@ class Simulation:
             )
             for i in range(scenario.generators)
         ]
-        self.recorder = _Recorder(
-            config, directory, EventStream(_Nowhere()), bytes_held_by_generators=0, totals=totals, clock=clock
-        )
+        self.recorder = _Recorder(config, directory, EventStream(_Nowhere()), totals=totals, clock=clock)
         self.pool = GeneratorPool(
             self.generators,
             max_concurrent=config.generator.max_concurrent,
@@ -181,7 +179,7 @@ def simulate(config: RunConfig, scenario: Scenario, trace: Path | None = None) -
         DeadlockError, InvariantError, StaleSampleError: a bug, here or in the scheduler.
         GeneratorError: what befell the generators was too much.
     """
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
 
         async def whole() -> Outcome:
             simulation = Simulation(config, scenario, Path(directory))

@@ -19,7 +19,7 @@ def check_points(sweep: Sweep, points: Sequence[Point]) -> None:
     """
     problems: list[str] = []
     checked: list[RunConfig] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         for point in points:
             alike = point.config.model_copy(update={"run": None, "schedule": None})  # neither matters here
             if alike in checked:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_async_rlhf.learner.protocol import TrainRollout
+from megatron_async_rlhf.telemetry.files import replace_file
 from megatron_async_rlhf.types import Span
 
 _Row = tuple[str, str, int]  # process, lane, and the row of the lane, counted from 0
@@ -35,7 +36,7 @@ def write_trace(path: Path, spans: Sequence[Span]) -> None:
 
     Times are whole microseconds since the first span.
     """
-    path.write_text(json.dumps({"traceEvents": trace_events(spans), "displayTimeUnit": "ms"}), encoding="utf-8")
+    replace_file(path, json.dumps({"traceEvents": trace_events(spans), "displayTimeUnit": "ms"}))
 
 
 def trace_events(spans: Sequence[Span]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from megatron_async_rlhf.telemetry.files import (
     WARM_START,
     read_lines,
     read_steps,
+    writing,
 )
 
 
@@ -91,5 +92,6 @@ class WandbLog:
 def _run_id(run_dir: Path) -> str:
     path = run_dir / WANDB_ID
     if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n")
+        with writing(path):
+            path.write_text(secrets.token_hex(4) + "\n")
     return path.read_text().strip()

@@ -158,7 +158,6 @@ def test_a_completed_run_without_a_checkpoint_does_not_start_over(found: Found):
         ("model.vocab_size=300", "null"),
         ("warm_start.steps=0", "3"),
         ("data.train_prompts=64", "32"),
-        ("reward.format_reward=0.5", "0.1"),
         ("algorithm.beta=0.5", "0.1"),
         ("generator.temperature=0.5", "0.7"),
         ("learner.precision=bf16", "fp32"),

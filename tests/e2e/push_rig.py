@@ -204,6 +204,8 @@ async def push_rig(
         for process in processes.values():
             process.kill_group(signal.SIGCONT)
             process.kill_group(signal.SIGKILL)
+        for process in processes.values():
+            process.clean_up()
 
 
 def _altered(spec: ProcessSpec, run_dir: Path, changes: dict | None) -> ProcessSpec:

@@ -29,8 +29,13 @@ def test_a_run_in_every_layout(start, layout, mode, bound):
         "generator.eval_temperature=0",
         "telemetry.wandb={mode: offline}",
     )
+    run.wait_for_step(1)
+    temporary, shared = run.belongings("generator.0")
+    assert any(path.is_socket() for path in temporary.iterdir())
+    assert bool(shared) == (generator_tensor > 1)
     output = run.wait()
     assert run.process.returncode == 0, output
+    assert not [path for path in (temporary, *shared) if path.exists()]
     summary = run.summary()
     in_force = 0 if mode == "sync" else bound
     assert (summary["status"], summary["mode"], summary["max_staleness"]) == ("completed", mode, in_force)

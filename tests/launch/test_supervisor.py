@@ -4,11 +4,13 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from megatron_async_rlhf.config.root import RunConfig
@@ -16,7 +18,7 @@ from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
 from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
 from megatron_async_rlhf.launch.supervisor import Supervisor
-from megatron_async_rlhf.telemetry.files import PROCESSES
+from megatron_async_rlhf.telemetry.files import PROCESSES, RESERVE
 
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
 STAND = "import time; print('up', flush=True); time.sleep(600)"
@@ -39,6 +41,21 @@ while not pathlib.Path(sys.argv[1], "end").exists():
         print(tell.read_text(), flush=True)
         tell.unlink()
 """
+# Fills the disk, and then tells what it could not write down.
+FILLING_CONTROLLER = """
+import json, pathlib, sys, time
+print(json.dumps({"event": "stage", "name": "train"}), flush=True)
+directory = pathlib.Path(sys.argv[1])
+while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.02)
+error = "metrics.jsonl cannot be written"
+with (directory / "filling").open("wb", buffering=0) as file:
+    try:
+        while file.write(bytes(1000)): pass
+    except OSError: pass
+closed = {"status": "failed", "error": error, "explained": True, "summary": {"steps": 3}}
+print(json.dumps({"event": "closed", **closed}), flush=True)
+sys.exit(1)
+"""
 
 
 def process(name: str, *arguments: str) -> ProcessSpec:
@@ -48,13 +65,21 @@ def process(name: str, *arguments: str) -> ProcessSpec:
 class Run:
     """A supervised run in a thread of its own, as `signal.signal` allows nowhere but in the first."""
 
-    def __init__(self, directory: Path, monkeypatch, *, restarts: int, stage: str = "train") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        monkeypatch,
+        *,
+        restarts: int,
+        stage: str = "train",
+        controller: tuple[str, ...] = (CONTROLLER,),
+    ) -> None:
         monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
         self.directory, self.output = directory, io.StringIO()
         plan = ProcessPlan(
             learners=[process(f"learner.{i}", RANK) for i in range(2)],
             generators=[process(f"generator.{i}", STAND) for i in range(2)],
-            controller=process("controller", CONTROLLER, str(directory), stage),
+            controller=process("controller", controller[0], str(directory), *(controller[1:] or [stage])),
             restarts=restarts,
         )
         config = RunConfig.model_validate({"model": MODEL, "launch": {"shutdown_grace_s": 1.0}})
@@ -188,3 +213,75 @@ def test_a_learner_whose_ranks_all_wait_says_so_itself(tmp_path, monkeypatch):
     assert run.join() == 1
     assert "error: the learner did not answer" in run.output.getvalue()
     assert "File" in run.log("learner.0") and "File" in run.log("learner.1")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB of its own."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", directory], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield directory
+    subprocess.run(["umount", directory], check=True)
+
+
+def test_the_summary_of_a_run_that_filled_the_disk_is_true(small_disk, tmp_path, monkeypatch):
+    run = Run(small_disk, monkeypatch, restarts=3, controller=(FILLING_CONTROLLER, str(tmp_path / "go")))
+    assert (small_disk / RESERVE).stat().st_size == 64 * 2**10
+    (tmp_path / "go").touch()
+    assert run.join() == 1
+    assert json.loads((small_disk / "summary.json").read_text()) == {
+        "steps": 3,
+        "status": "failed",
+        "error": "metrics.jsonl cannot be written",
+    }
+    *_, error, ending = run.output.getvalue().splitlines()
+    assert error.endswith("error: metrics.jsonl cannot be written") and "failed: " in ending
+    assert "  | " not in run.output.getvalue()  # there is nothing in a log that would say more
+    assert not (small_disk / RESERVE).exists()
+
+
+def test_a_supervisor_that_finds_the_disk_full_says_so_in_one_line(small_disk, monkeypatch):
+    """A generator is to be started again, and the file with the ids of processes cannot be written."""
+    run = Run(small_disk, monkeypatch, restarts=3)
+    with (small_disk / "filling").open("wb", buffering=0) as file, pytest.raises(OSError):
+        while file.write(bytes(1000)):
+            pass
+    run.kill("generator.1")
+    assert run.join() == 1
+    error = f"{small_disk / PROCESSES} cannot be written (No space left on device); make room there, then go on with --resume"
+    summary = json.loads((small_disk / "summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("failed", error)
+    assert f"error: {error}" in run.output.getvalue() and "Traceback" not in run.output.getvalue()
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(small_disk, monkeypatch):
+    with (small_disk / "filling").open("wb", buffering=0) as file, pytest.raises(OSError):
+        while file.write(bytes(1000)):
+            pass
+    output = io.StringIO()
+    plan = ProcessPlan(learners=[], generators=[], controller=process("controller", CONTROLLER), restarts=0)
+    config = RunConfig.model_validate({"model": MODEL})
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
+    code = Supervisor(config, plan, small_disk, Display(Console(file=output, width=300)), Fleet(list)).run()
+    assert code == 1
+    assert f"{small_disk / RESERVE} cannot be written (No space left on device)" in output.getvalue()
+
+
+def test_an_output_that_takes_no_more_ends_no_run(tmp_path):
+    """As `async-rlhf train ... > run.log` beside a run that fills the disk."""
+    code = """
+import pathlib, sys
+from megatron_async_rlhf.launch.display import Display
+display = Display()
+display.note("step 1")
+display.finished("failed", "no room", ["last words"], pathlib.Path("run"))
+print("went on", file=sys.stderr)
+"""
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S
+        )
+    assert "went on" in ended.stderr

@@ -20,7 +20,7 @@ from offloading import offload_without_a_gpu
 
 from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import LearnerError
+from megatron_async_rlhf.errors import LearnerError, WriteError
 from megatron_async_rlhf.learner.megatron import data_parallel, layers, trained_model
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import join_learner
@@ -98,9 +98,29 @@ def error_of_a_save(learner: MegatronLearner, directory: Path) -> str:
     save(learner, directory, snapshot=True, reference=False)
     try:
         finish(learner)
-    except LearnerError as error:
+    except WriteError as error:
         return str(error)
     return ""
+
+
+def errors_of_a_full_disk(learner: MegatronLearner, directory: Path) -> dict[str, str]:
+    """What is said when the disk is full by the time rank 0 writes each of a checkpoint's files, and the export's."""
+    errors = {}
+    for name in ("common.pt", "__0_0.distcp", ".metadata.tmp", "metadata.json", "shard-0.partial"):
+        place = directory / name / "checkpoint"
+        if learner.placement.rank == 0:
+            place.mkdir(parents=True)
+            (place / name).symlink_to("/dev/full")
+        torch.distributed.barrier()
+        try:
+            if name == "shard-0.partial":
+                learner.export_weights(ExportWeights(directory=str(place)))
+            else:
+                save(learner, place.parent, snapshot=True, reference=False)
+                finish(learner)
+        except WriteError as error:
+            errors[name] = str(error)
+    return errors
 
 
 def move_main_parameters(learner: MegatronLearner) -> None:
@@ -161,6 +181,7 @@ def train_and_save(learner: MegatronLearner, job: dict, phase: dict, directory: 
     finish(learner)
     result |= outcome(learner, metrics, directory)
     result["error"] = error_of_a_save(learner, root / "blocked")
+    result["full"] = errors_of_a_full_disk(learner, root / "full")
     move_main_parameters(learner)
     save(learner, root / "after the error", snapshot=True)
     finish(learner)

@@ -224,6 +224,22 @@ def test_a_file_that_cannot_be_written_fails_every_rank_and_is_named(ranks: Rank
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", SAVED, ids=str)
+def test_a_full_disk_fails_every_rank_alike_whichever_file_it_meets(ranks: Ranks, layout: Layout):
+    """All ranks are still there for the next command: the saves after it are those of the tests above."""
+    for result in ranks.results(layout):
+        root = ranks.directory / "saved" / str(layout) / "full"
+        for name in ("common.pt", "__0_0.distcp", ".metadata.tmp", "metadata.json"):
+            told = result["full"].pop(name)
+            assert told.startswith(f"checkpoint {root / name}/checkpoint could not be written (learner.0: "), told
+            assert told.endswith("No space left on device); make room there, then go on with --resume"), told
+        place = root / "shard-0.partial/checkpoint"
+        told = "cannot be written (No space left on device); make room there, then go on with --resume"
+        assert result["full"] == {"shard-0.partial": f"{place} {told}"}
+        assert not list(place.iterdir())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [BF16, DIVIDED_BF16], ids=str)
 def test_an_optimizer_of_other_weights_is_refused(ranks: Ranks, layout: Layout):
     checkpoint = ranks.directory / "saved" / str(layout) / "after the error/checkpoint"

@@ -63,7 +63,7 @@ class Rig:
             self.config,
             directory,
             EventStream(io.StringIO()),
-            bytes_held_by_generators=8,
+            generator_bytes=8,
             totals=resumed.totals if resumed else None,
         )
         self.saver = CheckpointSaver(self.config, directory, self.learner, self.recorder, resumed)

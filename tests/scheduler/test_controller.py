@@ -87,6 +87,20 @@ def test_the_batch_of_a_non_finite_loss_is_kept(tmp_path):
     assert len(groups) == 3 and len(groups[0]["completions"]) == 2
 
 
+def test_a_batch_that_cannot_be_kept_does_not_hide_the_loss(tmp_path):
+    rig = Rig(tmp_path)
+    (tmp_path / "non_finite_batch.json").symlink_to("/dev/full")
+
+    async def explode(command):
+        raise NonFiniteLossError("step 0: loss nan")
+
+    rig.learner.execute = explode
+    with pytest.raises(ExceptionGroup) as caught:
+        rig.run()
+    told = "step 0: loss nan; .*non_finite_batch.json cannot be written .No space left on device."
+    assert caught.group_contains(NonFiniteLossError, match=told)
+
+
 def test_tokens_outside_the_bound_are_a_bug():
     pacer = Pacer(ScheduleSection(max_staleness=1))
     pacer.trained = 5

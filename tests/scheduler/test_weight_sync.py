@@ -125,6 +125,27 @@ def test_both_sides_know_which_pushes_are_verified(verify, expected):
     assert receiver.verified == expected == [command.verify for command in learner.sent(PushWeights)]
 
 
+def test_first_means_first_over_each_connection():
+    """A generator that was started again has proven nothing yet, and neither has the way to it."""
+    learner, receiver = Learner(*[REPORT] * 4), Receiver("generator.0")
+    sync = make(learner, receiver, verify="first")
+    push(sync, 0, 1)
+    sync.disconnect()
+    push(sync, 2, 3)
+    assert receiver.verified == [True, False, True, False] == [c.verify for c in learner.sent(PushWeights)]
+
+
+def test_after_a_push_that_failed_the_next_one_is_a_first_one():
+    learner = Learner(REPORT, TransferError("send failed on learner rank 0"), REPORT, REPORT)
+    receiver = Receiver("generator.0", None, GeneratorError("generator.0: answered 500"))
+    sync = make(learner, receiver, verify="first")
+    push(sync, 0)
+    with pytest.raises(TransferError):
+        push(sync, 1)
+    push(sync, 2, 3)
+    assert receiver.verified == [True, False, True, False]
+
+
 def test_a_mismatch_is_an_error_that_carries_its_counts():
     bad = PushReport(
         wire_bytes=1, compared=9, mismatches=["generator.0 rank 1: lm_head.weight[0:4, 0:8] from learner rank 2"]

@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from megatron_async_rlhf.config.load import dump_config
+from megatron_async_rlhf.errors import WriteError
 from megatron_async_rlhf.sweep.plot import write_plot
 from megatron_async_rlhf.sweep.points import Point, Sweep
 from megatron_async_rlhf.sweep.report import write_report
-from megatron_async_rlhf.sweep.results import Group, collect, grouped, pareto_front
+from megatron_async_rlhf.sweep.results import Group, collect, grouped, pareto_front, write_results
 
 
 def leave_run(point: Point, *, status: str = "completed", reward: float = 0.5, losses: list | None = None, **summary):
@@ -137,3 +138,11 @@ def test_the_picture_shows_every_group(make, tmp_path: Path, monkeypatch: pytest
     }
     markers = [line.get_xydata().tolist()[0] for line in right.get_lines() if line.get_marker() == "o"]
     assert markers == [[7.0, pytest.approx(fmean(g.rewards))] for g in groups]  # KL of the last of 8 steps
+
+
+def test_a_full_disk_is_told_in_one_line(make):
+    sweep = make()
+    sweep.directory.mkdir(parents=True)
+    (sweep.directory / "results.json.partial").symlink_to("/dev/full")
+    with pytest.raises(WriteError, match="results.json cannot be written .No space left on device."):
+        write_results(sweep, collect(sweep))

@@ -22,8 +22,9 @@ import torch.distributed as dist
 import zmq
 
 from megatron_async_rlhf.config.architecture import policy_architecture
+from megatron_async_rlhf.config.beats import IDLE_BEAT_S
 from megatron_async_rlhf.config.load import load_config
-from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError
+from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError, WriteError
 from megatron_async_rlhf.learner.megatron.layers import fused_parts
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
@@ -51,9 +52,6 @@ from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CO
 
 _log = logging.getLogger(__name__)
 
-# Ranks wait for rank 0 inside a collective, so it must speak before that collective times out.
-_IDLE_BEAT_S = 5.0
-
 
 class CommandChannel:
     """The controller's commands, the same on every rank."""
@@ -77,7 +75,7 @@ class CommandChannel:
             self._socket.send(encode_answer(answer))
 
     def _poll(self) -> bytes:
-        return self._socket.recv() if self._socket.poll(_IDLE_BEAT_S * 1000) else b""
+        return self._socket.recv() if self._socket.poll(IDLE_BEAT_S * 1000) else b""
 
     def _broadcast(self, raw: bytes) -> bytes:
         if dist.get_world_size() == 1:
@@ -108,6 +106,8 @@ def serve(learner: MegatronLearner, channel: CommandChannel) -> None:
             answer = _execute(learner, command)
         except NonFiniteLossError as error:
             answer = Answer(id=command.id, error=str(error), error_kind="non_finite")
+        except WriteError as error:
+            answer = Answer(id=command.id, error=str(error), error_kind="write")
         except TransferError as error:
             answer = Answer(id=command.id, error=str(error), error_kind="transfer")
         except LearnerError as error:
