@@ -27,6 +27,7 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError, MismatchError, ProcessDiedError
+from megatron_async_rlhf.generator.places import places
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import Hello, ResumeReinforcement, Stop
@@ -225,6 +226,7 @@ async def _connected(config: RunConfig, materials: Materials, learner_address: s
             tokenizer=materials.tokenizer,
             tensor_parallel=config.generator.tensor_parallel,
             request_timeout_s=config.generator.request_timeout_s,
+            places=places(config),
         )
         for i, url in enumerate(urls)
     ]

@@ -1,5 +1,6 @@
 """The `async-rlhf` command."""
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -12,9 +13,14 @@ from megatron_async_rlhf.checkpoint.command import compare_holders, export_hf, i
 from megatron_async_rlhf.config.advice import advice
 from megatron_async_rlhf.config.load import load_config, read_tree
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.environment import environment_problems, ignored_line
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
+from megatron_async_rlhf.generator.places import places_problem
 from megatron_async_rlhf.installed import check_installed
+from megatron_async_rlhf.interpreter import print_anything, use_utf8
 from megatron_async_rlhf.launch.command import launch
+from megatron_async_rlhf.launch.terminal import outlive_readers
+from megatron_async_rlhf.limits import raise_soft_limits
 from megatron_async_rlhf.simulate.command import simulate
 from megatron_async_rlhf.telemetry.files import (
     EXPORT_DIR,
@@ -104,6 +110,7 @@ def train(
     resolved = load_config(config, set)
     if not dry_run:
         check_installed("torch", "megatron", "vllm")
+        _check_surroundings(places_problem(resolved))
         _serve_unless_first(resolved, node_rank)
     _warn(advice(resolved))
     check_writable(resolved)
@@ -149,6 +156,7 @@ def sft(config: ConfigArgument, set: SetOption = [], node_rank: NodeRankOption =
     resolved = load_config(config, set)
     if not resolved.warm_start.steps:
         raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
+    _check_surroundings()
     _serve_unless_first(resolved, node_rank)
     check_writable(resolved)
     with gather(resolved) as fleet, owning(resolved), tempfile.TemporaryDirectory() as scratch:
@@ -186,6 +194,7 @@ def replay(
     earlier = load_config(run / RESOLVED_CONFIG)
     section = earlier.run.model_copy(update={"dir": out or run.with_name(f"{run.name}.replay")})
     config = earlier.model_copy(update={"run": section})
+    _check_surroundings()
     _serve_unless_first(config, node_rank)
     check_writable(config)
     with gather(config) as fleet, owning(config):
@@ -251,6 +260,8 @@ def sweep(
     if dry_run:
         print_points(console, whole, points)
         return
+    _check_surroundings()
+    outlive_readers()
     driver = Driver(
         whole,
         note=lambda line: console.print(line, markup=False),
@@ -266,6 +277,17 @@ app.command()(export_hf)
 app.command()(verify_weights)
 
 
+def _check_surroundings(*further: str | None) -> None:
+    """
+    Raises:
+        ConfigError: a line for each thing of this shell or container that a run can neither work with nor ignore.
+    """
+    found = [*environment_problems(os.environ), *filter(None, further)]
+    if found:
+        raise ConfigError("\n".join(found))
+    _warn(filter(None, [ignored_line(os.environ)]))
+
+
 def _serve_unless_first(config: RunConfig, node_rank: int) -> None:
     """On every machine but the first: do as that one says, then exit."""
     from megatron_async_rlhf.launch.agent import serve
@@ -273,6 +295,7 @@ def _serve_unless_first(config: RunConfig, node_rank: int) -> None:
 
     check_node_rank(config, node_rank)
     if node_rank:
+        outlive_readers()
         raise typer.Exit(serve(config, node_rank))
 
 
@@ -306,6 +329,7 @@ def _supervise(config: RunConfig, plan: "ProcessPlan", run_dir: Path, fleet: "Fl
     from megatron_async_rlhf.launch.display import Display
     from megatron_async_rlhf.launch.supervisor import Supervisor
 
+    outlive_readers()
     return Supervisor(config, plan, run_dir, Display(), fleet).run()
 
 
@@ -326,6 +350,9 @@ def _warn(lines: Iterable[str]) -> None:
 
 def main() -> None:
     """Entry point; errors the user can mend are one line each on stderr, exit code 2 before anything started."""
+    use_utf8()
+    print_anything()
+    raise_soft_limits()
     try:
         app(standalone_mode=True)
     except (ConfigError, DataError, CheckpointError, MappingError) as error:

@@ -171,7 +171,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"model.hf = {directory}: no config.json there; give a Hugging Face model directory"

@@ -28,7 +28,7 @@ def read_tree(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
         ConfigError: no YAML file of sections, or an override that is none.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from megatron_async_rlhf.config.cluster import SlurmKeys
+from megatron_async_rlhf.config.cluster import SlurmKeys, Variables
 from megatron_async_rlhf.config.section import Section
 
 Device = Literal["cpu", "cuda"]
@@ -383,4 +383,6 @@ class LaunchSection(Section):
     pin_cores: bool = True  # a core per learner rank and generator worker, shared only when there are too few
     shutdown_grace_s: PositiveFloat = 10.0  # between SIGTERM and SIGKILL
     interrupt_grace_s: PositiveFloat = 120.0  # after Ctrl-C, for the step under way, the checkpoint and the export
+    # Variables for all processes: the way to set what is otherwise ignored, as VLLM_LOGGING_LEVEL (docs/environment.md)
+    environment: Variables = {}
     slurm: SlurmKeys | None = None  # what `async-rlhf launch --executor slurm` asks Slurm for; a run ignores it

@@ -128,7 +128,7 @@ def free_ports(count: int, taken: Sequence[int] = ()) -> list[int]:
     A server binds its port many seconds after it was picked; until then no connection may happen to get it.
     """
     try:
-        end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0])
     except (OSError, ValueError):
         end = 32768
     candidates = random.SystemRandom().sample(range(10000, max(end, 12000)), 1000)

@@ -8,9 +8,12 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import IO
 
+from megatron_async_rlhf.environment import child_environment
+from megatron_async_rlhf.launch.causes import Cause, first_cause
 from megatron_async_rlhf.launch.plan import ProcessSpec
 
 _PR_SET_PDEATHSIG = 1
+_LOG_BYTES = 2**21  # of its end, where the cause of a failure is looked for
 
 
 class Process(ABC):
@@ -19,6 +22,7 @@ class Process(ABC):
     def __init__(self, spec: ProcessSpec, log_dir: Path) -> None:
         self.spec = spec
         self.log = log_dir / f"{spec.name}.log"
+        self._log_began = self.log.stat().st_size if self.log.exists() else 0  # an earlier start's is not ours
 
     @property
     def name(self) -> str:
@@ -51,8 +55,18 @@ class Process(ABC):
 
     def last_lines(self, count: int = 15) -> list[str]:
         """The end of its log."""
+        return self._log_lines()[-count:]
+
+    def cause(self) -> Cause | None:
+        """What its log says first of why it ended, since this start of it."""
+        return first_cause(self._log_lines())
+
+    def _log_lines(self) -> list[str]:
         try:
-            return self.log.read_text(errors="replace").splitlines()[-count:]
+            with self.log.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(self._log_began, size - _LOG_BYTES))
+                return file.read().decode(errors="replace").splitlines()
         except OSError:
             return []
 
@@ -68,10 +82,11 @@ class LocalProcess(Process):
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if pipe_stdout else log,
                 stderr=log,
-                env={**os.environ, **spec.environment},
+                env=child_environment(os.environ, spec.environment),
                 start_new_session=True,  # a Ctrl-C in the terminal reaches the supervisor alone
                 preexec_fn=_before_exec(spec),
-                text=True,
+                encoding="utf-8",
+                errors="replace",
             )
 
     @property
@@ -107,6 +122,7 @@ def _before_exec(spec: ProcessSpec):
         libc.prctl(_PR_SET_PDEATHSIG, spec.end_signal)
         if os.getppid() != parent:
             os._exit(1)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what becomes of a terminal is its parent's affair
         if spec.cores:
             os.sched_setaffinity(0, spec.cores)
 

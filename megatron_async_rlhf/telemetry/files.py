@@ -27,12 +27,12 @@ FAILED_BATCH = "non_finite_batch.json"
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All lines of a `.jsonl` file; none if it is not there. Who wrote it may have been killed in the middle of one."""
-    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
     return [json.loads(line) for line in whole.splitlines()]
 
 
 def replace_file(path: Path, text: str) -> None:
     """In one step, so that a reader, or a crash, never meets half of it."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -40,8 +40,8 @@ class Recorder:
         self._dir = run_dir
         self._events = events
         self._minimum_bytes = bytes_held_by_generators
-        self._metrics = (run_dir / METRICS).open("a", buffering=1)
-        self._samples = (run_dir / SAMPLES).open("a", buffering=1)
+        self._metrics = (run_dir / METRICS).open("a", buffering=1, encoding="utf-8")
+        self._samples = (run_dir / SAMPLES).open("a", buffering=1, encoding="utf-8")
         self._wandb = WandbLog(config, run_dir)
         self._spans: list[Span] = []
         self._loop_start: float | None = None
@@ -58,7 +58,7 @@ class Recorder:
 
     def warm_start_step(self, step: int, values: dict[str, float], spans: Iterable[Span]) -> None:
         self._spans += spans
-        with (self._dir / WARM_START).open("a") as file:
+        with (self._dir / WARM_START).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": self._clock(), **values}) + "\n")
         self._events.emit("warm_start", step=step + 1, steps=self._config.warm_start.steps, loss=values["loss"])
         self._wandb.warm_start(step, values)
@@ -141,7 +141,7 @@ class Recorder:
 
     def evaluation_samples(self, when: str, groups: Sequence[RolloutGroup]) -> None:
         """Every completion of an evaluation, with its token ids."""
-        with (self._dir / EVALUATIONS).open("a") as file:
+        with (self._dir / EVALUATIONS).open("a", encoding="utf-8") as file:
             for group in groups:
                 for completion, reward in zip(group.completions, group.rewards, strict=True):
                     line = {

@@ -26,4 +26,4 @@ def write_trace(path: Path, spans: Sequence[Span]) -> None:
         }
         for span in sorted(spans, key=lambda span: span.start)
     ]
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")

@@ -76,7 +76,7 @@ class SafetensorsDirectory:
 def _files_of(directory: Path) -> dict[Path, list[str]]:
     """The safetensors files, each with the names that the index, where there is one, announces."""
     try:
-        weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+        weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files: dict[Path, list[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(directory / file, []).append(name)
@@ -123,7 +123,7 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[str, list[int], int, int]]
 
 def _is_tied(directory: Path) -> bool:
     try:
-        return bool(json.loads((directory / "config.json").read_text()).get("tie_word_embeddings"))
+        return bool(json.loads((directory / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -229,5 +229,5 @@ def _put_in_place(directory: Path, partial: list[Path], shards: list[list[Tensor
         total = sum(spec.num_bytes for shard in shards for spec in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         temporary = directory / f"{INDEX}.partial"
-        temporary.write_text(json.dumps(index, indent=1))
+        temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
         temporary.replace(directory / INDEX)

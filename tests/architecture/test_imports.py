@@ -21,6 +21,9 @@ ORDER = [
         "errors",
         "devices",
         "installed",
+        "environment",
+        "interpreter",
+        "limits",
         "weights.families",
     ],  # the families are plain data, read by the config too
     ["config"],
@@ -34,6 +37,7 @@ ORDER = [
         "generator.protocol",
         "generator.seeds",
         "generator.silence",
+        "generator.places",
         "learner.flops",
         "learner.meter",
     ],

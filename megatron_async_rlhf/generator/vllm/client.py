@@ -67,7 +67,14 @@ class VLLMGenerator:
     """
 
     def __init__(
-        self, name: str, url: str, *, tokenizer: Tokenizer, tensor_parallel: int, request_timeout_s: float
+        self,
+        name: str,
+        url: str,
+        *,
+        tokenizer: Tokenizer,
+        tensor_parallel: int,
+        request_timeout_s: float,
+        places: int = 2**16,
     ) -> None:
         self.name = name
         self.version = -1
@@ -76,7 +83,7 @@ class VLLMGenerator:
         self._timeout_s = request_timeout_s
         self._under_way = 0  # requests
         self._silence = Silence(request_timeout_s)
-        self._server = Connection(name, url, request_timeout_s)
+        self._server = Connection(name, url, request_timeout_s, places)
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:
         """`request.samples` completions; their text has no special tokens, nor the one that ended it.
@@ -193,7 +200,8 @@ class VLLMGenerator:
         self._silence.give_up()
 
     async def wait_queued(self, count: int) -> None:
-        """Return once the server has taken in `count` requests; they run after `resume`."""
+        """Return once the server has taken in `count` requests, or all that have a place; they run after `resume`."""
+        count = min(count, self._server.places)
         try:
             async with asyncio.timeout(self._timeout_s):
                 while (await self._server.get("/load"))["server_load"] < count:

@@ -63,7 +63,7 @@ def _vllm_mentions(files: str, word: str) -> bool:
     vllm = find_spec("vllm")
     if vllm is None or vllm.origin is None:  # the machine that plans need not be the one that runs: as the newest does
         return True
-    return any(word in file.read_text() for file in Path(vllm.origin).parent.glob(files))
+    return any(word in file.read_text(encoding="utf-8") for file in Path(vllm.origin).parent.glob(files))
 
 
 def _device_arguments(config: RunConfig) -> list[str]:

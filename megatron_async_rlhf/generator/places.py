@@ -1,0 +1,30 @@
+"""How many requests may be under way to one generator: each is an open file here, and one at its server.
+
+Those that have no place wait for one, in order. Which sequences share a forward pass does not depend on that as long as
+the engine always finds the next one in its queue: then it never runs dry before the last request has come. So there must be
+twice as many places as an engine has sequences in work.
+"""
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.limits import open_files
+
+_OTHER_FILES = 160  # of a controller or server besides its requests: libraries, logs, sockets of engine and workers
+
+
+def places(config: RunConfig) -> int:
+    """Requests to one generator at once, with the limit of this process."""
+    return max((open_files() - _OTHER_FILES) // config.generator.replicas, 1)
+
+
+def places_problem(config: RunConfig) -> str | None:
+    """Why this process may open too few files for a run; None if it may open enough."""
+    most = max(config.data.eval_prompts, config.schedule.groups_per_rollout)
+    needed = min(most, 2 * config.generator.max_concurrent)
+    if places(config) >= needed:
+        return None
+    files = needed * config.generator.replicas + _OTHER_FILES
+    return (
+        f"open files: the limit is {open_files()}, and generator.replicas = {config.generator.replicas} with {needed} "
+        f"requests each need {files}; raise it (ulimit -n {files}, or LimitNOFILE, --ulimit nofile={files}), or lower "
+        "generator.max_concurrent"
+    )
