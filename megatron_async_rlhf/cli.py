@@ -15,7 +15,7 @@ from megatron_async_rlhf.config.load import load_config, read_tree
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.environment import environment_problems, ignored_line
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
-from megatron_async_rlhf.generator.places import places_problem
+from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
 from megatron_async_rlhf.interpreter import print_anything, use_utf8
 from megatron_async_rlhf.launch.command import launch
@@ -69,16 +69,24 @@ def doctor(
     """
     from megatron_async_rlhf.doctor import examine, problems
 
-    resolved = load_config(config, set) if config is not None else None
+    cannot: list[str] = []
+    resolved = None
+    if config is not None:  # what is wrong with it is said at the end: the machine can be looked at all the same
+        try:
+            resolved = load_config(config, set)
+        except ConfigError as error:
+            cannot = str(error).splitlines()
     broken = False
     for finding in examine():
         advice = f"  ({finding.advice})" if finding.advice and finding.state != "ok" else ""
         typer.echo(f"{finding.state:8}{finding.what}: {finding.detail}{advice}")
         broken |= finding.state == "broken"
-    for problem in problems(resolved) if resolved is not None and not broken else []:
+    if resolved is not None:
+        cannot += filter(None, [places_problem(resolved), threads_problem(resolved)])
+        cannot += problems(resolved) if not broken else []
+    for problem in cannot:
         typer.echo(f"{'cannot':8}{problem}")
-        broken = True
-    raise typer.Exit(int(broken))
+    raise typer.Exit(int(broken or bool(cannot)))
 
 
 @app.command()
@@ -110,7 +118,7 @@ def train(
     resolved = load_config(config, set)
     if not dry_run:
         check_installed("torch", "megatron", "vllm")
-        _check_surroundings(places_problem(resolved))
+        _check_surroundings(places_problem(resolved), threads_problem(resolved))
         _serve_unless_first(resolved, node_rank)
     _warn(advice(resolved))
     check_writable(resolved)

@@ -100,6 +100,15 @@ def child_environment(ours: Mapping[str, str], own: Mapping[str, str]) -> dict[s
     return passed | _ALWAYS | dict(own) | dict.fromkeys(_NO_PROXY, direct)
 
 
+def ignored(environment: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names of variables that have no influence, by what they would change."""
+    found = {
+        what: sorted(name for name in environment if _matches(name, rules) and is_ignored(name))
+        for what, rules in IGNORED.items()
+    }
+    return {what: names for what, names in found.items() if names}
+
+
 def ignored_line(environment: Mapping[str, str]) -> str | None:
     """Says which variables have no influence, of those that somebody may have set for this run."""
     names = sorted(name for name in environment if is_ignored(name) and not _matches(name, _COMMON))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from megatron_async_rlhf.config.cluster import SlurmKeys, Variables
-from megatron_async_rlhf.config.section import Section
+from megatron_async_rlhf.config.section import LocalPath, LocalSource, Section
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
@@ -22,7 +22,7 @@ class RunSection(Section):
     """Name, place, seed and device of the run."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    dir: Path | None = None  # default: runs/<name>; an earlier run found there is set aside, never overwritten
+    dir: LocalPath | None = None  # default: runs/<name>; an earlier run found there is set aside, never overwritten
     seed: int = Field(0, ge=0)
     device: Device = "cpu"  # what learner and generators compute on
 
@@ -34,7 +34,9 @@ class RunSection(Section):
 class ModelSection(Section):
     """The policy: a Hugging Face directory, a checkpoint that `import-hf` made of one, or a fresh Llama."""
 
-    hf: Path | None = None  # directory with weights, config and tokenizer; of the keys below only context_length goes
+    hf: LocalPath | None = (
+        None  # directory with weights, config and tokenizer; of the keys below only context_length goes
+    )
     layers: PositiveInt | None = None
     hidden_size: PositiveInt | None = None
     ffn_size: PositiveInt | None = None
@@ -293,8 +295,10 @@ class ScheduleSection(Section):
 class DataSection(Section):
     """Where prompts come from: the built-in task, a JSONL file, or a Hugging Face dataset."""
 
-    train: str = "builtin"  # `builtin`, a .jsonl path, or `hf:<dataset>[:<config>]:<split>`
-    eval: str | None = None  # same forms; a relative path is tried beside data.train first. Default: split off train
+    train: LocalSource = "builtin"  # `builtin`, a .jsonl path, or `hf:<dataset>[:<config>]:<split>`
+    eval: LocalSource | None = (
+        None  # same forms; a relative path is tried beside data.train first. Default: split off train
+    )
     train_prompts: PositiveInt | None = None  # use the first N; the built-in task makes as many as this (default 4096)
     eval_prompts: PositiveInt = 256
     prompt_field: str = "prompt"
