@@ -1,10 +1,10 @@
 """`python -m megatron_async_rlhf` is `async-rlhf`."""
 
-import os
 import sys
 
-if not sys.flags.safe_path and sys.path[0] == os.getcwd():
-    del sys.path[0]  # `python -m` looks for modules where the user stands: a `random.py` there is not Python's
+# `python -m` looks for modules where the user stands first, and a `random.py` there is not Python's.
+if not sys.flags.safe_path:
+    del sys.path[0]
 
 from megatron_async_rlhf.cli import main  # noqa: E402
 

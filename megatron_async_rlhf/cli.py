@@ -17,7 +17,7 @@ from megatron_async_rlhf.environment import environment_problems, ignored_line
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, ConfigError, DataError, MappingError
 from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
-from megatron_async_rlhf.interpreter import print_anything, use_utf8
+from megatron_async_rlhf.interpreter import check_working_directory, print_anything, use_utf8
 from megatron_async_rlhf.launch.command import launch
 from megatron_async_rlhf.launch.terminal import outlive_readers
 from megatron_async_rlhf.limits import raise_soft_limits
@@ -362,6 +362,7 @@ def main() -> None:
     print_anything()
     raise_soft_limits()
     try:
+        check_working_directory()
         app(standalone_mode=True)
     except (ConfigError, DataError, CheckpointError, MappingError) as error:
         for line in str(error).splitlines():

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_async_rlhf.errors import ConfigError
+
 
 def use_utf8() -> None:
     """Start again in UTF-8 mode unless file names are UTF-8 already: what a configuration names, and what this process and
@@ -18,3 +20,14 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def check_working_directory() -> None:
+    """
+    Raises:
+        ConfigError: there is none: somebody has removed it.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(f"the working directory cannot be used ({error.strerror}); cd to one that is there") from None

@@ -83,6 +83,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    if isinstance(value, str) and f"{value} #" in text and text.strip()[:1] not in "'\"|>":
+        raise ConfigError(f"override {override!r}: in YAML ` #` begins a comment; put the value in quotes")
     set_key(tree, key, value)
 
 

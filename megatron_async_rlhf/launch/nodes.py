@@ -83,9 +83,10 @@ def check_node_rank(config: RunConfig, rank: int) -> None:
     nodes = config.launch.nodes
     if rank >= nodes:
         raise ConfigError(
-            f"launch.nodes = {nodes}, but this is node rank {rank}; set launch.nodes to the number of machines"
+            f"launch.nodes = {nodes}, but this is node rank {rank} (--node-rank, or SLURM_NODEID); set launch.nodes to the "
+            "number of machines, or --node-rank 0 to run on this one alone"
         )
-    started = {key: int(os.environ.get(f"SLURM_STEP_NUM_{key}") or nodes) for key in ("NODES", "TASKS")}
+    started = {key: _slurm_count(f"SLURM_STEP_NUM_{key}", nodes) for key in ("NODES", "TASKS")}
     if os.environ.get("SLURM_NTASKS", "") not in ("", os.environ.get("SLURM_STEP_NUM_TASKS")):
         return  # of the step that a batch job was submitted from
     if nodes > 1 and started["NODES"] != nodes:
@@ -134,6 +135,13 @@ def free_ports(count: int, taken: Sequence[int] = ()) -> list[int]:
     candidates = random.SystemRandom().sample(range(10000, max(end, 12000)), 1000)
     free = (port for port in candidates if port not in taken and _is_free(port))
     return [next(free) for _ in range(count)]
+
+
+def _slurm_count(name: str, default: int) -> int:
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise ConfigError(f"{name} = {value}: is no number; unset it")
+    return int(value)
 
 
 def _in_terminal() -> bool:
