@@ -350,7 +350,7 @@ def free_port() -> int:
         ({"SLURM_STEP_NUM_TASKS": "4"}, [], "has 4 tasks; start one on each node (srun --ntasks-per-node=1)"),
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"}, [], "has 4 tasks; start one on each node"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, ["-s", "launch.nodes=1"], "launch.nodes = 1, but this Slurm step has 8 tasks"),
-        ({"SLURM_NODEID": "2"}, [], "launch.nodes = 2, but this is node rank 2; set launch.nodes"),
+        ({"SLURM_NODEID": "2"}, [], "launch.nodes = 2, but this is node rank 2 (--node-rank, or SLURM_NODEID); set launch.nodes"),
         ({"SLURM_NODEID": "1"}, ["-s", "launch.nodes=1"], "launch.nodes = 1, but this is node rank 1"),
     ],
 )

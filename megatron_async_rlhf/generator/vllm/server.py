@@ -94,6 +94,5 @@ def server_environment(config: RunConfig, devices: list[str]) -> dict[str, str]:
         "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and weight-update routes
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
         "TOKENIZERS_PARALLELISM": "false",
     }
