@@ -56,7 +56,6 @@ _ALWAYS = {
 }
 _NO_PROXY = ("no_proxy", "NO_PROXY")
 _LOOPBACK = "localhost,127.0.0.1,::1"
-_USER_NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # as `getpass` looks for them
 
 _SOCKET_PATH = 107  # bytes of a Unix socket's path
 _SOCKET_NAME = 38  # of the name that vLLM appends to the temporary directory
@@ -93,11 +92,10 @@ def child_environment(ours: Mapping[str, str], own: Mapping[str, str]) -> dict[s
         ours: of the process that starts it.
         own: what the plan says of it; wins, but that its `no_proxy` is added to ours.
     """
-    passed = {name: value for name, value in ours.items() if not is_ignored(name)}
-    if not any(passed.get(name) for name in _USER_NAMES):  # a container's user may have no name
-        passed["USER"] = _user_name()
+    passed = _user() | {name: value for name, value in ours.items() if value and not is_ignored(name)}
+    empty = {name: "" for name, value in ours.items() if not value and not is_ignored(name) and name not in passed}
     direct = _joined(*(ours.get(name, "") for name in _NO_PROXY), own.get("no_proxy", ""), _LOOPBACK)
-    return passed | _ALWAYS | dict(own) | dict.fromkeys(_NO_PROXY, direct)
+    return passed | empty | _ALWAYS | dict(own) | dict.fromkeys(_NO_PROXY, direct)
 
 
 def ignored(environment: Mapping[str, str]) -> dict[str, list[str]]:
@@ -126,11 +124,19 @@ def environment_problems(environment: Mapping[str, str]) -> list[str]:
 
 
 def _temporary_problems(environment: Mapping[str, str]) -> Iterator[str]:
-    directory, most = tempfile.gettempdir(), _SOCKET_PATH - _SOCKET_NAME
-    length = len(os.fsencode(directory))
-    if length > most and "VLLM_RPC_BASE_PATH" not in environment:
+    """vLLM's processes talk through sockets there."""
+    key = "VLLM_RPC_BASE_PATH" if environment.get("VLLM_RPC_BASE_PATH") else "TMPDIR"
+    try:
+        directory = environment[key] if key != "TMPDIR" else tempfile.gettempdir()
+    except OSError:
+        yield "TMPDIR: there is no temporary directory that can be written, not even /tmp; set one"
+        return
+    length, most = len(os.fsencode(directory)), _SOCKET_PATH - _SOCKET_NAME
+    if not os.path.isdir(directory) or not os.access(directory, os.W_OK):
+        yield f"{key} = {directory}: is no directory that can be written; set another, or leave it out"
+    elif length > most:
         yield (
-            f"TMPDIR = {directory}: {length} bytes, and the path of a socket in it may have {_SOCKET_PATH}; set one of at "
+            f"{key} = {directory}: {length} bytes, and the path of a socket in it may have {_SOCKET_PATH}; set one of at "
             f"most {most} bytes"
         )
 
@@ -159,11 +165,13 @@ def _modules_in(directory: Path) -> dict[str, Path]:
     return files | {path.name: path for path in entries if (path / "__init__.py").is_file()}
 
 
-def _user_name() -> str:
+def _user() -> dict[str, str]:
+    """Of one whom the system does not know, as in many containers: Python would look for a name and a home in vain."""
     try:
-        return pwd.getpwuid(os.getuid()).pw_name
+        pwd.getpwuid(os.getuid())
     except KeyError:
-        return str(os.getuid())
+        return {"USER": str(os.getuid()), "HOME": tempfile.gettempdir()}
+    return {}
 
 
 def _joined(*lists: str) -> str:

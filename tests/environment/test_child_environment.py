@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -86,11 +87,13 @@ def test_what_is_meant_is_set_by_the_configuration():
         plan("launch.environment={A-B: x}")
 
 
-def test_who_has_no_name_gets_a_number(monkeypatch):
-    """As users of OpenShift: torch asks for the name, and Python knows none."""
+def test_whom_the_system_does_not_know_gets_a_name_and_a_home(monkeypatch):
+    """As users of OpenShift: torch asks for the name, and vLLM would make a directory called `~`."""
     monkeypatch.setattr(environment.pwd, "getpwuid", {}.__getitem__)
-    assert child_environment({}, {})["USER"] == str(os.getuid())
-    assert "USER" not in child_environment({"LOGNAME": "me"}, {})
+    told = child_environment({}, {})
+    assert (told["USER"], told["HOME"]) == (str(os.getuid()), tempfile.gettempdir())
+    told = child_environment({"USER": "me", "HOME": "/home/me"}, {})
+    assert (told["USER"], told["HOME"]) == ("me", "/home/me")
 
 
 def test_few_names_are_said_and_common_ones_are_not():
@@ -112,6 +115,12 @@ def test_a_temporary_directory_that_leaves_no_room_for_sockets(tmp_path: Path, m
     assert refused.returncode == 2 and refused.stdout.count("\n") == 1
     assert refused.stdout.startswith(f"error: TMPDIR = {deep}: {len(str(deep))} bytes, and the path of a socket")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_for_sockets_that_is_not_there(tmp_path: Path):
+    (line,) = environment_problems({"VLLM_RPC_BASE_PATH": "/proc/nowhere"})
+    assert line.startswith("VLLM_RPC_BASE_PATH = /proc/nowhere: is no directory that can be written")
+    assert environment_problems({"VLLM_RPC_BASE_PATH": "/tmp", "TMPDIR": "/proc/nowhere"}) == []
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from shells import TINY, settings, start
 
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.generator.vllm.live_weights import LiveWeights
+from megatron_async_rlhf.launch.display import Display
 
 CHARMAPS = ("ISO-8859-1", "EUC-JP")
 PROMPTS = ["Grüße, 世界\u2028 naïve", "ß" * 3, "№ 5", "emoji 🙂"]
@@ -114,7 +116,7 @@ def test_the_command_itself_is_not_changed_by_python_s_variables(tmp_path: Path)
 def test_a_home_in_a_configuration(tmp_path: Path):
     overrides = settings("run.dir=~/läufe/1")
     told = start(["train", str(TINY), *overrides, "--dry-run"], tmp_path, {"HOME": str(tmp_path / "home")}).stdout
-    assert f'dir: "{tmp_path}/home/l\\xE4ufe/1"' in told and not (tmp_path / "~").exists()
+    assert f"--run-dir {tmp_path}/home/läufe/1 --learner" in told and not (tmp_path / "~").exists()
 
 
 def test_a_directory_that_is_gone_is_one_line(tmp_path: Path):
@@ -154,6 +156,14 @@ def test_a_generator_is_asked_without_a_proxy(monkeypatch, name: str):
         server.shutdown()
     with pytest.raises(CheckpointError, match=f"127.0.0.1:{dead}: no generator answers there"):
         LiveWeights(f"http://127.0.0.1:{dead}")
+
+
+def test_forced_colours_do_not_hide_the_steps(tmp_path: Path):
+    """CI services set FORCE_COLOR; a log is no terminal for all that."""
+    step = {"event": "step", "step": 1, "steps": 4, "reward": 0.5, "staleness": 0.0, "samples_per_s": 1.0}
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        Display(Console(file=log, force_terminal=True, highlight=False, width=200)).show(step)
+    assert "step 1/4  reward 0.500" in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def test_it_starts_again_once(tmp_path: Path):

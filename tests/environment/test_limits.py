@@ -11,9 +11,10 @@ import pytest
 from aiohttp import web
 from shells import TINY, limited, results, settings, start
 
+from megatron_async_rlhf import limits
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
-from megatron_async_rlhf.generator.places import places, places_problem
+from megatron_async_rlhf.generator.places import places, places_problem, threads_problem
 from megatron_async_rlhf.generator.vllm.connection import NO_LIMIT, Connection
 
 FILES = resource.RLIMIT_NOFILE
@@ -116,6 +117,26 @@ def test_as_many_places_as_there_are_files(monkeypatch):
     assert places_problem(many).startswith(
         "open files: the limit is 1024, and generator.replicas = 16 with 128 requests each need 2208; raise it (ulimit -n 2208"
     )
+
+
+def test_too_few_threads_are_refused(monkeypatch):
+    config = load_config(TINY, ["learner.ranks=2", "algorithm.samples_per_prompt=3"])
+    for left, refused in ((None, False), (400, False), (300, True), (0, True)):
+        monkeypatch.setattr("megatron_async_rlhf.generator.places.threads_left", lambda left=left: left)
+        said = threads_problem(config)
+        assert (said is not None) == refused
+        if refused:
+            assert said.startswith(f"processes and threads: {left} more may be started, and a run needs about 320 here")
+
+
+def test_threads_are_counted_by_the_container(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(limits, "_PIDS", tmp_path)
+    assert limits.threads_left() is None or os.geteuid()
+    (tmp_path / "pids.max").write_text("max\n", encoding="utf-8")
+    (tmp_path / "pids.current").write_text("70\n", encoding="utf-8")
+    assert limits.threads_left() is None or os.geteuid()
+    (tmp_path / "pids.max").write_text("100\n", encoding="utf-8")
+    assert limits.threads_left() <= 30
 
 
 @pytest.mark.parametrize("flags", [(), ("-s", "schedule.generation=streaming")])

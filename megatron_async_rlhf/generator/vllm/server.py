@@ -94,5 +94,6 @@ def server_environment(config: RunConfig, devices: list[str]) -> dict[str, str]:
         "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and weight-update routes
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it filters tokens, which we never do, and may not be installed
         "TOKENIZERS_PARALLELISM": "false",
     }
