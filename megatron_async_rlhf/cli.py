@@ -1,10 +1,9 @@
 """The `async-rlhf` command."""
 
 import json
-import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,17 +11,18 @@ import typer
 
 from megatron_async_rlhf.checkpoint.command import compare_holders, export_hf, import_hf, verify_weights
 from megatron_async_rlhf.config.advice import advice
-from megatron_async_rlhf.config.load import load_config, read_tree
+from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.environment import environment_problems, ignored_line
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
 from megatron_async_rlhf.interpreter import check_working_directory, print_anything, use_utf8
 from megatron_async_rlhf.launch.command import launch
+from megatron_async_rlhf.launch.surroundings import check_surroundings, warn
 from megatron_async_rlhf.launch.terminal import outlive_readers
 from megatron_async_rlhf.limits import raise_soft_limits
 from megatron_async_rlhf.simulate.command import simulate
+from megatron_async_rlhf.sweep.command import sweep
 from megatron_async_rlhf.telemetry.files import (
     EXPORT_DIR,
     METRICS,
@@ -110,7 +110,6 @@ def train(
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
     from megatron_async_rlhf.estimate.fitting import gpu_budget
-    from megatron_async_rlhf.launch.dry_run import print_plan
     from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.inputs import describe_inputs, write_inputs
     from megatron_async_rlhf.launch.owner import owning
@@ -121,16 +120,12 @@ def train(
     resolved = _load_for_run(config, set, resume)
     if not dry_run:
         check_installed("torch", "megatron", "vllm")
-        _check_surroundings(places_problem(resolved), threads_problem(resolved))
+        check_surroundings(places_problem(resolved), threads_problem(resolved))
         _serve_unless_first(resolved, node_rank)
-    _warn(advice(resolved))
+    warn(advice(resolved))
     check_writable(resolved)
     if dry_run:
-        start = _find_start(resolved, resume)
-        if start.version is not None:
-            _check_resumed_inputs(resolved)
-        if not start.finished:
-            print_plan(resolved)
+        _try(resolved, resume)
         return
     with (
         gather(resolved) as fleet,
@@ -188,7 +183,7 @@ def sft(
         raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
     if not dry_run:
         check_installed("torch", "megatron")
-        _check_surroundings()
+        check_surroundings()
         _serve_unless_first(resolved, node_rank)
     check_writable(resolved)
     if dry_run:
@@ -234,7 +229,7 @@ def replay(
     earlier = load_config(run / RESOLVED_CONFIG)
     section = earlier.run.model_copy(update={"dir": out or run.with_name(f"{run.name}.replay")})
     config = earlier.model_copy(update={"run": section})
-    _check_surroundings()
+    check_surroundings()
     _serve_unless_first(config, node_rank)
     check_writable(config)
     with gather(config) as fleet, owning(config):
@@ -258,77 +253,10 @@ def replay(
     compare_holders(*open_holders(str(run), str(run_dir), None), None)
 
 
-@app.command()
-def sweep(
-    config: Annotated[Path, typer.Argument(help="Configuration with a sweep section, such as examples/sweep.yaml.")],
-    set: SetOption = [],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list all runs, start nothing.")] = False,
-    only: Annotated[
-        list[str], typer.Option(help="Only these points: axis=label or axis=label,label. Repeatable.")
-    ] = [],
-    max_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Start no more runs after so long; the same command goes on later.")
-    ] = None,
-    report_only: Annotated[
-        bool, typer.Option("--report-only", help="Results, table and plot of what there is; start nothing.")
-    ] = False,
-) -> None:
-    """Train every combination of the axes in the configuration's sweep section, and compare them.
-
-    Completed runs are not repeated. Exit code 0 if all are completed, 1 if one failed, 130 if some are left to do.
-
-    Example: async-rlhf sweep examples/sweep.yaml --only seed=0 --max-seconds 3600
-    """
-    from rich.console import Console
-
-    from megatron_async_rlhf.sweep.driver import Driver, check_directory, parse_only
-    from megatron_async_rlhf.sweep.inputs import check_inputs_of_earlier_points
-    from megatron_async_rlhf.sweep.points import expand
-    from megatron_async_rlhf.sweep.preflight import check_points
-    from megatron_async_rlhf.sweep.report import write_report
-    from megatron_async_rlhf.sweep.results import collect, write_results
-    from megatron_async_rlhf.sweep.table import print_points
-
-    whole = expand(read_tree(config, set))
-    points = whole.only(parse_only(only))
-    check_directory(whole.directory)
-    console = Console(
-        highlight=False, soft_wrap=True, width=max(Console().width, 110)
-    )  # a table cut short says nothing
-    if report_only:
-        write_report(console, whole)
-        return
-    check_points(whole, points)
-    check_inputs_of_earlier_points(whole)
-    if dry_run:
-        print_points(console, whole, points)
-        return
-    _check_surroundings()
-    outlive_readers()
-    driver = Driver(
-        whole,
-        note=lambda line: console.print(line, markup=False),
-        after_point=lambda: write_results(whole, collect(whole)),
-    )
-    code = driver.run(points, max_seconds=max_seconds)
-    write_report(console, whole)
-    raise typer.Exit(code)
-
-
+app.command()(sweep)
 app.command()(import_hf)
 app.command()(export_hf)
 app.command()(verify_weights)
-
-
-def _check_surroundings(*further: str | None) -> None:
-    """
-    Raises:
-        ConfigError: a line for each thing of this shell or container that a run can neither work with nor ignore.
-    """
-    found = [*environment_problems(os.environ), *filter(None, further)]
-    if found:
-        raise ConfigError("\n".join(found))
-    _warn(filter(None, [ignored_line(os.environ)]))
 
 
 def _serve_unless_first(config: RunConfig, node_rank: int) -> None:
@@ -340,6 +268,17 @@ def _serve_unless_first(config: RunConfig, node_rank: int) -> None:
     if node_rank:
         outlive_readers()
         raise typer.Exit(serve(config, node_rank))
+
+
+def _try(config: RunConfig, resume: bool) -> None:
+    """All of `train` that starts nothing."""
+    from megatron_async_rlhf.launch.dry_run import print_plan
+
+    start = _find_start(config, resume)
+    if start.version is not None:
+        _check_resumed_inputs(config)
+    if not start.finished:
+        print_plan(config)
 
 
 def _find_start(config: RunConfig, resume: bool) -> "Resumption":
@@ -380,7 +319,7 @@ def _check_resumed_inputs(
     directory = run_dir or config.run.path.absolute()
     if materials is None:
         materials = load_materials(config, directory / POLICY_TEMPLATE_DIR)
-    _warn(check_same_inputs(directory, config, describe_inputs(config, materials), starts_over=starts_over))
+    warn(check_same_inputs(directory, config, describe_inputs(config, materials), starts_over=starts_over))
 
 
 def _check_all(config: RunConfig, template: Path) -> "Materials":
@@ -390,7 +329,7 @@ def _check_all(config: RunConfig, template: Path) -> "Materials":
 
     materials = check_inputs(config, template)
     refuse_too_large(config, materials.architecture)
-    _warn(doubts(config, materials))
+    warn(doubts(config, materials))
     return materials
 
 
@@ -410,11 +349,6 @@ def _new_run_directory(config: RunConfig, template: Path) -> Path:
     if aside is not None:
         typer.echo(f"an earlier run is now in {aside}")
     return run_dir
-
-
-def _warn(lines: Iterable[str]) -> None:
-    for line in lines:
-        typer.echo(f"warning: {line}", err=True)
 
 
 def main() -> None:

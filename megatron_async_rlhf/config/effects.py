@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megatron_async_rlhf.config.spelling import shown
+
 if TYPE_CHECKING:
     from megatron_async_rlhf.config.root import RunConfig
 
@@ -46,14 +48,14 @@ def check_effects(config: RunConfig) -> None:
             value, default = _value_of(config, key)
             if value != default and chosen not in values:
                 raise ValueError(
-                    f"{key} = {value} has no effect with {chooser} = {chosen}: remove it, or set {chooser} = "
-                    f"{' or '.join(map(str, values))}"
+                    f"{key} = {shown(value)} has no effect with {chooser} = {shown(chosen)}: remove it, or set {chooser} = "
+                    f"{' or '.join(map(shown, values))}"
                 )
     for key in _COLUMNS:
         value, default = _value_of(config, key)
         if value != default and config.data.train == "builtin" and config.data.eval in (None, "builtin"):
             raise ValueError(
-                f"{key} = {value} has no effect with data.train = builtin, which has no columns: remove it, or set data.train"
+                f"{key} = {shown(value)} has no effect with data.train = builtin, which has no columns: remove it, or set data.train"
             )
 
 

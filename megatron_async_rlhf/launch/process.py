@@ -153,7 +153,7 @@ def _group(leader: int) -> Iterator[int]:
     """Ids of a process group's members that have not ended."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            state, _, group = path.read_text(encoding="utf-8").rpartition(")")[2].split()[:3]
             if int(group) == leader and state not in "ZX":
                 yield int(path.parent.name)
 
