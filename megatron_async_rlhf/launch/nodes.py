@@ -85,8 +85,8 @@ def check_node_rank(config: RunConfig, rank: int) -> None:
     nodes = config.launch.nodes
     if rank >= nodes:
         raise ConfigError(
-            f"launch.nodes = {nodes}, but this is node rank {rank}; set launch.nodes to the number of machines, or "
-            "--node-rank 0 if this one runs alone (without it SLURM_NODEID counts)"
+            f"launch.nodes = {nodes}, but this is node rank {rank} (--node-rank, or SLURM_NODEID); set launch.nodes to the "
+            "number of machines, or --node-rank 0 if this one runs alone"
         )
     started = {key: _slurm_count(f"SLURM_STEP_NUM_{key}", nodes) for key in ("NODES", "TASKS")}
     if os.environ.get("SLURM_NTASKS", "") not in ("", os.environ.get("SLURM_STEP_NUM_TASKS")):

@@ -27,9 +27,9 @@ IN_VAIN = [
         "warm_start.min_learning_rate = 1e-07 has no effect with warm_start.lr_decay = constant",
     ),
     ({**CUDA, "generator": {"kv_cache_gib": 2}}, "generator.kv_cache_gib = 2 has no effect with run.device = cuda"),
-    ({**CUDA, "launch": {"pin_cores": False}}, "launch.pin_cores = False has no effect with run.device = cuda"),
+    ({**CUDA, "launch": {"pin_cores": False}}, "launch.pin_cores = false has no effect with run.device = cuda"),
     ({"generator": {"gpu_memory_share": 0.5}}, "generator.gpu_memory_share = 0.5 has no effect with run.device = cpu"),
-    ({"generator": {"cuda_graphs": False}}, "generator.cuda_graphs = False has no effect with run.device = cpu"),
+    ({"generator": {"cuda_graphs": False}}, "generator.cuda_graphs = false has no effect with run.device = cpu"),
     (
         {"learner": {"reference": "swapped"}, "algorithm": {"type": "best_of_n"}},
         "learner.reference = swapped has no effect with algorithm.type = best_of_n",

@@ -57,7 +57,7 @@ def test_a_started_process_has_that_environment(tmp_path: Path, monkeypatch):
     told = process.stdout.read()
     assert process._popen.wait() == 0, process.last_lines()
     seen, path, utf8 = json.loads(told)
-    assert seen == child_environment(os.environ, {"VLLM_PORT": "1"})
+    assert seen == child_environment(os.environ, {"VLLM_PORT": "1", **process._scratch.environment})
     assert seen["VLLM_PORT"] == "1" and "VLLM_API_KEY" not in seen and seen["HF_TOKEN"] == "hf_x"
     assert utf8 == 1 and "" not in path and str(tmp_path) not in path
 

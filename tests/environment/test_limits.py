@@ -92,7 +92,7 @@ async def _more_requests_than_files():
             assert isinstance(error, GeneratorError) and not isinstance(error, GeneratorGoneError)
             assert f"the limit of open files ({used + 4}) is reached; raise it (ulimit -n)" in str(error)
             with pytest.raises(GeneratorError, match="the limit of open files"):
-                await connection.is_healthy()
+                await connection.has_engine()
         finally:
             resource.setrlimit(FILES, (soft, hard))
             for task in asked:

@@ -74,7 +74,7 @@ def test_a_recorded_rollout_is_named(tmp_path: Path):
     path.parent.mkdir()
     path.symlink_to("/dev/full")
     with pytest.raises(WriteError) as caught:
-        RolloutLog(path.parent).write(TrainRollout(version=3, mini_batches=[], epochs=1), [], [])
+        RolloutLog(path.parent).write(TrainRollout(version=2, mini_batches=[], epochs=1), [], [])
     assert str(caught.value) == line_of(path)
 
 
