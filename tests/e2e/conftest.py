@@ -45,12 +45,22 @@ class Run:
             time.sleep(0.1)
 
     def kill(self, name: str) -> None:
-        pids = json.loads((self.directory / "logs/processes.json").read_text())
-        os.kill(pids[name], signal.SIGKILL)
+        os.kill(self.pid(name), signal.SIGKILL)
+
+    def pid(self, name: str) -> int:
+        return json.loads((self.directory / "logs/processes.json").read_text())[name]
+
+    def wait_for_another(self, name: str, pid: int) -> None:
+        """Until the process that had this id has been started again."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while self.pid(name) == pid:
+            assert self.process.poll() is None, self.process.stdout.read()
+            assert time.monotonic() < deadline, f"{name} was not started again"
+            time.sleep(0.05)
 
     def belongings(self, name: str) -> tuple[Path, set[Path]]:
         """Of a process while it runs: its temporary directory, and the shared memory that all it has started use."""
-        pid = json.loads((self.directory / "logs/processes.json").read_text())[name]
+        pid = self.pid(name)
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         temporary = next(v.removeprefix(b"TMPDIR=").decode() for v in variables if v.startswith(b"TMPDIR="))
         shared = set()

@@ -82,9 +82,9 @@ def test_a_killed_generator_comes_back_and_nothing_is_lost(start):
     settings = ("schedule.mode=sync", "generator.replicas=2", "schedule.steps=30")
     run = start(*settings, "launch.pin_cores=false")
     run.wait_for_step(3)
-    temporary = [run.belongings("generator.1")[0]]
+    temporary, first = [run.belongings("generator.1")[0]], run.pid("generator.1")
     run.kill("generator.1")
-    run.wait_for_step(6)
+    run.wait_for_another("generator.1", first)
     temporary.append(run.belongings("generator.1")[0])
     assert temporary[0] != temporary[1] and not temporary[0].exists()
     summary = completed(run)
