@@ -7,17 +7,26 @@ import pytest
 
 THOROUGH = "ASYNC_RLHF_TEST_THOROUGH"
 ROOT = Path(__file__).parent
-# No test in these is quick, although many are not marked slow: their ranks, servers or builds are started once for all.
+# No test in these is quick, although many are not marked slow: they start ranks once for all,
+# or a command for each test.
 SLOW_FILES = {
     "checkpoint/test_megatron.py",
+    "checkpoint/test_memory.py",
     "checkpoint/test_resumption.py",
+    "cli/test_bad_input.py",
+    "cli/test_doctor.py",
     "cluster/test_jobs.py",
+    "cluster/test_slurm_testbed.py",
+    "e2e/test_sft.py",
+    "estimate/test_activations.py",
+    "estimate/test_learner_memory.py",
+    "launch/test_fleet.py",
     "learner/test_against_transformers.py",
     "learner/test_algorithms.py",
     "learner/test_commands.py",
     "learner/test_deep_layouts.py",
     "learner/test_layouts.py",
-    "launch/test_fleet.py",
+    "simulate/test_random_schedules.py",
 }
 # Slow tests that are quick ones all the same, because nothing else shows what they do.
 ONE_OF_ITS_KIND = {"e2e/test_runs.py::test_a_run_in_every_layout[tp1-generator-tp1]"}

@@ -13,7 +13,7 @@ from megatron_async_rlhf.estimate.holdings import generator_holding
 from megatron_async_rlhf.weights.plan import ITEM_BYTES
 
 GIB = 2**30
-CACHE_BLOCK_TOKENS = 16  # vLLM's smallest part of the cache, on GPUs
+CACHE_BLOCK_TOKENS = 128  # the largest blocks that vLLM divides a cache into
 PREFILL_TOKENS = 4096  # of one engine step at the least, as `generator/vllm/server.py` starts vLLM
 _FLOAT32 = 4
 

@@ -149,6 +149,17 @@ def test_learner_and_generator_on_one_gpu_are_weighed_together(root: Path):
         check(180)
 
 
+def test_a_generator_on_the_learners_gpu_is_started_with_its_planned_cache(tmp_path: Path, root: Path):
+    keys = ["run.device=cuda", "weights.transport=ipc", "learner.precision=bf16", "generator.dtype=bfloat16"]
+    output = dry_run(root, root / "examples/quickstart.yaml", *keys, f"run.dir={tmp_path / 'run'}")
+    (server,) = [line for line in output.splitlines() if line.startswith("# generator.0: GPUs [0]: ")]
+    (cache,) = re.findall(r" --kv-cache-memory-bytes (\d+)", server)
+    assert (
+        f"its cache holds {int(cache) // 1024} tokens" in output
+    )  # keys and values of 4 layers, 2 heads of 32, in bf16
+    assert "the fullest rank together with the smallest generator needs" in output
+
+
 def test_train_refuses_what_does_not_fit(tmp_path: Path):
     shape = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
     config = {

@@ -61,7 +61,7 @@ def test_a_communicator_that_is_never_made_is_an_error_at_the_timeout(monkeypatc
     try:
         with pytest.raises(TransferError) as told:
             connect(0.2)
-        assert waits.is_set()
+        assert waits.wait(60)
         assert "learner rank 0 could not make an NCCL communicator within 0.2 s (weights.timeout_s)" in str(told.value)
     finally:
         released.set()
