@@ -1,6 +1,7 @@
 """The `async-rlhf` command."""
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -13,9 +14,14 @@ from megatron_async_rlhf.checkpoint.command import compare_holders, export_hf, i
 from megatron_async_rlhf.config.advice import advice
 from megatron_async_rlhf.config.load import load_config, read_tree
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.environment import environment_problems, ignored_line
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
+from megatron_async_rlhf.interpreter import check_working_directory, print_anything, use_utf8
 from megatron_async_rlhf.launch.command import launch
+from megatron_async_rlhf.launch.terminal import outlive_readers
+from megatron_async_rlhf.limits import raise_soft_limits
 from megatron_async_rlhf.simulate.command import simulate
 from megatron_async_rlhf.telemetry.files import (
     EXPORT_DIR,
@@ -48,6 +54,7 @@ NodeRankOption = Annotated[
 @app.callback()
 def _root() -> None:
     """Asynchronous RLHF: Megatron-core learns while vLLM generates."""
+    check_working_directory()
 
 
 @app.command()
@@ -63,16 +70,24 @@ def doctor(
     """
     from megatron_async_rlhf.doctor import examine, problems
 
-    resolved = load_config(config, set) if config is not None else None
+    cannot: list[str] = []
+    resolved = None
+    if config is not None:  # what is wrong with it is said at the end: the machine can be looked at all the same
+        try:
+            resolved = load_config(config, set)
+        except ConfigError as error:
+            cannot = str(error).splitlines()
     broken = False
     for finding in examine():
         advice = f"  ({finding.advice})" if finding.advice and finding.state != "ok" else ""
         typer.echo(f"{finding.state:8}{finding.what}: {finding.detail}{advice}")
         broken |= finding.state == "broken"
-    for problem in problems(resolved) if resolved is not None and not broken else []:
+    if resolved is not None:
+        cannot += filter(None, [places_problem(resolved), threads_problem(resolved)])
+        cannot += problems(resolved) if not broken else []
+    for problem in cannot:
         typer.echo(f"{'cannot':8}{problem}")
-        broken = True
-    raise typer.Exit(int(broken))
+    raise typer.Exit(int(broken or bool(cannot)))
 
 
 @app.command()
@@ -106,6 +121,7 @@ def train(
     resolved = _load_for_run(config, set, resume)
     if not dry_run:
         check_installed("torch", "megatron", "vllm")
+        _check_surroundings(places_problem(resolved), threads_problem(resolved))
         _serve_unless_first(resolved, node_rank)
     _warn(advice(resolved))
     check_writable(resolved)
@@ -172,6 +188,7 @@ def sft(
         raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
     if not dry_run:
         check_installed("torch", "megatron")
+        _check_surroundings()
         _serve_unless_first(resolved, node_rank)
     check_writable(resolved)
     if dry_run:
@@ -217,6 +234,7 @@ def replay(
     earlier = load_config(run / RESOLVED_CONFIG)
     section = earlier.run.model_copy(update={"dir": out or run.with_name(f"{run.name}.replay")})
     config = earlier.model_copy(update={"run": section})
+    _check_surroundings()
     _serve_unless_first(config, node_rank)
     check_writable(config)
     with gather(config) as fleet, owning(config):
@@ -285,6 +303,8 @@ def sweep(
     if dry_run:
         print_points(console, whole, points)
         return
+    _check_surroundings()
+    outlive_readers()
     driver = Driver(
         whole,
         note=lambda line: console.print(line, markup=False),
@@ -300,6 +320,17 @@ app.command()(export_hf)
 app.command()(verify_weights)
 
 
+def _check_surroundings(*further: str | None) -> None:
+    """
+    Raises:
+        ConfigError: a line for each thing of this shell or container that a run can neither work with nor ignore.
+    """
+    found = [*environment_problems(os.environ), *filter(None, further)]
+    if found:
+        raise ConfigError("\n".join(found))
+    _warn(filter(None, [ignored_line(os.environ)]))
+
+
 def _serve_unless_first(config: RunConfig, node_rank: int) -> None:
     """On every machine but the first: do as that one says, then exit."""
     from megatron_async_rlhf.launch.agent import serve
@@ -307,6 +338,7 @@ def _serve_unless_first(config: RunConfig, node_rank: int) -> None:
 
     check_node_rank(config, node_rank)
     if node_rank:
+        outlive_readers()
         raise typer.Exit(serve(config, node_rank))
 
 
@@ -366,6 +398,7 @@ def _supervise(config: RunConfig, plan: "ProcessPlan", run_dir: Path, fleet: "Fl
     from megatron_async_rlhf.launch.display import Display
     from megatron_async_rlhf.launch.supervisor import Supervisor
 
+    outlive_readers()
     return Supervisor(config, plan, run_dir, Display(), fleet).run()
 
 
@@ -386,6 +419,9 @@ def _warn(lines: Iterable[str]) -> None:
 
 def main() -> None:
     """Entry point; errors the user can mend are one line each on stderr, exit code 2 before anything started."""
+    use_utf8()
+    print_anything()
+    raise_soft_limits()
     raise SystemExit(run_command_line(app, sys.argv[1:]))
 
 
