@@ -111,7 +111,7 @@ class Span(Struct, frozen=True, kw_only=True):
     end: float
     process: str = ""
     lane: str = ""
-    args: dict[str, float] = {}
+    args: dict[str, int | float] = {}
 
 
 class PushReport(Struct, frozen=True, kw_only=True):

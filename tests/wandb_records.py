@@ -1,6 +1,7 @@
 """Reads what W&B keeps of an offline run: records of its own kind in LevelDB's log format."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,14 @@ def records(path: Path) -> Iterator[Record]:
 
 def run_ids(run_dir: Path) -> set[str]:
     return {r.run.run_id for path in _files(run_dir) for r in records(path) if r.HasField("run")}
+
+
+def wait_until_written(run_dir: Path, limit_s: float = 60) -> None:
+    """W&B's own process writes on for a moment after a run has been finished."""
+    deadline = time.monotonic() + limit_s
+    while not any(record.HasField("exit") for path in _files(run_dir) for record in records(path)):
+        assert time.monotonic() < deadline, "W&B has not written the end of the run"
+        time.sleep(0.1)
 
 
 def rows(run_dir: Path) -> dict[int, dict]:

@@ -27,7 +27,7 @@ class Meter:
         self._process = process
         self._synchronize = synchronize
         self._spans: list[Span] = []
-        self._args: dict[str, float] = {}
+        self._args: dict[str, int | float] = {}
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -38,7 +38,7 @@ class Meter:
         self.add(Span(name=name, start=start, end=time.time(), process=self._process, lane="train", args=self._args))
 
     @contextmanager
-    def about(self, **args: float) -> Iterator[None]:
+    def about(self, **args: int | float) -> Iterator[None]:
         """The spans inside get these arguments."""
         self._args = args
         try:

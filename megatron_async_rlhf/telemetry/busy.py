@@ -16,7 +16,7 @@ class BusyTime:
         self._inside = 0
         self._frozen = False
         self._since: float | None = None
-        self._done: dict[str, float] = {}
+        self._done: dict[str, int | float] = {}
 
     def __enter__(self) -> "BusyTime":
         self._inside += 1
@@ -36,7 +36,7 @@ class BusyTime:
         self._frozen = False
         self._update()
 
-    def done(self, **amounts: float) -> None:
+    def done(self, **amounts: int | float) -> None:
         """What has just been finished: arguments of the span under way, or of the next one."""
         for name, amount in amounts.items():
             self._done[name] = self._done.get(name, 0) + amount

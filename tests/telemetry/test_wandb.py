@@ -1,6 +1,6 @@
 """What W&B is told, read from what it keeps of an offline run: every value at the step that it is of."""
 
-from wandb_records import rows
+from wandb_records import rows, wait_until_written
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.telemetry.wandb_log import WandbLog
@@ -22,6 +22,7 @@ def test_values_stand_at_their_step(tmp_path):
             log.evaluation(1, 2, {"eval/reward": 0.5})
     log.evaluation(3, 3, {"eval/reward": 0.75})
     log.close({}, failed=False)
+    wait_until_written(tmp_path)
 
     def told(name: str) -> list[tuple[int, float]]:
         return [(row["step"], row[name]) for _, row in sorted(rows(tmp_path).items()) if name in row]
