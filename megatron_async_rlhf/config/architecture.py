@@ -11,14 +11,17 @@ from megatron_async_rlhf.weights.families import FAMILIES, Family
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Keys of a `config.json` that add what neither the family tables nor the learner have, and what is supported instead.
-_MUST_BE_OFF = {
+_MUST_BE_FALSE = {
     "attention_bias": "only Qwen2's biases of query, key and value are",
     "mlp_bias": "only an MLP without biases is",
     "use_sliding_window": "only full attention is",
+}
+_MUST_BE_NULL = {
     "dual_chunk_attention_config": "only full attention is",
     "quantization_config": "only plain weights are",
     "compression_config": "only plain weights are",
     "transformers_weights": "only weights in model.safetensors or in the shards of its index are",
+    "text_config": "only a language model by itself is",
 }
 
 
@@ -224,7 +227,7 @@ def architecture_of_hf(directory: Path) -> Architecture:
         context_length=numbers.count("max_position_embeddings"),
         rope_theta=_Numbers({"rope_theta": 10000.0} | _theta(hf) | _theta(rope), where).positive("rope_theta"),
         rope_scaling=_rope_scaling(hf, rope, where),
-        norm_eps=_Numbers({"rms_norm_eps": 1e-6} | hf, where).positive("rms_norm_eps"),
+        norm_eps=_Numbers({"rms_norm_eps": 1e-6} | hf, where).fraction("rms_norm_eps"),
         tie_embeddings=_Numbers({"tie_word_embeddings": False} | hf, where).flag("tie_word_embeddings"),
         init_std=_Numbers({"initializer_range": 0.02} | hf, where).positive("initializer_range"),
     )
@@ -243,13 +246,17 @@ class _Numbers:
         Args:
             default: what stands for a key that is missing or null, where it may be.
         """
-        value = self._hf.get(key)
-        if value is None and default is not None and key not in self._never_null:
+        may_be_null = key not in self._hf or key not in self._never_null
+        if self._hf.get(key) is None and default is not None and may_be_null:
             return default
         return self._checked(key, int, "a positive whole number")
 
     def positive(self, key: str) -> float:
         return float(self._checked(key, (int, float), "a positive number"))
+
+    def fraction(self, key: str) -> float:
+        """Written with a point or an exponent, on which Transformers insists."""
+        return self._checked(key, float, "a positive number with a point")
 
     def flag(self, key: str) -> bool:
         value = self._hf[key]
@@ -314,14 +321,18 @@ def _check_heads(family: Family, arch: Architecture, where: str) -> None:
 
 def _refuse_unsupported(family: Family, hf: dict[str, Any], rope: dict[str, Any], where: str) -> None:
     """Refuse what changes the model's arithmetic in a way the learner does not follow."""
-    for key, supported in _MUST_BE_OFF.items():
-        if hf.get(key):
-            raise ConfigError(f"{where}: {key} is not supported, {supported}")
+    for off, table in ((False, _MUST_BE_FALSE), (None, _MUST_BE_NULL)):
+        for key, supported in table.items():
+            if hf.get(key, off) is not off:
+                raise ConfigError(f"{where}: {key} is not supported, {supported}")
+    if forbidden := [key for key in family.forbidden if key in hf]:
+        raise ConfigError(f"{where}: {forbidden[0]} is not supported in the {family.model_type} family; remove it")
     if hf.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{where}: hidden_act {hf['hidden_act']!r} is not supported, only silu is")
-    layer_types = hf.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise ConfigError(f"{where}: layer_types other than full_attention are not supported")
+    if (types := hf.get("layer_types")) is not None and types != ["full_attention"] * _Numbers(hf, where).count(
+        "num_hidden_layers"
+    ):
+        raise ConfigError(f"{where}: layer_types other than full_attention for every layer are not supported")
     if any(isinstance(value, dict) for value in rope.values()):
         raise ConfigError(f"{where}: rope parameters that differ between layers are not supported")
     if _rope_type(rope) not in ("default", "llama3"):
