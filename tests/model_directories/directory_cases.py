@@ -153,6 +153,15 @@ def gap(raw: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(8) + raw[8 + length :]
 
 
+def header(change: Callable[[bytes], bytes]) -> Change:
+    def spoil(raw: bytes) -> bytes:
+        length = int.from_bytes(raw[:8], "little")
+        text = change(raw[8 : 8 + length])
+        return len(text).to_bytes(8, "little") + text + raw[8 + length :]
+
+    return bytes_of(spoil)
+
+
 def hole(directory: Path) -> None:
     """260 tokens, the last of them with id 300."""
     path = directory / "tokenizer.json"
@@ -303,6 +312,8 @@ def _file_cases() -> Iterator[Case]:
     yield Case(group, "a file cut short", "copy it again", "refuses", change=bytes_of(lambda raw: raw[:-100]))
     yield Case(group, "a file cut short in its header", "only the beginning of one", "refuses", change=bytes_of(lambda raw: raw[:100]))
     yield Case(group, "a file with bytes too many", "copy it again", "refuses", change=bytes_of(lambda raw: raw + b"12345678"))
+    yield Case(group, "a header that begins with a space", "its header cannot be read", "refuses", change=header(lambda text: b" " + text))
+    yield Case(group, "a header with a number about the file", "its header cannot be read", "refuses", change=header(lambda text: text.replace(b'"pt"', b"1")))
     yield Case(group, "a file with a gap between its tensors", "begins at byte 8", "refuses", change=bytes_of(gap))
 
 
