@@ -312,7 +312,7 @@ def _file_cases() -> Iterator[Case]:
     yield Case(group, "a file cut short", "copy it again", "refuses", change=bytes_of(lambda raw: raw[:-100]))
     yield Case(group, "a file cut short in its header", "only the beginning of one", "refuses", change=bytes_of(lambda raw: raw[:100]))
     yield Case(group, "a file with bytes too many", "copy it again", "refuses", change=bytes_of(lambda raw: raw + b"12345678"))
-    yield Case(group, "a header that begins with a space", "its header cannot be read", "refuses", change=header(lambda text: b" " + text))
+    yield Case(group, "a header that begins with a space", change=header(lambda text: b" " + text))
     yield Case(group, "a header with a number about the file", "its header cannot be read", "refuses", change=header(lambda text: text.replace(b'"pt"', b"1")))
     yield Case(group, "a file with a gap between its tensors", "begins at byte 8", "refuses", change=bytes_of(gap))
 
