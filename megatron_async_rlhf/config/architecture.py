@@ -11,14 +11,17 @@ from megatron_async_rlhf.weights.families import FAMILIES, Family
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Keys of a `config.json` that add what neither the family tables nor the learner have, and what is supported instead.
-_MUST_BE_OFF = {
+_MUST_BE_FALSE = {
     "attention_bias": "only Qwen2's biases of query, key and value are",
     "mlp_bias": "only an MLP without biases is",
     "use_sliding_window": "only full attention is",
+}
+_MUST_BE_NULL = {
     "dual_chunk_attention_config": "only full attention is",
     "quantization_config": "only plain weights are",
     "compression_config": "only plain weights are",
     "transformers_weights": "only weights in model.safetensors or in the shards of its index are",
+    "text_config": "only a language model by itself is",
 }
 
 
@@ -210,29 +213,30 @@ def architecture_of_hf(directory: Path) -> Architecture:
     hf = family.config_defaults | hf
     rope = _rope_parameters(hf, where)
     _refuse_unsupported(family, hf, rope, where)
-    numbers = _Numbers(hf, where, family.never_null)
-    hidden_size, heads = numbers.count("hidden_size"), numbers.count("num_attention_heads")
+    values = _Values(hf, where, family.never_null)
+    hidden_size, heads = values.count("hidden_size"), values.count("num_attention_heads")
+    base = next((table for table in (rope, hf) if "rope_theta" in table), {"rope_theta": 10000.0})
     arch = Architecture(
         family=family.model_type,
-        vocab_size=numbers.count("vocab_size"),
-        layers=numbers.count("num_hidden_layers"),
+        vocab_size=values.count("vocab_size"),
+        layers=values.count("num_hidden_layers"),
         hidden_size=hidden_size,
-        ffn_size=numbers.count("intermediate_size"),
+        ffn_size=values.count("intermediate_size"),
         heads=heads,
-        kv_heads=numbers.count("num_key_value_heads", default=heads),
-        head_dim=numbers.count("head_dim", default=hidden_size // heads),
-        context_length=numbers.count("max_position_embeddings"),
-        rope_theta=_Numbers({"rope_theta": 10000.0} | _theta(hf) | _theta(rope), where).positive("rope_theta"),
+        kv_heads=values.count("num_key_value_heads", default=heads),
+        head_dim=values.count("head_dim", default=hidden_size // heads),
+        context_length=values.count("max_position_embeddings"),
+        rope_theta=_Values(base, where).positive("rope_theta"),
         rope_scaling=_rope_scaling(hf, rope, where),
-        norm_eps=_Numbers({"rms_norm_eps": 1e-6} | hf, where).positive("rms_norm_eps"),
-        tie_embeddings=_Numbers({"tie_word_embeddings": False} | hf, where).flag("tie_word_embeddings"),
-        init_std=_Numbers({"initializer_range": 0.02} | hf, where).positive("initializer_range"),
+        norm_eps=_Values({"rms_norm_eps": 1e-6} | hf, where).fraction("rms_norm_eps"),
+        tie_embeddings=_Values({"tie_word_embeddings": False} | hf, where).flag("tie_word_embeddings"),
+        init_std=_Values({"initializer_range": 0.02} | hf, where).positive("initializer_range"),
     )
     _check_heads(family, arch, where)
     return arch
 
 
-class _Numbers:
+class _Values:
     """The values of a `config.json`, each refused by name if it is not what it should be."""
 
     def __init__(self, hf: dict[str, Any], where: str, never_null: tuple[str, ...] = ()) -> None:
@@ -243,13 +247,17 @@ class _Numbers:
         Args:
             default: what stands for a key that is missing or null, where it may be.
         """
-        value = self._hf.get(key)
-        if value is None and default is not None and key not in self._never_null:
+        may_be_null = key not in self._hf or key not in self._never_null
+        if self._hf.get(key) is None and default is not None and may_be_null:
             return default
         return self._checked(key, int, "a positive whole number")
 
     def positive(self, key: str) -> float:
         return float(self._checked(key, (int, float), "a positive number"))
+
+    def fraction(self, key: str) -> float:
+        """Written with a point or an exponent, on which Transformers insists."""
+        return self._checked(key, float, "a positive number with a point")
 
     def flag(self, key: str) -> bool:
         value = self._hf[key]
@@ -284,10 +292,6 @@ def _rope_parameters(hf: dict[str, Any], where: str) -> dict[str, Any]:
     return rope
 
 
-def _theta(table: dict[str, Any]) -> dict[str, Any]:
-    return {key: table[key] for key in ("rope_theta",) if key in table}
-
-
 def _check_heads(family: Family, arch: Architecture, where: str) -> None:
     """
     Raises:
@@ -314,14 +318,18 @@ def _check_heads(family: Family, arch: Architecture, where: str) -> None:
 
 def _refuse_unsupported(family: Family, hf: dict[str, Any], rope: dict[str, Any], where: str) -> None:
     """Refuse what changes the model's arithmetic in a way the learner does not follow."""
-    for key, supported in _MUST_BE_OFF.items():
-        if hf.get(key):
-            raise ConfigError(f"{where}: {key} is not supported, {supported}")
+    for off, table in ((False, _MUST_BE_FALSE), (None, _MUST_BE_NULL)):
+        for key, supported in table.items():
+            if hf.get(key, off) is not off:
+                raise ConfigError(f"{where}: {key} is not supported, {supported}")
+    if forbidden := [key for key in family.forbidden if key in hf]:
+        raise ConfigError(f"{where}: {forbidden[0]} is not supported in the {family.model_type} family; remove it")
     if hf.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{where}: hidden_act {hf['hidden_act']!r} is not supported, only silu is")
-    layer_types = hf.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise ConfigError(f"{where}: layer_types other than full_attention are not supported")
+    if (types := hf.get("layer_types")) is not None and types != ["full_attention"] * _Values(hf, where).count(
+        "num_hidden_layers"
+    ):
+        raise ConfigError(f"{where}: layer_types other than full_attention for every layer are not supported")
     if any(isinstance(value, dict) for value in rope.values()):
         raise ConfigError(f"{where}: rope parameters that differ between layers are not supported")
     if _rope_type(rope) not in ("default", "llama3"):
@@ -337,7 +345,7 @@ def _refuse_sliding_window(family: Family, hf: dict[str, Any], where: str) -> No
     window, has_switch = hf.get("sliding_window"), "use_sliding_window" in family.config_defaults
     if has_switch or window is None:  # a switch is off here, or it was refused
         return
-    context = _Numbers(hf, where).count("max_position_embeddings")
+    context = _Values(hf, where).count("max_position_embeddings")
     if not isinstance(window, int) or window < context:
         raise ConfigError(
             f"{where}: sliding_window = {window} is below max_position_embeddings = {context}, and only full attention "
@@ -352,10 +360,10 @@ def _rope_type(rope: dict[str, Any]) -> Any:
 def _rope_scaling(hf: dict[str, Any], rope: dict[str, Any], where: str) -> RopeScaling | None:
     if _rope_type(rope) == "default":
         return None
-    numbers, original = _Numbers(rope, f"{where}: rope parameters"), "original_max_position_embeddings"
+    values, original = _Values(rope, f"{where}: rope parameters"), "original_max_position_embeddings"
     if original in hf:  # Transformers prefers it there
         raise ConfigError(f"{where}: {original} is only supported inside the rope parameters, not beside them")
     return RopeScaling(
-        **{field.name: numbers.positive(field.name) for field in fields(RopeScaling) if field.name != original},
-        original_max_position_embeddings=numbers.count(original),
+        **{field.name: values.positive(field.name) for field in fields(RopeScaling) if field.name != original},
+        original_max_position_embeddings=values.count(original),
     )

@@ -1,8 +1,8 @@
 """Text to token ids and back, without torch or Transformers.
 
 A directory written here, or any Hugging Face directory with a `tokenizer.json`, gives the same ids as Transformers, or is
-refused (`tokenizer_files`). The exception is on purpose: a special token spelled out in a prompt (`<eos>`) stays ordinary text, so that no prompt
-can end a turn or open another one.
+refused (`tokenizer_files`). The exception is on purpose: a special token spelled out in a prompt (`<eos>`) stays ordinary
+text, so that no prompt can end a turn or open another one.
 
 Some chat templates print today's date. A directory may say what day that is (`fix_date`), so that a run that is resumed
 another day has the same prompts.

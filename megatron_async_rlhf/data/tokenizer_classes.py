@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from megatron_async_rlhf.errors import DataError
 
-# Read alike by both, a class and a file go by the same rules; Transformers' class wins where both read it otherwise.
+# A class that reads this text otherwise than the file does was not meant for the file, and is refused.
 PROBE = "It's 1234567 words, isn't it?\n\n  Größe: x_1 += 2.5; 日本語 🦆\tend"
 _TAKES_THE_FILE = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 _REBUILT = ("LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer")

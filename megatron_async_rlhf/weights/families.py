@@ -47,6 +47,7 @@ class Family:
         free_head_size: whether `head_dim` may differ from hidden size / heads; vLLM ignores the key for some families.
         whole_heads: whether Transformers refuses a hidden size that is not a multiple of the heads, whatever `head_dim` is.
         never_null: keys of `config.json` that may be left out, and null in other families, but not here.
+        forbidden: keys of `config.json` with which Transformers cannot make a model of the family.
         config_defaults: what Transformers takes for a key that `config.json` leaves out, where families differ.
     """
 
@@ -59,6 +60,7 @@ class Family:
     free_head_size: bool = True
     whole_heads: bool = False
     never_null: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = ()
     config_defaults: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -177,6 +179,7 @@ def _families() -> Iterator[Family]:
         layer=_LLAMA_LAYER,
         **_OUTER,
         never_null=("num_key_value_heads",),
+        forbidden=("layer_types",),
         config_defaults={"num_key_value_heads": 8, "sliding_window": 4096},
     )
     yield Family(
@@ -185,6 +188,7 @@ def _families() -> Iterator[Family]:
         layer=(_INPUT_NORM, _QKV, _QKV_BIAS, _ATTENTION_OUTPUT, *_MLP),
         **_OUTER,
         free_head_size=False,
+        never_null=("head_dim",),
         config_defaults={"num_key_value_heads": 32, "use_sliding_window": False},
     )
     yield Family(

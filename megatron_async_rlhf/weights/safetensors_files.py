@@ -161,7 +161,9 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int,
         raise CheckpointError(f"{path} is not a safetensors file, or only the beginning of one")
     try:
         header = json.loads(text)
-        header.pop("__metadata__", None)
+        about = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in about.values()):
+            raise ValueError("what it says about the file must be strings")
         return {name: _entry(entry) for name, entry in header.items()}, 8 + length, size
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its header cannot be read ({type(error).__name__}: {error})") from None

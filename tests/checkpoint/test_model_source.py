@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from hf_models import TOKENIZER_FILES
 
+from megatron_async_rlhf import prepare
 from megatron_async_rlhf.checkpoint.convert import import_hf
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.tokenizer import DATE
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
-from megatron_async_rlhf.prepare import make_model_template
+from megatron_async_rlhf.prepare import make_model_template, missing_inputs
 
 
 @pytest.fixture
@@ -36,3 +37,20 @@ def test_a_checkpoint_that_is_not_all_there_is_refused(checkpoint: Path, tmp_pat
     (checkpoint / "hf/config.json").unlink()
     with pytest.raises(ConfigError, match=r"no config.json"):
         template_of(checkpoint, tmp_path / "template")
+
+
+def test_a_checkpoint_can_be_planned_with_where_torch_is_not_installed(make_model, tmp_path: Path, monkeypatch):
+    """Its weights are not checked then, and the dry run says so."""
+    import_hf(make_model().directory, tmp_path / "checkpoint", tensor_parallel=1, pipeline_parallel=1, dtype=None)
+    config = RunConfig.model_validate({"model": {"hf": str(tmp_path / "checkpoint")}})
+    assert missing_inputs(config) == []
+    monkeypatch.setattr(prepare, "find_spec", lambda name: None)
+    assert [line.split(": ")[0] for line in missing_inputs(config)] == ["weights"]
+
+
+def test_additional_templates_go_along(make_model, tmp_path: Path):
+    directory = make_model().directory
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates/tool_use.jinja").write_text("tools")
+    import_hf(directory, tmp_path / "checkpoint", tensor_parallel=1, pipeline_parallel=1, dtype=None)
+    assert (tmp_path / "checkpoint/hf/additional_chat_templates/tool_use.jinja").read_text() == "tools"

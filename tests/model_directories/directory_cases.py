@@ -153,6 +153,15 @@ def gap(raw: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(8) + raw[8 + length :]
 
 
+def header(change: Callable[[bytes], bytes]) -> Change:
+    def spoil(raw: bytes) -> bytes:
+        length = int.from_bytes(raw[:8], "little")
+        text = change(raw[8 : 8 + length])
+        return len(text).to_bytes(8, "little") + text + raw[8 + length :]
+
+    return bytes_of(spoil)
+
+
 def hole(directory: Path) -> None:
     """260 tokens, the last of them with id 300."""
     path = directory / "tokenizer.json"
@@ -233,6 +242,15 @@ def _config_cases() -> Iterator[Case]:
     yield Case(group, "architectures of another family", "architectures = ['MistralForCausalLM']", change=config(architectures=["MistralForCausalLM"]))
     yield Case(group, "architectures left out", change=config(architectures=...))
     yield Case(group, "quantization_config", "quantization_config", "refuses", change=config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}))
+    yield Case(group, "quantization_config without a method", "quantization_config", "refuses", change=config(quantization_config={}))
+    yield Case(group, "a text_config, as of models that see", "text_config", "refuses", change=config(text_config={}))
+    yield Case(group, "attention_bias = null", "attention_bias", "refuses", change=config(attention_bias=None))
+    yield Case(group, "use_sliding_window = null", "use_sliding_window", "refuses", family="qwen2", change=config(use_sliding_window=None))
+    yield Case(group, "layer_types for another number of layers", "layer_types", "refuses", change=config(layer_types=["full_attention"] * 3))
+    yield Case(group, "layer_types in a mistral model", "layer_types", "refuses", family="mistral", change=config(layer_types=["full_attention"] * 2))
+    yield Case(group, "head_dim = null in a qwen2 model", "head_dim = None", "refuses", family="qwen2", change=config(head_dim=None))
+    yield Case(group, "rms_norm_eps = 1, a whole number", "rms_norm_eps = 1", "refuses", change=config(rms_norm_eps=1))
+    yield Case(group, "tie_word_embeddings = null", "tie_word_embeddings = None", "refuses", change=config(tie_word_embeddings=None))
     yield Case(group, "vocab_size above the rows", f"{EMBEDDING} has shape", "refuses", change=config(vocab_size=320))
     yield Case(group, "vocab_size below the rows", f"{EMBEDDING} has shape", "refuses", change=config(vocab_size=264))
     yield Case(group, "fewer layers than are stored", "model.layers.1.", change=config(num_hidden_layers=1))
@@ -294,6 +312,8 @@ def _file_cases() -> Iterator[Case]:
     yield Case(group, "a file cut short", "copy it again", "refuses", change=bytes_of(lambda raw: raw[:-100]))
     yield Case(group, "a file cut short in its header", "only the beginning of one", "refuses", change=bytes_of(lambda raw: raw[:100]))
     yield Case(group, "a file with bytes too many", "copy it again", "refuses", change=bytes_of(lambda raw: raw + b"12345678"))
+    yield Case(group, "a header that begins with a space", change=header(lambda text: b" " + text))
+    yield Case(group, "a header with a number about the file", "its header cannot be read", "refuses", change=header(lambda text: text.replace(b'"pt"', b"1")))
     yield Case(group, "a file with a gap between its tensors", "begins at byte 8", "refuses", change=bytes_of(gap))
 
 

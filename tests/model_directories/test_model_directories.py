@@ -129,14 +129,21 @@ def test_every_command_says_the_same(case: Case, model: Path, tmp_path: Path, mo
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings(model, tmp_path / "run") | {"warm_start": {"steps": 2}}))
-    swept = tmp_path / "sweep.yaml"
-    sections = {"warm_start": {"steps": 0}, "sweep": {"axes": {"seed": {"run.seed": [0]}}}}
-    swept.write_text(yaml.safe_dump(settings(model, tmp_path / "swept") | sections))
-    commands = {"train": ["train", config, "--dry-run"], "sweep": ["sweep", swept, "--dry-run"]}
+    swept = [
+        tmp_path / f"sweep{steps}.yaml" for steps in (0, 2)
+    ]  # with a warm start the points begin with what it makes
+    for steps, path in zip((0, 2), swept, strict=True):
+        sections = {"warm_start": {"steps": steps}, "sweep": {"axes": {"seed": {"run.seed": [0]}}}}
+        path.write_text(yaml.safe_dump(settings(model, tmp_path / "swept") | sections))
+    commands = {"train": ["train", config, "--dry-run"], "sweep": ["sweep", swept[1], "--dry-run"]}
     if case.group != "tokenizer":  # import-hf copies the files of a tokenizer, and reads none
         commands["import-hf"] = ["import-hf", model, tmp_path / "imported", "--dtype", "float32"]
     if case.ours:
-        commands |= {"sft": ["sft", config], "train, for real": ["train", config], "sweep, for real": ["sweep", swept]}
+        commands |= {
+            "sft": ["sft", config],
+            "train, for real": ["train", config],
+            "sweep, for real": ["sweep", swept[0]],
+        }
     if "(on a CPU)" in case.what:
         del commands["import-hf"]  # it runs nothing
     for name, arguments in commands.items():
