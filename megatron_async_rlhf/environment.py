@@ -54,6 +54,7 @@ _ALWAYS = {
     "PYTHONSAFEPATH": "1",  # a `random.py` in the working directory is not Python's
     "LC_ALL": "C.UTF-8",  # some read what `lscpu` prints
 }
+PER_PROCESS = ("TMPDIR", "VLLM_RPC_BASE_PATH", "TORCHINDUCTOR_CACHE_DIR")  # as `launch.scratch` makes them
 _NO_PROXY = ("no_proxy", "NO_PROXY")
 _LOOPBACK = "localhost,127.0.0.1,::1"
 

@@ -80,7 +80,7 @@ def test_what_is_meant_is_set_by_the_configuration():
     for process in plan("launch.environment={VLLM_LOGGING_LEVEL_: DEBUG, NCCL_ALGO: Ring, OMP_DYNAMIC: 1}").processes:
         told = child_environment(CLEAN | {"NCCL_ALGO": "Tree", "OMP_DYNAMIC": "0"}, process.environment)
         assert (told["VLLM_LOGGING_LEVEL_"], told["NCCL_ALGO"], told["OMP_DYNAMIC"]) == ("DEBUG", "Ring", "1")
-    for name in ("VLLM_HOST_IP", "RANK", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"):
+    for name in ("VLLM_HOST_IP", "RANK", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "TMPDIR"):
         with pytest.raises(ConfigError, match=f"launch.environment.{name} = 3: the run sets it itself"):
             plan(f"launch.environment={{{name}: 3}}")
     with pytest.raises(ConfigError, match="'A-B' is no name of an environment variable"):
