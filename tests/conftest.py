@@ -17,6 +17,7 @@ SLOW_FILES = {
     "learner/test_commands.py",
     "learner/test_deep_layouts.py",
     "learner/test_layouts.py",
+    "environment/test_interpreter.py",
     "launch/test_fleet.py",
 }
 # Slow tests that are quick ones all the same, because nothing else shows what they do.

@@ -195,7 +195,7 @@ def _environment(config: RunConfig, own: dict[str, str]) -> dict[str, str]:
     Raises:
         ConfigError: both say something of one variable.
     """
-    for name in config.launch.environment.keys() & {*own, *PER_PROCESS}:
+    for name in sorted(config.launch.environment.keys() & {*own, *PER_PROCESS}):
         raise ConfigError(f"launch.environment.{name} = {config.launch.environment[name]}: the run sets it itself")
     return config.launch.environment | own
 
