@@ -36,7 +36,7 @@ IGNORED = {
 }
 # Of these, what describes the site and passes.
 KEPT = (
-    *("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "VLLM_RPC_BASE_PATH", "VLLM_NCCL_SO_PATH", "VLLM_CUDART_SO_PATH"),
+    *("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "VLLM_NCCL_SO_PATH", "VLLM_CUDART_SO_PATH"),
     *("VLLM_ENABLE_CUDA_COMPATIBILITY", "VLLM_CUDA_COMPATIBILITY_PATH"),
     *("TORCH_HOME", "TORCH_EXTENSIONS_DIR", "TORCH_CUDA_ARCH_LIST", "TORCH_NCCL_*", "TORCHINDUCTOR_CACHE_DIR"),
     *("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_PTXAS_PATH"),
@@ -54,11 +54,10 @@ _ALWAYS = {
     "PYTHONSAFEPATH": "1",  # a `random.py` in the working directory is not Python's
     "LC_ALL": "C.UTF-8",  # some read what `lscpu` prints
 }
+PER_PROCESS = ("TMPDIR", "VLLM_RPC_BASE_PATH", "TORCHINDUCTOR_CACHE_DIR")  # as `launch.scratch` makes them
 _NO_PROXY = ("no_proxy", "NO_PROXY")
 _LOOPBACK = "localhost,127.0.0.1,::1"
 
-_SOCKET_PATH = 107  # bytes of a Unix socket's path
-_SOCKET_NAME = 38  # of the name that vLLM appends to the temporary directory
 # What Python code of a run imports, apart from Python's own modules.
 _NEEDED = (
     *("torch", "megatron", "transformer_engine", "vllm", "transformers", "tokenizers", "safetensors", "numpy"),
@@ -120,25 +119,14 @@ def ignored_line(environment: Mapping[str, str]) -> str | None:
 
 def environment_problems(environment: Mapping[str, str]) -> list[str]:
     """What a run can neither work with nor ignore, one line each."""
-    return [*_temporary_problems(environment), *_path_problems(environment)]
+    return [*_temporary_problems(), *_path_problems(environment)]
 
 
-def _temporary_problems(environment: Mapping[str, str]) -> Iterator[str]:
-    """vLLM's processes talk through sockets there."""
-    key = "VLLM_RPC_BASE_PATH" if environment.get("VLLM_RPC_BASE_PATH") else "TMPDIR"
+def _temporary_problems() -> Iterator[str]:
     try:
-        directory = environment[key] if key != "TMPDIR" else tempfile.gettempdir()
+        tempfile.gettempdir()
     except OSError:
         yield "TMPDIR: there is no temporary directory that can be written, not even /tmp; set one"
-        return
-    length, most = len(os.fsencode(directory)), _SOCKET_PATH - _SOCKET_NAME
-    if not os.path.isdir(directory) or not os.access(directory, os.W_OK):
-        yield f"{key} = {directory}: is no directory that can be written; set another, or leave it out"
-    elif length > most:
-        yield (
-            f"{key} = {directory}: {length} bytes, and the path of a socket in it may have {_SOCKET_PATH}; set one of at "
-            f"most {most} bytes"
-        )
 
 
 def _path_problems(environment: Mapping[str, str]) -> Iterator[str]:

@@ -27,6 +27,8 @@ SLOW_FILES = {
     "learner/test_deep_layouts.py",
     "learner/test_layouts.py",
     "simulate/test_random_schedules.py",
+    "environment/test_interpreter.py",
+    "launch/test_fleet.py",
 }
 # Slow tests that are quick ones all the same, because nothing else shows what they do.
 ONE_OF_ITS_KIND = {"e2e/test_runs.py::test_a_run_in_every_layout[tp1-generator-tp1]"}

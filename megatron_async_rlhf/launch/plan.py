@@ -11,6 +11,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.environment import PER_PROCESS
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.generator_memory import GpuBudget
 from megatron_async_rlhf.generator.vllm.server import bf16_problem, records_versions, server_command, server_environment
@@ -194,7 +195,7 @@ def _environment(config: RunConfig, own: dict[str, str]) -> dict[str, str]:
     Raises:
         ConfigError: both say something of one variable.
     """
-    for name in config.launch.environment.keys() & own.keys():
+    for name in sorted(config.launch.environment.keys() & {*own, *PER_PROCESS}):
         raise ConfigError(f"launch.environment.{name} = {config.launch.environment[name]}: the run sets it itself")
     return config.launch.environment | own
 

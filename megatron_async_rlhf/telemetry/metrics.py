@@ -102,7 +102,7 @@ SUMMARY = [
         ("schema", "-", "of this file and the `.jsonl` files: 2 since steps are counted from 1"),
         ("status", "-", "`completed`, `failed` or `interrupted`, which a run says of itself while it goes on: what is killed cannot say it later"),
         ("error", "-", "one line on what failed, naming the process; null if nothing did"),
-        ("log_tail", "lines", "the end of that process's log; only of a failed run"),
+        ("log_tail", "lines", "what that process's log says first of the cause, or its end; only of a failed run"),
         ("mode", "-", "`schedule.mode`"),
         ("algorithm", "-", "`algorithm.type`"),
         ("max_staleness", "steps", "the bound in force: 0 when synchronous, null without one"),

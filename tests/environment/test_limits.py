@@ -149,7 +149,7 @@ def test_too_few_files_are_refused_before_the_start(tmp_path: Path, flags: tuple
 
 
 @pytest.mark.thorough
-@pytest.mark.timeout(360)
+@pytest.mark.timeout(600)
 def test_1319_held_out_prompts_need_no_more_than_1024_files(tmp_path: Path):
     """As many as GSM8K's test set has. Where requests wait changes no digit."""
     made = []

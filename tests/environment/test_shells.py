@@ -37,7 +37,7 @@ def limits() -> None:
     os.umask(0o077)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_all_settings_together(tmp_path: Path, clean: dict[str, object]):
     """With a working directory full of modules that are not ours, a path of every kind of letter, a locale that is not
     UTF-8, and low limits."""
@@ -59,7 +59,7 @@ def test_all_settings_together(tmp_path: Path, clean: dict[str, object]):
 
 
 @pytest.mark.skipif(os.environ.get(EACH) != "1", reason=f"takes half an hour: set {EACH}=1")
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_setting_alone(tmp_path: Path, clean: dict[str, object], name: str):
     told = start(train(tmp_path / "run"), tmp_path, SETTINGS[name].variables)
