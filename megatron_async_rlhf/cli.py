@@ -19,6 +19,7 @@ from megatron_async_rlhf.launch.command import launch
 from megatron_async_rlhf.simulate.command import simulate
 from megatron_async_rlhf.telemetry.files import (
     EXPORT_DIR,
+    INPUTS,
     METRICS,
     POLICY_TEMPLATE_DIR,
     RESOLVED_CONFIG,
@@ -29,13 +30,17 @@ from megatron_async_rlhf.usage import run_command_line
 
 if TYPE_CHECKING:
     from megatron_async_rlhf.launch.fleet import Fleet
+    from megatron_async_rlhf.launch.inputs import Inputs
     from megatron_async_rlhf.launch.plan import ProcessPlan
     from megatron_async_rlhf.launch.resume import Resumption
     from megatron_async_rlhf.prepare import Materials
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-ConfigArgument = Annotated[Path, typer.Argument(help="YAML configuration, such as examples/quickstart.yaml.")]
+ConfigArgument = Annotated[
+    Path,
+    typer.Argument(help="YAML configuration, such as examples/quickstart.yaml; to resume, also a run's directory."),
+]
 SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value. Repeatable.")]
 NodeRankOption = Annotated[
     int,
@@ -124,14 +129,14 @@ def train(
         if version is None:
             make_model_template(resolved, template)
         materials = _check_all(resolved, template)
-        inputs = describe_inputs(resolved, materials)
+        inputs = describe_inputs(resolved, materials) if version is None else _check_resumed_inputs(resolved, materials)
         plan = plan_processes(resolved, run_dir, materials.architecture.context_length, fleet.nodes, version)
         if version is None:
             run_dir = _new_run_directory(resolved, template)
         else:
-            _check_resumed_inputs(resolved, materials)
             reopen_run_directory(resolved, version)
-        write_inputs(run_dir, inputs)
+        if not (run_dir / INPUTS).is_file():  # of a resumed run what it was started with counts
+            write_inputs(run_dir, inputs)
         raise typer.Exit(_supervise(resolved, plan, run_dir, fleet))
 
 
@@ -330,15 +335,17 @@ def _load_for_run(config: Path, overrides: Sequence[str], resume: bool) -> RunCo
 
 def _check_resumed_inputs(
     config: RunConfig, materials: "Materials | None" = None, *, run_dir: Path | None = None, starts_over: bool = False
-) -> None:
-    """That data and weights are still those of the run that is gone on with, or done again."""
+) -> "Inputs":
+    """What is read now; data and weights must still be those of the run that is gone on with, or done again."""
     from megatron_async_rlhf.launch.inputs import check_same_inputs, describe_inputs
     from megatron_async_rlhf.prepare import load_materials
 
     directory = run_dir or config.run.path.absolute()
     if materials is None:
         materials = load_materials(config, directory / POLICY_TEMPLATE_DIR)
-    _warn(check_same_inputs(directory, config, describe_inputs(config, materials), starts_over=starts_over))
+    inputs = describe_inputs(config, materials)
+    _warn(check_same_inputs(directory, config, inputs, starts_over=starts_over))
+    return inputs
 
 
 def _check_all(config: RunConfig, template: Path) -> "Materials":
