@@ -1,9 +1,8 @@
 """The `async-rlhf` command."""
 
-import json
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,7 +29,6 @@ from megatron_async_rlhf.usage import run_command_line
 
 if TYPE_CHECKING:
     from megatron_async_rlhf.launch.fleet import Fleet
-    from megatron_async_rlhf.launch.inputs import Inputs
     from megatron_async_rlhf.launch.plan import ProcessPlan
     from megatron_async_rlhf.launch.resume import Resumption
     from megatron_async_rlhf.prepare import Materials
@@ -101,13 +99,14 @@ def train(
     """
     from megatron_async_rlhf.launch.dry_run import print_plan
     from megatron_async_rlhf.launch.fleet import gather
-    from megatron_async_rlhf.launch.inputs import describe_inputs, write_inputs
+    from megatron_async_rlhf.launch.inputs import check_resumed_inputs, write_inputs
     from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_processes
+    from megatron_async_rlhf.launch.resume import load_for_run
     from megatron_async_rlhf.launch.run_directory import check_writable, reopen_run_directory
     from megatron_async_rlhf.prepare import make_model_template
 
-    resolved = _load_for_run(config, set, resume)
+    resolved = load_for_run(config, set, resume)
     if not dry_run:
         check_installed("torch", "megatron", "vllm")
         _serve_unless_first(resolved, node_rank)
@@ -116,7 +115,7 @@ def train(
     if dry_run:
         start = _find_start(resolved, resume)
         if start.version is not None:
-            _check_resumed_inputs(resolved)
+            _warn(check_resumed_inputs(resolved)[1])
         if not start.finished:
             print_plan(resolved)
         return
@@ -129,7 +128,8 @@ def train(
         if version is None:
             make_model_template(resolved, template)
         materials = _check_all(resolved, template)
-        inputs = describe_inputs(resolved, materials) if version is None else _check_resumed_inputs(resolved, materials)
+        inputs, warnings = check_resumed_inputs(resolved, materials, is_new=version is None)
+        _warn(warnings)
         plan = plan_processes(resolved, run_dir, materials.architecture.context_length, fleet.nodes, version)
         if version is None:
             run_dir = _new_run_directory(resolved, template)
@@ -163,10 +163,11 @@ def sft(
     from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_learner_alone
+    from megatron_async_rlhf.launch.resume import load_for_run
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
     from megatron_async_rlhf.prepare import load_materials, make_model_template
 
-    resolved = _load_for_run(config, set, resume=False)
+    resolved = load_for_run(config, set, resume=False)
     if not resolved.warm_start.steps:
         raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
     if not dry_run:
@@ -201,6 +202,7 @@ def replay(
     """
     from megatron_async_rlhf.checkpoint.sources import open_holders
     from megatron_async_rlhf.launch.fleet import gather
+    from megatron_async_rlhf.launch.inputs import check_resumed_inputs
     from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
@@ -221,7 +223,7 @@ def replay(
         recorded = sum(1 for _ in RolloutLog(run / ROLLOUT_DIR).read(end=len(read_lines(run / METRICS))))
         if not recorded:
             raise ConfigError(f"{run} has recorded nothing; it must be run with schedule.record = true")
-        _check_resumed_inputs(earlier, run_dir=run, starts_over=True)
+        _warn(check_resumed_inputs(earlier, run_dir=run, starts_over=True)[1])
         run_dir = config.run.path.absolute()
         plan = plan_learner_alone(config, run_dir, fleet.nodes, "replay", ["--recorded", str(run)])
         _new_run_directory(config, run / POLICY_TEMPLATE_DIR)
@@ -316,36 +318,6 @@ def _find_start(config: RunConfig, resume: bool) -> "Resumption":
     if start.version is None and not start.finished:
         check_inputs_apart(config)
     return start
-
-
-def _load_for_run(config: Path, overrides: Sequence[str], resume: bool) -> RunConfig:
-    """The configuration to run; a run's directory stands for that run, wherever it has been moved to."""
-    if not (config / RESOLVED_CONFIG).is_file():
-        return load_config(config, overrides)
-    if not resume:
-        raise ConfigError(
-            f"{config} is the directory of a run: add --resume to train to go on with it, or give "
-            f"{config / RESOLVED_CONFIG} and another -s run.name=... for a new run like it"
-        )
-    resolved = load_config(config, overrides)
-    if resolved.run.path.resolve() == config.resolve():
-        return resolved
-    return load_config(config, [f"run.dir={json.dumps(str(config.absolute()), ensure_ascii=False)}", *overrides])
-
-
-def _check_resumed_inputs(
-    config: RunConfig, materials: "Materials | None" = None, *, run_dir: Path | None = None, starts_over: bool = False
-) -> "Inputs":
-    """What is read now; data and weights must still be those of the run that is gone on with, or done again."""
-    from megatron_async_rlhf.launch.inputs import check_same_inputs, describe_inputs
-    from megatron_async_rlhf.prepare import load_materials
-
-    directory = run_dir or config.run.path.absolute()
-    if materials is None:
-        materials = load_materials(config, directory / POLICY_TEMPLATE_DIR)
-    inputs = describe_inputs(config, materials)
-    _warn(check_same_inputs(directory, config, inputs, starts_over=starts_over))
-    return inputs
 
 
 def _check_all(config: RunConfig, template: Path) -> "Materials":
