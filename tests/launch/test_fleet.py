@@ -367,7 +367,9 @@ def test_a_step_of_another_shape_is_refused(tmp_path, environment, arguments, sa
     )
     assert told.returncode == 2 and says in told.stderr and told.stderr.count("\n") == 1
     # A notebook or an editor that was started in a step has its variables too.
-    way_out = "--node-rank 0" if "SLURM_NODEID" in environment else "env -u SLURM_STEP_NUM_NODES -u SLURM_STEP_NUM_TASKS"
+    way_out = (
+        "--node-rank 0" if "SLURM_NODEID" in environment else "env -u SLURM_STEP_NUM_NODES -u SLURM_STEP_NUM_TASKS"
+    )
     assert way_out in told.stderr
     assert not (tmp_path / "run").exists()
 

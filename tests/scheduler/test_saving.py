@@ -143,7 +143,9 @@ def test_a_metric_that_does_not_come_is_refused_at_the_first_step(tmp_path):
     rig.learner.execute = train
     with pytest.raises(ExceptionGroup) as caught:
         rig.run()
-    assert caught.group_contains(ConfigError, match="checkpoint.keep_best = model_flops_utilisation: .* one of .*reward.*staleness/mean")
+    assert caught.group_contains(
+        ConfigError, match="checkpoint.keep_best = model_flops_utilisation: .* one of .*reward.*staleness/mean"
+    )
     assert rig.learner.version == 1
 
 
