@@ -26,15 +26,21 @@ from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError, MismatchError, ProcessDiedError
+from megatron_async_rlhf.errors import (
+    AsyncRLHFError,
+    GeneratorError,
+    GeneratorSilentError,
+    MismatchError,
+    ProcessDiedError,
+)
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import Hello, ResumeReinforcement, Stop
 from megatron_async_rlhf.lifecycle import (
     END_AT_ONCE,
-    EXIT_INTERRUPTED,
     begin_reinforcement,
     close_failed,
+    close_well,
     export_policy,
 )
 from megatron_async_rlhf.prepare import Materials, load_materials
@@ -47,7 +53,6 @@ from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
 from megatron_async_rlhf.telemetry.recorder import Recorder
-from megatron_async_rlhf.types import Span
 from megatron_async_rlhf.weights.hf_mapping import elements_held
 from megatron_async_rlhf.weights.plan import ITEM_BYTES
 
@@ -75,16 +80,19 @@ class Job:
         self._materials = materials
         self._learner = learner
         self._generators = generators
-        elements = elements_held(materials.architecture, config.generator.tensor_parallel) * len(generators)
+        elements = elements_held(materials.architecture, config.generator.tensor_parallel)
         held = elements * ITEM_BYTES[config.generator.dtype]
         self.recorder = Recorder(
-            config, run_dir, EventStream(), bytes_held_by_generators=held, totals=resumed.totals if resumed else None
+            config, run_dir, EventStream(), generator_bytes=held, totals=resumed.totals if resumed else None
         )
         self._pool = GeneratorPool(
             generators,
             max_concurrent=config.generator.max_concurrent,
             return_timeout_s=config.generator.start_timeout_s,
+            # After a failed push the workers themselves wait in vain first.
+            silence_limit_s=config.generator.probe_timeout_s + config.weights.timeout_s,
             on_lost=self._lost,
+            on_silent=self._silent,
         )
         prompts = PromptOrder(materials.train, config.run.seed)
         evaluation = Evaluation(config, materials.eval, materials.reward, self.recorder)
@@ -207,12 +215,22 @@ class Job:
         finally:
             self._evaluating.cancel()
         if not self._evaluating.cancelled():
-            span = Span(name=f"evaluate {when}", start=start, end=time.time(), process="generators")
-            self.recorder.evaluated(when, self._evaluating.result(), span)
+            self.recorder.evaluated(
+                when,
+                self._evaluating.result(),
+                start,
+                time.time(),
+                version=self._controller.version,
+                samples=len(self._materials.eval),
+            )
 
     def _lost(self, generator: VLLMGenerator, samples: int) -> None:
         self.recorder.cancelled(samples)
         self.recorder.activity("generators", f"{generator.name} is gone")
+
+    def _silent(self, generator: VLLMGenerator, error: GeneratorSilentError) -> None:
+        """The supervisor, which owns its process, is to end that."""
+        self.recorder.unresponsive(generator.name, since=time.time() - error.silent_s, why=str(error))
 
 
 @asynccontextmanager
@@ -225,6 +243,7 @@ async def _connected(config: RunConfig, materials: Materials, learner_address: s
             tokenizer=materials.tokenizer,
             tensor_parallel=config.generator.tensor_parallel,
             request_timeout_s=config.generator.request_timeout_s,
+            probe_timeout_s=config.generator.probe_timeout_s,
         )
         for i, url in enumerate(urls)
     ]
@@ -259,8 +278,7 @@ async def run_job(
             return _fail(job, error)
         except asyncio.CancelledError:
             return _fail(job, ProcessDiedError("ended because another process of the run has"))
-        job.recorder.close("interrupted" if job.cut_short else "completed", None)
-        return EXIT_INTERRUPTED if job.cut_short else 0
+        return close_well(job.recorder, "interrupted" if job.cut_short else "completed")
 
 
 def _fail(job: Job, error: BaseException) -> int:

@@ -97,7 +97,7 @@ def train(
 
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
-    from megatron_async_rlhf.launch.dry_run import print_plan
+    from megatron_async_rlhf.estimate.fitting import gpu_budget
     from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.inputs import check_resumed_inputs, write_inputs
     from megatron_async_rlhf.launch.owner import owning
@@ -113,13 +113,13 @@ def train(
     _warn(advice(resolved))
     check_writable(resolved)
     if dry_run:
-        start = _find_start(resolved, resume)
-        if start.version is not None:
-            _warn(check_resumed_inputs(resolved)[1])
-        if not start.finished:
-            print_plan(resolved)
+        _plan_only(resolved, resume)
         return
-    with gather(resolved) as fleet, owning(resolved), tempfile.TemporaryDirectory() as scratch:
+    with (
+        gather(resolved) as fleet,
+        owning(resolved),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+    ):
         start = _find_start(resolved, resume)
         if start.finished:
             return
@@ -130,7 +130,8 @@ def train(
         materials = _check_all(resolved, template)
         inputs, warnings = check_resumed_inputs(resolved, materials, is_new=version is None)
         _warn(warnings)
-        plan = plan_processes(resolved, run_dir, materials.architecture.context_length, fleet.nodes, version)
+        budget, context = gpu_budget(resolved, materials.architecture), materials.architecture.context_length
+        plan = plan_processes(resolved, run_dir, context, fleet.nodes, version, budget=budget)
         if version is None:
             run_dir = _new_run_directory(resolved, template)
         else:
@@ -165,7 +166,7 @@ def sft(
     from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.resume import load_for_run
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
-    from megatron_async_rlhf.prepare import load_materials, make_model_template
+    from megatron_async_rlhf.prepare import check_inputs, make_model_template
 
     resolved = load_for_run(config, set, resume=False)
     if not resolved.warm_start.steps:
@@ -178,11 +179,15 @@ def sft(
         check_inputs_apart(resolved)
         print_sft_plan(resolved)
         return
-    with gather(resolved) as fleet, owning(resolved), tempfile.TemporaryDirectory() as scratch:
+    with (
+        gather(resolved) as fleet,
+        owning(resolved),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+    ):
         check_inputs_apart(resolved)
         template = Path(scratch) / "model"
         make_model_template(resolved, template)
-        load_materials(resolved, template)
+        check_inputs(resolved, template)
         plan = plan_learner_alone(resolved, resolved.run.path.absolute(), fleet.nodes, "sft")
         run_dir = _new_run_directory(resolved, template)
         raise typer.Exit(_supervise(resolved, plan, run_dir, fleet))
@@ -307,6 +312,18 @@ def _serve_unless_first(config: RunConfig, node_rank: int) -> None:
         raise typer.Exit(serve(config, node_rank))
 
 
+def _plan_only(config: RunConfig, resume: bool) -> None:
+    """Of a dry run; what a resumed run reads is compared too."""
+    from megatron_async_rlhf.launch.dry_run import print_plan
+    from megatron_async_rlhf.launch.inputs import check_resumed_inputs
+
+    start = _find_start(config, resume)
+    if start.version is not None:
+        _warn(check_resumed_inputs(config)[1])
+    if not start.finished:
+        print_plan(config)
+
+
 def _find_start(config: RunConfig, resume: bool) -> "Resumption":
     """What a run goes on from, told to the user; a new one must not take the place of what it reads."""
     from megatron_async_rlhf.launch.resume import Resumption, find_resumption
@@ -323,11 +340,9 @@ def _find_start(config: RunConfig, resume: bool) -> "Resumption":
 def _check_all(config: RunConfig, template: Path) -> "Materials":
     """Model, data, weights and memory of a whole run, before anything of it is there."""
     from megatron_async_rlhf.estimate.report import refuse_too_large
-    from megatron_async_rlhf.prepare import check_policy_weights, check_value_weights, doubts, load_materials
+    from megatron_async_rlhf.prepare import check_inputs, doubts
 
-    materials = load_materials(config, template)
-    check_policy_weights(config, materials.architecture)
-    check_value_weights(config, materials.architecture)
+    materials = check_inputs(config, template)
     refuse_too_large(config, materials.architecture)
     _warn(doubts(config, materials))
     return materials

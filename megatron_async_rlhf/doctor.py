@@ -21,6 +21,7 @@ from msgspec import Struct
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.machine import machine_memory
+from megatron_async_rlhf.generator.vllm.server import bf16_problem
 
 _GIB = 2**30
 _PLUGINS = "vllm.general_plugins"
@@ -51,6 +52,8 @@ def examine() -> Iterator[Finding]:
     yield _package("Megatron-core", "megatron.core", "megatron-core", needed=True)
     yield _package("Transformers", "transformers", needed=True)
     yield _vllm()
+    if problem := bf16_problem():
+        yield Finding(what="bf16 generators", state="missing", detail=problem, advice="on GPUs it does not matter")
     yield from _fused_parts()
     yield _program("Slurm", "sbatch", "--version", "only for launching with sbatch; runs on one machine need none")
     for name, module, purpose in (
@@ -76,7 +79,14 @@ def problems(config: RunConfig) -> list[str]:
     found = []
     if config.launch.nodes == 1 and count < config.gpus:  # of several machines the layout over them tells
         found.append(f"the run needs {config.gpus} GPUs (learner.ranks and generators), this machine has {count}")
-    learner = config.learner
+    learner, memory_gib = config.learner, config.launch.gpu_memory_gib
+    smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(count)) / _GIB
+    # Data sheets count a little more than CUDA finds.
+    if config.weights.transport == "ipc" and memory_gib > 1.05 * smallest:
+        found.append(
+            f"launch.gpu_memory_gib = {memory_gib:g}, by which learner and generator share a GPU, but one here has "
+            f"{smallest:.1f} GiB: set launch.gpu_memory_gib = {int(smallest)}"
+        )
     if learner.fp8 is not None and not has_transformer_engine(torch.device("cuda")):
         found.append(f"learner.fp8 needs Transformer Engine, which is not installed: {_GPU_EXTRA}")
     if learner.fp8 is not None:

@@ -21,6 +21,10 @@ class CheckpointError(AsyncRLHFError, ValueError):
     """Weight files that cannot be read or written: names the file, and the tensor or the rule it breaks."""
 
 
+class WriteError(AsyncRLHFError, RuntimeError):
+    """A file of the run that cannot be written, as on a full disk: names the file and the cause. What was complete stays."""
+
+
 class TransferError(AsyncRLHFError, RuntimeError):
     """A weight push that failed or did not arrive byte for byte: names the phase, the peer and the tensor."""
 
@@ -46,8 +50,32 @@ class GeneratorGoneError(GeneratorError):
     """A generator that did not answer at all: its process has ended, or it hangs."""
 
 
+class GeneratorSilentError(GeneratorGoneError):
+    """A generator whose process may be alive but that does nothing: it hangs, is stopped, or cannot be reached.
+
+    Attributes:
+        silent_s: for how long it has been waited for in vain.
+    """
+
+    def __init__(self, message: str, *, silent_s: float) -> None:
+        super().__init__(message)
+        self.silent_s = silent_s
+
+
 class LearnerError(AsyncRLHFError, RuntimeError):
     """The learner group failed to execute a command: names the command and carries the rank's own error."""
+
+
+class LearnerSilentError(LearnerError):
+    """The learner did not answer in time: one of its ranks hangs, or waits for one that does.
+
+    Attributes:
+        silent_s: for how long it has been waited for in vain.
+    """
+
+    def __init__(self, message: str, *, silent_s: float) -> None:
+        super().__init__(message)
+        self.silent_s = silent_s
 
 
 class NonFiniteLossError(LearnerError):

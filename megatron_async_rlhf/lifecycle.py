@@ -6,19 +6,20 @@ start learner ─> warm start ─> reference ─> ... ─> export
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import AsyncRLHFError
+from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, LearnerSilentError, WriteError
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, Learner, StartReinforcement
 from megatron_async_rlhf.prepare import Materials
 from megatron_async_rlhf.scheduler.stages import warm_start
-from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR
+from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, writing
 from megatron_async_rlhf.telemetry.recorder import Recorder
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ async def export_policy(config: RunConfig, run_dir: Path, learner: Learner, reco
     """Into the run directory, for Hugging Face."""
     recorder.stage("export")
     directory = run_dir / EXPORT_DIR
-    describe_weights(run_dir / POLICY_TEMPLATE_DIR, directory, config.learner.weights_dtype)
+    with writing(directory):
+        describe_weights(run_dir / POLICY_TEMPLATE_DIR, directory, config.learner.weights_dtype)
     await learner.execute(ExportWeights(directory=str(directory)))
 
 
@@ -56,19 +58,27 @@ async def run_learner_alone(stages: Coroutine[Any, Any, None], learner: LearnerC
     try:
         await task
     except asyncio.CancelledError:
-        recorder.close("interrupted", None)
-        return EXIT_INTERRUPTED
+        return close_well(recorder, "interrupted")
     except (AsyncRLHFError, OSError) as error:
         return close_failed(recorder, error)
     finally:
         learner.close()
-    recorder.close("completed", None)
-    return 0
+    return close_well(recorder, "completed")
+
+
+def close_well(recorder: Recorder, status: Literal["completed", "interrupted"]) -> int:
+    """The exit code of a run that ends as it should, unless its last files cannot be written."""
+    if not recorder.close(status, None):
+        return EXIT_FAILED
+    return EXIT_INTERRUPTED if status == "interrupted" else 0
 
 
 def close_failed(recorder: Recorder, error: BaseException) -> int:
     """Say what ended the run; its exit code."""
     line = str(error) if isinstance(error, AsyncRLHFError) else f"{type(error).__name__}: {error}"
-    _log.error("run failed: %s", line, exc_info=error)
-    recorder.close("failed", line)
+    explained = isinstance(error, WriteError | CheckpointError)  # the cause is outside the program
+    _log.error("run failed: %s", line, exc_info=None if explained else error)
+    if isinstance(error, LearnerSilentError):
+        recorder.unresponsive("learner", since=time.time() - error.silent_s, why=line)
+    recorder.close("failed", line, explained=explained)
     return EXIT_FAILED

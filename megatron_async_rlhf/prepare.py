@@ -5,15 +5,19 @@ again to get the same objects.
 """
 
 import json
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from msgspec import Struct
 
 from megatron_async_rlhf.checkpoint.directory import check_format, copy_hf_files, hf_files_of, is_checkpoint
+from megatron_async_rlhf.checkpoint.value_source import check_value_source
 from megatron_async_rlhf.config.architecture import (
     Architecture,
     architecture_of,
     architecture_of_hf,
+    check_causal_model,
     check_value_architecture,
     policy_architecture,
 )
@@ -29,7 +33,10 @@ from megatron_async_rlhf.errors import ConfigError, DataError
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.types import Prompt, Sequence
+from megatron_async_rlhf.weights.hf_mapping import check_shapes
 from megatron_async_rlhf.weights.plan import TransferPlan, configured_transfer
+from megatron_async_rlhf.weights.safetensors_files import SINGLE, find_files, find_weights, refuse_adapter, weight_files
+from megatron_async_rlhf.weights.tensor_spec import TensorSpec
 
 
 class Materials(Struct, frozen=True, kw_only=True):
@@ -91,46 +98,78 @@ def value_source(config: RunConfig) -> Path | None:
     return config.algorithm.value_hf if config.algorithm.has_value_model else None
 
 
-def check_policy_weights(config: RunConfig, architecture: Architecture) -> None:
+def check_inputs(config: RunConfig, template: Path) -> Materials:
+    """All that a run reads, from the tokenizer to the weights, in the order in which every command checks it.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line.
     """
+    materials = load_materials(config, template)
+    check_policy_weights(config, materials.architecture)
+    check_value_weights(config, materials.architecture)
+    return materials
+
+
+def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
+    """Of a model of which only the description is here: all that can be checked without its weights.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    described = hf_files_of(config.model.hf)
+    check_causal_model(described)
+    architecture, transfer = outline(config, described)
+    if (described / "tokenizer.json").is_file():
+        _check_vocabulary(config, _read_tokenizer(config, described), architecture)
+    return architecture, transfer
+
+
+def check_policy_weights(config: RunConfig, architecture: Architecture) -> None:
+    """Without torch, unless they are a checkpoint's.
+
     Raises:
         CheckpointError: `model.hf` lacks a weight, or has one that does not fit.
     """
     if config.model.hf is not None:
-        from megatron_async_rlhf.checkpoint.convert import check_complete  # brings torch
-        from megatron_async_rlhf.checkpoint.sources import open_weights
-
-        check_complete(open_weights(config.model.hf), architecture)
+        stored = _stored_tensors(config.model.hf)
+        check_shapes(str(config.model.hf), {name: spec.shape for name, spec in stored.items()}, architecture)
 
 
 def check_value_weights(config: RunConfig, architecture: Architecture) -> None:
-    """
+    """Without torch, unless they are a checkpoint's.
+
     Raises:
         CheckpointError: `algorithm.value_hf` lacks a weight, or has one that does not fit.
     """
     if (source := value_source(config)) is not None:
-        from megatron_async_rlhf.checkpoint.value_source import open_value_source  # brings torch
+        check_value_source(source, architecture)
 
-        open_value_source(source, architecture)
+
+def _stored_tensors(source: Path) -> Mapping[str, TensorSpec]:
+    if not is_checkpoint(source):
+        return {name: place.spec for name, place in find_weights(source).items()}
+    from megatron_async_rlhf.checkpoint.sources import open_weights  # brings torch
+
+    return open_weights(source).tensors
 
 
 def missing_inputs(config: RunConfig) -> list[str]:
-    """What a start on this machine would lack, and how to get it, a line each, if `model.hf` is not whole here.
+    """What a start on this machine would lack, and how to get it, a line each, if `model.hf` is only described here.
 
-    A dry run then plans for the machine that has it. Of a model that is here everything is checked, so nothing is
-    missing in this sense.
+    A dry run then plans for the machine that has it. Of a model of which any weight is here everything is checked, so
+    nothing is missing in this sense.
     """
     hf = config.model.hf
-    if hf is None or is_checkpoint(hf):
+    if hf is not None and is_checkpoint(hf) and find_spec("torch") is None:
+        return [f"weights: torch, without which those in the checkpoint model.hf = {hf} cannot be read"]
+    if hf is None or is_checkpoint(hf) or weight_files(hf):
         return []
     whole = f"in model.hf = {hf}; get the whole model and name its directory"
-    missing = []
+    missing = [f"weights: no {SINGLE} {whole}"]
     if not (hf / "tokenizer.json").is_file():
-        missing.append(f"tokenizer: no tokenizer.json {whole}")
-    if not any(hf.glob("*.safetensors")):
-        missing.append(f"weights: no .safetensors {whole}")
+        missing.insert(0, f"tokenizer: no tokenizer.json {whole}")
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if missing and source is not None and source.endswith(".jsonl"):
+        if source is not None and source.endswith(".jsonl"):
             try:
                 find_jsonl(source, key, beside=config.data.train if key == "data.eval" else None)
             except DataError as error:
@@ -146,10 +185,7 @@ def load_materials(config: RunConfig, template: Path) -> Materials:
     """
     tokenizer = _read_tokenizer(config, template)
     architecture, transfer = outline(config, template)
-    if tokenizer.vocab_size > architecture.vocab_size:
-        raise ConfigError(
-            f"model.hf: the tokenizer has {tokenizer.vocab_size} tokens, the model only {architecture.vocab_size} embeddings"
-        )
+    _check_vocabulary(config, tokenizer, architecture)
     room = architecture.context_length - config.generator.max_new_tokens
     limit = config.data.max_prompt_tokens or room
     if limit > room:
@@ -206,14 +242,25 @@ def _read_tokenizer(config: RunConfig, template: Path) -> Tokenizer:
         raise DataError(str(error).replace(str(template), f"model.hf = {config.model.hf}")) from None
 
 
+def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
+    (largest, token), rows = tokenizer.last_token, architecture.vocab_size
+    if largest >= rows:
+        raise ConfigError(
+            f"model.hf = {config.model.hf}: the tokenizer's token {token!r} has id {largest}, the model only {rows} "
+            "embeddings (vocab_size); give the tokenizer that belongs to the model"
+        )
+
+
 def _copy_template(source: Path, directory: Path) -> None:
     """Config and tokenizer of a Hugging Face directory or of a checkpoint made from one."""
+    refuse_adapter(source)
     described = hf_files_of(source)
+    check_causal_model(described)
     architecture_of_hf(described)  # a clear error if it is no model we can train
     if is_checkpoint(source):
         check_format(source)
-    elif not any(source.glob("*.safetensors")):
-        raise ConfigError(f"model.hf = {source} holds no .safetensors file; save it with safe_serialization=True")
+    else:
+        find_files(source)
     copy_hf_files(described, directory)
 
 

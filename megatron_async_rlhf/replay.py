@@ -25,9 +25,9 @@ from megatron_async_rlhf.lifecycle import begin_reinforcement, export_policy, ru
 from megatron_async_rlhf.prepare import Materials, load_materials
 from megatron_async_rlhf.scheduler.recording import RecordedRollout, RolloutLog
 from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR, read_lines
+from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR, read_steps
 from megatron_async_rlhf.telemetry.recorder import Recorder
-from megatron_async_rlhf.types import Span
+from megatron_async_rlhf.telemetry.trace import rollout_span
 
 # Of an optimizer step, what must come out again to the last bit.
 _SAME = ("loss", "grad_norm")
@@ -44,14 +44,13 @@ async def run_stages(
     recorder.stage("start")
     await learner.execute(Hello())
     await begin_reinforcement(config, learner, materials, recorder)
-    before = {line["step"]: line for line in read_lines(recorded / METRICS)}
+    before = {line["step"]: line for line in read_steps(recorded / METRICS)}
     recorder.stage("train", steps=config.schedule.steps)
     recorder.loop_started(startup_s=time.time() - began)
     for rollout in RolloutLog(recorded / ROLLOUT_DIR).read(end=len(before)):
         start = time.time()
         answer = await learner.execute(rollout.command)
-        span = Span(name=f"step {rollout.command.version}", start=start, end=time.time(), process="learner")
-        recorder.learner_was_busy([span, *answer.spans])
+        recorder.learner_was_busy(rollout_span(rollout.command, start, time.time()), answer.spans)
         _report(rollout, answer, recorder, before)
     recorder.loop_ended()
     await export_policy(config, run_dir, learner, recorder)
@@ -64,6 +63,7 @@ def _report(rollout: RecordedRollout, answer: Answer, recorder: Recorder, before
     versions = [v for group in rollout.groups for completion in group.versions for v in completion]
     for update, step in enumerate(answer.steps):
         version, groups = rollout.command.version + update, batches[update % len(batches)]
+        number = version + 1
         rewards = [reward for group in groups for reward in group.rewards]
         samples = sum(len(group.sequences) for group in groups)
         if update < len(batches):
@@ -73,12 +73,12 @@ def _report(rollout: RecordedRollout, answer: Answer, recorder: Recorder, before
         )
         staleness = version - fmean(versions) if versions else 0.0
         values = {"reward": fmean(rewards) if rewards else 0.0, "staleness/mean": staleness, **step.values}
-        recorder.step(version, values)
+        recorder.step(number, values)
         for name in _SAME:
-            then, now = before.get(version, {}).get(name), step.values.get(name)
+            then, now = before.get(number, {}).get(name), step.values.get(name)
             if then != now:
                 raise ReplayError(
-                    f"step {version}: {name} was {then} and is {now}; layout, precision, threads, versions of packages "
+                    f"step {number}: {name} was {then} and is {now}; layout, precision, threads, versions of packages "
                     "and the kind of processor must be those of the run"
                 )
 
@@ -87,7 +87,7 @@ async def run_job(run_dir: Path, recorded: Path, learner_address: str) -> int:
     """Run all stages; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
     materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
-    recorder = Recorder(config, run_dir, EventStream(), bytes_held_by_generators=0)
+    recorder = Recorder(config, run_dir, EventStream())
     learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
     stages = run_stages(config, run_dir, recorded, materials, learner, recorder)
     return await run_learner_alone(stages, learner, recorder)

@@ -59,7 +59,7 @@ async def run_job(run_dir: Path, learner_address: str) -> int:
     config = load_config(run_dir / RESOLVED_CONFIG)
     materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
     totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0)
-    recorder = Recorder(config, run_dir, EventStream(), bytes_held_by_generators=0, totals=totals)
+    recorder = Recorder(config, run_dir, EventStream(), totals=totals)
     learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
     stages = run_stages(config, run_dir, materials, learner, recorder)
     return await run_learner_alone(stages, learner, recorder)

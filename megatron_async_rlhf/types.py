@@ -99,12 +99,19 @@ class StepMetrics(Struct, frozen=True, kw_only=True):
 
 
 class Span(Struct, frozen=True, kw_only=True):
-    """A stretch of work on one process for the timeline; `start` and `end` are Unix seconds."""
+    """A stretch of work on one process for the timeline; `start` and `end` are Unix seconds.
+
+    Attributes:
+        lane: what of the process did it, where several things go on at once: spans of one lane follow each other or nest.
+        args: what it was about: `version`, `samples`, `tokens`, `bytes` and the like.
+    """
 
     name: str
     start: float
     end: float
     process: str = ""
+    lane: str = ""
+    args: dict[str, float] = {}
 
 
 class PushReport(Struct, frozen=True, kw_only=True):
@@ -112,10 +119,12 @@ class PushReport(Struct, frozen=True, kw_only=True):
 
     Attributes:
         wire_bytes: bytes of weights that arrived at generator workers, all together.
+        generators: how many took part.
         compared: digests compared, one per slice and worker; 0 when not verified.
         mismatches: `generator rank: tensor[rows, columns] from learner rank` of every slice that differs.
     """
 
     wire_bytes: int
+    generators: int = 1
     compared: int = 0
     mismatches: list[str] = []

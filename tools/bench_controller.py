@@ -139,17 +139,24 @@ async def run(config: RunConfig, directory: Path, url: str) -> tuple[float, floa
     train_bpe_tokenizer(directory, [example.text for example in examples], VOCAB)
     tokenizer = Tokenizer.load(directory)
     generators = [
-        VLLMGenerator(f"generator.{i}", url, tokenizer=tokenizer, tensor_parallel=1, request_timeout_s=300.0)
+        VLLMGenerator(
+            f"generator.{i}",
+            url,
+            tokenizer=tokenizer,
+            tensor_parallel=1,
+            request_timeout_s=300.0,
+            probe_timeout_s=60.0,
+        )
         for i in range(4)
     ]
     for generator in generators:
         generator.version = 0
     learner = CodingLearner()
-    recorder = Recorder(config, directory, EventStream(open(os.devnull, "w")), bytes_held_by_generators=0)
+    recorder = Recorder(config, directory, EventStream(open(os.devnull, "w")))
     controller = Controller(
         config,
         learner=learner,
-        pool=GeneratorPool(generators, max_concurrent=32, return_timeout_s=60.0),
+        pool=GeneratorPool(generators, max_concurrent=32, return_timeout_s=60.0, silence_limit_s=60.0),
         weight_sync=WeightSync(learner, generators, config, ("127.0.0.1", 1)),
         reward=make_reward(config.reward),
         prompts=PromptOrder(build_prompts(examples, tokenizer, 512), 0),

@@ -79,6 +79,13 @@ class Member:
         )
         self.staging_bytes = options.staging_mib * 2**20
 
+    def forget_peak(self) -> None:
+        """Of what came before; the file is not there for every kernel and container, and GPUs do not need it."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
     def peak_bytes(self) -> int:
         return self._memory("VmHWM") - self.memory_before
 
@@ -206,7 +213,7 @@ def resident_bytes(key: str) -> int:
 def serve(make: Callable, options: argparse.Namespace, port: int, rank: int, pipe: Connection) -> None:
     """Pushes whenever told to; answers with (seconds, bytes on the wire, peak memory)."""
     member = make(options, port, rank)
-    Path("/proc/self/clear_refs").write_text("5")
+    member.forget_peak()
     pipe.send("ready")
     while (verify := pipe.recv()) is not None:
         start = time.perf_counter()

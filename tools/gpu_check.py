@@ -5,7 +5,8 @@
     python tools/gpu_check.py --device cpu           the parts that also run without a GPU, on tiny models
 
 Each part runs in a process of its own with a time limit; what it lacks is reported as skipped, with the reason, and
-stops nothing. Prints a table, writes `gpu_check.json` into `--out`; exit code 1 if a check failed.
+stops nothing. Prints a table, writes `gpu_check.json` into `--out`; exit code 1 if a check failed. A `run` that failed
+stays in `--out` as `gpu_check_run`, with all its logs.
 
     logits    log-probabilities of the learner, bf16 and each FP8 recipe, against Transformers in float32
     packed    sequences packed into one micro-batch train as each by itself
@@ -20,6 +21,8 @@ stops nothing. Prints a table, writes `gpu_check.json` into `--out`; exit code 1
 import argparse
 import json
 import os
+import re
+import shutil
 import socket
 import statistics
 import subprocess
@@ -28,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -47,8 +50,13 @@ class Skip(Exception):
 
 @dataclass
 class Findings:
-    """What a part measured, and which bounds that held: (name, value, bound, whether it held)."""
+    """What a part measured, and which bounds that held: (name, value, bound, whether it held).
 
+    Attributes:
+        out: where a part leaves what explains its failure.
+    """
+
+    out: Path
     figures: dict[str, Any] = field(default_factory=dict)
     checks: list[tuple[str, float, str, bool]] = field(default_factory=list)
 
@@ -435,6 +443,7 @@ def part_push(device: str, found: Findings) -> None:
 def part_generate(device: str, found: Findings) -> None:
     if not on_gpu(device):
         raise Skip("speed of vLLM on a CPU says nothing about a GPU")
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as generators are started
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
@@ -462,31 +471,68 @@ def part_run(device: str, found: Findings) -> None:
     told = subprocess.run(server, capture_output=True, text=True, timeout=120)
     if told.returncode:
         raise Skip(f"vLLM's server cannot be imported: {told.stderr.strip().splitlines()[-1]}")
-    with tempfile.TemporaryDirectory() as directory:
-        keys = {
-            "run.dir": f"{directory}/run", "run.device": device, "schedule.steps": 6, "warm_start.steps": 100,
-            "data.eval_prompts": 64, "learner.precision": "bf16", "generator.dtype": "bfloat16",
-        }  # fmt: skip
-        if on_gpu(device):
-            keys |= {"weights.transport": "ipc", "generator.gpu_memory_share": 0.4, "model.hidden_size": 256}
-        command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(ROOT / "examples" / "quickstart.yaml")]
-        for key, value in keys.items():
-            command += ["-s", f"{key}={value}"]
-        code = subprocess.run(command, timeout=280, stdout=sys.stderr, check=False).returncode
-        written = Path(directory) / "run" / "summary.json"
-        summary = json.loads(written.read_text()) if written.is_file() else {}
-    if code:
-        print(*summary.get("log_tail") or [], sep="\n", file=sys.stderr)
-        raise RuntimeError(f"the run ended with {code}: {summary.get('error')}")
+    directory = found.out / "gpu_check_run"
+    shutil.rmtree(directory, ignore_errors=True)
+    keys = {
+        "run.dir": directory, "run.device": device, "schedule.steps": 6, "warm_start.steps": 100,
+        "data.eval_prompts": 64, "learner.precision": "bf16", "generator.dtype": "bfloat16",
+    }  # fmt: skip
+    if on_gpu(device):
+        keys |= {"weights.transport": "ipc", "generator.gpu_memory_share": 0.4, "model.hidden_size": 256}
+        keys |= {"launch.gpu_memory_gib": describe(device)["memory_gib"]}
+    command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(ROOT / "examples" / "quickstart.yaml")]
+    for key, value in keys.items():
+        command += ["-s", f"{key}={value}"]
+    ending = ended_within(RUN_LIMIT_S, command)
+    written = directory / "summary.json"
+    summary = json.loads(written.read_text()) if written.is_file() else {}
+    if ending:
+        reason = summary.get("error") or "no summary.json was written; what was printed is above"
+        raise SystemExit("\n".join([f"the run {ending}: {reason}", *first_causes(directory)]))
     sync = summary["weight_sync"]
     found.figures |= {"weight_sync": sync, "logprob_gap": summary["logprob_gap"], "eval": summary["eval"]}
     found.at_most("digests that differ", sync["mismatches"], 0)
     found.at_least("pushes verified", sync["verified"], sync["count"])
     found.at_most("mean |log-probability of learner - vLLM|", summary["logprob_gap"]["mean_abs"], 0.02)
+    if all(held for *_, held in found.checks):
+        shutil.rmtree(directory)
+
+
+def ended_within(limit_s: float, command: list[str]) -> str:
+    """How a command ended if that was not well. At the limit it is asked to end, so that it ends what it started."""
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        code = process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return f"did not end within {limit_s:g} s"
+    return f"ended with {code}" if code else ""
+
+
+def first_causes(run: Path) -> list[str]:
+    """Of each process that has told an exception, the first one: where it stands, and its last frames."""
+    told = [f"its files are kept in {run}"]
+    others_first = sorted((run / "logs").glob("*.log"), key=lambda log: (log.stem == "controller", log.name))
+    for log in others_first:  # it only tells what it heard of them
+        lines = log.read_text(errors="replace").splitlines()
+        start = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
+        if start is None:
+            continue
+        end = next((i for i in range(start + 1, len(lines)) if EXCEPTION.search(lines[i])), len(lines) - 1)
+        told += [f"{log}:{start + 1}: first exception:", *lines[max(start + 1, end - 5) : end + 1]]
+    return told
 
 
 # ---- the runner
 
+# Seconds of a whole run: a first start of vLLM compiles and captures, and may read a cold disk meanwhile.
+RUN_LIMIT_S = 540
+# The line that ends a traceback, behind what vLLM's logging puts in front of every line of it.
+EXCEPTION = re.compile(r"^(?:\(\S+ pid=\d+\) )?(?:ERROR .*?\] )?(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b")
 # seconds each may take
 PARTS: dict[str, tuple[Callable[[str, Findings], None], int]] = {
     "logits": (part_logits, 180),
@@ -496,13 +542,13 @@ PARTS: dict[str, tuple[Callable[[str, Findings], None], int]] = {
     "curve": (part_curve, 240),
     "push": (part_push, 300),
     "generate": (part_generate, 240),
-    "run": (part_run, 420),
+    "run": (part_run, RUN_LIMIT_S + 120),
 }
 
 
-def run_part(name: str, device: str) -> dict[str, Any]:
+def run_part(name: str, device: str, out: Path) -> dict[str, Any]:
     """In a process of its own."""
-    command = [sys.executable, "-W", "ignore", __file__, "--device", device, "--part", name]
+    command = [sys.executable, "-W", "ignore", __file__, "--device", device, "--out", str(out), "--part", name]
     started = time.time()
     with tempfile.TemporaryFile("w+") as log:
         try:
@@ -516,13 +562,13 @@ def run_part(name: str, device: str) -> dict[str, Any]:
     return report | {"seconds": round(time.time() - started, 1)}
 
 
-def answer(part: Callable[[str, Findings], None], device: str) -> dict[str, Any]:
-    found = Findings()
+def answer(part: Callable[[str, Findings], None], device: str, out: Path) -> dict[str, Any]:
+    found = Findings(out)
     try:
         part(device, found)
     except Skip as reason:
         return {"skipped": str(reason)}
-    return asdict(found)
+    return {"figures": found.figures, "checks": found.checks}
 
 
 def show(name: str, report: dict[str, Any]) -> None:
@@ -568,7 +614,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.part:
         with quietly_ended():
-            print(RESULT + json.dumps(answer(PARTS[options.part][0], options.device)), flush=True)
+            print(RESULT + json.dumps(answer(PARTS[options.part][0], options.device, options.out)), flush=True)
     if options.rank:
         with quietly_ended():
             print(RESULT + json.dumps(train_as_rank(options.device, json.loads(options.rank))), flush=True)
@@ -581,7 +627,7 @@ def main() -> None:
     parts = options.parts or list(PARTS)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in parts:
-        reports[name] = run_part(name, options.device)
+        reports[name] = run_part(name, options.device, options.out.absolute())
         show(name, reports[name])
         (options.out / "gpu_check.json").write_text(json.dumps(reports, indent=1, default=str) + "\n")
     raise SystemExit(int(not all(ok(reports[name]) for name in parts)))
@@ -593,7 +639,8 @@ def describe(device: str) -> dict[str, Any]:
         return {"device": "cpu"}
     code = (
         "import json, torch; n = torch.cuda.device_count(); "
-        "print(json.dumps({'gpus': n, 'name': torch.cuda.get_device_name() if n else None}))"
+        "first = torch.cuda.get_device_properties(0) if n else None; "
+        "print(json.dumps({'gpus': n, 'name': n and first.name, 'memory_gib': n and int(first.total_memory / 2**30)}))"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = json.loads(told.stdout)

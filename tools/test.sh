@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Sets the environment up and runs the tests. Arguments go to pytest:
+# Sets the environment up and runs the tests, all of them or a choice of some minutes. Other arguments go to pytest:
+#   tools/test.sh --quick
 #   tools/test.sh -m "not slow" tests/config
 set -euo pipefail
 cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null
 tools/setup_env.sh
 
+if [[ ${1:-} == --quick ]]; then
+    shift
+    set -- -m quick "$@"
+fi
 code=0
 # Two at a time, since most wait for servers to start; a file's tests stay together, because they share what is slow.
 "${ASYNC_RLHF_VENV:-.venv}/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 "$@" || code=$?

@@ -19,7 +19,7 @@ Shape legend: N tokens of a row (rho of tokens) or sequences of a micro-batch (r
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 
@@ -52,12 +52,15 @@ def correction_weights(
     """
     ratio_N = bounded_exp(log_ratio_N.where(mask_N, 0))
     outside_N = (ratio_N < low) | (ratio_N > high)
-    if kind == "none":
-        weight_N = torch.ones_like(ratio_N)
-    elif kind == "truncate":
-        weight_N = ratio_N.clamp(low, high)
-    else:
-        weight_N = ratio_N.masked_fill(outside_N, 0)
+    match kind:
+        case "none":
+            weight_N = torch.ones_like(ratio_N)
+        case "truncate":
+            weight_N = ratio_N.clamp(low, high)
+        case "mask":
+            weight_N = ratio_N.masked_fill(outside_N, 0)
+        case _:
+            assert_never(kind)
     weight_N = weight_N.where(mask_N, 0)
 
     def mean(values_N: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ policy sampled: k1 `d`; k2 `d^2 / 2`; k3 `exp(-d) - 1 + d`. k1 and k3 are unbias
 Shape legend: T tokens of a micro-batch's row.
 """
 
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 
@@ -17,9 +17,15 @@ Gradient = Literal["policy", "estimator"]
 
 def kl_estimate(log_ratio: torch.Tensor, estimator: Estimator) -> torch.Tensor:
     """Estimate of KL(policy || reference) at each token from `log pi - log pi_ref`, of any shape; differentiable."""
-    if estimator == "k1":
-        return log_ratio
-    return log_ratio**2 / 2 if estimator == "k2" else bounded_exp(-log_ratio) - 1 + log_ratio
+    match estimator:
+        case "k1":
+            return log_ratio
+        case "k2":
+            return log_ratio**2 / 2
+        case "k3":
+            return bounded_exp(-log_ratio) - 1 + log_ratio
+        case _:
+            assert_never(estimator)
 
 
 def kl_penalty(
@@ -69,9 +75,14 @@ def kl_loss(
     log_ratio_T = (logprobs_T - reference_T.detach()).where(mask_T, 0)
     estimates_T = kl_estimate(log_ratio_T, estimator)
     mean = estimates_T.detach().sum() / num_tokens
-    if gradient == "policy":
-        right_T = kl_estimate(log_ratio_T, "k2")
-        estimates_T = estimates_T.detach() + right_T - right_T.detach()
+    match gradient:
+        case "policy":
+            right_T = kl_estimate(log_ratio_T, "k2")
+            estimates_T = estimates_T.detach() + right_T - right_T.detach()
+        case "estimator":
+            pass
+        case _:
+            assert_never(gradient)
     if weight_T is not None:
         estimates_T = estimates_T * weight_T.detach().where(mask_T, 0)
     total = (estimates_T * share_T).sum()

@@ -5,7 +5,7 @@ micro-batches and ranks is the step's loss, however its sequences are spread ove
 Shape legend: T tokens of a micro-batch's row.
 """
 
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 
@@ -38,8 +38,12 @@ def token_shares(
             micro-batches and ranks: the denominators.
     """
     ones_T = torch.ones(len(segments.mask_T), dtype=dtype, device=segments.mask_T.device)
-    if normalisation == "token":
-        return segments.keep(ones_T / num_tokens)
-    if normalisation == "constant":
-        return segments.keep(ones_T / (length * num_sequences))
-    return segments.spread(1 / (segments.lengths(ones_T).clamp(min=1) * num_sequences))
+    match normalisation:
+        case "token":
+            return segments.keep(ones_T / num_tokens)
+        case "sequence":
+            return segments.spread(1 / (segments.lengths(ones_T).clamp(min=1) * num_sequences))
+        case "constant":
+            return segments.keep(ones_T / (length * num_sequences))
+        case _:
+            assert_never(normalisation)

@@ -4,7 +4,7 @@ Guo et al. 2024 (arXiv 2402.04792); the asynchronous form is Noukhovitch et al. 
 Shape legend: P preference pairs of one micro-batch.
 """
 
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,13 @@ def online_dpo_loss(
     chosen_ratio_P = policy_chosen_P - reference_chosen_P
     rejected_ratio_P = policy_rejected_P - reference_rejected_P
     h_P = chosen_ratio_P - rejected_ratio_P
-    losses_P = -F.logsigmoid(beta * h_P) if loss == "sigmoid" else (h_P - 1 / (2 * beta)) ** 2
+    match loss:
+        case "sigmoid":
+            losses_P = -F.logsigmoid(beta * h_P)
+        case "ipo":
+            losses_P = (h_P - 1 / (2 * beta)) ** 2
+        case _:
+            assert_never(loss)
     total = (losses_P * weight_P).sum() / num_pairs
 
     def mean(values_P: torch.Tensor) -> torch.Tensor:

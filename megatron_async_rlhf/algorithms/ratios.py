@@ -3,7 +3,7 @@
 Shape legend: T tokens of a micro-batch's row.
 """
 
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 
@@ -37,7 +37,13 @@ def policy_log_ratio(
         base_T: of the policy that the ratio is taken against; constant.
     """
     own_T = segments.keep(logprobs_T - base_T.detach())
-    if level == "token":
-        return own_T
-    mean_T = segments.spread(segments.mean(own_T))
-    return mean_T if level == "sequence" else mean_T.detach() + own_T - own_T.detach()
+    match level:
+        case "token":
+            return own_T
+        case "sequence":
+            return segments.spread(segments.mean(own_T))
+        case "sequence_token":
+            mean_T = segments.spread(segments.mean(own_T))
+            return mean_T.detach() + own_T - own_T.detach()
+        case _:
+            assert_never(level)

@@ -18,18 +18,21 @@ from megatron_async_rlhf.config.layout_rules import (
 )
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory, write_safetensors
-from megatron_async_rlhf.weights.hf_mapping import hf_shapes
+from megatron_async_rlhf.weights.hf_mapping import check_shapes, hf_shapes
 from megatron_async_rlhf.weights.layout import Piece
-from megatron_async_rlhf.weights.stored import (
-    DTYPES,
-    TensorSpec,
-    WeightReader,
-    find_tensor,
-    read_blocks,
-)
+from megatron_async_rlhf.weights.stored import DTYPES, WeightReader, read_blocks
+from megatron_async_rlhf.weights.tensor_spec import TensorSpec
 
 # Layers of Transformer Engine keep scaling factors in an extra state; others save that they have none.
-_WITH_EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+_WITH_EXTRA_STATE = (
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "decoder.final_layernorm",
+)
 
 
 def import_hf(source: Path, out: Path, *, tensor_parallel: int, pipeline_parallel: int, dtype: str | None) -> None:
@@ -40,13 +43,13 @@ def import_hf(source: Path, out: Path, *, tensor_parallel: int, pipeline_paralle
     """
     source = resolve(source)
     description = description_of(source)
-    arch = read_architecture(description)
+    arch = read_architecture(description, causal=True)
     check_shape(arch)
     check_tensor_parallel("--tensor-parallel", tensor_parallel, arch)
     check_interleaved_rows("--tensor-parallel", tensor_parallel, arch)
     check_pipeline_parallel("--pipeline-parallel", pipeline_parallel, arch)
     reader = SafetensorsDirectory(source)
-    _check_tensors(reader, arch)
+    check_shapes(reader.label, {name: spec.shape for name, spec in reader.tensors.items()}, arch)
     parameters = model_parameters(arch, pipeline_parallel)
     dtypes = _dtypes_of(parameters, reader, dtype)
     ranks: list[list[Chunk | SavedObject]] = [[] for _ in range(tensor_parallel * pipeline_parallel)]
@@ -71,38 +74,15 @@ def export_hf(source: Path, out: Path, *, dtype: str | None, config: Path | None
         CheckpointError: one line; no part of `out` is left then.
     """
     source = resolve(source)
-    description = description_of(source, config)
+    description = description_of(source, config, "a checkpoint that Megatron saved, or a run")
     arch = read_architecture(description)
     check_shape(arch)
     reader = open_weights(source, config)
-    _check_tensors(reader, arch)
+    check_shapes(reader.label, {name: spec.shape for name, spec in reader.tensors.items()}, arch)
     specs = [TensorSpec(name, shape, dtype or reader.tensors[name].dtype) for name, shape in hf_shapes(arch).items()]
     with new_directory(out) as directory:
         describe_weights(description, directory, specs[0].dtype)
         write_safetensors(directory, specs, _stream(reader, specs))
-
-
-def check_complete(reader: WeightReader, arch: Architecture) -> None:
-    """
-    Raises:
-        CheckpointError: a tensor is missing or has another shape.
-    """
-    for name, shape in hf_shapes(arch).items():
-        found = find_tensor(reader, name).shape
-        if found != shape:
-            raise CheckpointError(f"{reader.label}: {name} has shape {found}, but config.json describes {shape}")
-
-
-def _check_tensors(reader: WeightReader, arch: Architecture) -> None:
-    """
-    Raises:
-        CheckpointError: a tensor is missing, has another shape, or has no place in the model.
-    """
-    check_complete(reader, arch)
-    shapes = hf_shapes(arch)
-    for name in reader.tensors:
-        if name not in shapes:
-            raise CheckpointError(f"{reader.label}: {name} has no place in a {arch.family} model of this config.json")
 
 
 def _dtypes_of(parameters: list[Parameter], reader: WeightReader, dtype: str | None) -> dict[str, str]:
@@ -148,8 +128,8 @@ def _height(piece: Piece) -> int:
 def _extra_states(parameter: Parameter, arch: Architecture) -> Iterator[SavedObject]:
     module, _, kind = parameter.key.rpartition(".")
     if kind == "weight" and module.endswith(_WITH_EXTRA_STATE):
-        key = f"{module}._extra_state/shard_{parameter.layer}_{arch.layers}"
-        yield SavedObject(key=key, value=[None])
+        shard = "0_1" if parameter.layer is None else f"{parameter.layer}_{arch.layers}"
+        yield SavedObject(key=f"{module}._extra_state/shard_{shard}", value=[None])
 
 
 def _stream(reader: WeightReader, specs: list[TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -30,6 +30,9 @@ HF_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates",
+    "chat_template.json",
+    "tekken.json",
 )
 
 
@@ -70,7 +73,9 @@ def copy_hf_files(source: Path, target: Path) -> None:
     """Copy config, tokenizer and generation config, as far as there are any."""
     target.mkdir(parents=True, exist_ok=True)
     for name in HF_FILES:
-        if (source / name).exists():
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+        elif (source / name).exists():
             shutil.copyfile(source / name, target / name)
 
 

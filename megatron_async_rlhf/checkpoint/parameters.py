@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import assert_never
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.weights.families import Rule
@@ -96,9 +97,11 @@ def shares_of(parameter: Parameter, tensor_parallel: int) -> Iterator[Share]:
                 for first in (0, half):
                     row = first + rank * half // ranks
                     yield Share(tensor_rank=rank, row=row, col=0, rows=half // ranks, cols=cols)
-        case _:
+        case Rule.COLUMN | Rule.VOCAB | Rule.QKV:
             for rank in range(ranks):
                 yield Share(tensor_rank=rank, row=rank * rows // ranks, col=0, rows=rows // ranks, cols=cols)
+        case _:
+            assert_never(parameter.rule)
 
 
 def _saved_name(name: str) -> str:

@@ -5,8 +5,10 @@ checkpoints/step_000040.partial/  being written or deleted, or left over from a 
 checkpoints/reference/            the reference policy, which stays the same: written once, with the first checkpoint
 """
 
+import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +16,11 @@ from pathlib import Path
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.telemetry.files import CHECKPOINT_DIR, REFERENCE_DIR
 
+_log = logging.getLogger(__name__)
+
 _NAME = re.compile(r"step_(\d{6,})")
 _PARTIAL = ".partial"
+_DISCARDED = re.compile(r".+\.[0-9a-f]{8}\.partial")  # no save uses such a name
 
 
 def has_own_reference(config: RunConfig) -> bool:
@@ -54,19 +59,41 @@ class RunCheckpoints:
         _flush(complete.parent)
 
     def prune(self, keep_last: int | None, best: int | None) -> None:
-        """Delete all but the newest `keep_last` and the version `best`."""
+        """Delete all but the newest `keep_last` and the version `best`, as far as that is possible."""
+        for path in self._directory.glob(f"*{_PARTIAL}"):
+            if _DISCARDED.fullmatch(path.name):  # could not be deleted then; perhaps now
+                shutil.rmtree(path, ignore_errors=True)
         if keep_last is None:
             return
         for version in self.versions()[:-keep_last]:
             if version != best:
-                path = self.path(version)
-                path.rename(self.partial(path))  # half of a checkpoint must not look like one
-                shutil.rmtree(self.partial(path))
+                _discard(self.path(version))
+
+    def discard_partial(self, complete: Path) -> None:
+        """Give back the room of a save that failed; nobody writes there any more."""
+        _discard(self.partial(complete))
 
     def remove_leftovers(self) -> None:
         """Delete what killed saves and deletions left; only while no process of the run is alive."""
         for path in self._directory.glob(f"*{_PARTIAL}"):
-            shutil.rmtree(path)
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Delete a directory, if it is there. What cannot be deleted is no reason to fail what takes its place.
+
+    NFS keeps a file that somebody still reads under another name, so its directory cannot be removed just then. What is
+    left has a name that no save uses: the next `prune` or `remove_leftovers` tries again.
+    """
+    if not path.exists():
+        return
+    aside = path.with_name(f"{path.name.removesuffix(_PARTIAL)}.{secrets.token_hex(4)}{_PARTIAL}")
+    try:
+        path.rename(aside)  # half of a checkpoint must not look like one
+        shutil.rmtree(aside)
+    except OSError as error:
+        left = aside if aside.exists() else path
+        _log.warning("%s cannot be deleted (%s); it is tried again later", left, error.strerror or error)
 
 
 def best_version(scores: Mapping[int, float], which: str) -> int | None:

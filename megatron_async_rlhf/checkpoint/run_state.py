@@ -12,7 +12,7 @@ from megatron_async_rlhf.scheduler.state import ControllerState
 from megatron_async_rlhf.telemetry.files import RUN_STATE
 from megatron_async_rlhf.telemetry.summary import RunTotals
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class RunState(Struct, frozen=True, kw_only=True):

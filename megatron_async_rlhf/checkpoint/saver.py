@@ -6,6 +6,8 @@ complete: ask the learner until all its files are there -> add ours, flush, rena
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -15,10 +17,10 @@ from megatron_async_rlhf.checkpoint.directory import HF_DIR, describe_weights
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, best_version, has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import CheckpointError, ConfigError
+from megatron_async_rlhf.errors import CheckpointError, ConfigError, WriteError
 from megatron_async_rlhf.learner.protocol import FinishCheckpoint, Learner, SaveCheckpoint
 from megatron_async_rlhf.scheduler.state import ControllerState
-from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RUN_STATE
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RUN_STATE, unwritten
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Span
 
@@ -81,7 +83,7 @@ class CheckpointSaver:
         """As `Checkpoints.start`.
 
         Raises:
-            LearnerError: naming the directory.
+            LearnerError, WriteError: naming the directory. What was written of it is deleted.
         """
         version, metric = state.version, self._config.checkpoint.keep_best
         if self._seen:
@@ -93,34 +95,49 @@ class CheckpointSaver:
         frozen = RunState(controller=state, totals=self._recorder.totals, metric=metric, scores=self._scores)
         self._under_way = _Save(version, encode_run_state(frozen), directories, time.time())
         checkpoint, *reference = (str(self._places.partial(path)) for path in directories)
-        await self._learner.execute(
-            SaveCheckpoint(
-                checkpoint=checkpoint,
-                reference=reference[0] if reference else None,
-                snapshot=self._config.checkpoint.async_save,
-            )
+        command = SaveCheckpoint(
+            checkpoint=checkpoint,
+            reference=reference[0] if reference else None,
+            snapshot=self._config.checkpoint.async_save,
         )
+        with self._gives_room_back(self._under_way):
+            await self._learner.execute(command)
 
     async def complete(self) -> None:
         """As `Checkpoints.complete`.
 
         Raises:
-            LearnerError, CheckpointError: one line naming the directory.
+            LearnerError, WriteError, CheckpointError: one line naming the directory. What was written of it is deleted,
+                unless it is still being written.
         """
         save, self._under_way = self._under_way, None
         limit = self._config.checkpoint.timeout_s
-        while not (answer := await self._learner.execute(FinishCheckpoint())).saved:
-            if time.time() - save.start > limit:
-                raise CheckpointError(
-                    f"{save.directories[0]} was not written within {limit:g} s; raise checkpoint.timeout_s"
-                )
-            await asyncio.sleep(_POLL_S)
-        try:
+        with self._gives_room_back(save):
+            while not (answer := await self._learner.execute(FinishCheckpoint())).saved:
+                if time.time() - save.start > limit:
+                    raise CheckpointError(
+                        f"{save.directories[0]} was not written within {limit:g} s; raise checkpoint.timeout_s"
+                    )
+                await asyncio.sleep(_POLL_S)
             await asyncio.to_thread(self._put_in_place, save)
-        except OSError as error:
-            raise CheckpointError(f"{save.directories[0]} cannot be written ({error.strerror or error})") from None
-        span = Span(name=f"checkpoint {save.version}", start=save.start, end=time.time(), process="checkpoints")
+        await asyncio.to_thread(self._prune)
+        args = {"version": save.version}
+        span = Span(
+            name=f"checkpoint {save.version}", start=save.start, end=time.time(), process="checkpoints", args=args
+        )
         self._recorder.saved(save.version, [span, *answer.spans])
+
+    @contextmanager
+    def _gives_room_back(self, save: _Save) -> Iterator[None]:
+        """Deletes what a save has written whose files nobody can write: the disk may be full, and the run has last words."""
+        try:
+            yield
+        except (WriteError, OSError) as error:
+            for directory in save.directories:
+                self._places.discard_partial(directory)
+            if isinstance(error, OSError):
+                raise CheckpointError(unwritten(save.directories[0], error)) from None
+            raise
 
     def _put_in_place(self, save: _Save) -> None:
         checkpoint = save.directories[0]
@@ -129,6 +146,8 @@ class CheckpointSaver:
             dtype = self._config.learner.weights_dtype
             describe_weights(self._template, self._places.partial(directory) / HF_DIR, dtype)
             self._places.put_in_place(directory)
+
+    def _prune(self) -> None:
         keys = self._config.checkpoint
         complete = self._places.versions()
         scores = {version: score for version, score in self._scores.items() if version in complete}

@@ -6,13 +6,14 @@ from pathlib import Path
 from megatron_async_rlhf.checkpoint.directory import HF_DIR, hf_files_of, is_checkpoint
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.weights import CheckpointWeights
-from megatron_async_rlhf.config.architecture import Architecture, architecture_of_hf
+from megatron_async_rlhf.config.architecture import Architecture, architecture_of_hf, check_causal_model
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
 from megatron_async_rlhf.generator.vllm.live_weights import LiveWeights
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, RESOLVED_CONFIG
 from megatron_async_rlhf.telemetry.summary import read_summary
 from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
+from megatron_async_rlhf.weights.safetensors_files import refuse_adapter
 from megatron_async_rlhf.weights.stored import WeightReader
 from megatron_async_rlhf.weights.verify import StoredWeights, WeightHolder
 
@@ -81,31 +82,37 @@ def is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
-def description_of(directory: Path, config: Path | None = None) -> Path:
+def description_of(directory: Path, config: Path | None = None, wanted: str = "a Hugging Face model directory") -> Path:
     """Where the model's config and tokenizer are.
+
+    Args:
+        wanted: what a message asks for where there is nothing of a model.
 
     Raises:
         CheckpointError: a checkpoint brings none and none are given.
     """
+    refuse_adapter(directory)
     found = config or hf_files_of(directory)
     if not (found / "config.json").is_file():
         if is_checkpoint(directory) and config is None:
             raise CheckpointError(
                 f"{directory} has no {HF_DIR}/config.json; name the model's Hugging Face directory with --config"
             )
-        raise CheckpointError(f"{found} has no config.json; give a Hugging Face model directory")
+        raise CheckpointError(f"{found} has no config.json; give {wanted}")
     return found
 
 
-def read_architecture(directory: Path) -> Architecture:
+def read_architecture(directory: Path, *, causal: bool = False) -> Architecture:
     """
+    Args:
+        causal: the model has to be a language model itself.
+
     Raises:
         CheckpointError: a model that is not supported.
     """
     try:
+        if causal:
+            check_causal_model(directory)
         return architecture_of_hf(directory)
     except ConfigError as error:
         raise CheckpointError(str(error).removeprefix("model.hf = ")) from None
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{directory / 'config.json'} does not describe a model ({reason})") from None

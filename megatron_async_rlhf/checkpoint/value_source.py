@@ -1,14 +1,21 @@
 """The weights a value model starts from: the policy's body, and a head in place of the output matrix."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_async_rlhf.checkpoint.sources import open_weights
+from megatron_async_rlhf.checkpoint.directory import is_checkpoint
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import CheckpointError
+from megatron_async_rlhf.installed import check_installed
 from megatron_async_rlhf.weights.families import FAMILIES
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
-from megatron_async_rlhf.weights.stored import WeightReader, find_tensor
+from megatron_async_rlhf.weights.safetensors_files import find_weights
+from megatron_async_rlhf.weights.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from megatron_async_rlhf.weights.stored import WeightReader
 
 HF_HEAD = "score.weight"  # of Transformers' models for sequence classification, [1, H]
 
@@ -18,25 +25,50 @@ def value_body(arch: Architecture) -> Architecture:
     return replace(arch, tie_embeddings=False)
 
 
-def open_value_source(directory: Path, arch: Architecture) -> WeightReader:
+def check_value_source(directory: Path, arch: Architecture) -> None:
+    """As `open_value_source`, and without torch unless the weights are a checkpoint's.
+
+    Raises:
+        CheckpointError: no weights there, or one that is missing or has another shape than the value model's.
+    """
+    if is_checkpoint(directory):
+        check_installed("torch")
+        open_value_source(directory, arch)
+        return
+    try:
+        tensors = {name: place.spec for name, place in find_weights(directory).items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"algorithm.value_hf = {directory}: {error}") from None
+    _check_tensors(directory, tensors, arch)
+
+
+def open_value_source(directory: Path, arch: Architecture) -> "WeightReader":
     """
     Raises:
         CheckpointError: no weights there, or one that is missing or has another shape than the value model's.
     """
-    where = f"algorithm.value_hf = {directory}"
+    from megatron_async_rlhf.checkpoint.sources import open_weights  # brings torch
+
     try:
         reader = open_weights(directory)
-        for name, shape in hf_shapes(value_body(arch)).items():
-            if name in FAMILIES[arch.family].output.hf:
-                continue
-            if (found := find_tensor(reader, name).shape) != shape:
-                raise CheckpointError(f"{name} has shape {found}, the policy's is {shape}")
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from None
-    head = reader.tensors.get(HF_HEAD)
+        raise CheckpointError(f"algorithm.value_hf = {directory}: {error}") from None
+    _check_tensors(directory, reader.tensors, arch)
+    return reader
+
+
+def _check_tensors(directory: Path, tensors: Mapping[str, TensorSpec], arch: Architecture) -> None:
+    where = f"algorithm.value_hf = {directory}"
+    for name, shape in hf_shapes(value_body(arch)).items():
+        if name in FAMILIES[arch.family].output.hf:
+            continue
+        if name not in tensors:
+            raise CheckpointError(f"{where}: {directory} has no tensor {name}")
+        if tensors[name].shape != shape:
+            raise CheckpointError(f"{where}: {name} has shape {tensors[name].shape}, the policy's is {shape}")
+    head = tensors.get(HF_HEAD)
     if head is not None and head.shape != (1, arch.hidden_size):
         raise CheckpointError(
             f"{where}: {HF_HEAD} has shape {head.shape}, a value model's is (1, {arch.hidden_size}); give a reward model "
             "with one label"
         )
-    return reader

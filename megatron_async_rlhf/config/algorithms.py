@@ -149,7 +149,9 @@ class CorrectionKeys(Section):
     def bounds(self) -> tuple[float, float]:
         """Of rho, given or by default."""
         low = 0.5 if self.type == "mask" else 0.0
-        high = {"truncate": 2.0, "mask": 5.0, "mask_sequences": 2.0}.get(self.type, float("inf"))
+        unbounded = float("inf")
+        defaults = {"truncate": 2.0, "mask": 5.0, "mask_sequences": 2.0, "none": unbounded, "decoupled": unbounded}
+        high = defaults[self.type]
         return (low if self.low is None else self.low), (high if self.high is None else self.high)
 
     @property
@@ -160,8 +162,13 @@ class CorrectionKeys(Section):
     @property
     def kind(self) -> Literal["none", "truncate", "mask"]:
         """In the terms of `algorithms.corrections`."""
-        kinds = {"truncate": "truncate", "decoupled": "truncate", "mask": "mask", "mask_sequences": "mask"}
-        return kinds.get(self.type, "none")
+        return {
+            "none": "none",
+            "truncate": "truncate",
+            "decoupled": "truncate",
+            "mask": "mask",
+            "mask_sequences": "mask",
+        }[self.type]
 
 
 class PolicyGradientKeys(AlgorithmKeys):

@@ -17,6 +17,8 @@ _MUST_BE_OFF = {
     "use_sliding_window": "only full attention is",
     "dual_chunk_attention_config": "only full attention is",
     "quantization_config": "only plain weights are",
+    "compression_config": "only plain weights are",
+    "transformers_weights": "only weights in model.safetensors or in the shards of its index are",
 }
 
 
@@ -167,57 +169,101 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a Hugging Face directory.
 
     Raises:
-        ConfigError: it is missing or is not JSON.
+        ConfigError: it is missing or is not a JSON object.
     """
     path = directory / "config.json"
+    where = f"model.hf = {directory}"
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"model.hf = {directory}: no config.json there; give a Hugging Face model directory"
-        ) from None
+        raise ConfigError(f"{where}: no config.json there; give a Hugging Face model directory") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.hf = {directory}: config.json cannot be read ({error})") from None
+        raise ConfigError(f"{where}: config.json cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: config.json is not a JSON object")
+    return found
+
+
+def check_causal_model(directory: Path) -> None:
+    """Refuse a directory whose `config.json` names another class than the family's language model.
+
+    Transformers goes by `model_type` alone, but vLLM by the class.
+
+    Raises:
+        ConfigError: it does; or see `architecture_of_hf`.
+    """
+    hf, where = read_hf_config(directory), f"model.hf = {directory}"
+    expected, named = _family_of(hf, where).hf_class, hf.get("architectures")
+    if named is not None and named != [expected]:
+        raise ConfigError(f"{where}: architectures = {named} is not supported, only [{expected!r}] is; save it as that")
 
 
 def architecture_of_hf(directory: Path) -> Architecture:
-    """Shape of a Hugging Face directory of a supported dense family.
+    """Shape of a Hugging Face directory of a supported dense family, as Transformers understands its `config.json`.
 
     Raises:
-        ConfigError: another family, or a feature this version does not map (named in the message).
+        ConfigError: another family, a feature this version does not map, or a number that is none (named in the message).
     """
     hf = read_hf_config(directory)
     where = f"model.hf = {directory}"
     family = _family_of(hf, where)
     hf = family.config_defaults | hf
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # the older name goes first in Transformers too
+    rope = _rope_parameters(hf, where)
     _refuse_unsupported(family, hf, rope, where)
-    try:
-        heads, hidden_size = hf["num_attention_heads"], hf["hidden_size"]
-        head_dim = hf.get("head_dim") or hidden_size // heads
-        if head_dim != hidden_size // heads and not family.free_head_size:
-            raise ConfigError(
-                f"{where}: head_dim = {head_dim} must be hidden_size / num_attention_heads = {hidden_size // heads} "
-                f"in the {family.model_type} family"
-            )
-        return Architecture(
-            family=family.model_type,
-            vocab_size=hf["vocab_size"],
-            layers=hf["num_hidden_layers"],
-            hidden_size=hidden_size,
-            ffn_size=hf["intermediate_size"],
-            heads=heads,
-            kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-            context_length=hf["max_position_embeddings"],
-            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(rope),
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            init_std=hf.get("initializer_range", 0.02),
-        )
-    except KeyError as error:
-        raise ConfigError(f"{where}: config.json has no {error.args[0]}") from None
+    numbers = _Numbers(hf, where, family.never_null)
+    hidden_size, heads = numbers.count("hidden_size"), numbers.count("num_attention_heads")
+    arch = Architecture(
+        family=family.model_type,
+        vocab_size=numbers.count("vocab_size"),
+        layers=numbers.count("num_hidden_layers"),
+        hidden_size=hidden_size,
+        ffn_size=numbers.count("intermediate_size"),
+        heads=heads,
+        kv_heads=numbers.count("num_key_value_heads", default=heads),
+        head_dim=numbers.count("head_dim", default=hidden_size // heads),
+        context_length=numbers.count("max_position_embeddings"),
+        rope_theta=_Numbers({"rope_theta": 10000.0} | _theta(hf) | _theta(rope), where).positive("rope_theta"),
+        rope_scaling=_rope_scaling(hf, rope, where),
+        norm_eps=_Numbers({"rms_norm_eps": 1e-6} | hf, where).positive("rms_norm_eps"),
+        tie_embeddings=_Numbers({"tie_word_embeddings": False} | hf, where).flag("tie_word_embeddings"),
+        init_std=_Numbers({"initializer_range": 0.02} | hf, where).positive("initializer_range"),
+    )
+    _check_heads(family, arch, where)
+    return arch
+
+
+class _Numbers:
+    """The values of a `config.json`, each refused by name if it is not what it should be."""
+
+    def __init__(self, hf: dict[str, Any], where: str, never_null: tuple[str, ...] = ()) -> None:
+        self._hf, self._where, self._never_null = hf, where, never_null
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """
+        Args:
+            default: what stands for a key that is missing or null, where it may be.
+        """
+        value = self._hf.get(key)
+        if value is None and default is not None and key not in self._never_null:
+            return default
+        return self._checked(key, int, "a positive whole number")
+
+    def positive(self, key: str) -> float:
+        return float(self._checked(key, (int, float), "a positive number"))
+
+    def flag(self, key: str) -> bool:
+        value = self._hf[key]
+        if not isinstance(value, bool):
+            raise ConfigError(f"{self._where}: {key} = {value!r} in config.json must be true or false")
+        return value
+
+    def _checked(self, key: str, kind: type | tuple[type, ...], rule: str) -> Any:
+        if key not in self._hf:
+            raise ConfigError(f"{self._where}: config.json has no {key}")
+        value = self._hf[key]
+        if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+            raise ConfigError(f"{self._where}: {key} = {value!r} in config.json must be {rule}")
+        return value
 
 
 def _family_of(hf: dict[str, Any], where: str) -> Family:
@@ -226,9 +272,44 @@ def _family_of(hf: dict[str, Any], where: str) -> Family:
         raise ConfigError(
             f"{where}: model_type {model_type!r} is a mixture of experts; only dense models are supported: {supported}"
         )
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"{where}: model_type {model_type!r} is not supported, only {supported} are")
     return FAMILIES[model_type]
+
+
+def _rope_parameters(hf: dict[str, Any], where: str) -> dict[str, Any]:
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # the older name goes first in Transformers too
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{where}: the rope parameters {rope!r} in config.json are not an object")
+    return rope
+
+
+def _theta(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: table[key] for key in ("rope_theta",) if key in table}
+
+
+def _check_heads(family: Family, arch: Architecture, where: str) -> None:
+    """
+    Raises:
+        ConfigError: heads that cannot be grouped or rotated, or that vLLM or Transformers refuse.
+    """
+    whole = arch.hidden_size // arch.heads
+    if arch.head_dim != whole and not family.free_head_size:
+        raise ConfigError(
+            f"{where}: head_dim = {arch.head_dim} must be hidden_size / num_attention_heads = {whole} "
+            f"in the {family.model_type} family"
+        )
+    if arch.hidden_size % arch.heads and family.whole_heads:
+        raise ConfigError(
+            f"{where}: hidden_size = {arch.hidden_size} must be a multiple of num_attention_heads = {arch.heads} in the "
+            f"{family.model_type} family"
+        )
+    if arch.head_dim % 2:
+        raise ConfigError(f"{where}: the head size {arch.head_dim} (head_dim) must be even for rotary embeddings")
+    if arch.heads % arch.kv_heads:
+        raise ConfigError(
+            f"{where}: num_key_value_heads = {arch.kv_heads} must divide num_attention_heads = {arch.heads}"
+        )
 
 
 def _refuse_unsupported(family: Family, hf: dict[str, Any], rope: dict[str, Any], where: str) -> None:
@@ -238,29 +319,43 @@ def _refuse_unsupported(family: Family, hf: dict[str, Any], rope: dict[str, Any]
             raise ConfigError(f"{where}: {key} is not supported, {supported}")
     if hf.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{where}: hidden_act {hf['hidden_act']!r} is not supported, only silu is")
-    if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
+    layer_types = hf.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise ConfigError(f"{where}: layer_types other than full_attention are not supported")
-    window, context = hf.get("sliding_window"), hf.get("max_position_embeddings", 0)
-    has_switch = "use_sliding_window" in family.config_defaults  # off, or it was refused above
-    if not has_switch and window is not None and window < context:
-        raise ConfigError(
-            f"{where}: sliding_window = {window} is below max_position_embeddings = {context}, and only full attention "
-            f"is supported; set max_position_embeddings = {window} to stay inside the window, or sliding_window = null"
-        )
     if any(isinstance(value, dict) for value in rope.values()):
         raise ConfigError(f"{where}: rope parameters that differ between layers are not supported")
     if _rope_type(rope) not in ("default", "llama3"):
         raise ConfigError(f"{where}: rope scaling {_rope_type(rope)!r} is not supported, only default and llama3 are")
-    rotary = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    if rotary != 1.0:
-        raise ConfigError(f"{where}: partial_rotary_factor = {rotary} is not supported, only 1.0 is")
+    for table in (rope, hf):
+        if table.get("partial_rotary_factor", 1.0) not in (1.0, None):
+            rotary = table["partial_rotary_factor"]
+            raise ConfigError(f"{where}: partial_rotary_factor = {rotary} is not supported, only 1.0 is")
+    _refuse_sliding_window(family, hf, where)
 
 
-def _rope_type(rope: dict[str, Any]) -> str:
-    return rope.get("rope_type") or rope.get("type") or "default"
+def _refuse_sliding_window(family: Family, hf: dict[str, Any], where: str) -> None:
+    window, has_switch = hf.get("sliding_window"), "use_sliding_window" in family.config_defaults
+    if has_switch or window is None:  # a switch is off here, or it was refused
+        return
+    context = _Numbers(hf, where).count("max_position_embeddings")
+    if not isinstance(window, int) or window < context:
+        raise ConfigError(
+            f"{where}: sliding_window = {window} is below max_position_embeddings = {context}, and only full attention "
+            f"is supported; set max_position_embeddings = {window} to stay inside the window, or sliding_window = null"
+        )
 
 
-def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+def _rope_type(rope: dict[str, Any]) -> Any:
+    return rope["rope_type"] if "rope_type" in rope else rope.get("type", "default")
+
+
+def _rope_scaling(hf: dict[str, Any], rope: dict[str, Any], where: str) -> RopeScaling | None:
     if _rope_type(rope) == "default":
         return None
-    return RopeScaling(**{field.name: rope[field.name] for field in fields(RopeScaling)})
+    numbers, original = _Numbers(rope, f"{where}: rope parameters"), "original_max_position_embeddings"
+    if original in hf:  # Transformers prefers it there
+        raise ConfigError(f"{where}: {original} is only supported inside the rope parameters, not beside them")
+    return RopeScaling(
+        **{field.name: numbers.positive(field.name) for field in fields(RopeScaling) if field.name != original},
+        original_max_position_embeddings=numbers.count(original),
+    )

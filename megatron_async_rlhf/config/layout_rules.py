@@ -24,7 +24,7 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
     _check_virtual_stages(config.learner, arch)
     if config.learner.fp8 is not None:
         _check_bf16_layers(config.learner.fp8, config.learner.pipeline_parallel, arch)
-        _check_fp8_sizes(config.learner.fp8, config.learner.tensor_parallel, arch)
+        _check_fp8_sizes(config.learner.fp8, config.learner, arch)
     if config.generator.max_new_tokens >= arch.context_length:
         raise ConfigError(
             f"generator.max_new_tokens = {config.generator.max_new_tokens} leaves no room for a prompt in "
@@ -38,9 +38,12 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
             f"{together} x {arch.context_length} = {together * arch.context_length}"
         )
     if config.run.device == "cpu" and arch.head_dim not in _CPU_HEAD_SIZES:
+        hf = config.model.hf
+        whose = "" if hf is None else f"model.hf = {hf}: "
+        change = "change model.heads" if hf is None else "take another model, or run this one on a GPU"
         raise ConfigError(
-            f"the head size {arch.head_dim} (hidden_size / heads, or head_dim) is not one that vLLM runs on a CPU: "
-            f"{', '.join(str(size) for size in _CPU_HEAD_SIZES)}; change model.heads"
+            f"{whose}the head size {arch.head_dim} (hidden_size / heads, or head_dim) is not one that vLLM runs on a CPU: "
+            f"{', '.join(str(size) for size in _CPU_HEAD_SIZES)}; {change}"
         )
 
 
@@ -128,9 +131,12 @@ def _check_bf16_layers(fp8: Fp8Keys, stages: int, arch: Architecture) -> None:
         )
 
 
-def _check_fp8_sizes(fp8: Fp8Keys, ranks: int, arch: Architecture) -> None:
-    """Both sides of every matrix, as a tensor-parallel rank has it, come in whole tiles."""
-    tile = 32 if fp8.recipe == "mxfp8" else 16
+def _check_fp8_sizes(fp8: Fp8Keys, learner: LearnerSection, arch: Architecture) -> None:
+    """Both sides of every matrix, as a tensor-parallel rank has it, come in whole tiles.
+
+    With `blockwise` a matrix may end within a block of 128, except where Transformer Engine gathers quantized rows.
+    """
+    ranks, tile = learner.tensor_parallel, 32 if fp8.recipe == "mxfp8" else 16
     rows = (arch.heads + 2 * arch.kv_heads) * arch.head_dim
     for what, size, parts in (
         ("hidden size", arch.hidden_size, 1),
@@ -144,3 +150,8 @@ def _check_fp8_sizes(fp8: Fp8Keys, ranks: int, arch: Architecture) -> None:
                 f"learner.fp8.recipe = {fp8.recipe} needs multiples of {tile}, and the {what} on a rank is {divided}; "
                 f"remove learner.fp8{', or lower learner.tensor_parallel' if parts > 1 else ''}"
             )
+    if fp8.recipe == "blockwise" and learner.sequence_parallel and arch.hidden_size % 128:
+        raise ConfigError(
+            "learner.fp8.recipe = blockwise with learner.sequence_parallel gathers whole blocks of 128, and the hidden size "
+            f"is {arch.hidden_size}; set learner.sequence_parallel = false, or learner.fp8.recipe = tensorwise"
+        )

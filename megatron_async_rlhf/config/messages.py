@@ -4,13 +4,12 @@ import re
 from types import NoneType
 from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from megatron_async_rlhf.config.algorithms import SECTIONS
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.schema import Location, choices, has_algorithm_type, places_of, section_at, types_at
-from megatron_async_rlhf.config.section import Section
+from megatron_async_rlhf.config.section import Section, shown
 from megatron_async_rlhf.suggestions import closest
 
 _SECTION_ERRORS = ("model_type", "model_attributes_type", "dataclass_type")
@@ -53,21 +52,6 @@ def lines_of(error: ValidationError) -> list[str]:
 def dotted(location: Location) -> str:
     """As the key is written."""
     return ".".join(map(str, _as_written(location)))
-
-
-def shown(value: Any) -> str:
-    """A value as YAML writes it, on one line, cut short."""
-    if value is None or isinstance(value, bool):
-        text = "null" if value is None else str(value).lower()
-    elif isinstance(value, dict | list):
-        try:
-            text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True, sort_keys=False)
-        except yaml.YAMLError:
-            text = str(value)
-    else:
-        text = str(value)
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _line(key: str, location: Location, kind: str, item: Any) -> str:

@@ -12,7 +12,7 @@ from megatron_async_rlhf.config.algorithms import (
 )
 
 _OF_EVERY_STEP = (
-    "reward", "reward_penalised", "reward_margin", "response_length", "finished", "pairs_skipped", "num_sequences",
+    "reward", "reward_penalised", "reward_margin", "response_length", "finished", "pairs_skipped_share", "num_sequences",
     "staleness/mean", "staleness/max", "loss", "grad_norm", "learning_rate", "tokens", "padding", "tokens_per_s",
     "logprob_gap/mean_abs", "logprob_gap/max_abs", "time/train_s", "time/generate_s", "time/reference_s",
     "time/forward_backward_s", "time/gradient_reduction_s", "time/optimizer_s", "model_flops_utilisation",

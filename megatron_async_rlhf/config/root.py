@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from megatron_async_rlhf.config.algorithms import AlgorithmSection, OnlineDPOSection
+from megatron_async_rlhf.config.effects import check_effects
 from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
 from megatron_async_rlhf.config.metrics import metric_names
 from megatron_async_rlhf.config.section import Section
@@ -75,6 +76,11 @@ class RunConfig(Section):
                 f"checkpoint.keep_best = {metric}: this run's steps have no such metric; "
                 f"{did_you_mean(metric, names, otherwise='there are {names}')}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_effects(self) -> "RunConfig":
+        check_effects(self)
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from megatron_async_rlhf.config.beats import LearnerTimeout, NodeTimeout
 from megatron_async_rlhf.config.cluster import SlurmKeys
 from megatron_async_rlhf.config.section import Section, synonyms
 
@@ -140,7 +141,7 @@ class LearnerSection(OptimizerKeys):
     # known GPUs, none for a CPU
     peak_tflops: PositiveFloat | None = None
     threads: PositiveInt = 1  # OpenMP threads per rank
-    timeout_s: PositiveFloat = 600.0  # any collective, and any one command of the controller
+    timeout_s: LearnerTimeout = 600.0  # any collective, and any one command of the controller
 
     @property
     def model_ranks(self) -> int:
@@ -192,7 +193,12 @@ class GeneratorSection(Section):
     port: int = Field(0, ge=0, le=65535)  # of the first replica, the next ones follow; 0 picks free ports
     start_timeout_s: PositiveFloat = 300.0
     request_timeout_s: PositiveFloat = 300.0  # a generator that has requests and answers none for so long is lost
-    restarts: int = Field(3, ge=0)  # of each replica that dies once training has begun; 0: its death ends the run
+    # A server whose engine and workers do not answer a call that takes no time within this is not ready. They answer
+    # between two engine steps, so it must be longer than the longest one.
+    probe_timeout_s: PositiveFloat = 60.0
+    restarts: int = Field(
+        3, ge=0
+    )  # of each replica that dies or hangs once training has begun; 0: its death ends the run
 
     @property
     def workers(self) -> int:
@@ -317,7 +323,7 @@ class WeightsSection(Section):
     """How the learner's weights reach the generators."""
 
     transport: Literal["gloo", "nccl", "ipc"] = "gloo"  # sockets | one GPU per rank | learner and generator share GPUs
-    verify: Literal["every", "first", "off"] = "every"  # which pushes have both sides' digests compared
+    verify: Literal["every", "first", "off"] = "every"  # pushes with both sides' digests compared
     staging_mib: PositiveInt = 64  # a staging buffer; a rank has two (generators on CPU: one, see docs/weights.md)
     snapshot: bool = False  # send from a copy, so that not even the optimizer's step waits; costs the copy's memory
     timeout_s: PositiveFloat = 120.0  # how long nothing may move: rendezvous, each message, each verdict
@@ -376,7 +382,7 @@ class LaunchSection(Section):
     interface: str | None = None  # network interface between machines, as ib0; unset: the one they find each other by
     port: int = Field(0, ge=0, le=65535)  # the other machines meet the first one here; 0 picks a free one
     join_timeout_s: PositiveFloat = 300.0  # for all machines to be there
-    node_timeout_s: PositiveFloat = 20.0  # a machine that is silent for so long is lost, and the run with it
+    node_timeout_s: NodeTimeout = 20.0  # a machine that is silent for so long is lost, and the run with it
     gpu: Literal["a100", "h100", "h100-pcie", "h200", "b200"] = (
         "h100"  # whose data sheet the estimated speed is computed from
     )

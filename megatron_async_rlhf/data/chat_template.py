@@ -54,13 +54,20 @@ class ChatTemplate:
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks what the assistant said; for a prompt it only has to be passed through."""
+    """`{% generation %}` marks what the assistant said; for a prompt it only has to be passed through.
+
+    As in Transformers it is a block of its own: what is set inside is not set outside.
+    """
 
     tags = {"generation"}
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_pass_through"), [], [], body).set_lineno(line)
+
+    def _pass_through(self, caller: jinja2.runtime.Macro) -> str:
+        return caller()
 
 
 def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
@@ -69,13 +76,19 @@ def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = now.strftime
+    environment.globals["strftime_now"] = lambda format: now.strftime(format)
     return environment
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+def _to_json(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes HTML characters, which a model has never seen.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

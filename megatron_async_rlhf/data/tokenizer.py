@@ -1,7 +1,7 @@
 """Text to token ids and back, without torch or Transformers.
 
-A directory written here, or any Hugging Face directory with a `tokenizer.json`, gives the same ids as Transformers.
-The exception is on purpose: a special token spelled out in a prompt (`<eos>`) stays ordinary text, so that no prompt
+A directory written here, or any Hugging Face directory with a `tokenizer.json`, gives the same ids as Transformers, or is
+refused (`tokenizer_files`). The exception is on purpose: a special token spelled out in a prompt (`<eos>`) stays ordinary text, so that no prompt
 can end a turn or open another one.
 
 Some chat templates print today's date. A directory may say what day that is (`fix_date`), so that a run that is resumed
@@ -12,12 +12,12 @@ import json
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from megatron_async_rlhf.data.chat_template import ChatTemplate
+from megatron_async_rlhf.data.tokenizer_files import read_tokenizer_files
 from megatron_async_rlhf.errors import DataError
 
 _PAD, _EOS, _USER, _ASSISTANT = SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")
@@ -38,54 +38,52 @@ class Tokenizer:
         bos_token_id: None if the directory names none.
     """
 
-    def __init__(self, directory: Path, config: dict[str, Any], template_source: str, now: datetime) -> None:
+    def __init__(self, directory: Path, now: datetime) -> None:
         # Two instances, because whether special tokens in the input are recognised is a state of the tokenizer.
-        self._with_specials = _read_tokenizer(directory)
-        self._text_only = _read_tokenizer(directory)
-        named = _named_tokens(config)
-        for backend in (self._with_specials, self._text_only):
-            # `tokenizer_config.json` has the last word on what is special, as it has in Transformers.
-            known = [text for text in named.values() if backend.token_to_id(text) is not None]
-            backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in known])
+        files, self._text_only = read_tokenizer_files(directory), read_tokenizer_files(directory).backend
+        self._with_specials, named = files.backend, files.named
+        # A token with a name is never spelled by a prompt, even if the vocabulary does not call it special.
+        plain = {token.content: token for token in self._text_only.get_added_tokens_decoder().values()}
+        self._text_only.add_special_tokens([_special(plain[text]) for text in named.values() if text in plain])
         self._text_only.encode_special_tokens = True
 
         def token_id(name: str) -> int | None:
             return self._with_specials.token_to_id(named[name]) if name in named else None
 
         eos_token_id, pad_token_id = token_id("eos_token"), token_id("pad_token")
-        if eos_token_id is None:
-            raise DataError(
-                f"{directory}: tokenizer_config.json names no eos token of the vocabulary; set its eos_token"
-            )
+        assert eos_token_id is not None  # `read_tokenizer_files` looks for it
         self.eos_token_id: int = eos_token_id
         self.pad_token_id: int = eos_token_id if pad_token_id is None else pad_token_id
         self.bos_token_id: int | None = token_id("bos_token")
-        added = self._with_specials.get_added_tokens_decoder()
-        self._special_ids = {index for index, token in added.items() if token.special}
+        added = self._text_only.get_added_tokens_decoder()
+        self._specials = {index: token.content for index, token in added.items() if token.special}
+        self._special_ids = set(self._specials)
         self._control_ids = self._special_ids - {token_id("unk_token")} | {self.eos_token_id}
         self._directory = directory
-        self._template = ChatTemplate(template_source, named, now=now, where=str(directory))
+        self._template = ChatTemplate(files.template, named, now=now, where=str(directory))
         self._template_specials = [
             index for part in self._template.parts for index in self._specials_of(self._encode_template(part))
         ]
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":
-        """Read `tokenizer.json`, `tokenizer_config.json` and the chat template of a directory.
+        """Read the tokenizer, its special tokens and the chat template of a directory.
 
         Raises:
             DataError: one of them is missing or broken, or no end-of-sequence token is named.
         """
         directory = Path(directory)
-        if not (directory / "tokenizer.json").is_file():
-            raise DataError(f"{directory}: no tokenizer.json there; give a Hugging Face tokenizer directory")
-        config = _read_config(directory)
-        return cls(directory, config, _read_template(directory, config), _read_date(directory))
+        return cls(directory, _read_date(directory))
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return self._with_specials.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def last_token(self) -> tuple[int, str]:
+        """The largest id, above `vocab_size` - 1 where the vocabulary has holes, and its token."""
+        return max((index, token) for token, index in self._with_specials.get_vocab(with_added_tokens=True).items())
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, nothing added; special tokens spelled out in it stay text.
@@ -107,8 +105,9 @@ class Tokenizer:
         Raises:
             DataError: the template fails on this text, or `encode` does.
         """
-        ids = self._encode_template(self._template.render(text))
-        if self._specials_of(ids) == self._template_specials:
+        rendered = self._template.render(text)
+        ids = self._encode_template(rendered)
+        if self._specials_of(ids) == self._template_specials or not self._brings_specials(rendered):
             return ids
         # The text brought special tokens of its own: only the template's parts may be read with them.
         ids = self._encode_template(self._template.parts[0])
@@ -118,7 +117,14 @@ class Tokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of any ids; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
+        if skip_special_tokens:
+            ids = [index for index in ids if index not in self._special_ids]
         return self._with_specials.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def _brings_specials(self, rendered: str) -> bool:
+        """Whether special tokens are spelled in a templated prompt that the template does not have by itself."""
+        parts = self._template.parts
+        return any(rendered.count(text) > sum(part.count(text) for part in parts) for text in self._specials.values())
 
     def _encode_template(self, text: str) -> list[int]:
         return self._with_specials.encode(text, add_special_tokens=False).ids
@@ -195,50 +201,6 @@ def _byte_symbols() -> list[str]:
     return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
-def _read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{directory}: tokenizer.json cannot be read ({error}); restore the file") from None
-    # Both may be left over in the file from training; neither belongs here.
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{directory}: no tokenizer_config.json there; give a complete Hugging Face tokenizer directory"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{directory}: tokenizer_config.json cannot be read ({error}); restore the file") from None
-    if not isinstance(config, dict):
-        raise DataError(f"{directory}: tokenizer_config.json is not a JSON object; restore the file")
-    return config
-
-
-def _read_template(directory: Path, config: dict[str, Any]) -> str:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{directory}: chat_template.jinja cannot be read ({error}); restore the file") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name, as some models ship a second one for tools
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-    if not isinstance(template, str):
-        raise DataError(
-            f"{directory}: no chat template, neither chat_template.jinja nor the chat_template key of"
-            " tokenizer_config.json; add one"
-        )
-    return template
-
-
 def _read_date(directory: Path) -> datetime:
     path = directory / DATE
     if not path.is_file():
@@ -251,11 +213,6 @@ def _read_date(directory: Path) -> datetime:
         ) from None
 
 
-def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens by name (`eos_token`...); each is written as a string or as an object with its content."""
-    named = {}
-    for name, value in config.items():
-        token = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(token, str):  # `add_bos_token` is a flag
-            named[name] = token
-    return named
+def _special(token: AddedToken) -> AddedToken:
+    flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    return AddedToken(token.content, special=True, **flags)

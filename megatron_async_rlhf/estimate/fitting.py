@@ -9,10 +9,11 @@ from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.layout_rules import check_layouts
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.estimate.generator_memory import GeneratorMemory, generator_memory
+from megatron_async_rlhf.estimate.generator_memory import GIB, GeneratorMemory, GpuBudget, generator_memory
 from megatron_async_rlhf.estimate.learner_memory import FIXED_CUDA, MIB, LearnerMemory, learner_memory
 from megatron_async_rlhf.estimate.save_memory import save_memory
 
+ACCURACY = 0.15  # what the estimate may be wrong by (docs/estimate.md)
 # Processes of a run on a CPU without model and data: proportional set sizes (`smaps_rollup`) of a run of
 # examples/quickstart.yaml, whose model is below 4 MB.
 FIXED_WORKER_CPU = 450 * MIB
@@ -53,7 +54,9 @@ def run_memory(config: RunConfig, arch: Architecture) -> RunMemory:
     """Of every group of processes."""
     on_cpu = config.run.device == "cpu"
     learner = learner_memory(config, arch)
-    generator = generator_memory(config, arch, fixed=FIXED_WORKER_CPU if on_cpu else FIXED_CUDA)
+    fixed = FIXED_WORKER_CPU if on_cpu else FIXED_CUDA
+    beside = round((1 + ACCURACY) * max(rank.total for rank in learner)) if shares_gpu(config) else 0
+    generator = generator_memory(config, arch, fixed=fixed, beside=beside)
     ranks_of_stage = config.learner.world_size // len(learner)
     save = config.learner.tensor_parallel * sum(save_memory(config, arch))
     host = ranks_of_stage * sum(rank.host for rank in learner) + save
@@ -68,8 +71,23 @@ def needed(config: RunConfig, memory: RunMemory) -> int:
     """Bytes that must fit: on the fullest GPU with a learner rank, or in the machine's memory on a CPU."""
     if config.run.device == "cpu":
         return memory.host
-    shares_gpu = config.weights.transport == "ipc"
-    return memory.largest_rank + (memory.generator.total if shares_gpu else 0)
+    return memory.largest_rank + (memory.generator.least if shares_gpu(config) else 0)
+
+
+def shares_gpu(config: RunConfig) -> bool:
+    """Whether a learner rank and a generator's worker are on one GPU."""
+    return config.run.device == "cuda" and config.weights.transport == "ipc"
+
+
+def gpu_budget(config: RunConfig, arch: Architecture) -> GpuBudget | None:
+    """What a generator is given of a GPU that it shares with a learner rank; None where it has the GPU for itself."""
+    if not shares_gpu(config):
+        return None
+    worker = run_memory(config, arch).generator
+    cache = max(worker.cache, worker.smallest_cache)
+    room = config.launch.gpu_memory_gib * GIB
+    share = (worker.weights + worker.activations + cache) / room
+    return GpuBudget(share=min(round(share, 3) or 0.001, config.generator.gpu_memory_share), cache=cache)
 
 
 def advise(config: RunConfig, arch: Architecture, room: int) -> list[Advice]:

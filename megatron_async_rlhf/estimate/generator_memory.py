@@ -1,7 +1,8 @@
 """Memory of one generator worker (a vLLM process), in bytes, and how much its key-value cache holds.
 
 On a GPU vLLM takes `gpu_memory_share` of the memory: weights, the activations of its largest pass, and what is left for
-the cache. The receiver's staging buffers and CUDA itself come on top. On a CPU the cache has its size from the config.
+the cache. The receiver's staging buffers and CUDA itself come on top. Beside a learner rank on the same GPU it gets no more
+than that rank leaves. On a CPU the cache has its size from the config.
 """
 
 from dataclasses import dataclass, fields
@@ -12,6 +13,7 @@ from megatron_async_rlhf.estimate.holdings import generator_holding
 from megatron_async_rlhf.weights.plan import ITEM_BYTES
 
 GIB = 2**30
+CACHE_BLOCK_TOKENS = 16  # vLLM's smallest part of the cache, on GPUs
 PREFILL_TOKENS = 4096  # of one engine step at the least, as `generator/vllm/server.py` starts vLLM
 _FLOAT32 = 4
 
@@ -22,6 +24,7 @@ class GeneratorMemory:
 
     Attributes:
         cache: key-value cache; negative if nothing is left for it.
+        smallest_cache: what vLLM starts with at the least: one sequence at full context, in whole blocks.
         cache_tokens: tokens whose keys and values the cache holds.
         sequences: that fit it at full context.
         fixed: of the process, or CUDA and NCCL outside vLLM's share.
@@ -32,6 +35,7 @@ class GeneratorMemory:
     cache: int
     push: int
     fixed: int
+    smallest_cache: int
     cache_tokens: int
     sequences: int
 
@@ -40,29 +44,58 @@ class GeneratorMemory:
         counted = ("weights", "activations", "cache", "push", "fixed")
         return sum(getattr(self, field.name) for field in fields(self) if field.name in counted)
 
+    @property
+    def least(self) -> int:
+        """With the smallest cache."""
+        return self.total - self.cache + self.smallest_cache
 
-def generator_memory(config: RunConfig, arch: Architecture, *, fixed: int) -> GeneratorMemory:
-    """Of worker 0 of a replica, which needs as much as any."""
+
+@dataclass(frozen=True, kw_only=True)
+class GpuBudget:
+    """What vLLM is given of a GPU that it shares with a learner rank, instead of measuring what is free there.
+
+    Attributes:
+        share: of the GPU's memory, for weights, activations and cache.
+        cache: bytes of its key-value cache.
+    """
+
+    share: float
+    cache: int
+
+
+def generator_memory(config: RunConfig, arch: Architecture, *, fixed: int, beside: int = 0) -> GeneratorMemory:
+    """Of worker 0 of a replica, which needs as much as any.
+
+    Args:
+        beside: bytes that are left to the learner rank on the same GPU.
+    """
     generator, on_cpu = config.generator, config.run.device == "cpu"
     item = ITEM_BYTES[generator.dtype]
     holding = generator_holding(arch, generator.tensor_parallel)
     weights = item * holding.total
     activations = _activations(config, arch, holding.vocabulary)
     staging = min(config.weights.staging_bytes, weights)
+    token = cache_bytes_per_token(config, arch)
+    blocks = -(-arch.context_length // CACHE_BLOCK_TOKENS) + 1  # vLLM keeps one to itself
+    smallest_cache = blocks * CACHE_BLOCK_TOKENS * token
     if on_cpu:
         # One buffer, and a matrix that is still incomplete once more for each stage that sends a part of it.
         push = staging + config.learner.pipeline_parallel * item * holding.largest
         cache = generator.kv_cache_gib * GIB
     else:
         push = 2 * staging
-        cache = round(generator.gpu_memory_share * config.launch.gpu_memory_gib * GIB) - weights - activations
-    cache_tokens = max(0, cache) // cache_bytes_per_token(config, arch)
+        room = round(config.launch.gpu_memory_gib * GIB)
+        cache = min(round(generator.gpu_memory_share * room), room - beside - push - fixed) - weights - activations
+        if beside:  # what generation can never use is the learner's
+            cache = min(cache, generator.max_concurrent * smallest_cache)
+    cache_tokens = max(0, cache) // token
     return GeneratorMemory(
         weights=weights,
         activations=activations,
         cache=cache,
         push=push,
         fixed=fixed,
+        smallest_cache=smallest_cache,
         cache_tokens=cache_tokens,
         sequences=cache_tokens // arch.context_length,
     )

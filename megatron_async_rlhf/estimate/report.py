@@ -1,4 +1,4 @@
-"""The estimate in words: tables of memory and speed, whether each group of processes fits, and what to change if not."""
+"""The estimate in words: tables of memory, whether each group of processes fits, and what to change if not."""
 
 import io
 
@@ -8,19 +8,11 @@ from rich.table import Table
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.estimate.fitting import RunMemory, advise, needed, run_memory
+from megatron_async_rlhf.estimate.fitting import ACCURACY, RunMemory, advise, needed, run_memory, shares_gpu
 from megatron_async_rlhf.estimate.generator_memory import GIB, GeneratorMemory
 from megatron_async_rlhf.estimate.learner_memory import LearnerMemory
 from megatron_async_rlhf.estimate.machine import machine_memory
-from megatron_async_rlhf.estimate.speed import (
-    BANDWIDTH_UTILISATION,
-    LEARNER_UTILISATION,
-    PREFILL_UTILISATION,
-    estimate_speed,
-)
 
-# A start is only refused beyond what the estimate may be wrong by (docs/estimate.md).
-ACCURACY = 0.15
 _LEARNER_COLUMNS = (
     "weights",
     "gradients",
@@ -36,14 +28,13 @@ _GENERATOR_COLUMNS = ("weights", "cache", "activations", "push", "fixed")
 
 
 def describe(config: RunConfig, arch: Architecture) -> list[str]:
-    """The whole estimate, one line each."""
+    """The whole estimate of memory, one line each."""
     memory = run_memory(config, arch)
     return [
         "estimate, not a measurement: memory in GiB of one process, at its peak (docs/estimate.md)",
         *_tables(memory),
         *_verdict_on_learner(config, arch, memory),
         *_verdict_on_generator(config, arch, memory.generator),
-        *_speed(config, arch, memory.generator),
     ]
 
 
@@ -56,11 +47,13 @@ def refuse_too_large(config: RunConfig, arch: Architecture) -> None:
         return
     memory, room = run_memory(config, arch), _room(config)
     largest = needed(config, memory)
+    # Only beyond what the estimate may be wrong by.
     if largest > (1 + ACCURACY) * room:
         changes = advise(config, arch, room)
         helps = f"try {changes[0].change}" if changes else "use more GPUs"
+        who = "learner and generator on one GPU are" if shares_gpu(config) else "the learner is"
         raise ConfigError(
-            f"the learner is estimated to need {_gib(largest)} GiB a GPU, above launch.gpu_memory_gib = "
+            f"{who} estimated to need {_gib(largest)} GiB a GPU, above launch.gpu_memory_gib = "
             f"{config.launch.gpu_memory_gib:g}; {helps} (--dry-run shows more), or set launch.memory_check = false"
         )
 
@@ -99,7 +92,7 @@ def _verdict_on_learner(config: RunConfig, arch: Architecture, memory: RunMemory
     if config.run.device == "cpu":
         what = f"all processes together need {_gib(bytes_needed)} GiB of this machine's {_gib(room)} GiB"
     else:
-        shared = " together with a generator" if config.weights.transport == "ipc" else ""
+        shared = " together with the smallest generator" if shares_gpu(config) else ""
         what = (
             f"learner: the fullest rank{shared} needs {_gib(bytes_needed)} of {_gib(room)} GiB (launch.gpu_memory_gib)"
         )
@@ -122,7 +115,10 @@ def _verdict_on_generator(config: RunConfig, arch: Architecture, worker: Generat
     holds = f"its cache holds {worker.cache_tokens} tokens, {worker.sequences} sequences of {arch.context_length}"
     if not worker.sequences:
         key = "generator.kv_cache_gib" if config.run.device == "cpu" else "generator.gpu_memory_share"
-        return [f"generator: {holds}: does not fit; raise {key} or generator.tensor_parallel"]
+        way_out = f"raise {key} or generator.tensor_parallel"
+        if shares_gpu(config):
+            way_out = "lower what the learner needs of their GPU, or raise generator.gpu_memory_share"
+        return [f"generator: {holds}: does not fit; {way_out}"]
     if worker.sequences < generator.max_concurrent:
         holds += f"; generator.max_concurrent = {generator.max_concurrent} may be more than that at full length"
     if config.run.device == "cpu":
@@ -132,23 +128,6 @@ def _verdict_on_generator(config: RunConfig, arch: Architecture, worker: Generat
     if worker.total > room:
         return [f"{what}: does not fit; lower generator.gpu_memory_share = {generator.gpu_memory_share:g}"]
     return [f"{what}: fits"]
-
-
-def _speed(config: RunConfig, arch: Architecture, worker: GeneratorMemory) -> list[str]:
-    if config.run.device == "cpu":
-        return ["speed: not estimated for a CPU"]
-    if not worker.sequences:
-        return []
-    speed = estimate_speed(config, arch, worker)
-    ratio = f", {speed.sync_s / speed.async_s:.2f} times faster" if config.schedule.mode == "async" else ""
-    return [
-        f"speed, estimated for {speed.device.name} (launch.gpu) with every sequence at its longest, assuming "
-        f"{LEARNER_UTILISATION:.0%} of peak FLOP/s in the learner, {PREFILL_UTILISATION:.0%} in prefill and "
-        f"{BANDWIDTH_UTILISATION:.0%} of memory bandwidth in decoding:",
-        f"  learner {speed.trained_per_s:,.0f} tokens/s, generators {speed.generated_per_s:,.0f} tokens/s",
-        f"  a step: training {speed.train_s:.1f} s, generation {speed.generate_s:.1f} s; sync (their sum) "
-        f"{speed.sync_s:.1f} s, async (the longer one) {speed.async_s:.1f} s{ratio}",
-    ]
 
 
 def _room(config: RunConfig) -> int:

@@ -56,6 +56,10 @@ class Generator(Protocol):
         """While paused: return once `count` requests are with the engine."""
         ...
 
+    async def probe(self) -> None:
+        """Return if it can work now, whether or not it has weights or is paused."""
+        ...
+
     def give_up(self) -> None:
-        """It is lost, whatever it still answers: all requests under way raise GeneratorGoneError."""
+        """It is lost, whatever it still answers: all requests under way, and `wait_queued`, raise GeneratorGoneError."""
         ...

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
+from megatron_async_rlhf.errors import GeneratorGoneError, GeneratorSilentError
+
 T = TypeVar("T")
 
 
@@ -14,7 +16,8 @@ class Silence:
     paused nothing is expected of it.
     """
 
-    def __init__(self, limit_s: float) -> None:
+    def __init__(self, name: str, limit_s: float) -> None:
+        self._name = name
         self._limit_s = limit_s
         self._broken = float("-inf")  # when it last was
         self._paused = False
@@ -28,16 +31,31 @@ class Silence:
         self._broken = asyncio.get_running_loop().time()
 
     def give_up(self) -> None:
-        """Whoever waits now would wait in vain."""
+        """Whoever waits for the server now would wait in vain."""
         for task in self._waiting:
+            task.cancel()
+
+    async def unless_given_up(self, answer: Awaitable[T]) -> T:
+        """What comes, however long it takes.
+
+        Raises:
+            GeneratorGoneError: the server was given up first; the call is cancelled.
+        """
+        task = asyncio.ensure_future(answer)
+        self._waiting.add(task)
+        try:
+            await asyncio.wait([task])
+            return self._result(task)
+        finally:
+            self._waiting.discard(task)
             task.cancel()
 
     async def wait(self, answer: Awaitable[T]) -> T:
         """What comes, whatever it is.
 
         Raises:
-            TimeoutError: since this request was made nothing has come for the limit, to anybody, or it was given up; it
-                is cancelled.
+            GeneratorSilentError: since this request was made nothing has come for the limit, to anybody; it is cancelled.
+            GeneratorGoneError: the server was given up meanwhile; the request is cancelled.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -47,14 +65,20 @@ class Silence:
             while not task.done():
                 left = self._limit_s if self._paused else max(began, self._broken) + self._limit_s - loop.time()
                 if left <= 0:
-                    raise TimeoutError(
-                        f"has answered no request for {self._limit_s:g} s; see its log, or raise generator.request_timeout_s"
+                    raise GeneratorSilentError(
+                        f"{self._name}: has answered no request for {self._limit_s:g} s; see its log, or raise "
+                        "generator.request_timeout_s",
+                        silent_s=self._limit_s,
                     )
                 await asyncio.wait([task], timeout=left)
-            if task.cancelled():
-                raise TimeoutError("was given up with all its requests")
-            self._broken = loop.time()
-            return task.result()
+            if not task.cancelled():
+                self._broken = loop.time()  # an error is an answer too
+            return self._result(task)
         finally:
             self._waiting.discard(task)
             task.cancel()
+
+    def _result(self, task: asyncio.Future[T]) -> T:
+        if task.cancelled():
+            raise GeneratorGoneError(f"{self._name}: was given up with all its requests")
+        return task.result()

@@ -21,7 +21,7 @@ def count_gpus(config: RunConfig) -> int:
     """
     if config.run.device == "cpu":
         return 0
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         path = Path(scratch) / "config.yaml"
         path.write_text(dump_config(config))
         asked = [sys.executable, "-W", "ignore", "-m", "megatron_async_rlhf.doctor", str(path)]

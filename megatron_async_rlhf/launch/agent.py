@@ -10,6 +10,7 @@ that decides what becomes of the run. A second one does.
 import secrets
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from megatron_async_rlhf.launch.rendezvous import (
     read_rendezvous,
     rendezvous_path,
 )
+from megatron_async_rlhf.launch.scratch import remove_abandoned
 
 _POLL_S = 0.1
 _ANSWER_S = 5.0  # an address that does not answer within it is not the one
@@ -82,6 +84,7 @@ class Agent:
 
     def serve(self) -> int:
         """Until told to leave; returns the exit code."""
+        remove_abandoned()
         previous = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._serve()
@@ -126,6 +129,8 @@ class Agent:
         elif isinstance(message, Signal):
             process = self._processes[message.id]
             process.kill_group(message.number) if message.group else process.signal(message.number)
+            if message.group and message.number == signal.SIGKILL:  # while the first machine goes on hearing from us
+                threading.Thread(target=process.clean_up).start()
 
     def _start(self, message: Start) -> None:
         try:
@@ -147,6 +152,8 @@ class Agent:
         """At once: the first machine has asked them politely, or is gone."""
         for process in self._processes.values():
             process.kill_group(signal.SIGKILL)
+        for process in self._processes.values():
+            process.clean_up()
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signals += 1

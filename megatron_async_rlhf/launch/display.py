@@ -1,5 +1,6 @@
 """Progress of a run for a person: a live panel on a terminal, plain lines anywhere else."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,25 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from megatron_async_rlhf.telemetry.files import EXPORT_DIR
+from megatron_async_rlhf.telemetry.summary import read_summary
+
 _LINE_EVERY_S = 5.0  # plain warm-start lines: a log, not a film
+
+
+class _PatientConsole(Console):
+    """Standard output may be a file on a disk that is full, or a terminal that is gone: no reason to end a run."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().print(*objects, **options)
 
 
 class Display:
     """Shows the controller's events."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=False, highlight=False, soft_wrap=True)
+        self._console = console or _PatientConsole(stderr=False, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._state: dict[str, str] = {"stage": "starting", "generators": "starting", "learner": "starting"}
         self._began = self._last_line = time.monotonic()
@@ -62,6 +74,8 @@ class Display:
         if error:
             self.note(f"error: {error}")
         self.note(f"{status}: {run_dir}")
+        for line in results(run_dir):
+            self._console.print(f"  {line}", markup=False)
 
     def _plain(self, text: str) -> None:
         if self._live is None:
@@ -73,6 +87,22 @@ class Display:
             table.add_row(name, value)
         table.add_row("elapsed", f"{time.monotonic() - self._began:.0f} s")
         return table
+
+
+def results(run_dir: Path) -> list[str]:
+    """What a run came to, and where its policy is; nothing of one that has neither been evaluated nor exported."""
+    evaluations = read_summary(run_dir).get("eval", {})
+    before, after = evaluations.get("before", {}), evaluations.get("after", {})
+    changes = [f"{name} {before[name]:.4g} -> {value:.4g}" for name, value in after.items() if _is_told(name, before)]
+    lines = [f"held-out, before and after: {', '.join(changes)}"] if changes else []
+    if any((run_dir / EXPORT_DIR).glob("*.safetensors")):
+        lines.append(f"policy, as a Hugging Face directory: {run_dir / EXPORT_DIR}")
+    return lines
+
+
+def _is_told(name: str, before: dict[str, float]) -> bool:
+    same_as_reward = name == "reward_penalised" and before.get(name) == before.get("reward")
+    return name in before and name != "logprob_gap" and not same_as_reward
 
 
 def _step_line(event: dict[str, Any]) -> str:

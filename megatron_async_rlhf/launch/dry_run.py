@@ -7,29 +7,24 @@ import typer
 
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.fitting import gpu_budget
 from megatron_async_rlhf.estimate.report import describe
 from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.launch.plan import plan_learner_alone, plan_processes
-from megatron_async_rlhf.prepare import (
-    check_value_weights,
-    load_materials,
-    make_model_template,
-    missing_inputs,
-    outline,
-)
+from megatron_async_rlhf.prepare import check_description, check_inputs, make_model_template, missing_inputs
+from megatron_async_rlhf.simulate import prediction
 
 
 def print_plan(config: RunConfig) -> None:
     """Of a model that is not here, what follows from its shape; of machines, what the configuration says of them."""
     missing = missing_inputs(config)
     if missing:
-        architecture, transfer = outline(config, config.model.hf)
+        architecture, transfer = check_description(config)
         prompts = "# prompts: not checked"
     else:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             make_model_template(config, Path(scratch))
-            materials = load_materials(config, Path(scratch))
-        check_value_weights(config, materials.architecture)
+            materials = check_inputs(config, Path(scratch))
         architecture, transfer = materials.architecture, materials.transfer
         prompts = f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out"
     typer.echo(dump_config(config))
@@ -39,10 +34,11 @@ def print_plan(config: RunConfig) -> None:
     rounds = max(len(messages) for messages in transfer.streams.values())
     megabytes = transfer.num_bytes * config.generator.replicas / 1e6
     typer.echo(f"# weights: {megabytes:.2f} MB a push: {slices} slices in {rounds} rounds to each generator")
-    for line in describe(config, architecture):
+    for line in (*describe(config, architecture), *prediction.describe(config, architecture)):
         typer.echo(f"# {line}")
     nodes = planned_nodes(config)
-    for process in plan_processes(config, config.run.path.absolute(), architecture.context_length, nodes).processes:
+    run_dir, budget = config.run.path.absolute(), gpu_budget(config, architecture)
+    for process in plan_processes(config, run_dir, architecture.context_length, nodes, budget=budget).processes:
         cores = f"cores {process.cores}" if process.cores else "any core"
         where = f"GPUs {process.gpus}" if process.gpus else cores
         machine = f"{nodes[process.node].name}, " if len(nodes) > 1 else ""
@@ -55,7 +51,7 @@ def print_sft_plan(config: RunConfig) -> None:
     """Of a warm start alone: what it learns from, and its processes."""
     with tempfile.TemporaryDirectory() as scratch:
         make_model_template(config, Path(scratch))
-        materials = load_materials(config, Path(scratch))
+        materials = check_inputs(config, Path(scratch))
     steps, size = config.warm_start.steps, config.warm_start.batch_size
     typer.echo(dump_config(config))
     typer.echo(f"# policy: {materials.architecture.num_parameters / 1e6:.2f} M parameters")

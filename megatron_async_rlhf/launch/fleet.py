@@ -128,7 +128,8 @@ def gather(config: RunConfig) -> Iterator[Fleet]:
     else:
         switchboard.leave(0, "")
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it expires
+            path.unlink()
         switchboard.close()
 
 

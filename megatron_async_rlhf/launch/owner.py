@@ -60,7 +60,7 @@ def owning(config: RunConfig) -> Iterator[None]:
         ConfigError: somebody does, or no file can be written beside it.
     """
     path = owner_path(config)
-    own = Owner(host=node_name(), machine=_machine(), pid=os.getpid(), started=_started(os.getpid()))
+    own = Owner(host=node_name(), machine=machine(), pid=os.getpid(), started=started(os.getpid()))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _claim(path, own, config)
@@ -95,7 +95,7 @@ def _is_alive(path: Path, own: Owner, config: RunConfig) -> bool:
     """Who owns the file. One without content was created this moment, or by a start that was killed in doing so."""
     owner = _read(path)
     if owner is not None and owner.machine == own.machine:
-        return _started(owner.pid) == owner.started
+        return started(owner.pid) == owner.started
     deadline = time.monotonic() + max(config.launch.node_timeout_s, 3 * _TOUCH_S)
     seen = {_touched(path)}
     # Two changes: the last touch of a run that has died since may reach this machine late.
@@ -144,7 +144,7 @@ def _touched(path: Path) -> int:
         return os.fstat(file.fileno()).st_mtime_ns
 
 
-def _machine() -> str:
+def machine() -> str:
     """This boot of it, and which of its process ids are seen here: containers have their own."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -152,7 +152,7 @@ def _machine() -> str:
         return secrets.token_hex(8)
 
 
-def _started(pid: int) -> int | None:
+def started(pid: int) -> int | None:
     """Nothing if there is no such process, or only what its parent has not yet asked about."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

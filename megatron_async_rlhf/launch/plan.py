@@ -12,7 +12,8 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.generator.vllm.server import records_versions, server_command, server_environment
+from megatron_async_rlhf.estimate.generator_memory import GpuBudget
+from megatron_async_rlhf.generator.vllm.server import bf16_problem, records_versions, server_command, server_environment
 from megatron_async_rlhf.launch.layout import Slot, lay_out
 from megatron_async_rlhf.launch.nodes import Node
 from megatron_async_rlhf.lifecycle import END_AT_ONCE
@@ -54,12 +55,19 @@ class ProcessPlan(Struct, frozen=True, kw_only=True):
 
 
 def plan_processes(
-    config: RunConfig, run_dir: Path, context_length: int, nodes: Sequence[Node], resume_from: int | None = None
+    config: RunConfig,
+    run_dir: Path,
+    context_length: int,
+    nodes: Sequence[Node],
+    resume_from: int | None = None,
+    *,
+    budget: GpuBudget | None = None,
 ) -> ProcessPlan:
     """Learner ranks, generators and the controller, which is on the first machine.
 
     Args:
         resume_from: policy version of the checkpoint to go on from.
+        budget: of a generator on a GPU that a learner rank is on too.
 
     Raises:
         ConfigError: the machines have too few GPUs, or this machine's vLLM cannot do what is configured.
@@ -70,12 +78,16 @@ def plan_processes(
             f"schedule.in_flight_updates = {in_flight} needs vLLM 0.30 or newer, which records the version of every "
             "token; set resubmit or none"
         )
+    if config.run.device == "cpu" and config.generator.dtype == "bfloat16" and (problem := bf16_problem()):
+        raise ConfigError(f"generator.dtype = bfloat16: {problem}")
     layout = lay_out(config, nodes, config.generator.replicas)
     homes = [nodes[slots[0].node] for slots in layout.generators]
     sites = [(home.address, home.generator_ports[i]) for i, home in enumerate(homes)]
     template = run_dir / POLICY_TEMPLATE_DIR
     generators = [
-        _generator(config, f"generator.{i}", slots, home, server_command(config, template, site, context_length))
+        _generator(
+            config, f"generator.{i}", slots, home, server_command(config, template, site, context_length, budget)
+        )
         for i, (slots, home, site) in enumerate(zip(layout.generators, homes, sites, strict=True))
     ]
     addresses = [

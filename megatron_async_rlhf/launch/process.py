@@ -1,16 +1,22 @@
-"""One process of a run, wherever it runs: its own session, its own log file, dies with who started it."""
+"""One process of a run, wherever it runs: its own session, log file and temporary directory, dies with who started it."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from megatron_async_rlhf.launch.plan import ProcessSpec
+from megatron_async_rlhf.launch.scratch import Scratch
 
 _PR_SET_PDEATHSIG = 1
+_GONE_S = 5.0  # until nothing of a killed group is there any more; a driver may hold a process that long
+_POLL_S = 0.02
 
 
 class Process(ABC):
@@ -42,6 +48,9 @@ class Process(ABC):
     def kill_group(self, number: int) -> None:
         """To the process and everything it started, even if it is gone itself."""
 
+    def clean_up(self) -> None:
+        """Once it is killed: wait until all of it is gone, and remove what it has left. Another machine's agent does so there."""
+
     def ending(self) -> str:
         """How it ended, in words."""
         code = self.returncode
@@ -62,15 +71,23 @@ class LocalProcess(Process):
 
     def __init__(self, spec: ProcessSpec, log_dir: Path, *, pipe_stdout: bool = False) -> None:
         super().__init__(spec, log_dir)
+        self._scratch = Scratch()
+        try:
+            self._popen = self._start(pipe_stdout)
+        except BaseException:
+            self._scratch.remove()
+            raise
+
+    def _start(self, pipe_stdout: bool) -> subprocess.Popen:
         with self.log.open("ab") as log:
-            self._popen = subprocess.Popen(
-                spec.arguments,
+            return subprocess.Popen(
+                self.spec.arguments,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if pipe_stdout else log,
                 stderr=log,
-                env={**os.environ, **spec.environment},
+                env={**os.environ, **self.spec.environment, **self._scratch.environment},
                 start_new_session=True,  # a Ctrl-C in the terminal reaches the supervisor alone
-                preexec_fn=_before_exec(spec),
+                preexec_fn=_before_exec(self.spec),
                 text=True,
             )
 
@@ -91,10 +108,39 @@ class LocalProcess(Process):
             self._popen.send_signal(number)
 
     def kill_group(self, number: int) -> None:
+        self._scratch.note_shared(_group(self._popen.pid))
         try:
-            os.killpg(self._popen.pid, number)
+            if number == signal.SIGKILL:
+                self._kill_owners()
+            else:
+                os.killpg(self._popen.pid, number)
         except ProcessLookupError:
             pass
+
+    def clean_up(self) -> None:
+        deadline = time.monotonic() + _GONE_S
+        while any(True for _ in _group(self._popen.pid)) and time.monotonic() < deadline:
+            self._kill_owners()  # what was started meanwhile, too
+            time.sleep(_POLL_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._scratch.remove()
+
+    def _kill_owners(self) -> None:
+        """All but Python's resource trackers, which remove the shared memory and semaphores of who is killed, then end."""
+        for pid in _group(self._popen.pid):
+            with contextlib.suppress(OSError):
+                if b"multiprocessing.resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _group(leader: int) -> Iterator[int]:
+    """Ids of a process group's members that have not ended."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == leader and state not in "ZX":
+                yield int(path.parent.name)
 
 
 def _before_exec(spec: ProcessSpec):

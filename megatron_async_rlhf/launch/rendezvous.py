@@ -21,13 +21,14 @@ import msgspec
 from msgspec import Struct
 
 from megatron_async_rlhf import __version__
+from megatron_async_rlhf.config.beats import NODE_BEAT_S
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.nodes import Node
 from megatron_async_rlhf.launch.plan import ProcessSpec
 
-BEAT_S = 1.0
+BEAT_S = NODE_BEAT_S
 
 
 class Rendezvous(Struct, frozen=True, kw_only=True):

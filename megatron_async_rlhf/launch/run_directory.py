@@ -57,8 +57,8 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
     try:
         # All are read before anything is changed: one may have a line that nobody wrote like that.
         kept = {
-            METRICS: _lines_to_keep(directory / METRICS, lambda line: line["step"] < version),
-            SAMPLES: _lines_to_keep(directory / SAMPLES, lambda line: line["step"] < version),
+            METRICS: _lines_to_keep(directory / METRICS, lambda line: line["step"] <= version),
+            SAMPLES: _lines_to_keep(directory / SAMPLES, lambda line: line["step"] <= version),
             EVALUATIONS: _lines_to_keep(directory / EVALUATIONS, lambda line: line["when"] in evaluated),
         }
         places.remove_leftovers()

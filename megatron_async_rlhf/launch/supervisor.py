@@ -2,6 +2,7 @@
 
     start all ─> watch ──┬─ controller ends with 0 ───────────────> completed
                          ├─ a generator dies in training ──> start it again, same name, port, cores and log
+                         ├─ the controller says that one does nothing ──> kill it: a generator has died
                          ├─ any other death, a machine is lost ──> end the others ──> failed, naming it
                          └─ Ctrl-C, SIGTERM, or a file `stop` in the run directory
                                 └──> controller finishes its step, saves and exports ──> interrupted
@@ -23,14 +24,26 @@ from pathlib import Path
 from typing import Any
 
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import ProcessDiedError
+from megatron_async_rlhf.errors import ProcessDiedError, WriteError
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
-from megatron_async_rlhf.launch.plan import ProcessPlan
+from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
 from megatron_async_rlhf.launch.process import Process
+from megatron_async_rlhf.launch.scratch import remove_abandoned
+from megatron_async_rlhf.launch.stacks import dump_stacks
 from megatron_async_rlhf.telemetry.events import parse_event
-from megatron_async_rlhf.telemetry.files import LOG_DIR, PROCESSES, STOP, SUMMARY, replace_file
-from megatron_async_rlhf.telemetry.summary import UNFINISHED, RunTotals
+from megatron_async_rlhf.telemetry.files import (
+    LOG_DIR,
+    PROCESSES,
+    RESERVE,
+    STOP,
+    SUMMARY,
+    hold_reserve,
+    release_reserve,
+    replace_file,
+    writing,
+)
+from megatron_async_rlhf.telemetry.summary import UNFINISHED, RunTotals, read_summary
 
 _POLL_S = 0.1
 # When one process dies others notice and fail too; a moment later the first cause can be told from the rest.
@@ -52,9 +65,15 @@ class Supervisor:
         self._pids: dict[str, int | None] = {}
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._interrupts = 0
+        self._stop_file = run_dir / STOP
         self._training = False
         self._restarts = {spec.name: 0 for spec in plan.generators}
+        self._started: dict[str, float] = {}  # seconds since the epoch
+        self._learner_is_silent = False
+        self._killed: dict[str, str] = {}  # processes that did nothing, and how that was found
         self._failure: str | None = None  # the controller's own account, if it gave one
+        self._explained = False  # it says all there is to know
+        self._totals: dict[str, Any] = {}  # its summary, if it could not write that down itself
 
     def run(self) -> int:
         """Start, watch, end; returns the exit code: 0 completed, 1 failed, 130 interrupted."""
@@ -62,34 +81,47 @@ class Supervisor:
         try:
             self._start()
             status, error, tail = self._watch()
+        except WriteError as failure:
+            status, error, tail = "failed", str(failure), []
         finally:
             self._end_all()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         self._drain_events()
-        self._write_summary(status, error, tail)
+        self._write_last_summary(status, error, tail)
         self._display.finished(status, error, tail, self._run_dir)
         if status == "interrupted" and self._plan.generators:
             self._display.note("the same command with --resume goes on from its last checkpoint")
         return _EXIT_CODES[status]
 
     def _start(self) -> None:
+        remove_abandoned()
         log_dir = self._run_dir / LOG_DIR
-        log_dir.mkdir(parents=True, exist_ok=True)
+        with writing(log_dir):
+            log_dir.mkdir(parents=True, exist_ok=True)
+        with writing(self._run_dir / RESERVE):
+            hold_reserve(self._run_dir)
         self._write_summary(*UNFINISHED, [])
         for spec in self._plan.processes:
             is_controller = spec is self._plan.controller
-            self._processes.append(self._fleet.start(spec, log_dir, pipe_stdout=is_controller))
+            self._processes.append(self._start_process(spec, pipe_stdout=is_controller))
         self._controller = self._processes[-1]
         self._write_pids()
         threading.Thread(target=self._read_events, daemon=True).start()
+
+    def _start_process(self, spec: ProcessSpec, *, pipe_stdout: bool = False) -> Process:
+        self._started[spec.name] = time.time()
+        log_dir = self._run_dir / LOG_DIR
+        with writing(log_dir / f"{spec.name}.log"):
+            return self._fleet.start(spec, log_dir, pipe_stdout=pipe_stdout)
 
     def _write_pids(self) -> None:
         """If they have changed; those on other machines are told a moment after the start."""
         pids = {process.name: process.pid for process in self._processes}
         if pids != self._pids:
             self._pids = pids
-            replace_file(self._run_dir / PROCESSES, json.dumps(pids) + "\n")
+            with writing(self._run_dir / PROCESSES):
+                replace_file(self._run_dir / PROCESSES, json.dumps(pids) + "\n")
 
     def _read_events(self) -> None:
         for line in self._controller.stdout:
@@ -106,9 +138,12 @@ class Supervisor:
             self._write_pids()
             if self._controller.returncode == 0:
                 return "completed", None, []
-            if (self._run_dir / STOP).exists():
-                (self._run_dir / STOP).unlink()  # a run that goes on from here was not asked
+            if self._stop_file.exists():
                 self._interrupts += 1
+                try:
+                    self._stop_file.unlink()  # a run that goes on from here was not asked
+                except OSError:  # somebody else's, perhaps: it has been seen, and asks no second time
+                    self._stop_file = self._run_dir / f"{STOP}.again"
             if self._interrupts > asked:
                 asked = self._interrupts
                 if asked > 1:
@@ -162,23 +197,37 @@ class Supervisor:
                 continue
             self._restarts[process.name] = used + 1
             process.kill_group(signal.SIGKILL)  # its workers hold the cores, and perhaps the port
+            process.clean_up()
             if used == self._plan.restarts:
                 self._display.note(f"{process.name} {process.ending()}; generator.restarts = {used} are used up")
                 continue
             self._display.note(
                 f"{process.name} {process.ending()}; started again ({used + 1} of {self._plan.restarts})"
             )
-            self._processes[i] = self._fleet.start(process.spec, self._run_dir / LOG_DIR)
+            self._killed.pop(process.name, None)
+            self._processes[i] = self._start_process(process.spec)
 
     def _blame(self) -> tuple[str, str, list[str]]:
         """A process that died by itself comes before a controller that only reports what it saw."""
         dead = self._dead()
         others = [process for process in dead if process is not self._controller]
+        learners = [process for process in self._processes if process.spec in self._plan.learners]
+        if self._learner_is_silent or any(process.returncode > 0 and process in learners for process in others):
+            if stopped := dump_stacks(learners):
+                names = ", ".join(process.name for process in stopped)
+                error = ProcessDiedError(
+                    f"{names} did nothing any more, not even react to a signal: stopped, or its machine hangs"
+                )
+                return "failed", str(error), stopped[0].last_lines()
+        if self._failure and self._explained and not others:
+            return "failed", self._failure, []
         if self._failure and not others:
             named = next((p for p in self._processes if self._failure.startswith(p.name)), self._controller)
             return "failed", self._failure, named.last_lines()
         culprit = min(others or dead, key=lambda process: process.returncode >= 0)
-        error = ProcessDiedError(f"{culprit.name} {culprit.ending()}; see {culprit.log}")
+        error = ProcessDiedError(
+            self._killed.get(culprit.name) or f"{culprit.name} {culprit.ending()}; see {culprit.log}"
+        )
         return "failed", str(error), culprit.last_lines()
 
     def _drain_events(self) -> None:
@@ -188,9 +237,22 @@ class Supervisor:
             except queue.Empty:
                 return
             self._training = self._training or (event["event"] == "stage" and event["name"] == "train")
+            if event["event"] == "unresponsive":
+                self._learner_is_silent |= event["name"] == "learner"
+                self._kill(event["name"], event["since"], event["why"])
             if event["event"] == "closed" and event["status"] == "failed":
-                self._failure = event["error"]
+                self._failure, self._explained = event["error"], event.get("explained", False)
+            if event["event"] == "closed":
+                self._totals = event.get("summary", {})
             self._display.show(event)
+
+    def _kill(self, name: str, since: float, why: str) -> None:
+        """End a process that has done nothing since then, unless another has been started in its place."""
+        for process in self._processes:
+            if process.name == name and process.returncode is None and self._started[name] < since:
+                self._killed[name] = why
+                self._display.note(f"{why}; killed")
+                process.kill_group(signal.SIGKILL)
 
     def _on_interrupt(self, number: int, frame: object) -> None:
         self._interrupts += 1
@@ -207,16 +269,28 @@ class Supervisor:
             time.sleep(_POLL_S)
         for process in self._processes:
             process.kill_group(signal.SIGKILL)
+        for process in self._processes:
+            process.clean_up()
+
+    def _write_last_summary(self, status: str, error: str | None, tail: list[str]) -> None:
+        """Into the room that was kept for it, should there be no other."""
+        try:
+            self._write_summary(status, error, tail)
+        except WriteError:
+            release_reserve(self._run_dir)
+            try:
+                self._write_summary(status, error, tail)
+            except WriteError as failure:
+                self._display.note(f"error: {failure}")
+        release_reserve(self._run_dir)
 
     def _write_summary(self, status: str, error: str | None, tail: list[str]) -> None:
         """The controller's own summary, or what it had written before it died, with what has become of the run."""
         path = self._run_dir / SUMMARY
-        if path.exists():
-            summary = json.loads(path.read_text())
-        else:
-            summary = RunTotals.of(self._config).to_summary(status, error)
+        summary = self._totals or read_summary(self._run_dir) or RunTotals.of(self._config).to_summary(status, error)
         summary |= {"status": status, "error": error}
         summary.pop("log_tail", None)
         if tail:
             summary["log_tail"] = tail
-        replace_file(path, json.dumps(summary, indent=1) + "\n")
+        with writing(path):
+            replace_file(path, json.dumps(summary, indent=1) + "\n")

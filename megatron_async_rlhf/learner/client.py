@@ -6,10 +6,16 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError
+from megatron_async_rlhf.errors import (
+    LearnerError,
+    LearnerSilentError,
+    NonFiniteLossError,
+    TransferError,
+    WriteError,
+)
 from megatron_async_rlhf.learner.protocol import Answer, Command, decode_answer, encode_command
 
-_ERRORS = {"": LearnerError, "non_finite": NonFiniteLossError, "transfer": TransferError}
+_ERRORS = {"": LearnerError, "non_finite": NonFiniteLossError, "transfer": TransferError, "write": WriteError}
 
 
 class LearnerClient:
@@ -27,8 +33,9 @@ class LearnerClient:
         """Send `command` and wait for its answer. Whoever gives up waiting does not take it from the next command.
 
         Raises:
-            NonFiniteLossError, TransferError: the command failed in that way.
-            LearnerError: it failed otherwise, or no answer came within `learner.timeout_s`.
+            NonFiniteLossError, TransferError, WriteError: the command failed in that way.
+            LearnerSilentError: no answer came within `learner.timeout_s`.
+            LearnerError: it failed otherwise.
         """
         exchange = asyncio.create_task(self._exchange(command))
         self._exchanges.add(exchange)
@@ -45,9 +52,10 @@ class LearnerClient:
                 async with asyncio.timeout(self._timeout_s):
                     answer = decode_answer(await self._socket.recv())
             except TimeoutError:
-                raise LearnerError(
+                raise LearnerSilentError(
                     f"the learner did not answer {name} within {self._timeout_s:g} s; see logs/learner.0.log, or raise "
-                    "learner.timeout_s"
+                    "learner.timeout_s",
+                    silent_s=self._timeout_s,
                 ) from None
         if answer.id != numbered.id:
             raise LearnerError(f"the learner answered command {answer.id} to {name}, which was {numbered.id}")

@@ -27,6 +27,7 @@ class Meter:
         self._process = process
         self._synchronize = synchronize
         self._spans: list[Span] = []
+        self._args: dict[str, float] = {}
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -34,7 +35,16 @@ class Meter:
         start = time.time()
         yield
         self._synchronize()
-        self.add(Span(name=name, start=start, end=time.time(), process=self._process))
+        self.add(Span(name=name, start=start, end=time.time(), process=self._process, lane="train", args=self._args))
+
+    @contextmanager
+    def about(self, **args: float) -> Iterator[None]:
+        """The spans inside get these arguments."""
+        self._args = args
+        try:
+            yield
+        finally:
+            self._args = {}
 
     def add(self, span: Span) -> None:
         """A span measured elsewhere."""

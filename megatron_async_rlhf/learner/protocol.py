@@ -4,12 +4,15 @@ The learner is a group of SPMD ranks; rank 0 receives a command, all ranks execu
 are executed one at a time in the order they were sent.
 """
 
+import signal
 from typing import Literal, Protocol
 
 import msgspec
 from msgspec import Struct
 
 from megatron_async_rlhf.types import PushReport, Sequence, Span, StepMetrics, TrainingGroup
+
+DUMP_STACKS = signal.SIGUSR1  # to a rank: write where every thread is into the log
 
 
 class Command(Struct, frozen=True, kw_only=True, tag=True):
@@ -23,7 +26,7 @@ class Hello(Command, frozen=True, kw_only=True, tag=True):
 
 
 class TrainSupervised(Command, frozen=True, kw_only=True, tag=True):
-    """One optimizer step of the warm start."""
+    """The `step`-th optimizer step of the warm start."""
 
     step: int
     sequences: list[Sequence]
@@ -141,7 +144,7 @@ class Answer(Struct, frozen=True, kw_only=True):
 
     id: int
     error: str | None = None
-    error_kind: Literal["", "non_finite", "transfer"] = ""
+    error_kind: Literal["", "non_finite", "transfer", "write"] = ""
     metrics: StepMetrics | None = None  # of TrainSupervised
     steps: list[StepMetrics] = []  # of TrainRollout, one per optimizer step
     # of each sequence's completion tokens, in the command's order, before any update the command made; of a rollout

@@ -25,7 +25,7 @@ from statistics import fmean
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import GeneratorError, MismatchError, NonFiniteLossError, TransferError
+from megatron_async_rlhf.errors import NonFiniteLossError, WriteError
 from megatron_async_rlhf.learner.protocol import Learner, TrainRollout
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
@@ -38,11 +38,11 @@ from megatron_async_rlhf.scheduler.signal import Signal
 from megatron_async_rlhf.scheduler.stages import evaluate
 from megatron_async_rlhf.scheduler.state import BEGINNING, Checkpoints, ControllerState, ReadyGroup
 from megatron_async_rlhf.scheduler.training_batch import MiniBatch, make_mini_batch
-from megatron_async_rlhf.scheduler.weight_sync import WeightSync
+from megatron_async_rlhf.scheduler.weight_sync import PushError, WeightSync
 from megatron_async_rlhf.telemetry.files import FAILED_BATCH
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.telemetry.summary import staleness_figures
-from megatron_async_rlhf.types import Span
+from megatron_async_rlhf.telemetry.trace import rollout_span
 
 _PAUSES = {"none": "keep", "keep": "keep", "recompute": "keep", "resubmit": "abort"}
 
@@ -98,6 +98,7 @@ class Controller:
             evaluated=state.version if state.evaluated is None else state.evaluated,
             clock=clock,
         )
+        pool.busy = self._generation.busy
         self._evaluation = evaluation
         self._rewards = state.rewards
         self._push: asyncio.Task | None = None
@@ -194,9 +195,9 @@ class Controller:
         return self._stopping or self._pacer.trained == self._pacer.pushed == self._schedule.steps
 
     def _may_push(self) -> bool:
-        serving, returned = self._pool.serving, self._pool.returned
-        somebody = bool(serving or returned)  # else wait for a generator to come back
-        return somebody and self._pacer.may_push(waiting=bool(returned), abandoned=not serving)
+        serving, waiting = bool(self._pool.serving), self._pool.without_weights
+        somebody = serving or waiting  # else wait for a generator to come back
+        return somebody and self._pacer.may_push(waiting=waiting, abandoned=not serving)
 
     async def _train(self, rollout: list[ReadyGroup], arrivals: list[int]) -> None:
         """One rollout, chosen when the groups of `arrivals` were complete."""
@@ -209,7 +210,7 @@ class Controller:
             self._pacer.staleness(versions[update % len(parts)], update)
             for update in range(schedule.updates_per_rollout)
         ]
-        self._recorder.activity("learner", f"step {version}")
+        self._recorder.activity("learner", f"step {version + 1}")
         command = TrainRollout(
             version=version, mini_batches=[batch.groups for batch in batches], epochs=schedule.epochs
         )
@@ -219,15 +220,13 @@ class Controller:
         try:
             answer = await self._learner.execute(command)
         except NonFiniteLossError as error:
-            saved = self._recorder.save_json(FAILED_BATCH, [group.scored.group for group in rollout])
-            raise NonFiniteLossError(f"{error}; the batch is in {saved}") from None
+            raise NonFiniteLossError(f"{error}; {self._keep_failed(rollout)}") from None
         end = self._clock()
         self._recorder.activity("learner", "idle")
         # Generators get the version before this one first, however the two race: schedules do not depend on speed.
         await self._changed.wait_until(lambda: not self._pacer.pushing)
         self._pacer.trained = version + schedule.updates_per_rollout
-        span = Span(name=f"step {version}", start=start, end=end, process="learner")
-        self._recorder.learner_was_busy([span, *answer.spans])
+        self._recorder.learner_was_busy(rollout_span(command, start, end), answer.spans)
         gaps = logprob_gaps(batches[0].completions, answer.logprobs, version)
         self._recorder.logprob_gaps(gaps)
         for update, step in enumerate(answer.steps):
@@ -235,21 +234,28 @@ class Controller:
             values = {"time/train_s": (end - start) / len(answer.steps), **step.values}
             if gaps and not update:
                 values |= {"logprob_gap/mean_abs": fmean(gaps), "logprob_gap/max_abs": max(gaps)}
-            self._report(version + update, parts[part], batches[part], ages[update], values)
+            self._report(version + update + 1, parts[part], batches[part], ages[update], values)
             if update < len(parts):
                 self._recorder.trained(len(batches[part].completions), _samples(parts[part]), batches[part].skipped)
+
+    def _keep_failed(self, rollout: list[ReadyGroup]) -> str:
+        """Where a rollout is that could not be trained on."""
+        try:
+            return f"the batch is in {self._recorder.save_json(FAILED_BATCH, [g.scored.group for g in rollout])}"
+        except WriteError as error:
+            return str(error)
 
     def _report(
         self, version: int, groups: list[ReadyGroup], batch: MiniBatch, ages: Counter[int], values: dict[str, float]
     ) -> None:
-        """An optimizer step that took the learner from `version` to the next."""
+        """The optimizer step that took the learner to `version`."""
         self._recorder.stepped(ages, batch.tokens)
         staleness = staleness_figures(ages)
         metrics = {
             **mean_facts(group.scored for group in groups),
             **values,
             "reward_margin": batch.margin,
-            "pairs_skipped": batch.skipped / len(groups),
+            "pairs_skipped_share": batch.skipped / len(groups),
             "staleness/mean": staleness["mean"],
             "staleness/max": staleness["max"],
             "time/generate_s": max(group.generate_s for group in groups),
@@ -279,47 +285,62 @@ class Controller:
             await self._push  # the learner gives its account of one push before it begins another
             return  # to look again who there is to push to
         version, how = self._pacer.trained, self._schedule.in_flight_updates
+        receivers = self._pool.alive
+        try:
+            await self._weight_sync.connect(receivers, newcomers=self._pool.returned)
+        except PushError as error:
+            await self._push_failed(error)
+            return
+        if receivers != self._pool.alive or not self._may_push():
+            return  # things have changed meanwhile
         self._pacer.pushing = True
         self._pool.hold()
         self._recorder.activity("learner", f"push {version}")
-        receivers = [*self._pool.serving, *self._pool.returned]
         try:
             await self._weight_sync.start(
-                version,
-                receivers,
-                how=_PAUSES[how],
-                recompute=how != "keep",
-                on_paused=self._generation.busy.freeze,
+                version, how=_PAUSES[how], recompute=how != "keep", on_paused=self._generation.busy.freeze
             )
-        except (TransferError, GeneratorError) as error:
-            await self._push_failed(error, receivers)
+        except PushError as error:
+            await self._push_failed(error)
             return
-        self._push = self._tasks.create_task(self._finish_push(version, receivers))
+        self._push = self._tasks.create_task(self._finish_push(version))
 
-    async def _finish_push(self, version: int, receivers: list) -> None:
+    async def _finish_push(self, version: int) -> None:
         try:
             await self._weight_sync.arrived()
-        except TransferError as error:
-            await self._push_failed(error, receivers)
+        except PushError as error:
+            await self._push_failed(error)
             return
-        await self._pool.updated(self._weight_sync.receivers)
+        await self._pool.mark_updated(self._weight_sync.receivers)
         self._pacer.pushed = version
         self._generation.weights_arrived()
-        # A batch resumes its engines itself, but not those that came back while it was under way.
+        # A batch resumes its engines itself, once all its requests are there; one that waits for a generator does not yet.
         if self._schedule.generation == "streaming" or self._pacer.running or self._pacer.evaluating:
             await self._pool.resume()
+        else:
+            await self._pool.release()
         self._pacer.pushing = False  # not before: nobody may pause engines that are about to be told to go on
         self._generation.busy.thaw()
         await self._changed.notify()
         self._recorder.pushed(*await self._weight_sync.report())
 
-    async def _push_failed(self, error: Exception, receivers: list) -> None:
-        """Nobody holds weights now. If a generator died, the others are tried again; else there is no way on."""
-        lost = [receiver for receiver in receivers if receiver not in self._weight_sync.receivers]
-        if isinstance(error, MismatchError) or not lost:
+    async def _push_failed(self, error: PushError) -> None:
+        """Go on without the generators that caused it; if none did, there is no way on.
+
+        The others serve on, unless weights were under way.
+        """
+        if not error.gone:
             raise error
-        self._recorder.stage(f"push failed without {', '.join(r.name for r in lost)}, trying again: {error}")
-        await self._pool.without_weights(lost)
+        names = ", ".join(receiver.name for receiver in error.gone)
+        self._recorder.stage(f"push failed, going on without {names}: {error}")
+        for receiver, why in error.gone.items():
+            await self._pool.mark_lost(receiver, why)
+        if error.moved:
+            await self._pool.mark_stale()
+            await self._pool.release()
+        elif self._pacer.pushing:
+            await self._pool.resume()
+            self._generation.busy.thaw()
         self._pacer.pushing = False
         await self._changed.notify()
 

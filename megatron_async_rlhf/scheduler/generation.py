@@ -23,9 +23,9 @@ from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.scoring import mean_facts, score_group
 from megatron_async_rlhf.scheduler.signal import Signal
 from megatron_async_rlhf.scheduler.state import ReadyGroup
-from megatron_async_rlhf.telemetry.busy import BusyTime
+from megatron_async_rlhf.telemetry.busy import GeneratorsBusy
 from megatron_async_rlhf.telemetry.recorder import Recorder
-from megatron_async_rlhf.types import Completion, Span
+from megatron_async_rlhf.types import Completion
 
 
 class Generation:
@@ -68,7 +68,7 @@ class Generation:
         self._clock = clock
         self._samplers: dict[int, asyncio.Task] = {}  # by group index; those of a rollout share one
         self.ready = {group.index: group for group in ready}
-        self.busy = BusyTime("generate", "generators", clock, recorder.generators_were_busy)
+        self.busy = GeneratorsBusy(clock, on_any=recorder.generators_were_busy, on_one=recorder.generator_was_busy)
 
     def cancel(self) -> None:
         """Give up what is under way."""
@@ -149,14 +149,13 @@ class Generation:
             return
         self.evaluated = version
         scored = self._evaluation.score(completions, name)
-        span = Span(name=f"evaluate {name}", start=start, end=self._clock(), process="generators")
-        self._recorder.evaluated(name, mean_facts(scored), span)
+        self._recorder.evaluated(name, mean_facts(scored), start, self._clock(), version=version, samples=len(scored))
 
     @asynccontextmanager
     async def _under_way(self, groups: int) -> AsyncIterator[None]:
         """Around the sampling of so many groups: keeps account of the time, and of what is cancelled."""
         try:
-            with self.busy:
+            with self.busy.any:
                 yield
         except asyncio.CancelledError:
             self._recorder.cancelled(groups * self._config.algorithm.samples_per_prompt)

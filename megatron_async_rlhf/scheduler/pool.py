@@ -1,6 +1,10 @@
 """All generators as one: requests go to whoever has the least to do, and elsewhere when a generator dies.
 
     serving ──(gone)──> lost ──(answers again)──> returned ──(a push reached it)──> serving
+       └──(a push failed on its way)──> stale ─────────────────(a push reached it)──> serving
+
+Every change of standing is made here. A generator that is lost although its process may be alive is reported, so that
+whoever owns the process can kill it and start another one.
 
 Two ways to sample. `sample_together`: requests are dealt in a fixed order, queued while the engines are paused, and run
 in that order, so that which sequences share a forward pass does not depend on the network. `sample`: a request goes to
@@ -9,19 +13,23 @@ the least loaded generator at once.
 
 import asyncio
 import heapq
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 
 import msgspec
 
-from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
-from megatron_async_rlhf.generator.protocol import Generator, Pause, SamplingRequest
+from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
+from megatron_async_rlhf.generator.protocol import Generator, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
+from megatron_async_rlhf.telemetry.busy import GeneratorsBusy
 from megatron_async_rlhf.types import Completion
 
 _WATCH_S = 0.5
-_MOST_LOSSES = 9  # of generators with one request under way
+_RESTART_S = 5.0  # so soon after its loss a generator's process has been started again
+_MAX_LOSSES_PER_REQUEST = 9  # a request that outlives this many generators probably kills them
 
 
 class Standing(Enum):
@@ -29,7 +37,8 @@ class Standing(Enum):
 
     SERVING = auto()
     LOST = auto()
-    RETURNED = auto()
+    RETURNED = auto()  # alive, but another process than before, or one that was silent
+    STALE = auto()  # alive, with parts of two versions
 
 
 @dataclass
@@ -49,8 +58,9 @@ class GeneratorPool:
 
     Attributes:
         serving: those that hold it.
-        returned: those that are alive again, without weights.
+        returned: those that are alive again; whether they can be given weights is not known.
         on_change: awaited when that has changed.
+        busy: told when each of them samples.
     """
 
     def __init__(
@@ -59,28 +69,45 @@ class GeneratorPool:
         *,
         max_concurrent: int,
         return_timeout_s: float,
+        silence_limit_s: float,
         on_lost: Callable[[Generator, int], None] = lambda generator, samples: None,
+        on_silent: Callable[[Generator, GeneratorSilentError], None] = lambda generator, error: None,
     ) -> None:
         """
         Args:
             max_concurrent: completions one generator samples at once.
-            return_timeout_s: how long all of them may be lost.
+            return_timeout_s: how long all of them may be lost, and how long one may take to come back.
+            silence_limit_s: how long one that is lost may leave unanswered what it is asked.
             on_lost: told of every request that died with its generator: how many completions of the run it was for.
+            on_silent: told of every generator whose process may be alive, but does nothing.
         """
         self.members = [Member(generator, place) for place, generator in enumerate(generators)]
         self._max_concurrent = max_concurrent
-        self._return_timeout_s = return_timeout_s
+        self._return_timeout_s, self._silence_limit_s = return_timeout_s, silence_limit_s
         self._on_lost = on_lost
+        self._on_silent = on_silent
         self._changed = asyncio.Condition()
         self.on_change: Callable[[], Awaitable[None]] | None = None
+        self.busy = GeneratorsBusy(time.time, on_any=lambda span: None, on_one=lambda span: None)
         self._last_loss = "none answered"
-        self._paused = False
+        self._held = False  # by a push
+        self._dealing = False  # by `sample_together`, while requests queue at paused engines
         self._recount()
 
     @property
     def version(self) -> int:
         """The version of the most outdated generator that serves."""
         return min(generator.version for generator in self.serving)
+
+    @property
+    def alive(self) -> list[Generator]:
+        """Those that can be given weights, always in the same order."""
+        return [member.generator for member in self.members if member.standing is not Standing.LOST]
+
+    @property
+    def without_weights(self) -> bool:
+        """Whether anybody alive waits for weights, whatever their version."""
+        return len(self._serving) + len(self._lost) < len(self.members)
 
     @property
     def room(self) -> int:
@@ -90,95 +117,134 @@ class GeneratorPool:
     async def sample_together(self, requests: Sequence[SamplingRequest]) -> list[list[Completion]]:
         """Completions of every request, in order, which is the one they run in. Nothing else may be running."""
         requests = [msgspec.structs.replace(request, order=place) for place, request in enumerate(requests)]
-        await self.pause()
-        members = await self._available()
-        shares = [requests[i :: len(members)] for i in range(len(members))]
         async with asyncio.TaskGroup() as tasks:
-            pending = [
-                [tasks.create_task(self._sample_at(member, request)) for request in share]
-                for member, share in zip(members, shares, strict=True)
-            ]
-            queued = [
-                tasks.create_task(self._wait_queued(member, len(share)))
-                for member, share in zip(members, shares, strict=True)
-            ]
-            await asyncio.gather(*queued)
-            await self.resume()
+            self._dealing = True
+            try:
+                members = await self._paused_members()
+                shares = [requests[i :: len(members)] for i in range(len(members))]
+                pending = [
+                    [tasks.create_task(self._sample_at(member, request)) for request in share]
+                    for member, share in zip(members, shares, strict=True)
+                ]
+                queued = zip(members, map(len, shares), strict=True)
+                await asyncio.gather(*(self._wait_queued(member, count) for member, count in queued))
+                await self._everywhere(lambda generator: generator.resume())
+            finally:
+                self._dealing = False
+            await self._notify()
         answers = [[task.result() for task in share] for share in pending]
         return [answers[i % len(answers)][i // len(answers)] for i in range(len(requests))]
 
     async def sample(self, request: SamplingRequest, losses: int = 0) -> list[Completion]:
         """Completions of one request, from start to end, wherever that takes it; `losses` generators died of it."""
-        if self._paused:
-            async with self._changed:
-                await self._changed.wait_for(lambda: not self._paused)
-        await self._available()
+        if not self._is_open():
+            await self._wait_for(self._is_open)
         return await self._sample_at(self._least_loaded(), request, losses)
 
     def hold(self) -> None:
-        """Start nothing until `resume`."""
-        self._paused = True
+        """A push has the engines: start nothing until `release`."""
+        self._held = True
 
-    async def pause(self, how: Pause = "keep") -> None:
-        self.hold()
-        await self._everywhere(lambda generator: generator.pause(how))
+    async def release(self) -> None:
+        """The push is over; the engines stay as they are."""
+        self._held = False
+        await self._notify()
 
     async def resume(self) -> None:
+        """The push is over, and the engines go on."""
         await self._everywhere(lambda generator: generator.resume())
-        self._paused = False
-        async with self._changed:
-            self._changed.notify_all()
+        await self.release()
 
     async def watch(self, on_return: Callable[[Generator], object]) -> None:
-        """For ever: notice when lost generators answer again.
+        """For ever: notice when lost generators answer again, and report those that do not come back.
 
         Raises:
             GeneratorError: all are lost, and none came back in time.
         """
-        while True:
-            async with self._changed:
-                await self._changed.wait_for(lambda: self._lost)
-            deadline = asyncio.get_running_loop().time() + self._return_timeout_s
-            while lost := self._lost:
-                for member in lost:
-                    if await member.generator.is_ready():
-                        await self._stand(Standing.RETURNED, member)
-                        on_return(member.generator)
-                if len(lost) == len(self.members) == len(self._lost):
-                    if asyncio.get_running_loop().time() > deadline:
-                        raise self._nobody_left()
-                else:
-                    deadline = asyncio.get_running_loop().time() + self._return_timeout_s
-                await asyncio.sleep(_WATCH_S)
+        awaited: set[int] = set()  # places
 
-    async def lost(self, generator: Generator, error: GeneratorGoneError) -> None:
+        async def await_return(member: Member) -> None:
+            try:
+                if await self._is_back(member):
+                    on_return(member.generator)
+            finally:
+                awaited.discard(member.place)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._fail_without_generators())
+                while True:
+                    await self._wait_for(lambda: any(member.place not in awaited for member in self._lost))
+                    for member in [member for member in self._lost if member.place not in awaited]:
+                        awaited.add(member.place)
+                        tasks.create_task(await_return(member))
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def _fail_without_generators(self) -> None:
+        while True:
+            await self._wait_for(self._all_lost)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._return_timeout_s):
+                    await self._wait_for(lambda: not self._all_lost())
+            if self._all_lost():
+                raise self._nobody_left()
+
+    async def _is_back(self, member: Member) -> bool:
+        """Wait until a lost generator answers, and mark it returned; False if it is in use again by then."""
+        generator, clock = member.generator, asyncio.get_running_loop().time
+        lost = heard = clock()  # a refused connection is a sign of life: something is being started
+        while member.standing is Standing.LOST:
+            try:
+                await generator.probe()
+            except GeneratorSilentError as error:
+                if clock() - heard >= self._silence_limit_s:
+                    self._on_silent(generator, GeneratorSilentError(str(error), silent_s=clock() - heard))
+                    heard = clock()
+            except GeneratorError:
+                heard = clock()
+            else:
+                if member.standing is not Standing.LOST:
+                    return False
+                await self._stand(Standing.RETURNED, member)
+                return True
+            if clock() - lost >= self._return_timeout_s:
+                error = f"{generator.name}: not ready within generator.start_timeout_s = {self._return_timeout_s:g}"
+                self._on_silent(generator, GeneratorSilentError(error, silent_s=clock() - lost - _RESTART_S))
+                lost = clock()
+            await asyncio.sleep(_WATCH_S)
+        return False
+
+    async def mark_lost(self, generator: Generator, error: GeneratorGoneError) -> None:
         """A generator does not answer any more."""
         self._last_loss = str(error)
+        if isinstance(error, GeneratorSilentError):
+            self._on_silent(generator, error)
         await self._stand(Standing.LOST, *(member for member in self.members if member.generator is generator))
 
-    async def updated(self, generators: Sequence[Generator]) -> None:
-        """These hold the newest weights, all others none."""
+    async def mark_updated(self, generators: Sequence[Generator]) -> None:
+        """These hold the newest weights."""
         names = {generator.name for generator in generators}
-        await self._stand(Standing.LOST, *(m for m in self._serving if m.generator.name not in names))
         await self._stand(Standing.SERVING, *(m for m in self.members if m.generator.name in names))
 
-    async def without_weights(self, lost: Sequence[Generator]) -> None:
-        """A push failed: these are gone, and all others hold parts of two versions."""
-        names = {generator.name for generator in lost}
-        await self._stand(Standing.LOST, *(m for m in self.members if m.generator.name in names))
-        await self._stand(Standing.RETURNED, *self._serving)
+    async def mark_stale(self) -> None:
+        """A push failed on its way: those that served until now hold parts of two versions."""
+        await self._stand(Standing.STALE, *self._serving)
 
     async def _sample_at(self, member: Member, request: SamplingRequest, losses: int = 0) -> list[Completion]:
         self._add_load(member, request.samples)
         try:
-            completions = await member.generator.sample(request)
+            with self.busy.at(member.generator.name) as busy:
+                completions = await member.generator.sample(request)
+                whole = sum(not completion.interrupted for completion in completions)
+                busy.done(samples=whole, tokens=_new_tokens(completions, request))
         except GeneratorGoneError as error:
-            if losses == _MOST_LOSSES:
+            if losses == _MAX_LOSSES_PER_REQUEST:
                 raise GeneratorError(
                     f"a request failed at {losses + 1} generators one after the other, which is hardly their fault; if it "
                     f"takes longer than generator.request_timeout_s, raise that: {error}"
                 ) from None
-            await self.lost(member.generator, error)
+            await self.mark_lost(member.generator, error)
             self._on_lost(member.generator, 0 if request.held_out else request.samples)
             completions = None
         finally:
@@ -210,14 +276,34 @@ class GeneratorPool:
         try:
             await member.generator.wait_queued(count)
         except GeneratorGoneError as error:
-            await self.lost(member.generator, error)
+            if member.standing is Standing.SERVING:
+                await self.mark_lost(member.generator, error)
 
-    async def _available(self) -> list[Member]:
-        """Members that serve, once there are any."""
-        if not self._serving:
-            async with self._changed:
-                await self._changed.wait_for(lambda: self._serving)
-        return self._serving
+    async def _paused_members(self) -> list[Member]:
+        """Members that serve, with paused engines, once there are any.
+
+        Whoever serves after a wait comes from a push, which lets the engines go on when it ends: they are paused after it.
+        """
+        while True:
+            await self._wait_for(lambda: self._serving and not self._held)
+            await self._everywhere(lambda generator: generator.pause())
+            if self._serving and not self._held:
+                return self._serving
+
+    async def _wait_for(self, condition: Callable[[], object]) -> None:
+        async with self._changed:
+            await self._changed.wait_for(condition)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _is_open(self) -> bool:
+        """Whether a single request may start."""
+        return bool(self._serving) and not (self._held or self._dealing)
+
+    def _all_lost(self) -> bool:
+        return len(self._lost) == len(self.members)
 
     def _nobody_left(self) -> GeneratorError:
         names = ", ".join(member.generator.name for member in self.members)
@@ -233,8 +319,7 @@ class GeneratorPool:
             if standing is Standing.LOST:
                 member.generator.give_up()
         self._recount()
-        async with self._changed:
-            self._changed.notify_all()
+        await self._notify()
         if self.on_change is not None:
             await self.on_change()
 
@@ -274,6 +359,12 @@ class GeneratorPool:
             try:
                 await call(generator)
             except GeneratorGoneError as error:
-                await self.lost(generator, error)
+                await self.mark_lost(generator, error)
 
         await asyncio.gather(*(one(generator) for generator in self.serving))
+
+
+def _new_tokens(completions: Sequence[Completion], request: SamplingRequest) -> int:
+    """Without those that another request had sampled before."""
+    begun = len(request.begun.token_ids) if request.begun else 0
+    return sum(len(completion.token_ids) - begun for completion in completions)

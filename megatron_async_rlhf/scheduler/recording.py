@@ -10,6 +10,7 @@ from msgspec import Struct
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.learner.protocol import TrainRollout
 from megatron_async_rlhf.scheduler.state import ReadyGroup
+from megatron_async_rlhf.telemetry.files import writing
 
 
 class RecordedGroup(Struct, frozen=True, kw_only=True):
@@ -48,10 +49,12 @@ class RolloutSink(Protocol):
 
 
 class RolloutLog:
-    """A file per rollout."""
+    """A file per rollout, named by the first of its steps."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        # Version 0.1.0 counted steps from 0; what it recorded can still be read.
+        self._first = 0 if (directory / "step_000000.msgpack").exists() else 1
 
     def write(self, command: TrainRollout, rollout: Sequence[ReadyGroup], arrived: list[int]) -> None:
         groups = [
@@ -63,9 +66,10 @@ class RolloutLog:
             )
             for group in rollout
         ]
-        self._directory.mkdir(exist_ok=True)
-        record = RecordedRollout(command=command, groups=groups, arrived=arrived)
-        self._path(command.version).write_bytes(msgspec.msgpack.encode(record))
+        record, path = RecordedRollout(command=command, groups=groups, arrived=arrived), self._path(command.version)
+        with writing(path):
+            self._directory.mkdir(exist_ok=True)
+            path.write_bytes(msgspec.msgpack.encode(record))
 
     def cut(self, version: int) -> None:
         """Forget what was trained at this version or later: the run goes on from there."""
@@ -98,4 +102,4 @@ class RolloutLog:
             yield record
 
     def _path(self, version: int) -> Path:
-        return self._directory / f"step_{version:06d}.msgpack"
+        return self._directory / f"step_{version + self._first:06d}.msgpack"

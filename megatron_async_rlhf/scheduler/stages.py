@@ -21,8 +21,8 @@ async def warm_start(
     Args:
         solved: prompt and solution as one sequence, by prompt index.
     """
-    for step in range(config.warm_start.steps):
-        prompts = order.batch(step, config.warm_start.batch_size)
+    for step in range(1, config.warm_start.steps + 1):
+        prompts = order.batch(step - 1, config.warm_start.batch_size)
         command = TrainSupervised(step=step, sequences=[solved[prompt.index] for prompt in prompts])
         answer = await learner.execute(command)
         recorder.warm_start_step(step, answer.metrics.values, answer.spans)

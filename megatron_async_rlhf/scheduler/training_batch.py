@@ -76,11 +76,17 @@ def chosen_samples(algorithm: str, rewards: Seq[float]) -> list[int]:
     Online DPO takes the best and the worst, and nothing where all are equal; Best-of-N the best, the first among equals
     (as the paper's code does); all others every sample.
     """
-    if algorithm == "online_dpo":
-        return list(best_and_worst(rewards) or ())
-    if algorithm == "best_of_n":
-        return [max(range(len(rewards)), key=lambda i: rewards[i])]
-    return list(range(len(rewards)))
+    match algorithm:
+        case "online_dpo":
+            return list(best_and_worst(rewards) or ())
+        case "best_of_n":
+            return [max(range(len(rewards)), key=lambda i: rewards[i])]
+        case "ppo" | "rloo" | "proximal_rloo" | "grpo":
+            return list(range(len(rewards)))
+        case _:
+            raise NotImplementedError(
+                f"algorithm.type = {algorithm}: chosen_samples does not know which samples it trains on"
+            )
 
 
 def as_sequence(prompt: Prompt, completion: Completion) -> Sequence:

@@ -1,16 +1,18 @@
 """A weight push as the controller sees it: the learner sends, every generator receives, digests are compared.
 
-    start:   connect if need be -> pause the engines -> tell the learner to send, the generators to receive
+    connect: learner and generators meet, unless they have met already; engines may be at work
+    start:   pause the engines -> tell the learner to send, the generators to receive
     arrived: every generator holds the version, verified; generation may go on
     report:  the learner's account of it, when it has time to give one
 
-A push that fails leaves generators with parts of two versions: they stay at version -1, paused, until the next push,
-which connects anew to those that are still alive.
+Until the learner is told to send nothing has moved, and a failure costs only the generators that caused it. One that
+comes later leaves parts of two versions: all generators stay at version -1, paused, until the next push, which connects
+anew to those that are still alive.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ from megatron_async_rlhf.errors import (
     AsyncRLHFError,
     GeneratorError,
     GeneratorGoneError,
+    GeneratorSilentError,
     MismatchError,
     TransferError,
 )
@@ -39,11 +42,11 @@ _GRACE_S = 5.0
 
 
 class Receiver(Protocol):
-    """A generator as a receiver of weights; raises GeneratorError."""
+    """A generator as a receiver of weights; all methods raise GeneratorError."""
 
     name: str
 
-    async def is_ready(self) -> bool: ...
+    async def probe(self) -> None: ...
 
     async def pause(self, how: Pause = "keep") -> None: ...
 
@@ -52,11 +55,24 @@ class Receiver(Protocol):
     async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None: ...
 
 
+class PushError(TransferError):
+    """A push that failed because of generators that have to be left out of the next.
+
+    Attributes:
+        gone: what each of them said last.
+        moved: whether weights were under way, so that no generator holds a whole version.
+    """
+
+    def __init__(self, message: str, *, gone: dict[Receiver, GeneratorGoneError], moved: bool) -> None:
+        super().__init__(message)
+        self.gone, self.moved = gone, moved
+
+
 class WeightSync:
     """Pushes version after version; one push at a time.
 
     Attributes:
-        receivers: the generators still taking part.
+        receivers: the generators still taking part; the next push goes to them unless `connect` names others.
     """
 
     def __init__(
@@ -72,40 +88,65 @@ class WeightSync:
         self._learner = learner
         self._config = config
         self._host, self._port = address
-        self._sessions = self._pushes = 0
-        self._connected = False
+        self._sessions = 0
+        self._met: list[Receiver] = []
+        self._is_verified = False  # the connection, by a push over it
         self._receiving: asyncio.Task | None = None
         self._span: Span | None = None
         self._answer: Answer | None = None  # of FinishPush, if it came before it was asked for
 
+    async def connect(self, receivers: Sequence[Receiver], newcomers: Sequence[Receiver] = ()) -> None:
+        """Let all that the next push goes to meet the learner, unless they have met already.
+
+        Args:
+            newcomers: those of them that have come back. Each meets the learner alone first: while all meet, the others
+                compute nothing, so nobody may take part who cannot come.
+
+        Raises:
+            PushError: somebody did not come.
+            TransferError: they cannot meet, for another reason.
+            GeneratorError: there are none.
+        """
+        if not receivers:
+            raise GeneratorError("no generator is alive to receive weights; see their logs")
+        self.receivers = list(receivers)
+        if self.receivers == self._met:
+            return
+        for newcomer in newcomers:
+            await self._meet_alone(newcomer)
+        if self.receivers == self._met:
+            return
+        try:
+            await self._meet(self.receivers)
+        except PushError:
+            raise
+        except (TransferError, GeneratorError):
+            for receiver in self.receivers:  # everybody accuses somebody: find out who cannot
+                await self._meet_alone(receiver)
+            raise
+
     async def start(
         self,
         version: int,
-        receivers: Sequence[Receiver] | None = None,
         *,
         how: Pause = "keep",
         recompute: bool = True,
         on_paused: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begin to bring every generator to `version`. Then await `arrived`.
+        """Begin to bring every generator that is connected to `version`. Then await `arrived`.
 
         Args:
-            receivers: the generators that are to have it; None: the same as before.
             how: what becomes of requests under way.
             recompute: the generators empty their caches, those of frozen requests too, which older weights made.
             on_paused: called once no engine computes any more.
 
         Raises:
-            TransferError: nobody could be reached, or not all members met.
+            PushError: an engine cannot be paused; the others are.
         """
         weights = self._config.weights
-        verify = weights.verify == "every" or (weights.verify == "first" and self._pushes == 0)
+        verify = weights.verify == "every" or (weights.verify == "first" and not self._is_verified)
         started = self._clock()
-        if receivers is not None and list(receivers) != self.receivers:
-            self.receivers, self._connected = list(receivers), False
-        if not self._connected:
-            await self._connect()
-        await self._pause(how)
+        self._check(await _from_each(self.receivers, lambda receiver: receiver.pause(how)))
         on_paused()
         self._answer = None
         await self._learner.execute(PushWeights(version=version, verify=verify))
@@ -113,14 +154,14 @@ class WeightSync:
 
     def disconnect(self) -> None:
         """Meet anew before the next push: one of the generators is another process now."""
-        self._connected = False
+        self._met = []
 
     async def arrived(self) -> None:
         """Return when every generator holds the version, verified if that was asked for; the engines stay paused.
 
         Raises:
             MismatchError: a generator holds other bytes than the learner.
-            TransferError: the push failed otherwise; says where first. There is no report then.
+            PushError: the push failed otherwise; says where first. There is no report then.
         """
         await self._receiving
 
@@ -128,34 +169,15 @@ class WeightSync:
         """What the push moved and proved, and its spans, the whole first. Waits for commands the learner got earlier."""
         span = self._span
         answer = self._answer or await self._learner.execute(FinishPush())
-        self._pushes += 1
+        self._is_verified = True
         return answer.push, [span, *answer.spans]
 
     async def push(self, version: int) -> tuple[PushReport, list[Span]]:
-        """All three in one."""
+        """All four in one, to those that are left."""
+        await self.connect(self.receivers)
         await self.start(version)
         await self.arrived()
         return await self.report()
-
-    async def _pause(self, how: Pause) -> None:
-        """Those that are gone are out.
-
-        Raises:
-            TransferError: naming them.
-        """
-        results = await asyncio.gather(*(receiver.pause(how) for receiver in self.receivers), return_exceptions=True)
-        gone = [error for error in results if isinstance(error, GeneratorGoneError)]
-        others = [error for error in results if isinstance(error, BaseException) and error not in gone]
-        if others:
-            raise others[0]
-        if gone:
-            self.receivers = [
-                receiver
-                for receiver, result in zip(self.receivers, results, strict=True)
-                if not isinstance(result, GeneratorGoneError)
-            ]
-            self._connected = False
-            raise TransferError("; ".join(str(error) for error in gone))
 
     async def _receive(self, version: int, verify: bool, recompute: bool, started: float) -> None:
         tasks = {
@@ -167,7 +189,8 @@ class WeightSync:
         except AsyncRLHFError as error:
             raise await self._failure(version, error, tasks) from None
         finally:
-            self._span = Span(name=f"push {version}", start=started, end=self._clock(), process="weights")
+            args = {"version": version}
+            self._span = Span(name=f"push {version}", start=started, end=self._clock(), process="weights", args=args)
 
     async def _all_done(self, tasks: dict[asyncio.Task, Receiver]) -> None:
         """Raises what the first that failed raised."""
@@ -186,7 +209,7 @@ class WeightSync:
 
     async def _failure(self, version: int, first: AsyncRLHFError, tasks: dict[asyncio.Task, Receiver]) -> TransferError:
         """One error out of what everybody says. Afterwards nothing of this push is under way, and who is gone is out."""
-        self._connected = False
+        self._met = []
         told: list[AsyncRLHFError] = [first]
         if self._answer is None and not isinstance(first, TransferError):  # else it has given its account already
             try:
@@ -199,17 +222,34 @@ class WeightSync:
         for task in pending:
             task.cancel()
         told += [error for task in done if isinstance(error := task.exception(), AsyncRLHFError)]
-        gone = {task for task in done if isinstance(task.exception(), GeneratorGoneError)} | pending
-        self.receivers = [receiver for task, receiver in tasks.items() if task not in gone]
-        return TransferError(f"push of version {version} failed: {root_cause([str(e) for e in told])}")
+        gone = {tasks[task]: error for task in done if isinstance(error := task.exception(), GeneratorGoneError)}
+        for receiver in (tasks[task] for task in pending):  # they may hang, or wait for somebody who does
+            gone[receiver] = GeneratorGoneError(f"{receiver.name}: said nothing for {_GRACE_S:g} s after a failed push")
+        self._leave_out(gone)
+        cause = root_cause([str(error) for error in told])
+        return PushError(f"push of version {version} failed: {cause}", gone=gone, moved=True)
 
-    async def _connect(self) -> None:
-        """Rendezvous of all learner ranks and the workers of every generator that is alive."""
-        alive = await asyncio.gather(*(receiver.is_ready() for receiver in self.receivers))
-        self.receivers = [receiver for receiver, ready in zip(self.receivers, alive, strict=True) if ready]
-        if not self.receivers:
-            raise GeneratorError("no generator is alive to receive weights; see their logs")
-        config, names = self._config, [receiver.name for receiver in self.receivers]
+    async def _meet_alone(self, receiver: Receiver) -> None:
+        """Whatever goes wrong is its fault.
+
+        Raises:
+            PushError: it cannot meet the learner.
+        """
+        try:
+            await self._meet([receiver])
+        except PushError:
+            raise
+        except (TransferError, GeneratorError) as error:
+            limit = self._config.weights.timeout_s
+            why = GeneratorSilentError(f"{receiver.name}: it cannot meet the learner: {error}", silent_s=limit)
+            self._leave_out({receiver: why})
+            raise PushError(str(why), gone={receiver: why}, moved=False) from None
+
+    async def _meet(self, receivers: Sequence[Receiver]) -> None:
+        """Rendezvous of all learner ranks and the workers of these generators."""
+        self._met = []
+        self._check(await _from_each(receivers, lambda receiver: receiver.probe()))  # or the others would wait in vain
+        config, names = self._config, [receiver.name for receiver in receivers]
         session = f"session-{self._sessions}"
         self._sessions += 1
         info = {
@@ -226,20 +266,40 @@ class WeightSync:
         command = JoinTransfer(host=self._host, port=self._port, session=session, generators=names)
         # Longer than the members themselves wait, so that they get to say who was missing.
         limit = 2 * config.weights.timeout_s + _GRACE_S
-        results = await asyncio.gather(
-            self._learner.execute(command),
-            *(
-                receiver.join_transfer(info | {"replica": i}, timeout_s=limit)
-                for i, receiver in enumerate(self.receivers)
-            ),
-            return_exceptions=True,
-        )
-        errors = [error for error in results if isinstance(error, BaseException)]
-        if errors:
-            gone = [isinstance(result, GeneratorGoneError) for result in results[1:]]
-            self.receivers = [r for r, is_gone in zip(self.receivers, gone, strict=True) if not is_gone]
-            raise TransferError(root_cause([str(error) for error in errors]))
-        self._connected = True
+        joins = (r.join_transfer(info | {"replica": i}, timeout_s=limit) for i, r in enumerate(receivers))
+        learner, *results = await asyncio.gather(self._learner.execute(command), *joins, return_exceptions=True)
+        self._check(dict(zip(receivers, results, strict=True)), learner)
+        self._met, self._is_verified = list(receivers), False
+
+    def _check(self, results: dict[Receiver, object], learner: object = None) -> None:
+        """Go on only if nobody raised anything.
+
+        Raises:
+            PushError: somebody is gone.
+            TransferError: what went wrong otherwise, by the account closest to the cause.
+        """
+        errors = [error for error in (learner, *results.values()) if isinstance(error, BaseException)]
+        for error in errors:
+            if not isinstance(error, TransferError | GeneratorError):
+                raise error
+        if not errors:
+            return
+        gone = {receiver: error for receiver, error in results.items() if isinstance(error, GeneratorGoneError)}
+        self._leave_out(gone)
+        cause = root_cause([str(error) for error in errors])
+        raise PushError(cause, gone=gone, moved=False) if gone else TransferError(cause)
+
+    def _leave_out(self, gone: Container[Receiver]) -> None:
+        self.receivers = [receiver for receiver in self.receivers if receiver not in gone]
+        self._met = []
+
+
+async def _from_each(
+    receivers: Sequence[Receiver], call: Callable[[Receiver], Awaitable[None]]
+) -> dict[Receiver, BaseException | None]:
+    """What each of them raised, if anything."""
+    results = await asyncio.gather(*(call(receiver) for receiver in receivers), return_exceptions=True)
+    return dict(zip(receivers, results, strict=True))
 
 
 def _mismatch(version: int, report: PushReport) -> MismatchError:

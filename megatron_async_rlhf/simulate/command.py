@@ -9,16 +9,18 @@ from msgspec.structs import replace
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.simulate.lengths import parse_lengths
-from megatron_async_rlhf.simulate.measured import measure
-from megatron_async_rlhf.simulate.scenario import Scenario, Speeds
+from megatron_async_rlhf.simulate.scenario import Scenario
 
 
 def simulate(
     config: Annotated[Path, typer.Argument(help="YAML configuration; its model and data need not be there.")],
     set: Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value.")] = [],
     generators: Annotated[int | None, typer.Option(min=1, help="Default: generator.replicas.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Completions in all; default: schedule.steps.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Completions in all; default: of the first rollouts.")
+    ] = None,
     from_run: Annotated[
         Path | None, typer.Option(help="A finished run: lengths and times are as they were there, unless given.")
     ] = None,
@@ -37,61 +39,99 @@ def simulate(
 ) -> None:
     """Run the scheduler on imaginary machines, in virtual time, next to the synchronous schedule.
 
+    Times and lengths that are not given are those a dry run estimates, and so is the verdict.
+
     All promises of the schedule are checked meanwhile; exit code 1 if one is broken.
 
     Example: async-rlhf simulate examples/llama8b_async.yaml --samples 20000 --push-s 4
     """
     from rich.console import Console
 
-    from megatron_async_rlhf.simulate.report import show, synchronous, to_json
-    from megatron_async_rlhf.simulate.simulation import simulate as simulate_one
+    from megatron_async_rlhf.simulate.report import show
 
-    resolved = _load_sized(config, set, samples)
-    number = generators or resolved.generator.replicas
-    speeds = {
-        "token_s": token_s,
-        "sequence_s": sequence_s,
-        "train_s": train_s,
-        "train_token_s": train_token_s,
-        "push_s": push_s,
-    }
-    scenario = _make_scenario(
-        resolved,
+    whole = load_config(config, set)
+    report = _simulated(
+        whole,
+        _sized(config, set, whole, samples),
         from_run,
         lengths,
-        speeds,
-        generators=number,
+        dict(token_s=token_s, sequence_s=sequence_s, train_s=train_s, train_token_s=train_token_s, push_s=push_s),
+        trace,
+        generators=generators or whole.generator.replicas,
         crashes_per_hour=crashes_per_hour,
         back_s=back_s,
-        slowness=dict.fromkeys(range(min(slow, number)), 3.0),
+        slow=slow,
         seed=seed,
     )
-    outcome = simulate_one(resolved, scenario, trace)
-    report = to_json(resolved, scenario, outcome, simulate_one(synchronous(resolved), scenario))
     if json_:
         typer.echo(json.dumps(report, indent=1))
     else:
         show(Console(), report)
 
 
-def _load_sized(config: Path, overrides: list[str], samples: int | None) -> RunConfig:
+def _sized(file: Path, overrides: list[str], config: RunConfig, samples: int | None) -> RunConfig:
     """The configuration, with as many steps as `samples` completions take, whole rollouts."""
-    resolved = load_config(config, overrides)
-    if samples is None:
-        return resolved
-    schedule = resolved.schedule
-    rollouts = -(-samples // (schedule.groups_per_rollout * resolved.algorithm.samples_per_prompt))
-    return load_config(config, [*overrides, f"schedule.steps={rollouts * schedule.updates_per_rollout}"])
+    from megatron_async_rlhf.simulate.prediction import first_steps
+
+    schedule = config.schedule
+    steps = first_steps(config)
+    if samples is not None:
+        rollouts = -(-samples // (schedule.groups_per_rollout * config.algorithm.samples_per_prompt))
+        steps = rollouts * schedule.updates_per_rollout
+    return load_config(file, [*overrides, f"schedule.steps={steps}"])
 
 
-def _make_scenario(
-    config: RunConfig, from_run: Path | None, lengths: str | None, speeds: dict[str, float | None], **rest: Any
-) -> Scenario:
-    """What was given, else what was measured, else defaults; completions half as long as they may be, on average."""
+def _simulated(
+    whole: RunConfig,
+    sized: RunConfig,
+    from_run: Path | None,
+    lengths: str | None,
+    speeds: dict[str, float | None],
+    trace: Path | None,
+    *,
+    generators: int,
+    slow: int,
+    **rest: Any,
+) -> dict[str, Any]:
+    """The report on `sized`, the simulated part of the `whole` run; what is None is as usual."""
+    from megatron_async_rlhf.simulate.measured import measure
+    from megatron_async_rlhf.simulate.prediction import known_error, predict
+    from megatron_async_rlhf.simulate.report import to_json
+
     measured = measure(from_run) if from_run is not None else None
-    drawn = parse_lengths(lengths or f"lognormal:{max(1, config.generator.max_new_tokens / 2):g}:0.6")
-    if measured is not None and lengths is None:
-        drawn = measured.lengths
-    usual = measured.speeds if measured is not None else Speeds()
-    given = {name: value for name, value in speeds.items() if value is not None}
-    return Scenario(lengths=drawn, speeds=replace(usual, **given), **rest)
+    if measured is not None:
+        usual = Scenario(lengths=measured.lengths, speeds=measured.speeds)
+    else:
+        usual = _estimated(whole, needed=None in (lengths, *speeds.values()))
+    scenario = replace(
+        usual,
+        generators=generators,
+        lengths=usual.lengths if lengths is None else parse_lengths(lengths),
+        speeds=replace(usual.speeds, **{name: value for name, value in speeds.items() if value is not None}),
+        slowness=dict.fromkeys(range(min(slow, generators)), 3.0),
+        **rest,
+    )
+    prediction = predict(sized, scenario, trace)
+    error = known_error(whole) if measured is None else measured.known_error(usual)
+    return to_json(sized, whole.schedule.steps, prediction, error)
+
+
+def _estimated(config: RunConfig, *, needed: bool) -> Scenario:
+    """
+    Args:
+        needed: something is not given.
+
+    Raises:
+        ConfigError: there is nothing to estimate from.
+    """
+    from megatron_async_rlhf.simulate.prediction import estimated_scenario, shape_of
+
+    if not needed:
+        return Scenario()
+    try:
+        return estimated_scenario(config, shape_of(config))[0]
+    except ConfigError as error:
+        raise ConfigError(
+            f"no speeds can be estimated ({error}); give the run's times: --lengths, --token-s, --sequence-s, --train-s, "
+            "--train-token-s and --push-s, or --from-run"
+        ) from None

@@ -11,7 +11,8 @@ from itertools import count
 from random import Random
 from typing import Any
 
-from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, InvariantError
+from megatron_async_rlhf.config.sections import GeneratorSection
+from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError, InvariantError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.silence import Silence
 from megatron_async_rlhf.simulate.engine import Engine, EngineSequence
@@ -22,7 +23,6 @@ from megatron_async_rlhf.types import Completion
 
 _LEARNS_S = 0.001  # how long it takes until the whole pool knows what one request was told
 _POLL_S = 0.005
-_HEALTH_S = 5.0
 
 
 class _Sample:
@@ -52,6 +52,8 @@ class SimulatedGenerator:
 
     Attributes:
         version: of the weights, as the controller is told; -1 if it has none.
+        started_at: when its process was.
+        back_s: how long it takes to start it again.
         engines: of this life, and of those before.
     """
 
@@ -63,21 +65,23 @@ class SimulatedGenerator:
         scenario: Scenario,
         ledger: Ledger,
         exchange: Exchange,
+        limits: GeneratorSection,
         *,
         version: int,
-        places: int,
-        request_timeout_s: float,
         slowness: float = 1.0,
     ) -> None:
         self.name, self.version = name, version
         self._scenario, self._ledger, self._exchange = scenario, ledger, exchange
-        self._places, self._timeout_s, self._slowness = places, request_timeout_s, slowness
-        self._silence = Silence(request_timeout_s)
+        self._places, self._slowness = limits.max_concurrent, slowness
+        self._timeout_s, self._probe_timeout_s = limits.request_timeout_s, limits.probe_timeout_s
+        self._silence = Silence(name, self._timeout_s)
         self._random = Random(f"{scenario.seed}/{name}")
         self._loop = asyncio.get_running_loop()
         self._requests: dict[int, _Request] = {}
         self._numbers = count()
-        self._is_up, self._hangs = True, False
+        self.started_at, self.back_s = self._loop.time(), scenario.back_s
+        self._is_up, self._is_cut_off = True, False
+        self._front_hangs = self._engine_hangs = False
         self._noticed_at: float | None = None  # when it was told first that this server is gone, or has no weights
         self.engines = [self._new_engine()]
         self._engine.set_weights(version)
@@ -86,7 +90,8 @@ class SimulatedGenerator:
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:
         """As `Generator.sample`; like the real one, it only finds out afterwards that there were no weights."""
-        await self._reach("/generate")
+        await self._travel()
+        await self._reach_front("/generate")
         is_empty, engine = self.version < 0, self._engine
         self._check_is_not_known_empty()
         self._ledger.asked(request)
@@ -97,8 +102,9 @@ class SimulatedGenerator:
             self._start(mine, sample, request)
         try:
             interrupted = await self._silence.wait(self._answer(mine))
-        except TimeoutError as error:
-            raise self._gone(str(error)) from None
+        except GeneratorGoneError:
+            self._notice()
+            raise
         finally:
             self._withdraw(engine, self._requests.pop(number))
         if is_empty:
@@ -135,17 +141,25 @@ class SimulatedGenerator:
         self._silence.give_up()
 
     async def wait_queued(self, count: int) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._silence.unless_given_up(self._has_queued(count))
+        except TimeoutError:
+            raise self._gone(f"{count} requests were not queued within {self._timeout_s:g} s") from None
+
+    async def _has_queued(self, count: int) -> None:
         while len(self._requests) < count:
-            await self._reach("/load")
+            await self._reach_front("/load")
             await asyncio.sleep(_POLL_S)
 
-    async def is_ready(self) -> bool:
-        if self._hangs:
-            await asyncio.sleep(_HEALTH_S)
-        return self._is_up and not self._hangs
+    async def probe(self) -> None:
+        await self._reach("/collective_rpc", self._probe_timeout_s)
 
     async def join_transfer(self, info: dict[str, Any], *, timeout_s: float) -> None:
-        await self._reach("/init_weight_transfer_engine")
+        await self._reach("/init_weight_transfer_engine", timeout_s)
+        if self._is_cut_off:
+            await asyncio.sleep(info["timeout_s"])
+            raise GeneratorError(f"{self.name}: rendezvous: the learner did not come within {info['timeout_s']:g} s")
         await self._unless_gone(self._exchange.meet(info["session"], self.name))
 
     async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None:
@@ -172,16 +186,25 @@ class SimulatedGenerator:
             if not request.answer.done():
                 request.answer.set_exception(self._gone("the server is gone"))
 
-    def hang(self) -> None:
-        """From now on nothing is answered, and nothing gets on."""
-        self._hangs = True
-        self._engine.stop()
+    def hang(self, *, engine_alone: bool) -> None:
+        """From now on nothing gets on, and nothing is answered but what the HTTP front knows itself."""
+        if self._is_up:
+            self._engine_hangs, self._front_hangs = True, not engine_alone
+            self._engine.stop()
 
-    def restart(self) -> None:
-        """Another process, without weights."""
+    def kill(self, since: float) -> None:
+        """End a process that has done nothing since then, and start it again; a newer one is left alone."""
+        if self._is_up and self.started_at < since:
+            self.crash()
+            self._loop.call_later(self.back_s, self.restart)
+
+    def restart(self, *, cut_off: bool = False) -> None:
+        """Another process, without weights; perhaps it cannot meet the learner."""
         if self._is_up:
             self.crash()
-        self._is_up, self._hangs = True, False
+        self._is_up, self._is_cut_off = True, cut_off
+        self._front_hangs = self._engine_hangs = False
+        self.started_at = self._loop.time()
         self.version = -1
         if self._noticed_at is not None:
             self._noticed_at = self._loop.time()
@@ -194,18 +217,36 @@ class SimulatedGenerator:
     def _new_engine(self) -> Engine:
         return Engine(self._scenario.speeds, places=self._places, slowness=self._slowness)
 
-    async def _reach(self, path: str) -> None:
-        """Raises GeneratorGoneError if nobody answers."""
-        if self._hangs:
-            await asyncio.sleep(self._timeout_s)
-            raise self._gone(f"no answer to {path} within {self._timeout_s:g} s")
+    async def _reach(self, path: str, limit_s: float | None = None) -> None:
+        """Raises GeneratorGoneError if the engine does not answer."""
+        await self._reach_front(path, limit_s)
+        if self._engine_hangs:
+            await self._be_silent(path, limit_s)
+
+    async def _reach_front(self, path: str, limit_s: float | None = None) -> None:
+        """Raises GeneratorGoneError if the HTTP front does not answer."""
+        if self._front_hangs:
+            await self._be_silent(path, limit_s)
         if not self._is_up:
             raise self._gone(f"{path} failed, the server is gone")
 
+    async def _be_silent(self, path: str, limit_s: float | None) -> None:
+        limit, engine = limit_s or self._timeout_s, self._engine
+        ends = self._loop.time() + limit
+        while self._loop.time() < ends:
+            await asyncio.sleep(min(1.0, ends - self._loop.time()))
+            if not self._is_up or engine is not self._engine:
+                raise self._gone(f"{path} failed, the server is gone")
+        self._notice()
+        raise GeneratorSilentError(f"{self.name}: no answer to {path} within {limit:g} s", silent_s=limit)
+
     def _gone(self, why: str) -> GeneratorGoneError:
+        self._notice()
+        return GeneratorGoneError(f"{self.name}: {why}")
+
+    def _notice(self) -> None:
         if self._noticed_at is None:
             self._noticed_at = self._loop.time()
-        return GeneratorGoneError(f"{self.name}: {why}")
 
     async def _unless_gone(self, call: Any) -> Any:
         """An error that came because this process died is told as such."""

@@ -151,13 +151,13 @@ class Ledger:
             raise InvariantError(f"staleness is told as {dict(totals.staleness)}, but was {dict(self.ages)}")
         if self.trained != set(range(groups)) or self._outstanding:
             raise InvariantError(f"{len(self.trained)} of {groups} groups were trained, {len(self._outstanding)} left")
-        if totals.samples_generated != totals.samples_trained + totals.samples_dropped + totals.samples_cancelled:
+        if totals.samples_generated != totals.samples_trained + totals.samples_not_selected + totals.samples_cancelled:
             raise InvariantError(
                 f"{totals.samples_generated} samples were generated, but {totals.samples_trained} trained, "
-                f"{totals.samples_dropped} dropped and {totals.samples_cancelled} cancelled"
+                f"{totals.samples_not_selected} not selected and {totals.samples_cancelled} cancelled"
             )
-        if totals.samples_trained + totals.samples_dropped != groups * self._samples_per_group:
-            raise InvariantError(f"{totals.samples_trained + totals.samples_dropped} samples of {groups} groups")
+        if totals.samples_trained + totals.samples_not_selected != groups * self._samples_per_group:
+            raise InvariantError(f"{totals.samples_trained + totals.samples_not_selected} samples of {groups} groups")
 
 
 class CheckedEvaluation(Evaluation):

@@ -1,6 +1,7 @@
 """A learner that only counts: versions go up, time passes, commands are executed one at a time in their order."""
 
 import asyncio
+from random import Random
 
 from megatron_async_rlhf.errors import LearnerError, TransferError
 from megatron_async_rlhf.learner.protocol import (
@@ -34,6 +35,7 @@ class SimulatedLearner:
         self._forgets = forgets
         self._turn = asyncio.Lock()
         self._pushes = False
+        self._random, self._deviation = Random(0), 0.0
 
     async def execute(self, command: Command) -> Answer:
         async with self._turn:
@@ -79,7 +81,7 @@ class SimulatedLearner:
         ]
         updates = len(tokens) * command.epochs
         seconds = updates * self._speeds.train_s + sum(tokens) * command.epochs * self._speeds.train_token_s
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds * self._variation())
         if self._exchange.push is not None:
             await self._exchange.push.outcome()  # weights do not change while they are being sent
         self.version += updates
@@ -90,3 +92,10 @@ class SimulatedLearner:
             steps=[StepMetrics(values={"loss": 1.0})] * updates,
             logprobs=[[-1.0] * (len(s.token_ids) - s.prompt_length) for s in first],
         )
+
+    def _variation(self) -> float:
+        """A rollout's time over the mean. Each deviation comes with its opposite, so that a few already have that mean."""
+        deviation, self._deviation = -self._deviation, 0.0
+        if not deviation:
+            deviation = self._deviation = self._random.gauss(0, self._speeds.jitter)
+        return min(1.9, max(0.1, 1 + deviation))

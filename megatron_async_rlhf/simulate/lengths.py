@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from random import Random
+from statistics import fmean
 from typing import Protocol
 
 from megatron_async_rlhf.errors import ConfigError
@@ -40,14 +41,16 @@ class LognormalLengths:
 
 
 class MeasuredLengths:
-    """One of those that were seen."""
+    """One of those that were seen, longer or shorter so that their mean is `mean`."""
 
-    def __init__(self, seen: Sequence[int], where: str) -> None:
-        self.name = f"{len(seen)} measured in {where}"
+    def __init__(self, seen: Sequence[int], where: str, mean: float) -> None:
+        self.name = f"{len(seen)} measured in {where}, {mean:.1f} tokens on average"
         self._seen = [max(1, length) for length in seen]
+        self._scale = mean / fmean(self._seen)
 
     def draw(self, random: Random) -> int:
-        return self._seen[int(random.random() * len(self._seen))]
+        seen = self._seen[int(random.random() * len(self._seen))]
+        return max(1, math.floor(self._scale * seen + random.random()))
 
 
 def parse_lengths(text: str) -> Lengths:

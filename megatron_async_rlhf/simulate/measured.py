@@ -1,24 +1,53 @@
 """A scenario from a run that was: how long its completions were, and how long its steps, batches and pushes took."""
 
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pstdev
+from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.estimate.speed import machine_of
 from megatron_async_rlhf.scheduler.recording import RolloutLog
 from megatron_async_rlhf.simulate.lengths import ConstantLength, Lengths, MeasuredLengths
-from megatron_async_rlhf.simulate.scenario import Speeds
-from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, RESOLVED_CONFIG, ROLLOUT_DIR, read_lines
+from megatron_async_rlhf.simulate.prediction import alone, predict
+from megatron_async_rlhf.simulate.scenario import Scenario, Speeds
+from megatron_async_rlhf.telemetry.files import (
+    EVALUATIONS,
+    METRICS,
+    RESOLVED_CONFIG,
+    ROLLOUT_DIR,
+    read_lines,
+    read_steps,
+)
 from megatron_async_rlhf.telemetry.summary import read_summary
 
 
 class Measured(Struct, frozen=True, kw_only=True):
-    """Of a finished run."""
+    """Of a run.
 
+    Attributes:
+        config: it ran with, and as many steps as it made.
+        wall_s: of its RL loop.
+    """
+
+    config: RunConfig
     lengths: Lengths
     speeds: Speeds
+    wall_s: float
+
+    def known_error(self, scenario: Scenario) -> str:
+        """How far a simulation of what the run did itself, on the scenario made of it, is off."""
+        own = replace(scenario, generators=self.config.generator.replicas)
+        simulated = predict(self.config, own).schedule.totals.wall_s
+        off = simulated / self.wall_s - 1
+        return (
+            f"known error: this run itself, simulated, takes {simulated:.1f} s; measured were {self.wall_s:.1f} s "
+            f"({abs(off):.0%} too {'fast' if off < 0 else 'slow'})"
+        )
 
 
 def measure(run_dir: Path) -> Measured:
@@ -26,39 +55,64 @@ def measure(run_dir: Path) -> Measured:
     summary, which counts all starts of a run that was resumed.
 
     A run at one load cannot tell the fixed part of a decoding step from the part of each sequence. All is taken to be of
-    the sequences, which is right at the load that was measured, and optimistic for a generator with less to do.
+    the sequences, which is right at the load that was measured, and optimistic for a generator with less to do. Sides that
+    worked at once on one machine slowed each other down: that is taken out, for the schedule where they take turns.
 
     Raises:
         ConfigError: the run has no summary or metrics of RL steps.
     """
-    summary, lines = read_summary(run_dir), read_lines(run_dir / METRICS)
+    summary, lines = read_summary(run_dir), read_steps(run_dir / METRICS)
     if not summary.get("tokens_generated") or not summary["weight_sync"]["count"] or not lines:
         raise ConfigError(f"--from-run {run_dir}: has no finished RL steps; give the directory of a completed run")
     config = load_config(run_dir / RESOLVED_CONFIG)
-    lengths = _lengths(run_dir) or ConstantLength(max(1, round(fmean(line["response_length"] for line in lines))))
     # Every sequence takes a decoding step for each token, and one for its prompt.
     sequence_steps = (summary["tokens_generated"] + summary["samples_generated"]) / config.generator.replicas
+    generate_s, train_s = summary["generate_busy_seconds"], summary["train_busy_seconds"]
+    speeds = Speeds(
+        token_s=0.0,
+        sequence_s=generate_s / sequence_steps,
+        train_s=train_s / summary["steps"],
+        train_token_s=0.0,
+        push_s=summary["weight_sync"]["seconds_mean"],
+        contention=machine_of(config).contention,
+        jitter=_jitter(config, lines),
+    )
+    if summary["max_staleness"] != 0:
+        speeds = alone(speeds, generate_s, train_s)
+    tree = config.model_dump()
+    made = RunConfig.model_validate(tree | {"schedule": tree["schedule"] | {"steps": summary["steps"]}})
     return Measured(
-        lengths=lengths,
-        speeds=Speeds(
-            token_s=0.0,
-            sequence_s=summary["generate_busy_seconds"] / sequence_steps,
-            train_s=summary["train_busy_seconds"] / summary["steps"],
-            train_token_s=0.0,
-            push_s=summary["weight_sync"]["seconds_mean"],
-        ),
+        config=made, lengths=_lengths(run_dir, summary, lines), speeds=speeds, wall_s=summary["wall_seconds"]
     )
 
 
-def _lengths(run_dir: Path) -> Lengths | None:
+def _jitter(config: RunConfig, lines: list[dict[str, Any]]) -> float:
+    """Of a rollout's time in the learner; where the next batch is sampled meanwhile, of the difference of both times,
+    which is what the two sides wait for each other because of it."""
+    updates = config.schedule.updates_per_rollout
+    trained = [updates * line["time/train_s"] for line in lines[::updates]]
+    differences = trained
+    if config.schedule.generation == "batch" and config.schedule.staleness_bound != 0:
+        sampled = [line["time/generate_s"] for line in lines[::updates]]
+        differences = [train - generate for train, generate in zip(trained, sampled[1:], strict=False)]
+    return pstdev(differences) / fmean(trained) if len(differences) > 1 and any(trained) else 0.0
+
+
+def _lengths(run_dir: Path, summary: dict[str, Any], lines: list[dict[str, Any]]) -> Lengths:
+    """With the mean of all that the run generated: of a prompt's completions only those that were trained on are recorded,
+    and held-out ones may be sampled at another temperature."""
+    complete = summary["samples_generated"] - summary["samples_cancelled"]
+    mean = summary["tokens_generated"] / complete
     recorded = [
         len(sequence.token_ids) - sequence.prompt_length
-        for rollout in RolloutLog(run_dir / ROLLOUT_DIR).read(end=len(read_lines(run_dir / METRICS)))
+        for rollout in RolloutLog(run_dir / ROLLOUT_DIR).read(end=len(lines))
         for batch in rollout.command.mini_batches
         for group in batch
         for sequence in group.sequences
     ]
     if recorded:
-        return MeasuredLengths(recorded, f"the rollouts of {run_dir}")
+        return MeasuredLengths(recorded, f"the rollouts of {run_dir}", mean)
     evaluated = [len(line["token_ids"]) for line in read_lines(run_dir / EVALUATIONS)]
-    return MeasuredLengths(evaluated, f"the evaluations of {run_dir}") if evaluated else None
+    if evaluated:
+        return MeasuredLengths(evaluated, f"the evaluations of {run_dir}", mean)
+    return ConstantLength(max(1, round(mean)))

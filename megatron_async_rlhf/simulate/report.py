@@ -6,37 +6,27 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.simulate.scenario import Scenario
+from megatron_async_rlhf.simulate.prediction import Prediction
 from megatron_async_rlhf.simulate.simulation import Outcome
 from megatron_async_rlhf.telemetry.summary import staleness_figures
 
-_KEPT_IN_SYNC = {
-    "mode": "sync",
-    "generation": "batch",
-    "in_flight_updates": "none",
-    "order": "fifo",
-    "window": None,
-    "max_groups": None,
-    "straggler_s": None,
-    "max_staleness": 0,
-}
 
+def to_json(config: RunConfig, steps: int, prediction: Prediction, known_error: str) -> dict[str, Any]:
+    """Both outcomes with the same keys, and the ratio of their times.
 
-def synchronous(config: RunConfig) -> RunConfig:
-    """The same sizes and machines, taking turns: the split with idling that the paper compares with."""
-    tree = config.model_dump()
-    return RunConfig.model_validate(tree | {"schedule": tree["schedule"] | _KEPT_IN_SYNC})
-
-
-def to_json(config: RunConfig, scenario: Scenario, outcome: Outcome, baseline: Outcome) -> dict[str, Any]:
-    """Both outcomes with the same keys, and the ratio of their times."""
+    Args:
+        config: what was simulated, of a run of so many `steps`.
+    """
     return {
-        "generators": scenario.generators,
+        "generators": prediction.scenario.generators,
         "steps": config.schedule.steps,
-        "lengths": scenario.lengths.name,
-        "schedule": facts(outcome),
-        "synchronous": facts(baseline),
-        "speedup": baseline.totals.wall_s / outcome.totals.wall_s,
+        "of_steps": steps,
+        "lengths": prediction.scenario.lengths.name,
+        "schedule": facts(prediction.schedule),
+        "synchronous": facts(prediction.synchronous),
+        "speedup": prediction.speedup,
+        "verdict": prediction.verdict,
+        "known_error": known_error,
     }
 
 
@@ -46,6 +36,7 @@ def facts(outcome: Outcome) -> dict[str, Any]:
     wall = totals.wall_s or 1.0
     return {
         "wall_seconds": totals.wall_s,
+        "step_seconds": outcome.step_s,
         "generate_busy": totals.generate_busy_s / wall,
         "train_busy": totals.train_busy_s / wall,
         "overlap_efficiency": max(totals.generate_busy_s, totals.train_busy_s) / wall,
@@ -64,6 +55,7 @@ def facts(outcome: Outcome) -> dict[str, Any]:
 
 _ROWS = [
     ("virtual wall clock", "wall_seconds", "{:.1f} s"),
+    ("a step, once under way", "step_seconds", "{:.2f} s"),
     ("samples per second", "samples_per_second", "{:.2f}"),
     ("generators busy (any of them)", "generate_busy", "{:.1%}"),
     ("learner busy", "train_busy", "{:.1%}"),
@@ -78,7 +70,8 @@ _ROWS = [
 
 def show(console: Console, report: dict[str, Any]) -> None:
     """As a table."""
-    table = Table(title=f"{report['steps']} steps on {report['generators']} generators; {report['lengths']}")
+    of = f" of {report['of_steps']}" if report["of_steps"] > report["steps"] else ""
+    table = Table(title=f"{report['steps']}{of} steps on {report['generators']} generators; {report['lengths']}")
     for column in ("", "this schedule", "synchronous"):
         table.add_column(column, justify="left" if not column else "right")
     sides = [report["schedule"], report["synchronous"]]
@@ -91,4 +84,5 @@ def show(console: Console, report: dict[str, Any]) -> None:
         shares = [side["staleness"]["histogram"].get(str(age), 0) / n for side, n in zip(sides, tokens, strict=True)]
         table.add_row(f"  {age} steps", *(f"{share:.1%}" if share else "" for share in shares))
     console.print(table)
-    console.print(f"{report['speedup']:.2f} times as fast as the synchronous schedule on the same machines")
+    console.print(report["verdict"], soft_wrap=True)
+    console.print(report["known_error"], soft_wrap=True)

@@ -1,5 +1,7 @@
 """What a simulation assumes about machines and models. All times are seconds."""
 
+from typing import Literal
+
 from msgspec import Struct
 
 from megatron_async_rlhf.simulate.lengths import ConstantLength, Lengths
@@ -16,7 +18,10 @@ class Speeds(Struct, frozen=True, kw_only=True):
         train_s: of one optimizer step, whatever is in it.
         train_token_s: of one optimizer step, for each token of prompts and completions in it.
         push_s: from the pause of the engines to verified weights.
-        answer_s: most that an answer is on its way; uniform from 0, so that answers overtake each other.
+        answer_s: most that a request or an answer is on its way; uniform from 0, so that they overtake each other.
+        contention: how many times as long either side takes while the other works too (`prediction.slowed`).
+        jitter: standard deviation of a rollout's time in the learner, as a share of it: whoever waits for the slower of
+            two waits longer than for the slower one's average.
     """
 
     token_s: float = 0.02
@@ -26,6 +31,8 @@ class Speeds(Struct, frozen=True, kw_only=True):
     train_token_s: float = 0.0001
     push_s: float = 1.0
     answer_s: float = 0.0
+    contention: float = 1.0
+    jitter: float = 0.0
 
 
 class Fault(Struct, frozen=True, kw_only=True):
@@ -33,14 +40,17 @@ class Fault(Struct, frozen=True, kw_only=True):
 
     Attributes:
         at: when.
-        hangs: it stays but does nothing, and answers nobody; else its process ends.
-        back_s: how long after that another process, without weights, is up in its place.
+        kind: `crash`: its process ends. `hang`: its process stays, but answers nobody. `silent_engine`: its HTTP front
+            takes requests and says that all is well, but the engine does nothing. `cut_off`: its process ends, and the
+            one that is started in its place answers, but cannot meet the learner.
+        back_s: how long it takes until another process, without weights, is up in the place of one that has ended; one
+            that has not is first killed, when the controller reports it.
     """
 
     generator: int
     at: float
     back_s: float
-    hangs: bool = False
+    kind: Literal["crash", "hang", "silent_engine", "cut_off"] = "crash"
 
 
 class Scenario(Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ import asyncio
 import io
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct
 
@@ -21,7 +22,7 @@ from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.state import BEGINNING, ControllerState
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.simulate.exchange import Exchange
-from megatron_async_rlhf.simulate.faults import let_happen
+from megatron_async_rlhf.simulate.faults import inject_faults
 from megatron_async_rlhf.simulate.generator import SimulatedGenerator, utilisation
 from megatron_async_rlhf.simulate.invariants import HELD_OUT, CheckedEvaluation, Ledger
 from megatron_async_rlhf.simulate.learner import SimulatedLearner
@@ -39,12 +40,14 @@ class Outcome(Struct, frozen=True, kw_only=True):
     Attributes:
         decoding: share of their time that engines decoded, on average; `frozen`: were kept from it by a push.
         at_once: sequences an engine decoded together.
+        step_s: from one optimizer step to the next, without the first rollout, on which nothing could overlap.
     """
 
     totals: RunTotals
     decoding: float
     frozen: float
     at_once: float
+    step_s: float
 
 
 class HashReward:
@@ -103,21 +106,20 @@ class Simulation:
                 scenario,
                 self.ledger,
                 exchange,
+                config.generator,
                 version=state.version,
-                places=config.generator.max_concurrent,
-                request_timeout_s=config.generator.request_timeout_s,
                 slowness=scenario.slowness.get(i, 1.0),
             )
             for i in range(scenario.generators)
         ]
-        self.recorder = _Recorder(
-            config, directory, EventStream(_Nowhere()), bytes_held_by_generators=0, totals=totals, clock=clock
-        )
+        self.recorder = _Recorder(config, directory, EventStream(_Nowhere()), totals=totals, clock=clock)
         self.pool = GeneratorPool(
             self.generators,
             max_concurrent=config.generator.max_concurrent,
             return_timeout_s=config.generator.start_timeout_s,
+            silence_limit_s=config.generator.probe_timeout_s + config.weights.timeout_s,
             on_lost=lambda generator, samples: self.recorder.cancelled(samples),
+            on_silent=lambda generator, error: generator.kill(since=clock() - error.silent_s),
         )
         self.controller = Controller(
             config,
@@ -136,7 +138,7 @@ class Simulation:
 
     async def run(self) -> None:
         """The RL loop, and what befalls the generators meanwhile."""
-        faults = asyncio.create_task(let_happen(self.scenario, self.generators))
+        faults = asyncio.create_task(inject_faults(self.scenario, self.generators))
         self.recorder.loop_started(0.0)
         try:
             await self.controller.run()
@@ -154,7 +156,8 @@ class Simulation:
         """
         self.ledger.check_end(self.recorder.totals)
         decoding, frozen, at_once = utilisation(self.generators, self.recorder.totals.wall_s)
-        return Outcome(totals=self.recorder.totals, decoding=decoding, frozen=frozen, at_once=at_once)
+        totals, step_s = self.recorder.totals, self.recorder.step_s(self.config.schedule.updates_per_rollout)
+        return Outcome(totals=totals, decoding=decoding, frozen=frozen, at_once=at_once, step_s=step_s)
 
     def _evaluation(self) -> CheckedEvaluation | None:
         if self.config.schedule.eval_every is None:
@@ -176,7 +179,7 @@ def simulate(config: RunConfig, scenario: Scenario, trace: Path | None = None) -
         DeadlockError, InvariantError, StaleSampleError: a bug, here or in the scheduler.
         GeneratorError: what befell the generators was too much.
     """
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
 
         async def whole() -> Outcome:
             simulation = Simulation(config, scenario, Path(directory))
@@ -219,6 +222,21 @@ def _prompt(number: int, tokens: int) -> Prompt:
 
 
 class _Recorder(Recorder):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stepped: list[float] = []
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        super().step(step, values)
+        self._stepped.append(self._clock())
+
+    def step_s(self, updates: int) -> float:
+        """Mean time of a step after those of the first rollout, which had `updates`; of all, if there are no others."""
+        later = len(self._stepped) - updates
+        if later <= 0:
+            return self.totals.wall_s / max(1, self.totals.steps)
+        return (self._stepped[-1] - self._stepped[updates - 1]) / later
+
     def write_summary(self, status: str, error: str | None) -> None:
         """Nobody looks at it while the simulation goes."""
 

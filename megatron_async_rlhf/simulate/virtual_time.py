@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
-from megatron_async_rlhf.errors import DeadlockError
+from megatron_async_rlhf.errors import AsyncRLHFError, DeadlockError
 
 
 class _NoSelector(selectors.SelectSelector):
@@ -35,6 +35,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
         self._now = self._progress = 0.0
         self._patience_s = patience_s
+        self.set_exception_handler(_report)
 
     def time(self) -> float:
         return self._now
@@ -58,6 +59,12 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def _waits(self) -> str:
         places = Counter(_place(task) for task in asyncio.all_tasks(self))
         return "; ".join(f"{count} x {place}" if count > 1 else place for place, count in sorted(places.items()))
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Errors nobody listens to any more: of simulated deaths there are many once a run has failed, and it tells the first."""
+    if not isinstance(context.get("exception"), AsyncRLHFError):
+        loop.default_exception_handler(context)
 
 
 def run_in_virtual_time(main: Coroutine[Any, Any, Any], *, patience_s: float = math.inf) -> Any:

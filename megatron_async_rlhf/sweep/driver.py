@@ -20,7 +20,7 @@ from megatron_async_rlhf.launch.plan import ProcessSpec
 from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.sweep.points import Point, Sweep
 from megatron_async_rlhf.sweep.progress import progress_of
-from megatron_async_rlhf.telemetry.files import LOG_DIR, RESOLVED_CONFIG, replace_file
+from megatron_async_rlhf.telemetry.files import LOG_DIR, RESOLVED_CONFIG, replace_file, writing
 from megatron_async_rlhf.telemetry.summary import read_summary
 
 OWN_COMMAND = (sys.executable, "-m", "megatron_async_rlhf")
@@ -98,12 +98,14 @@ class Driver:
     def _one(self, subcommand: str, name: str, config: RunConfig) -> int:
         """Run one and say how it ended, to whoever watches and as one of the exit codes."""
         file = self._sweep.directory / CONFIG_DIR / f"{config.run.path.name}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, dump_config(config))
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, dump_config(config))
         resume = subcommand == "train" and progress_of(config).status == "interrupted"
         flags = ["--resume"] if resume else []
         logs = self._sweep.directory / LOG_DIR
-        logs.mkdir(exist_ok=True)
+        with writing(logs):
+            logs.mkdir(exist_ok=True)
         spec = ProcessSpec(
             name=config.run.path.name,
             arguments=[*self._command, subcommand, str(file), *flags],
@@ -111,8 +113,10 @@ class Driver:
             cores=[],
         )
         began = self._clock()
-        self._process = LocalProcess(spec, logs)
+        with writing(logs / f"{spec.name}.log"):
+            self._process = LocalProcess(spec, logs)
         ended_in_time = self._wait(config)
+        self._process.clean_up()
         seconds = f"{self._clock() - began:.0f} s"
         progress, returned = progress_of(config), self._process.returncode
         if returned == EXIT_COMPLETED and progress.status == "completed":

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError
 from megatron_async_rlhf.launch.run_directory import check_writable
-from megatron_async_rlhf.prepare import check_value_weights, load_materials, make_model_template
+from megatron_async_rlhf.prepare import check_policy_weights, check_value_weights, load_materials, make_model_template
 from megatron_async_rlhf.sweep.points import Point, Sweep
 
 
@@ -19,7 +19,7 @@ def check_points(sweep: Sweep, points: Sequence[Point]) -> None:
     """
     problems: list[str] = []
     checked: list[RunConfig] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         for point in points:
             alike = point.config.model_copy(update={"run": None, "schedule": None})  # neither matters here
             if alike in checked:
@@ -28,8 +28,11 @@ def check_points(sweep: Sweep, points: Sequence[Point]) -> None:
             try:
                 check_writable(point.config)
                 template = Path(scratch) / str(len(checked))
-                make_model_template(sweep.warm_start or point.config, template)
-                check_value_weights(point.config, load_materials(point.config, template).architecture)
+                start = sweep.warm_start or point.config
+                make_model_template(start, template)
+                architecture = load_materials(point.config, template).architecture
+                check_policy_weights(start, architecture)
+                check_value_weights(point.config, architecture)
             except (CheckpointError, ConfigError, DataError) as error:
                 problems.append(f"{point.name}: {'; '.join(str(error).splitlines())}")
     if problems:

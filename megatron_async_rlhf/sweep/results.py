@@ -15,7 +15,7 @@ from msgspec import Struct
 from megatron_async_rlhf.config.sweep import SweepSection
 from megatron_async_rlhf.sweep.points import Labels, Point, Sweep, name_of
 from megatron_async_rlhf.sweep.progress import progress_of
-from megatron_async_rlhf.telemetry.files import METRICS, read_lines, replace_file
+from megatron_async_rlhf.telemetry.files import METRICS, read_steps, replace_file, writing
 from megatron_async_rlhf.telemetry.summary import read_summary
 
 RESULTS = "results.json"
@@ -90,8 +90,9 @@ def write_results(sweep: Sweep, results: list[PointResult]) -> Path:
         "points": msgspec.to_builtins(results),
     }
     path = sweep.directory / RESULTS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(content, indent=1) + "\n")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(content, indent=1) + "\n")
     return path
 
 
@@ -137,7 +138,7 @@ def _result(point: Point) -> PointResult:
     facts: dict[str, Any] = {}
     if progress.status == "completed":
         summary = read_summary(point.config.run.path)
-        lines = read_lines(point.config.run.path / METRICS)
+        lines = read_steps(point.config.run.path / METRICS)
         kl = [line["kl_to_reference"] for line in lines if line.get("kl_to_reference") is not None]
         losses = [line["loss"] for line in lines if line.get("loss") is not None]
         evaluations = summary["eval"]

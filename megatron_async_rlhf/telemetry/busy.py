@@ -1,23 +1,27 @@
-"""When one side of the loop was at work, as spans, although it works on many things at once."""
+"""When the generators were at work, as spans, although each works on many requests at once."""
 
 from collections.abc import Callable
 from types import TracebackType
 
 from megatron_async_rlhf.types import Span
 
+OnSpan = Callable[[Span], None]
+
 
 class BusyTime:
     """Busy while anything is inside `with busy:`, and not frozen."""
 
-    def __init__(self, name: str, process: str, clock: Callable[[], float], on_span: Callable[[Span], None]) -> None:
+    def __init__(self, name: str, process: str, clock: Callable[[], float], on_span: OnSpan) -> None:
         self._name, self._process, self._clock, self._on_span = name, process, clock, on_span
         self._inside = 0
         self._frozen = False
         self._since: float | None = None
+        self._done: dict[str, float] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "BusyTime":
         self._inside += 1
         self._update()
+        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._inside -= 1
@@ -32,10 +36,49 @@ class BusyTime:
         self._frozen = False
         self._update()
 
+    def done(self, **amounts: float) -> None:
+        """What has just been finished: arguments of the span under way, or of the next one."""
+        for name, amount in amounts.items():
+            self._done[name] = self._done.get(name, 0) + amount
+
     def _update(self) -> None:
         busy = self._inside > 0 and not self._frozen
         if busy and self._since is None:
             self._since = self._clock()
         elif not busy and self._since is not None:
-            self._on_span(Span(name=self._name, start=self._since, end=self._clock(), process=self._process))
-            self._since = None
+            end, args = self._clock(), self._done
+            self._on_span(Span(name=self._name, start=self._since, end=end, process=self._process, args=args))
+            self._since, self._done = None, {}
+
+
+class GeneratorsBusy:
+    """When anything was being sampled: by any generator, for the totals, and by each of them, for its own lane.
+
+    Attributes:
+        any: of all generators together.
+    """
+
+    def __init__(self, clock: Callable[[], float], *, on_any: OnSpan, on_one: OnSpan) -> None:
+        self._clock, self._on_one = clock, on_one
+        self.any = BusyTime("generate", "generators", clock, on_any)
+        self._one: dict[str, BusyTime] = {}
+        self._frozen = False
+
+    def at(self, generator: str) -> BusyTime:
+        """Of one generator."""
+        if generator not in self._one:
+            self._one[generator] = BusyTime("generate", generator, self._clock, self._on_one)
+            if self._frozen:
+                self._one[generator].freeze()
+        return self._one[generator]
+
+    def freeze(self) -> None:
+        """All generators are paused."""
+        self._frozen = True
+        for busy in (self.any, *self._one.values()):
+            busy.freeze()
+
+    def thaw(self) -> None:
+        self._frozen = False
+        for busy in (self.any, *self._one.values()):
+            busy.thaw()

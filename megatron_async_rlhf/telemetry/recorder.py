@@ -6,13 +6,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import WriteError
 from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE, WARM_START, replace_file
+from megatron_async_rlhf.telemetry.files import (
+    EVALUATIONS,
+    METRICS,
+    SAMPLES,
+    SUMMARY,
+    TRACE,
+    WARM_START,
+    replace_file,
+    writing,
+)
 from megatron_async_rlhf.telemetry.summary import UNFINISHED, RunTotals
 from megatron_async_rlhf.telemetry.trace import write_trace
 from megatron_async_rlhf.telemetry.wandb_log import WandbLog
@@ -22,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """One per run, in the controller. Every line is on disk as soon as it is known."""
+    """One per run, in the controller. Every line is on disk as soon as it is known, or WriteError is raised."""
 
     def __init__(
         self,
@@ -30,18 +40,25 @@ class Recorder:
         run_dir: Path,
         events: EventStream,
         *,
-        bytes_held_by_generators: int,
+        generator_bytes: int = 0,
         totals: RunTotals | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`totals`: of the run so far, if this one goes on with it. `clock`: seconds; a simulation has its own."""
+        """
+        Args:
+            generator_bytes: of the weights that the workers of one generator hold together.
+            totals: of the run so far, if this one goes on with it.
+            clock: seconds; a simulation has its own.
+        """
         self._clock = clock
         self._config = config
         self._dir = run_dir
         self._events = events
-        self._minimum_bytes = bytes_held_by_generators
-        self._metrics = (run_dir / METRICS).open("a", buffering=1)
-        self._samples = (run_dir / SAMPLES).open("a", buffering=1)
+        self._generator_bytes = generator_bytes
+        self._lines: dict[str, IO[str]] = {}
+        for name in (METRICS, SAMPLES):
+            with writing(run_dir / name):
+                self._lines[name] = (run_dir / name).open("a", buffering=1)
         self._wandb = WandbLog(config, run_dir)
         self._spans: list[Span] = []
         self._loop_start: float | None = None
@@ -56,11 +73,20 @@ class Recorder:
         """What `learner` or `generators` is doing from now on."""
         self._events.emit("activity", side=side, what=what)
 
+    def unresponsive(self, name: str, since: float, why: str) -> None:
+        """A generator, or the learner, has done nothing since then; its processes may be alive.
+
+        Args:
+            since: seconds since the epoch.
+        """
+        self._events.emit("unresponsive", name=name, since=since, why=why)
+
     def warm_start_step(self, step: int, values: dict[str, float], spans: Iterable[Span]) -> None:
         self._spans += spans
-        with (self._dir / WARM_START).open("a") as file:
+        path = self._dir / WARM_START
+        with writing(path), path.open("a") as file:
             file.write(json.dumps({"step": step, "time": self._clock(), **values}) + "\n")
-        self._events.emit("warm_start", step=step + 1, steps=self._config.warm_start.steps, loss=values["loss"])
+        self._events.emit("warm_start", step=step, steps=self._config.warm_start.steps, loss=values["loss"])
         self._wandb.warm_start(step, values)
 
     def loop_started(self, startup_s: float) -> None:
@@ -87,17 +113,20 @@ class Recorder:
     def generators_were_busy(self, span: Span) -> None:
         """At least one completion was being sampled."""
         self.totals.generate_busy_s += span.end - span.start
+
+    def generator_was_busy(self, span: Span) -> None:
+        """One of them was sampling."""
         self._spans.append(span)
 
-    def learner_was_busy(self, spans: Sequence[Span]) -> None:
-        """A rollout took `spans[0]`."""
-        self.totals.train_busy_s += spans[0].end - spans[0].start
-        self._spans += spans
+    def learner_was_busy(self, rollout: Span, parts: Sequence[Span]) -> None:
+        """A rollout was trained."""
+        self.totals.train_busy_s += rollout.end - rollout.start
+        self._spans += (rollout, *parts)
 
     def trained(self, samples: int, of: int, skipped: int) -> None:
         """The learner has had `samples` of the `of` completions of a mini-batch; `skipped` groups taught nothing."""
         self.totals.samples_trained += samples
-        self.totals.samples_dropped += of - samples
+        self.totals.samples_not_selected += of - samples
         self.totals.pairs_skipped += skipped
 
     def stepped(self, ages: Counter[int], tokens: int) -> None:
@@ -107,16 +136,16 @@ class Recorder:
         self.totals.staleness.update(ages)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """All metrics of one optimizer step: a line of metrics.jsonl, a progress event, a W&B step."""
+        """All metrics of the `step`-th optimizer step: a line of metrics.jsonl, a progress event, a W&B step."""
         line = {"step": step, "time": self._clock(), **values}
-        self._metrics.write(json.dumps(line) + "\n")
+        self._write_line(METRICS, json.dumps(line))
         self._wandb.step(step, line)
         if self._loop_start is not None:
             self.totals.wall_s = self._clock() - self._loop_start
         rate = self.totals.samples_generated / self.totals.wall_s if self.totals.wall_s else 0.0
         self._events.emit(
             "step",
-            step=step + 1,
+            step=step,
             steps=self._config.schedule.steps,
             reward=values["reward"],
             loss=values.get("loss"),
@@ -137,11 +166,12 @@ class Recorder:
                 "versions": [sorted(set(c.versions)) for c in group.completions],
                 "finished": [c.finished for c in group.completions],
             }
-            self._samples.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._write_line(SAMPLES, json.dumps(line, ensure_ascii=False))
 
     def evaluation_samples(self, when: str, groups: Sequence[RolloutGroup]) -> None:
         """Every completion of an evaluation, with its token ids."""
-        with (self._dir / EVALUATIONS).open("a") as file:
+        path = self._dir / EVALUATIONS
+        with writing(path), path.open("a") as file:
             for group in groups:
                 for completion, reward in zip(group.completions, group.rewards, strict=True):
                     line = {
@@ -161,12 +191,14 @@ class Recorder:
 
     def pushed(self, report: PushReport, spans: Sequence[Span]) -> None:
         """A push took `spans[0]`."""
+        whole, *parts = spans
+        args = whole.args | {"bytes": report.wire_bytes, "digests": report.compared}
+        self._spans += (msgspec.structs.replace(whole, args=args), *parts)
         self.totals.push_bytes.add(report.wire_bytes)
-        self.totals.push_bytes_minimum += self._minimum_bytes
-        self.totals.push_s.add(spans[0].end - spans[0].start)
+        self.totals.push_bytes_minimum += self._generator_bytes * report.generators
+        self.totals.push_s.add(whole.end - whole.start)
         self.totals.digests_compared += report.compared
         self.totals.pushes_verified += report.compared > 0
-        self._spans += spans
 
     def saved(self, version: int, spans: Sequence[Span]) -> None:
         """The checkpoint of a policy version is complete."""
@@ -178,29 +210,69 @@ class Recorder:
         if gaps:
             self.totals.logprob_gap.add(*gaps)
 
-    def evaluated(self, when: str, metrics: dict[str, float], span: Span) -> None:
-        """Held-out metrics `before` or `after` RL, or at a `step` of it."""
+    def evaluated(
+        self, when: str, metrics: dict[str, float], start: float, end: float, *, version: int, samples: int
+    ) -> None:
+        """Held-out metrics `before` or `after` RL, or at a `step` of it: of `samples` completions of a policy version."""
         self.totals.evaluation[when] = metrics
-        self._spans.append(span)
+        args = {"version": version, "samples": samples, "tokens": round(metrics["response_length"] * samples)}
+        self._spans.append(Span(name=f"evaluate {when}", start=start, end=end, process="evaluation", args=args))
         self._events.emit("evaluated", when=when, metrics=metrics)
-        self._wandb.step(self.totals.steps, {f"eval/{name}": value for name, value in metrics.items()})
+        values = {f"eval/{name}": value for name, value in metrics.items()}
+        self._wandb.evaluation(version, self.totals.steps, values)
 
     def write_summary(self, status: str, error: str | None) -> None:
         """Replace summary.json."""
-        replace_file(self._dir / SUMMARY, json.dumps(self.totals.to_summary(status, error), indent=1) + "\n")
+        path = self._dir / SUMMARY
+        with writing(path):
+            replace_file(path, json.dumps(self.totals.to_summary(status, error), indent=1) + "\n")
 
     def save_json(self, file: str, content: Any) -> Path:
         """Keep something for a later look, such as the batch of a non-finite loss."""
         path = self._dir / file
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
+        with writing(path):
+            path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
         return path
 
-    def close(self, status: str, error: str | None) -> None:
-        """Final summary and timeline."""
+    def close(self, status: str, error: str | None, *, explained: bool = False) -> bool:
+        """Final timeline and summary; what cannot be written on a full disk keeps nothing else from being written or told.
+
+        Args:
+            explained: the error says all there is to know, so nobody need look into a log.
+
+        Returns:
+            Whether everything was written. If not, the run has failed, whatever `status` says.
+        """
         self.loop_ended()
-        self.write_summary(status, error)
-        write_trace(self._dir / TRACE, self._spans)
-        self._metrics.close()
-        self._samples.close()
-        self._wandb.close(self.totals.to_summary(status, error), failed=status == "failed")
-        self._events.emit("closed", status=status, error=error)
+        failures = []
+        for name, file in self._lines.items():
+            failures += self._tried(name, file.close)
+        failures += self._tried(TRACE, lambda: write_trace(self._dir / TRACE, self._spans))
+        if failures and status != "failed":
+            status, error, explained = "failed", failures[0], True
+        unwritten = self._tried(SUMMARY, lambda: self.write_summary(status, error))
+        if unwritten and status != "failed":
+            status, error, explained = "failed", unwritten[0], True
+        summary = self.totals.to_summary(status, error)
+        try:
+            self._wandb.close(summary, failed=status == "failed")
+        except Exception:  # of a service outside the run, which has ended as it has
+            _log.exception("Weights & Biases could not be told how the run ended")
+        # Who supervises has kept room for it.
+        passed_on = {"summary": summary} if unwritten else {}
+        self._events.emit("closed", status=status, error=error, explained=explained, **passed_on)
+        return not failures and not unwritten
+
+    def _write_line(self, name: str, line: str) -> None:
+        with writing(self._dir / name):
+            self._lines[name].write(line + "\n")
+
+    def _tried(self, name: str, write: Callable[[], object]) -> list[str]:
+        """Write a file; what was wrong with it, if anything was."""
+        try:
+            with writing(self._dir / name):
+                write()
+        except WriteError as error:
+            _log.error("%s", error)
+            return [str(error)]
+        return []

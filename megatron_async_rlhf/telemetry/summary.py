@@ -13,6 +13,8 @@ from msgspec import Struct, field, to_builtins
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.telemetry.files import SUMMARY
 
+# Of summary.json and the files of lines beside it. 1 (version 0.1.0, which did not say so): steps counted from 0.
+SCHEMA = 2
 _PACKAGES = (
     "megatron-async-rlhf",
     "torch",
@@ -60,7 +62,7 @@ class RunTotals(Struct):
     train_busy_s: float = 0.0
     samples_generated: int = 0
     samples_trained: int = 0
-    samples_dropped: int = 0
+    samples_not_selected: int = 0
     samples_cancelled: int = 0
     tokens_generated: int = 0
     tokens_trained: int = 0
@@ -83,7 +85,12 @@ class RunTotals(Struct):
 
     def to_summary(self, status: str, error: str | None) -> dict[str, Any]:
         """The contents of `summary.json`; the keys are documented in docs/run_directory.md."""
+        # Complete, and neither trained on nor passed over: waiting, if the run is not over. Without generators: none.
+        left = max(
+            0, self.samples_generated - self.samples_trained - self.samples_not_selected - self.samples_cancelled
+        )
         return {
+            "schema": SCHEMA,
             "status": status,
             "error": error,
             "mode": self.mode,
@@ -99,8 +106,10 @@ class RunTotals(Struct):
             else 0.0,
             "samples_generated": self.samples_generated,
             "samples_trained": self.samples_trained,
-            "samples_dropped": self.samples_dropped,
+            "samples_not_selected": self.samples_not_selected,
             "samples_cancelled": self.samples_cancelled,
+            "samples_dropped": left if status == "completed" else 0,
+            "samples_waiting": 0 if status == "completed" else left,
             "tokens_generated": self.tokens_generated,
             "tokens_trained": self.tokens_trained,
             "pairs_skipped": self.pairs_skipped,

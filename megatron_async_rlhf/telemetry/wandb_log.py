@@ -1,8 +1,9 @@
 """Weights & Biases, only if `telemetry.wandb` is set; imported only then.
 
-A run that goes on from a checkpoint goes on in W&B too: its id is kept in the run directory. Rows are numbered by the
-run's own steps, the warm start's before them. What W&B has of a step that is made again, it keeps; what it has not,
-because a crash lost the last moments or because W&B is offline and looks at nothing, it is told again.
+A run that goes on from a checkpoint goes on in W&B too: its id is kept in the run directory. Its charts are over `step`,
+the run's own; the warm start's steps end at 0. Rows, which W&B numbers itself, are in the order of the steps, with one
+after each step for an evaluation. What W&B has of a step that is made again, it keeps; what it has not, because a crash
+lost the last moments or because W&B is offline and looks at nothing, it is told again.
 """
 
 import secrets
@@ -18,6 +19,8 @@ from megatron_async_rlhf.telemetry.files import (
     WANDB_ID,
     WARM_START,
     read_lines,
+    read_steps,
+    writing,
 )
 
 
@@ -49,17 +52,24 @@ class WandbLog:
         self._known = self._run.step
         for line in read_lines(run_dir / WARM_START):
             self.warm_start(line["step"], line)
-        for line in read_lines(run_dir / METRICS):
+        for line in read_steps(run_dir / METRICS):
             self.step(line["step"], line)
 
     def warm_start(self, step: int, values: dict[str, Any]) -> None:
-        """Of its step, counted from 0."""
+        """Of its `step`-th step."""
         named = {f"warm_start/{name}": value for name, value in values.items()}
         self._log(step, {"step": step - self._warm_start, **named})
 
     def step(self, step: int, values: dict[str, Any]) -> None:
-        """Of an RL step, counted from 0; an evaluation belongs to the step that follows it."""
-        self._log(self._warm_start + step, {"step": step, **values})
+        """Of the `step`-th RL step."""
+        self._log(self._row(step), {"step": step, **values})
+
+    def evaluation(self, version: int, steps: int, values: dict[str, Any]) -> None:
+        """Of a policy version, when `steps` steps had been made."""
+        self._log(self._row(steps) + 1, {"step": version, **values})
+
+    def _row(self, step: int) -> int:
+        return self._warm_start + 2 * step
 
     def _log(self, row: int, values: dict[str, Any]) -> None:
         if self._run is not None and row >= self._known:
@@ -82,5 +92,6 @@ class WandbLog:
 def _run_id(run_dir: Path) -> str:
     path = run_dir / WANDB_ID
     if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n")
+        with writing(path):
+            path.write_text(secrets.token_hex(4) + "\n")
     return path.read_text().strip()

@@ -45,6 +45,8 @@ class Family:
         model_type, hf_class: `model_type` and the one entry of `architectures` in its `config.json`.
         layer: the rows of every layer.
         free_head_size: whether `head_dim` may differ from hidden size / heads; vLLM ignores the key for some families.
+        whole_heads: whether Transformers refuses a hidden size that is not a multiple of the heads, whatever `head_dim` is.
+        never_null: keys of `config.json` that may be left out, and null in other families, but not here.
         config_defaults: what Transformers takes for a key that `config.json` leaves out, where families differ.
     """
 
@@ -55,6 +57,8 @@ class Family:
     final_norm: Mapping
     output: Mapping  # absent from a model with tied embeddings
     free_head_size: bool = True
+    whole_heads: bool = False
+    never_null: tuple[str, ...] = ()
     config_defaults: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -166,12 +170,13 @@ _LLAMA_LAYER = (_INPUT_NORM, _QKV, _ATTENTION_OUTPUT, *_MLP)
 
 
 def _families() -> Iterator[Family]:
-    yield Family(model_type="llama", hf_class="LlamaForCausalLM", layer=_LLAMA_LAYER, **_OUTER)
+    yield Family(model_type="llama", hf_class="LlamaForCausalLM", layer=_LLAMA_LAYER, **_OUTER, whole_heads=True)
     yield Family(
         model_type="mistral",
         hf_class="MistralForCausalLM",
         layer=_LLAMA_LAYER,
         **_OUTER,
+        never_null=("num_key_value_heads",),
         config_defaults={"num_key_value_heads": 8, "sliding_window": 4096},
     )
     yield Family(
@@ -187,6 +192,7 @@ def _families() -> Iterator[Family]:
         hf_class="Qwen3ForCausalLM",
         layer=(_INPUT_NORM, _QKV, _Q_NORM, _K_NORM, _ATTENTION_OUTPUT, *_MLP),
         **_OUTER,
+        never_null=("head_dim",),
         config_defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
     )
 

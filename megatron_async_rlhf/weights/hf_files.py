@@ -9,22 +9,11 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_async_rlhf.errors import CheckpointError
-from megatron_async_rlhf.weights.digest import digest_blocks
-from megatron_async_rlhf.weights.stored import (
-    DTYPES,
-    StoredTensor,
-    TensorSpec,
-    WeightReader,
-    find_tensor,
-    read_blocks,
-)
+from megatron_async_rlhf.weights.safetensors_files import CODES, INDEX, SINGLE, find_weights
+from megatron_async_rlhf.weights.stored import DTYPES, StoredTensor, find_tensor
+from megatron_async_rlhf.weights.tensor_spec import TensorSpec
 
-INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _SHARD_BYTES = 2 * 1024**3
-_CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_LONGEST_HEADER = 100 * 10**6  # the limit of the safetensors library
-_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class SafetensorsDirectory:
@@ -33,105 +22,20 @@ class SafetensorsDirectory:
     def __init__(self, directory: Path) -> None:
         """
         Raises:
-            CheckpointError: no safetensors files, or one that is broken, truncated or of a dtype that is no weight's.
+            CheckpointError: see `find_weights`.
         """
+        places = find_weights(directory)
         self.label = str(directory)
-        self._stored: dict[str, StoredTensor] = {}
-        self.tensors: dict[str, TensorSpec] = {}
-        for path, announced in _files_of(directory).items():
-            found = self._add(path)
-            if missing := [name for name in announced if name not in found]:
-                raise CheckpointError(f"{path} has no tensor {missing[0]}, which {INDEX} says it has")
-        self._drop_what_is_no_weight(directory)
+        self.tensors: dict[str, TensorSpec] = {name: place.spec for name, place in places.items()}
+        self._stored = {
+            name: StoredTensor(place.path, place.offset, *place.spec.matrix, DTYPES[place.spec.dtype])
+            for name, place in places.items()
+        }
 
     def read_into(self, target: torch.Tensor, name: str, row: int, col: int) -> None:
+        """As `WeightReader.read_into`."""
         find_tensor(self, name)
         self._stored[name].read_into(target, row, col)
-
-    def _add(self, path: Path) -> set[str]:
-        entries, start = _read_header(path)
-        for name, (code, shape, first, end) in sorted(entries.items(), key=lambda item: item[1][2]):
-            if name in self.tensors:
-                raise CheckpointError(f"{path} has tensor {name}, and so has {self._stored[name].path.name}")
-            if code not in _CODES:
-                raise CheckpointError(f"{path}: {name} is {code}; only weights in {', '.join(_CODES)} can be read")
-            spec = TensorSpec(name, tuple(shape), _CODES[code])
-            if end - first != spec.num_bytes:
-                raise CheckpointError(f"{path}: {name} of shape {spec.shape} cannot lie in {end - first} bytes")
-            rows, cols = spec.matrix
-            self._stored[name] = StoredTensor(path, start + first, rows, cols, DTYPES[spec.dtype])
-            self.tensors[name] = spec
-        return set(entries)
-
-    def _drop_what_is_no_weight(self, directory: Path) -> None:
-        """Tensors that Transformers ignores too: rotary tables of old files, and a tied model's second embedding."""
-        for name in [name for name in self.tensors if name.endswith(".rotary_emb.inv_freq")]:
-            del self.tensors[name]
-        if {_EMBEDDING, _OUTPUT} <= self.tensors.keys() and _is_tied(directory):
-            first, second = (_digest_of(self, name) for name in (_EMBEDDING, _OUTPUT))
-            if first == second:
-                del self.tensors[_OUTPUT]
-
-
-def _files_of(directory: Path) -> dict[Path, list[str]]:
-    """The safetensors files, each with the names that the index, where there is one, announces."""
-    try:
-        weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-        files: dict[Path, list[str]] = {}
-        for name, file in weight_map.items():
-            files.setdefault(directory / file, []).append(name)
-        return dict(sorted(files.items()))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{directory / INDEX} cannot be read ({error})") from None
-    single = directory / _SINGLE
-    paths = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-    if not paths:
-        raise CheckpointError(f"{directory} holds no .safetensors file; save the model with safe_serialization=True")
-    return {path: [] for path in paths}
-
-
-def _read_header(path: Path) -> tuple[dict[str, tuple[str, list[int], int, int]], int]:
-    """Dtype code, shape, first and end byte of every tensor of a file, and the byte from which they are counted.
-
-    Raises:
-        CheckpointError: it is missing, not a safetensors file, or shorter than its header says.
-    """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(min(length, _LONGEST_HEADER))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing, but {INDEX} names it") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
-    if size < 8 or len(text) < length:
-        raise CheckpointError(f"{path} is not a safetensors file, or only the beginning of one")
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {name: (e["dtype"], e["shape"], *e["data_offsets"]) for name, e in header.items()}
-        announced = 8 + length + max((end for _, _, _, end in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its header cannot be read ({error})") from None
-    if size != announced:
-        raise CheckpointError(f"{path} is {size} bytes long, but its header describes {announced}: copy it again")
-    return entries, 8 + length
-
-
-def _is_tied(directory: Path) -> bool:
-    try:
-        return bool(json.loads((directory / "config.json").read_text()).get("tie_word_embeddings"))
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _digest_of(reader: WeightReader, name: str) -> bytes:
-    spec = reader.tensors[name]
-    rows, cols = spec.matrix
-    return digest_blocks(read_blocks(reader, name, (0, rows), (0, cols), DTYPES[spec.dtype]))
 
 
 def write_safetensors(
@@ -183,7 +87,7 @@ def _plan_shards(specs: Sequence[TensorSpec], limit_bytes: int) -> list[list[Ten
 
 
 def _write_shard(file: BinaryIO, shard: Sequence[TensorSpec], stream: Iterable[tuple[str, torch.Tensor]]) -> None:
-    codes = {name: code for code, name in _CODES.items()}
+    codes = {name: code for code, name in CODES.items()}
     offsets, end = {}, 0
     # Wider elements first, as the safetensors library does it, so that every tensor is aligned to its elements.
     for spec in sorted(shard, key=lambda spec: -DTYPES[spec.dtype].itemsize):
@@ -217,8 +121,8 @@ def _put_in_place(directory: Path, partial: list[Path], shards: list[list[Tensor
     count = len(shards)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     if count == 1:
-        names = [_SINGLE]
-    for old in (*directory.glob("model-*-of-*.safetensors"), directory / _SINGLE):
+        names = [SINGLE]
+    for old in (*directory.glob("model-*-of-*.safetensors"), directory / SINGLE):
         if old.name not in names:
             old.unlink(missing_ok=True)
     weight_map: dict[str, str] = {}

@@ -1,10 +1,12 @@
 """Which Megatron, vLLM and Hugging Face tensors hold each parameter of one model: its family's table, laid out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from collections.abc import Mapping as Table
 from dataclasses import dataclass
 from math import prod
 
 from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.weights.families import FAMILIES, Mapping, Rule
 
 
@@ -76,6 +78,42 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         for row, layer in _rows(arch)
         for name, shape in zip(row.hf, row.shapes, strict=True)
     }
+
+
+def check_shapes(label: str, stored: Table[str, tuple[int, ...]], arch: Architecture) -> None:
+    """Refuse weights that are not exactly those of the model.
+
+    Args:
+        label: what messages call the weights.
+        stored: shape of every tensor there is, by its Hugging Face name.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or has no place in the model.
+    """
+    shapes = hf_shapes(arch)
+    for name, shape in shapes.items():
+        if name not in stored:
+            raise CheckpointError(f"{label} has no tensor {name}{_similar(name, stored)}")
+        if stored[name] != shape:
+            raise CheckpointError(f"{label}: {name} has shape {stored[name]}, but config.json describes {shape}")
+    family = FAMILIES[arch.family]
+    for name in stored:
+        if name in family.output.hf and arch.tie_embeddings:
+            raise CheckpointError(
+                f"{label}: {name} is not equal to {family.embedding.hf[0]}, although config.json says "
+                "tie_word_embeddings = true; set that to false to use both, or remove the tensor"
+            )
+        if name not in shapes:
+            raise CheckpointError(f"{label}: {name} has no place in a {arch.family} model of this config.json")
+
+
+def _similar(name: str, stored: Iterable[str]) -> str:
+    """What a missing tensor may be called instead, as in files of a base model or of one that wraps it."""
+    bare = name.removeprefix("model.")
+    found = next((other for other in stored if other.endswith(f".{bare}") or other == bare), None)
+    if found is None:
+        return ""
+    return f", but {found}: save it as the causal language model itself, without another model around or inside it"
 
 
 def elements_held(arch: Architecture, tensor_parallel: int) -> int:

@@ -9,6 +9,7 @@ written down as `Piece`s, moving weights is intersecting rectangles, and nobody 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import assert_never
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.sections import LearnerSection
@@ -156,8 +157,10 @@ def _megatron_parameter(
             share = -(-sizes[0][0] // ranks)
             blocks = [(mapping.hf[0], 0, sizes[0][0])]
             yield from _cut_rows(blocks, sizes[0][1], name, rank * share, (rank + 1) * share)
-        case _:
+        case Rule.REPLICATED | Rule.COLUMN | Rule.ROW | Rule.GATE_UP:
             yield from _parts(mapping, sizes, name, ranks, rank)
+        case _:
+            assert_never(mapping.rule)
 
 
 def _vllm_parameter(
@@ -180,8 +183,10 @@ def _vllm_parameter(
             share = _divide(padded, ranks, mapping.hf[0])
             blocks = [(mapping.hf[0], 0, sizes[0][0])]
             yield from _cut_rows(blocks, sizes[0][1], mapping.vllm, rank * share, (rank + 1) * share)
-        case _:
+        case Rule.REPLICATED | Rule.COLUMN | Rule.ROW | Rule.GATE_UP:
             yield from _parts(mapping, sizes, mapping.vllm, ranks, rank)
+        case _:
+            assert_never(mapping.rule)
 
 
 def _parts(mapping: PlacedMapping, sizes: list[tuple[int, int]], name: str, ranks: int, rank: int) -> Iterator[Piece]:

@@ -43,7 +43,7 @@ def conclude(
 def _judge(roster: Roster, plan: TransferPlan, reports: list[bytes], *, verify: bool) -> PushReport:
     wire_bytes = sum(int.from_bytes(report[:8], "little") for report in reports)
     if not verify:
-        return PushReport(wire_bytes=wire_bytes)
+        return PushReport(wire_bytes=wire_bytes, generators=len(roster.generators))
     sent = {
         (sender, receiver): digests
         for sender in range(roster.senders)
@@ -62,7 +62,8 @@ def _judge(roster: Roster, plan: TransferPlan, reports: list[bytes], *, verify: 
                     for moved, theirs, ours in pairs
                     if theirs != ours
                 ]
-    return PushReport(wire_bytes=wire_bytes, compared=compared, mismatches=mismatches)
+    generators = len(roster.generators)
+    return PushReport(wire_bytes=wire_bytes, generators=generators, compared=compared, mismatches=mismatches)
 
 
 def _by_peer(

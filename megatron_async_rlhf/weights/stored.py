@@ -7,35 +7,16 @@ process that touches them, so a reader that maps a model cannot promise a bound.
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from megatron_async_rlhf.errors import CheckpointError
-from megatron_async_rlhf.weights.layout import matrix_shape
+from megatron_async_rlhf.weights.tensor_spec import TensorSpec
 
 STAGING_BYTES = 4 * 2**20  # what reading or hashing a tensor of any size holds of it at a time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A Hugging Face tensor without its values. `dtype` is torch's name without the prefix: `float32`."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Rows and columns; a vector is one column wide."""
-        return matrix_shape(self.shape) if self.shape else (1, 1)
 
 
 class WeightReader(Protocol):

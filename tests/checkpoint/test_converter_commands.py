@@ -135,7 +135,9 @@ def test_another_dtype_is_a_difference_unless_rounded(run, model: HFModel, tmp_p
 
 def test_a_holder_that_cannot_be_read_is_bad_input(refused, model: HFModel, tmp_path: Path):
     assert f"{tmp_path / 'x'} is not a directory" in refused("verify-weights", model.directory, tmp_path / "x")
-    assert "holds no .safetensors file" in refused("verify-weights", tmp_path, model.directory)
+    assert "holds no model.safetensors and no model.safetensors.index.json" in refused(
+        "verify-weights", tmp_path, model.directory
+    )
 
 
 def change_config(model: HFModel, **changes) -> None:
@@ -162,17 +164,25 @@ def truncate(path: Path) -> None:
         (lambda m: shutil.rmtree(m.directory), [], "is not a directory"),
         (lambda m: (m.directory / "config.json").unlink(), [], "has no config.json"),
         (lambda m: (m.directory / "config.json").write_text("{"), [], "config.json cannot be read"),
-        (lambda m: (m.directory / "config.json").write_text("[1]"), [], "config.json does not describe a model"),
-        (lambda m: change_config(m, num_attention_heads=0), [], "config.json does not describe a model"),
+        (lambda m: (m.directory / "config.json").write_text("[1]"), [], "config.json is not a JSON object"),
+        (lambda m: change_config(m, num_attention_heads=0), [], "num_attention_heads = 0 in config.json must be"),
         (lambda m: change_config(m, model_type="mixtral", num_local_experts=8), [], "is a mixture of experts"),
         (lambda m: change_config(m, model_type="gpt2"), [], "'gpt2' is not supported"),
         (lambda m: change_config(m, quantization_config={"bits": 4}), [], "quantization_config is not supported"),
-        (lambda m: (m.directory / "model.safetensors").unlink(), [], "holds no .safetensors file"),
+        (
+            lambda m: (m.directory / "model.safetensors").unlink(),
+            [],
+            "holds no model.safetensors and no model.safetensors.index.json",
+        ),
         (lambda m: truncate(m.directory / "model.safetensors"), [], "but its header describes"),
         (lambda m: change_tensors(m, model__norm__weight=None), [], "has no tensor model.norm.weight"),
         (lambda m: change_tensors(m, model__norm__weight=torch.ones(9)), [], "has shape (9,), but config.json"),
         (lambda m: change_tensors(m, model__extra=torch.ones(9)), [], "model.extra has no place in a llama model"),
-        (lambda m: change_config(m, tie_word_embeddings=True), [], "lm_head.weight has no place in a llama model"),
+        (
+            lambda m: change_config(m, tie_word_embeddings=True),
+            [],
+            "lm_head.weight is not equal to model.embed_tokens.weight",
+        ),
         (
             lambda m: change_tensors(m, model__layers__1__mlp__up_proj__weight=torch.ones(48, 32)),
             [],
@@ -261,11 +271,26 @@ def test_another_programs_metadata_does_not_make_a_checkpoint(run, model: HFMode
     assert run("verify-weights", model.directory, model.directory)[0] == 0
 
 
-def test_a_model_in_two_files_without_an_index(run, model: HFModel, tmp_path: Path):
+def test_a_model_in_two_files_without_an_index(refused, model: HFModel, tmp_path: Path):
+    """Transformers does not load it either: nothing says that no file is missing."""
     tensors = model.tensors
     (model.directory / "model.safetensors").unlink()
     names = sorted(tensors)
     save_file({name: tensors[name] for name in names[:5]}, model.directory / "a.safetensors")
     save_file({name: tensors[name] for name in names[5:]}, model.directory / "b.safetensors")
-    run("import-hf", model.directory, tmp_path / "checkpoint")
-    assert run("verify-weights", tmp_path / "checkpoint", model.directory)[0] == 0
+    assert "only a.safetensors, b.safetensors" in refused("import-hf", model.directory, tmp_path / "checkpoint")
+
+
+def test_an_export_of_what_is_neither_a_checkpoint_nor_a_run(refused, tmp_path: Path):
+    (tmp_path / "examples").mkdir()
+    message = refused("export-hf", tmp_path / "examples", tmp_path / "out")
+    assert (
+        message
+        == f"error: {tmp_path / 'examples'} has no config.json; give a checkpoint that Megatron saved, or a run\n"
+    )
+
+
+def test_an_import_of_an_adapter_names_the_way_out(refused, tmp_path: Path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text("{}")
+    assert "merge it into its base model" in refused("import-hf", tmp_path / "lora", tmp_path / "out")

@@ -120,6 +120,19 @@ def test_an_import_is_what_megatron_itself_would_save(ranks: Ranks, tmp_path: Pa
     assert common == [{}, {}]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_an_import_names_all_states_of_transformer_engines_modules(ranks: Ranks, name: str):
+    """They ask for them by these names: fused norms have none, a norm that stands alone has one."""
+    modules = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
+    if name == "qwen3":
+        modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
+    layers = 4
+    expected = {f"decoder.layers.{m}._extra_state/shard_{i}_{layers}" for m in modules for i in range(layers)}
+    expected |= {"decoder.final_layernorm._extra_state/shard_0_1"}
+    metadata = FileSystemReader(ranks.imported(name)).read_metadata()
+    assert {key for key in metadata.state_dict_metadata if "_extra_state" in key} == expected
+
+
 def described(checkpoint: Path) -> dict:
     """Everything `.metadata` says about the content, as torch's own reader reads it, with each box's rank."""
     metadata = FileSystemReader(checkpoint).read_metadata()

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import yaml
@@ -69,13 +70,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory = run / f"checkpoints/step_{version:06d}"
         torch.save({"common": {"version": version, "steps": version, "ranks": 1}}, directory / "common.pt")
         (directory / "run_state.msgpack").write_bytes(encode_run_state(run_state(version, version)))
-    for file, key, values in (("metrics", "step", range(6)), ("samples", "step", [0, 0, 3, 4, 5])):
+    for file, key, values in (("metrics", "step", range(1, 7)), ("samples", "step", [1, 1, 4, 5, 6])):
         (run / f"{file}.jsonl").write_text("".join(json.dumps({key: value}) + "\n" for value in values) + '{"st')
     evaluations = "before", "step 2", "step 4", "after"
     (run / "evaluations.jsonl").write_text("".join(json.dumps({"when": when}) + "\n" for when in evaluations))
     (run / "rollouts").mkdir()
-    for version in range(6):
-        (run / f"rollouts/step_{version:06d}.msgpack").write_bytes(b"")
+    for step in range(1, 7):
+        (run / f"rollouts/step_{step:06d}.msgpack").write_bytes(b"")
     (run / "summary.json").write_text('{"status": "failed", "steps": 6}')
     return run
 
@@ -157,7 +158,6 @@ def test_a_completed_run_without_a_checkpoint_does_not_start_over(found: Found):
         ("model.vocab_size=300", "null"),
         ("warm_start.steps=0", "3"),
         ("data.train_prompts=64", "32"),
-        ("reward.format_reward=0.5", "0.1"),
         ("algorithm.beta=0.5", "0.1"),
         ("generator.temperature=0.5", "0.7"),
         ("learner.precision=bf16", "fp32"),
@@ -214,6 +214,13 @@ def cut(path: Path) -> None:
         (lambda c: (c / "run_state.msgpack").unlink(), "step_000004/run_state.msgpack cannot be read"),
         (lambda c: cut(c / "run_state.msgpack"), "step_000004/run_state.msgpack is broken or from another release"),
         (lambda c: (c / "run_state.msgpack").write_bytes(b"\x80"), "is broken or from another release"),
+        # Version 0.1.0 counted steps from 0 in the files beside it.
+        (
+            lambda c: (c / "run_state.msgpack").write_bytes(
+                encode_run_state(msgspec.structs.replace(run_state(4, 4), format=2))
+            ),
+            "is from another release (format 2, not 3)",
+        ),
         (
             lambda c: (c / "run_state.msgpack").write_bytes(encode_run_state(run_state(4, 6, 6))),
             "its groups do not add up",
@@ -312,11 +319,11 @@ def test_what_came_after_the_checkpoint_is_cut_off(found: Found):
         file: [json.loads(line)["step"] for line in (found.run / file).read_text().splitlines()]
         for file in ("metrics.jsonl", "samples.jsonl")
     }
-    assert steps == {"metrics.jsonl": [0, 1, 2, 3], "samples.jsonl": [0, 0, 3]}
+    assert steps == {"metrics.jsonl": [1, 2, 3, 4], "samples.jsonl": [1, 1, 4]}
     evaluations = '{"when": "before"}\n{"when": "step 2"}\n'  # the one of step 4 had not ended then
     assert (found.run / "evaluations.jsonl").read_text() == evaluations
     rollouts = [path.name for path in sorted((found.run / "rollouts").iterdir())]
-    assert rollouts == [f"step_{version:06d}.msgpack" for version in range(4)]
+    assert rollouts == [f"step_{step:06d}.msgpack" for step in range(1, 5)]
     assert load_config(found.run / "config.yaml") == now
     assert not left_over.exists()
     assert found.places.versions() == [2, 4]

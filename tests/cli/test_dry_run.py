@@ -64,7 +64,7 @@ def test_a_model_that_is_not_there_is_refused_at_a_start(root: Path):
     command = [sys.executable, "-m", "megatron_async_rlhf", "train", "examples/llama8b_async.yaml"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: model.hf = examples/llama8b holds no .safetensors file")
+    assert result.stderr.startswith("error: examples/llama8b holds no model.safetensors")
 
 
 def test_a_whole_model_is_checked(tmp_path: Path, root: Path):
@@ -73,7 +73,7 @@ def test_a_whole_model_is_checked(tmp_path: Path, root: Path):
     assert "not checked" not in output
     assert re.search(r"# prompts: \d+ to train on, 512 held out", output)
     assert re.search(r"# all processes together need [\d.]+ GiB of this machine's [\d.]+ GiB: fits", output)
-    assert "# speed: not estimated for a CPU" in output
+    assert "# speed, predicted for CPU cores" in output and "known error: " in output
 
 
 def test_a_70b_model_does_not_fit(tmp_path: Path, root: Path):
@@ -129,6 +129,24 @@ def test_a_start_is_refused_only_far_above_the_memory(root: Path):
     with pytest.raises(ConfigError, match=r"estimated to need .* GiB a GPU.*try learner\.micro_batch_tokens = 3072"):
         check(too_little)
     check(too_little, "launch.memory_check=false")
+
+
+def test_learner_and_generator_on_one_gpu_are_weighed_together(root: Path):
+    """The default share of 0.85 alone is no reason to refuse: the generator's cache is what the learner leaves."""
+
+    def check(gib: float) -> None:
+        overrides = (
+            "weights.transport=ipc", "learner.ranks=1", "learner.tensor_parallel=1", "learner.sequence_parallel=false",
+            "generator.replicas=1", f"launch.gpu_memory_gib={gib}",
+        )  # fmt: skip
+        config = load_config(root / "examples/llama8b_async.yaml", overrides)
+        refuse_too_large(config, outline(config, config.model.hf)[0])
+
+    check(230)
+    with pytest.raises(
+        ConfigError, match=r"^learner and generator on one GPU are estimated to need 211.4 GiB.*try learner\."
+    ):
+        check(180)
 
 
 def test_train_refuses_what_does_not_fit(tmp_path: Path):

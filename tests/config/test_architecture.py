@@ -210,6 +210,11 @@ ON_GPUS = {"run": {"device": "cuda"}, "weights": {"transport": "nccl"}, "generat
             {"hidden_size": 48},
             ["fp8.recipe = mxfp8", "multiples of 32", "hidden size", "48"],
         ),
+        (
+            {"fp8": {"recipe": "blockwise"}, "tensor_parallel": 2, "sequence_parallel": True},
+            {"hidden_size": 192},
+            ["fp8.recipe = blockwise", "whole blocks of 128", "192", "learner.sequence_parallel = false"],
+        ),
     ],
 )
 def test_what_fp8_cannot_divide_is_refused(load, learner: dict, model: dict, named: list[str]):
@@ -218,6 +223,14 @@ def test_what_fp8_cannot_divide_is_refused(load, learner: dict, model: dict, nam
     check_layouts(config, architecture_of(config.model, 261))  # the change below is what it refuses
     config = load(**ON_GPUS, learner={"precision": "bf16"} | learner, model=plain | model)
     refused(lambda: check_layouts(config, architecture_of(config.model, 261)), *named)
+
+
+def test_a_block_of_128_may_be_cut_short_where_nothing_is_gathered(load):
+    """Transformer Engine 2.11 asks for 16 there (`cublaslt_gemm.cu`), and for 128 in `Float8BlockQuantizer.is_quantizable`."""
+    model = {"layers": 4, "hidden_size": 192, "ffn_size": 288, "heads": 4}
+    learner = {"precision": "bf16", "tensor_parallel": 2, "fp8": {"recipe": "blockwise"}}
+    config = load(**ON_GPUS, learner=learner, model=model)
+    check_layouts(config, architecture_of(config.model, 261))
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ def test_any_value_survives_the_round_trip(
 ):
     """Names like `1e5` or `no` and floats like 1e-30 are where YAML loses types."""
     tree = minimal | {
-        "run": {"name": name, "seed": seed}, "learner": {"learning_rate": rate}, "data": {"prompt_field": field},
+        "run": {"name": name, "seed": seed}, "learner": {"learning_rate": rate}, "reward": {"type": "gsm8k"},
+        "data": {"train": "train.jsonl", "prompt_field": field, "solution_field": "answer"},
     }  # fmt: skip
     config = RunConfig.model_validate(tree)
     (tmp_path / "again.yaml").write_text(dump_config(config))

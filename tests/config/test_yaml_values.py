@@ -66,9 +66,9 @@ def test_a_value_is_what_its_key_wants(load, tmp_path: Path, key: str, written: 
     if written.endswith("Z"):
         assert parse_value(written, ("run", "name")) == written
         return
-    own = {"data": ["reward.type=gsm8k", "data.solution_field=x"]}.get(section, [])
-    own = [override for override in own if not override.startswith(f"{key}=")]
-    if key in ("data.prompt_field", "data.solution_field"):
+    others = ("data.train=t.jsonl", "data.solution_field=answer", "reward.type=gsm8k") if section == "data" else ()
+    own = [override for override in others if not override.startswith(f"{key}=")]
+    if (key, meant) == ("data.solution_field", None):
         own = []  # of the built-in task
     path = tmp_path / "written.yaml"
     path.write_text(yaml.safe_dump({"model": load().model.model_dump(exclude_none=True)}) + f"{section}: {nested}\n")
@@ -121,11 +121,11 @@ def test_values_that_a_sweep_moves_are_what_their_keys_want(tmp_path: Path, load
 
 def test_stages_get_what_was_written(tmp_path: Path, load):
     """A stage's configuration is written out and read again."""
-    tree = parse_value("run: {name: 2026-11-26}\ndata: {prompt_field: no}\n")
+    tree = parse_value("run: {name: 2026-11-26}\ndata: {train: t.jsonl, solution_field: no}\nreward: {type: gsm8k}\n")
     tree["model"] = load().model.model_dump(exclude_none=True)
     (stage,) = expand_stages(tree, ["train"], directory=tmp_path)
     assert parse_value(stage.config)["run"]["name"] == "2026-11-26"
-    assert parse_value(stage.config)["data"]["prompt_field"] == "no"
+    assert parse_value(stage.config)["data"]["solution_field"] == "no"
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_template_in_the_config_and_tokens_as_objects(copy):
     (copy / "chat_template.jinja").unlink()
     edit_config(
         copy,
-        eos_token={"content": "<eos>", "special": True},
+        eos_token={"__type": "AddedToken", "content": "<eos>", "special": True},
         bos_token="<assistant>",
         pad_token=None,
         add_bos_token=True,

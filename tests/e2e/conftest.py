@@ -1,5 +1,6 @@
 """Real runs of `async-rlhf train` with real processes; each takes about half a minute."""
 
+import contextlib
 import json
 import os
 import signal
@@ -40,6 +41,18 @@ class Run:
     def kill(self, name: str) -> None:
         pids = json.loads((self.directory / "logs/processes.json").read_text())
         os.kill(pids[name], signal.SIGKILL)
+
+    def belongings(self, name: str) -> tuple[Path, set[Path]]:
+        """Of a process while it runs: its temporary directory, and the shared memory that all it has started use."""
+        pid = json.loads((self.directory / "logs/processes.json").read_text())[name]
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        temporary = next(v.removeprefix(b"TMPDIR=").decode() for v in variables if v.startswith(b"TMPDIR="))
+        shared = set()
+        for path in Path("/proc").glob("[0-9]*/maps"):
+            with contextlib.suppress(OSError):
+                if os.getsid(int(path.parent.name)) == pid:
+                    shared |= {Path(line.split()[5]) for line in path.read_text().splitlines() if " /dev/shm/" in line}
+        return Path(temporary), shared
 
     def summary(self) -> dict:
         return json.loads((self.directory / "summary.json").read_text())

@@ -37,8 +37,15 @@ class Receiver:
     def __init__(self, generator: VLLMGenerator, how: Pause, recompute: bool) -> None:
         self.name, self._generator, self._how, self._recompute = generator.name, generator, how, recompute
 
-    async def is_ready(self) -> bool:
-        return await self._generator.is_ready()
+    def __eq__(self, other: object) -> bool:
+        """The generator that has met the learner is the same in any mode."""
+        return isinstance(other, Receiver) and self._generator is other._generator
+
+    def __hash__(self) -> int:
+        return hash(self._generator)
+
+    async def probe(self) -> None:
+        await self._generator.probe()
 
     async def pause(self, how: Pause = "keep") -> None:
         await self._generator.pause(self._how)
@@ -180,6 +187,7 @@ async def push_rig(
             tokenizer=materials.tokenizer,
             tensor_parallel=config.generator.tensor_parallel,
             request_timeout_s=240,
+            probe_timeout_s=config.generator.probe_timeout_s,
         )
         for i, url in enumerate(values["--generator"])
     ]
@@ -196,6 +204,8 @@ async def push_rig(
         for process in processes.values():
             process.kill_group(signal.SIGCONT)
             process.kill_group(signal.SIGKILL)
+        for process in processes.values():
+            process.clean_up()
 
 
 def _altered(spec: ProcessSpec, run_dir: Path, changes: dict | None) -> ProcessSpec:

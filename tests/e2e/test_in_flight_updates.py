@@ -316,6 +316,7 @@ def test_a_generator_that_dies_is_noticed_at_once(rig: InFlightRig):
     async def start_again() -> None:
         processes, name = rig.rig.processes, rig.other.name
         other.kill_group(signal.SIGKILL)
+        other.clean_up()
         processes[name] = LocalProcess(other.spec, other.log.parent)
         async with asyncio.timeout(START_S):
             while not await rig.other.is_ready():

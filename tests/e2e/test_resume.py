@@ -55,7 +55,7 @@ def cut_at(run: Path, version: int, copy: Path, **schedule: object) -> Path:
     summary = json.loads((copy / "summary.json").read_text())
     (copy / "summary.json").write_text(json.dumps(summary | {"status": "failed"}))
     with (copy / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "rew')  # it died while it wrote this
+        file.write('{"step": 5, "rew')  # it died while it wrote this
     config = yaml.safe_load((copy / "config.yaml").read_text())
     config["schedule"] |= schedule
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
@@ -181,11 +181,13 @@ def assert_every_step_once(run, steps: int) -> None:
     summary = run.summary()
     assert (summary["status"], summary["steps"]) == ("completed", steps)
     assert summary["staleness"]["max"] <= 1
-    assert steps * PER_STEP == summary["samples_trained"] + summary["samples_dropped"]
+    assert steps * PER_STEP == summary["samples_trained"] + summary["samples_not_selected"]
     assert summary["samples_generated"] == steps * PER_STEP + summary["samples_cancelled"]
     assert set(summary["eval"]) == {"before", "after"}
-    assert [line["step"] for line in run.lines("metrics.jsonl")] == list(range(steps))
-    assert [line["step"] for line in run.lines("samples.jsonl")] == [step for step in range(steps) for _ in range(8)]
+    assert [line["step"] for line in run.lines("metrics.jsonl")] == list(range(1, steps + 1))
+    assert [line["step"] for line in run.lines("samples.jsonl")] == [
+        step for step in range(1, steps + 1) for _ in range(8)
+    ]
 
 
 def assert_wandb_has_one_run(run) -> None:
@@ -194,10 +196,10 @@ def assert_wandb_has_one_run(run) -> None:
     assert len(list((run.directory / "wandb").glob("offline-run-*"))) == 3
     found = rows(run.directory)
     for line in run.lines("metrics.jsonl"):
-        row = found[6 + line["step"]]  # after the six steps of the warm start
+        row = found[6 + 2 * line["step"]]  # after the six steps of the warm start
         assert line.items() <= row.items()
     assert "eval/reward" in found[max(found)]
-    assert all("warm_start/loss" in found[step] for step in range(6))
+    assert all("warm_start/loss" in found[step] for step in range(1, 7))
 
 
 @pytest.mark.slow

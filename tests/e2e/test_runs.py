@@ -2,10 +2,12 @@ import json
 
 import pytest
 import torch
+from trace_nesting import dropped, slices
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.metrics import metric_names
+from megatron_async_rlhf.telemetry.metrics import METRICS, SUMMARY, TRACE_ARGS, WARM_START
 
 LAYOUTS = [
     pytest.param((1, 1, 1), "async", 1, id="tp1-generator-tp1"),
@@ -27,8 +29,13 @@ def test_a_run_in_every_layout(start, layout, mode, bound):
         "generator.eval_temperature=0",
         "telemetry.wandb={mode: offline}",
     )
+    run.wait_for_step(1)
+    temporary, shared = run.belongings("generator.0")
+    assert any(path.is_socket() for path in temporary.iterdir())
+    assert bool(shared) == (generator_tensor > 1)
     output = run.wait()
     assert run.process.returncode == 0, output
+    assert not [path for path in (temporary, *shared) if path.exists()]
     summary = run.summary()
     in_force = 0 if mode == "sync" else bound
     assert (summary["status"], summary["mode"], summary["max_staleness"]) == ("completed", mode, in_force)
@@ -45,16 +52,36 @@ def test_a_run_in_every_layout(start, layout, mode, bound):
     assert pushes["digests_compared"] > 0
     assert 0 < summary["logprob_gap"]["tokens"]
     assert summary["logprob_gap"]["max_abs"] <= 1e-4
-    assert summary["samples_generated"] == 4 * 8 * 3 == summary["samples_trained"] + summary["samples_dropped"]
+    assert summary["samples_generated"] == 4 * 8 * 3 == summary["samples_trained"] + summary["samples_not_selected"]
     assert set(summary["eval"]) == {"before", "after"}
-    assert len(run.lines("metrics.jsonl")) == 4
+    assert [line["step"] for line in run.lines("metrics.jsonl")] == [1, 2, 3, 4]
     config = load_config(run.directory / "config.yaml")
     known = {"step", "time", *metric_names(config.algorithm, config.reward.type)}
     assert {name for line in run.lines("metrics.jsonl") for name in line} <= known
-    events = json.loads((run.directory / "trace.json").read_text())["traceEvents"]
-    assert {"generators", "learner", "weights"} <= {e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert_names_are_documented(run)
+    trace = json.loads((run.directory / "trace.json").read_text())
+    assert not dropped(trace)
+    events = trace["traceEvents"]
+    assert {"generator.0", "learner", "learner.0", "weights", "evaluation"} <= {
+        e["args"]["name"] for e in events if e["ph"] == "M"
+    }
     assert list((run.directory / "wandb").glob("offline-run-*"))
     assert_export_answers_like_the_generators(run)
+
+
+def assert_names_are_documented(run):
+    found = {
+        file: {name for line in run.lines(file) for name in line} for file in ("metrics.jsonl", "warm_start.jsonl")
+    }
+    assert found["metrics.jsonl"] <= {key.name for key in METRICS}
+    assert found["warm_start.jsonl"] == set(WARM_START) - {"model_flops_utilisation"}, "nobody knows this CPU's peak"
+    assert set(run.summary()) == {key.name.split(".")[0] for key in SUMMARY} - {"log_tail"}
+    trace = json.loads((run.directory / "trace.json").read_text())
+    parts = slices(trace)["learner.0", "train"]
+    assert [e["args"]["version"] for e in parts if e["name"] == "optimizer" and "args" in e] == [1, 2, 3, 4]
+    assert {name for event in trace["traceEvents"] if event["ph"] == "X" for name in event.get("args", {})} == {
+        key.name for key in TRACE_ARGS
+    }
 
 
 def assert_export_answers_like_the_generators(run):

@@ -19,7 +19,7 @@ def reported(run) -> list[dict]:
 
 
 def assert_counts_add_up(summary: dict) -> None:
-    parts = ("samples_trained", "samples_dropped", "samples_cancelled")
+    parts = ("samples_trained", "samples_not_selected", "samples_cancelled")
     assert summary["samples_generated"] == sum(summary[part] for part in parts), summary
 
 
@@ -82,9 +82,15 @@ def test_a_killed_generator_comes_back_and_nothing_is_lost(start):
     settings = ("schedule.mode=sync", "generator.replicas=2", "schedule.steps=30")
     run = start(*settings, "launch.pin_cores=false")
     run.wait_for_step(3)
+    temporary = [run.belongings("generator.1")[0]]
     run.kill("generator.1")
+    run.wait_for_step(6)
+    temporary.append(run.belongings("generator.1")[0])
+    assert temporary[0] != temporary[1] and not temporary[0].exists()
     summary = completed(run)
+    assert not temporary[1].exists()
     assert summary["steps"] == 30
     assert_counts_add_up(summary)
-    assert summary["samples_trained"] + summary["samples_dropped"] == 30 * 8 * 3
+    assert summary["samples_trained"] + summary["samples_not_selected"] == 30 * 8 * 3
     assert summary["weight_sync"]["mismatches"] == 0
+    assert summary["weight_sync"]["bytes"] == summary["weight_sync"]["bytes_minimum"]

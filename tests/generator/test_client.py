@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 
 from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer
+from megatron_async_rlhf.errors import GeneratorGoneError, GeneratorSilentError
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.types import Completion, Prompt
@@ -54,15 +55,29 @@ async def connected(
     application = web.Application()
     application.router.add_post("/inference/v1/generate", answer)
     application.router.add_route("*", "/{path:.*}", anything_else)
+    async with serving(application, tokenizer) as client:
+        client.version = 7
+        yield client
+
+
+@asynccontextmanager
+async def serving(
+    application: web.Application, tokenizer: Tokenizer, probe_timeout_s: float = 20.0
+) -> AsyncIterator[VLLMGenerator]:
+    """A client of this server."""
     runner = web.AppRunner(application)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     host, port = runner.addresses[0]
     client = VLLMGenerator(
-        "generator.0", f"http://{host}:{port}", tokenizer=tokenizer, tensor_parallel=1, request_timeout_s=20.0
+        "generator.0",
+        f"http://{host}:{port}",
+        tokenizer=tokenizer,
+        tensor_parallel=1,
+        request_timeout_s=20.0,
+        probe_timeout_s=probe_timeout_s,
     )
-    client.version = 7
     try:
         yield client
     finally:
@@ -152,3 +167,48 @@ def test_an_answer_that_a_push_cut_off_has_the_version_it_was_sampled_with(token
             return completions
 
     assert asyncio.run(go())[0].versions == [7, 7]
+
+
+def test_a_probe_asks_engine_and_workers_not_the_front(tokenizer):
+    """`/health` answers 200 whatever the engine does."""
+
+    async def go() -> None:
+        engine = asyncio.Event()
+
+        async def healthy(request: web.Request) -> web.Response:
+            return web.Response()
+
+        async def hang(request: web.Request) -> web.Response:
+            assert (await request.json())["method"] == "check_health"
+            await engine.wait()
+            return web.json_response({"results": [None]})
+
+        application = web.Application()
+        application.router.add_get("/health", healthy)
+        application.router.add_post("/collective_rpc", hang)
+        async with serving(application, tokenizer, probe_timeout_s=0.3) as client:
+            with pytest.raises(GeneratorSilentError, match="generator.0: no answer to /collective_rpc within 0.3 s"):
+                await client.probe()
+            assert not await client.is_ready()
+            engine.set()
+            await client.probe()
+            assert await client.is_ready()
+
+    asyncio.run(go())
+
+
+def test_nobody_waits_for_requests_at_a_server_that_was_given_up(tokenizer):
+    async def go() -> None:
+        async def load(request: web.Request) -> web.Response:
+            return web.json_response({"server_load": 1})
+
+        application = web.Application()
+        application.router.add_get("/load", load)
+        async with serving(application, tokenizer) as client, asyncio.timeout(10.0):
+            waiting = asyncio.create_task(client.wait_queued(2))
+            await asyncio.sleep(0.05)
+            client.give_up()
+            with pytest.raises(GeneratorGoneError, match="generator.0: was given up"):
+                await waiting
+
+    asyncio.run(go())

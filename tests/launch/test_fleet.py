@@ -86,6 +86,11 @@ def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
 
 
+def temporary_directory(pid: int) -> Path:
+    variables = dict(line.partition("=")[::2] for line in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    return Path(variables["TMPDIR"])
+
+
 STAND = "import os, time; print(os.environ['WORD'], sorted(os.sched_getaffinity(0)), flush=True); time.sleep(600)"
 # With a child in a process group of its parent's.
 FAMILY = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
@@ -109,13 +114,17 @@ def test_processes_start_and_end_elsewhere(cluster, tmp_path):
         wait(lambda: stands.returncode is not None)
         assert stands.ending() == "was killed by SIGTERM"
         (child,) = map(int, family.last_lines())
+        temporary = temporary_directory(family.pid)
+        assert temporary.is_dir()
         family.kill_group(signal.SIGKILL)
         wait(lambda: family.returncode == -9 and not is_alive(child))
+        wait(lambda: not temporary.exists())
         left = fleet.start(spec("left", STAND), tmp_path)
-        wait(lambda: left.pid is not None)
+        wait(lambda: left.last_lines())
+        temporary = temporary_directory(left.pid)
         assert fleet.lost() is None
     assert ended(agent) == (0, "")
-    assert not is_alive(left.pid)
+    assert not is_alive(left.pid) and not temporary.exists()
     assert not rendezvous_path(config).exists()
 
 

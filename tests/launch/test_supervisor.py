@@ -4,11 +4,13 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from megatron_async_rlhf.config.root import RunConfig
@@ -16,16 +18,43 @@ from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
 from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
 from megatron_async_rlhf.launch.supervisor import Supervisor
-from megatron_async_rlhf.telemetry.files import PROCESSES
+from megatron_async_rlhf.telemetry.files import PROCESSES, RESERVE
 
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
 STAND = "import time; print('up', flush=True); time.sleep(600)"
+RANK = (
+    "import faulthandler, signal, sys; faulthandler.register(signal.SIGUSR1); "
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); " + STAND
+)
 LIMIT_S = 30
-# Tells that training has begun, and ends well once the file `end` is there.
+# Tells that training has begun, and ends well once the file `end` is there, badly with `fail`. Tells what stands in `tell`.
 CONTROLLER = """
 import json, pathlib, sys, time
 print(json.dumps({"event": "stage", "name": sys.argv[2]}), flush=True)
-while not pathlib.Path(sys.argv[1], "end").exists(): time.sleep(0.02)
+tell = pathlib.Path(sys.argv[1], "tell")
+while not pathlib.Path(sys.argv[1], "end").exists():
+    time.sleep(0.02)
+    if pathlib.Path(sys.argv[1], "fail").exists():
+        print(json.dumps({"event": "closed", "status": "failed", "error": "the learner did not answer"}), flush=True)
+        sys.exit(1)
+    if tell.exists():
+        print(tell.read_text(), flush=True)
+        tell.unlink()
+"""
+# Fills the disk, and then tells what it could not write down.
+FILLING_CONTROLLER = """
+import json, pathlib, sys, time
+print(json.dumps({"event": "stage", "name": "train"}), flush=True)
+directory = pathlib.Path(sys.argv[1])
+while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.02)
+error = "metrics.jsonl cannot be written"
+with (directory / "filling").open("wb", buffering=0) as file:
+    try:
+        while file.write(bytes(1000)): pass
+    except OSError: pass
+closed = {"status": "failed", "error": error, "explained": True, "summary": {"steps": 3}}
+print(json.dumps({"event": "closed", **closed}), flush=True)
+sys.exit(1)
 """
 
 
@@ -36,13 +65,21 @@ def process(name: str, *arguments: str) -> ProcessSpec:
 class Run:
     """A supervised run in a thread of its own, as `signal.signal` allows nowhere but in the first."""
 
-    def __init__(self, directory: Path, monkeypatch, *, restarts: int, stage: str = "train") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        monkeypatch,
+        *,
+        restarts: int,
+        stage: str = "train",
+        controller: tuple[str, ...] = (CONTROLLER,),
+    ) -> None:
         monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
         self.directory, self.output = directory, io.StringIO()
         plan = ProcessPlan(
-            learners=[process("learner.0", STAND)],
+            learners=[process(f"learner.{i}", RANK) for i in range(2)],
             generators=[process(f"generator.{i}", STAND) for i in range(2)],
-            controller=process("controller", CONTROLLER, str(directory), stage),
+            controller=process("controller", controller[0], str(directory), *(controller[1:] or [stage])),
             restarts=restarts,
         )
         config = RunConfig.model_validate({"model": MODEL, "launch": {"shutdown_grace_s": 1.0}})
@@ -50,7 +87,7 @@ class Run:
         self.thread = threading.Thread(target=lambda: setattr(self, "code", supervisor.run()))
         self.thread.start()
         self.wait(lambda: stage in self.output.getvalue())
-        self.wait(lambda: "up" in self.log("generator.1"))
+        self.wait(lambda: all("up" in self.log(name) for name in ("generator.1", "learner.0", "learner.1")))
 
     def wait(self, condition) -> None:
         deadline = time.monotonic() + LIMIT_S
@@ -72,6 +109,13 @@ class Run:
         os.kill(pid, signal.SIGKILL)
         return pid
 
+    def report_silent(self, name: str, since: float) -> None:
+        """As the controller does of a generator that has done nothing since then."""
+        event = {"event": "unresponsive", "name": name, "since": since, "why": f"{name}: has answered no request"}
+        (self.directory / "new").write_text(json.dumps(event))
+        (self.directory / "new").rename(self.directory / "tell")
+        self.wait(lambda: not (self.directory / "tell").exists())
+
     def end(self) -> int:
         (self.directory / "end").touch()
         return self.join()
@@ -84,7 +128,7 @@ class Run:
 
 def test_a_generator_is_started_again_until_its_restarts_are_used_up(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch, restarts=2)
-    untouched = {name: run.pids[name] for name in ("generator.0", "learner.0", "controller")}
+    untouched = {name: run.pids[name] for name in ("generator.0", "learner.0", "learner.1", "controller")}
     for attempt in (1, 2):
         old = run.kill("generator.1")
         run.wait(lambda old=old: run.pids["generator.1"] != old)
@@ -117,3 +161,127 @@ def test_the_death_of_any_other_process_ends_the_run(tmp_path, monkeypatch):
     run.kill("learner.0")
     assert run.join() == 1
     assert "error: learner.0 was killed by SIGKILL" in run.output.getvalue()
+
+
+def test_a_generator_that_does_nothing_is_killed_and_started_again(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, restarts=2)
+    old = run.pids["generator.1"]
+    os.kill(old, signal.SIGSTOP)
+    run.report_silent("generator.1", since=time.time())
+    run.wait(lambda: run.pids["generator.1"] != old)
+    assert "generator.1: has answered no request; killed" in run.output.getvalue()
+    assert "generator.1 was killed by SIGKILL; started again (1 of 2)" in run.output.getvalue()
+    run.wait(lambda: run.log("generator.1") == "up\n" * 2)
+    new = run.pids["generator.1"]
+    run.report_silent("generator.1", since=time.time() - 3600)  # of the one before: it comes late
+    time.sleep(0.5)
+    assert run.pids["generator.1"] == new and run.thread.is_alive()
+    assert run.end() == 0
+
+
+def test_a_generator_that_does_nothing_and_must_not_be_started_again_ends_the_run(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, restarts=0)
+    run.report_silent("generator.1", since=time.time())
+    assert run.join() == 1
+    assert "error: generator.1: has answered no request" in run.output.getvalue()
+    assert json.loads((tmp_path / "summary.json").read_text())["error"] == "generator.1: has answered no request"
+
+
+def test_a_stopped_learner_rank_is_told_from_those_that_wait_for_it(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, restarts=0)
+    os.kill(run.pids["learner.1"], signal.SIGSTOP)
+    run.report_silent("learner", since=time.time())
+    (tmp_path / "fail").touch()
+    assert run.join() == 1
+    assert "error: learner.1 did nothing any more, not even react to a signal" in run.output.getvalue()
+    assert "File" in run.log("learner.0"), "where it waits is in its log"
+
+
+def test_a_rank_that_gave_up_waiting_is_not_taken_for_the_cause(tmp_path, monkeypatch):
+    """Its collective timed out, and it ended; the other one is stopped."""
+    run = Run(tmp_path, monkeypatch, restarts=0)
+    os.kill(run.pids["learner.1"], signal.SIGSTOP)
+    os.kill(run.pids["learner.0"], signal.SIGTERM)  # stands for an end of its own
+    assert run.join() == 1
+    assert "error: learner.1 did nothing any more" in run.output.getvalue()
+
+
+def test_a_learner_whose_ranks_all_wait_says_so_itself(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, restarts=0)
+    run.report_silent("learner", since=time.time())
+    (tmp_path / "fail").touch()
+    assert run.join() == 1
+    assert "error: the learner did not answer" in run.output.getvalue()
+    assert "File" in run.log("learner.0") and "File" in run.log("learner.1")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB of its own."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", directory], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield directory
+    subprocess.run(["umount", directory], check=True)
+
+
+def test_the_summary_of_a_run_that_filled_the_disk_is_true(small_disk, tmp_path, monkeypatch):
+    run = Run(small_disk, monkeypatch, restarts=3, controller=(FILLING_CONTROLLER, str(tmp_path / "go")))
+    assert (small_disk / RESERVE).stat().st_size == 64 * 2**10
+    (tmp_path / "go").touch()
+    assert run.join() == 1
+    assert json.loads((small_disk / "summary.json").read_text()) == {
+        "steps": 3,
+        "status": "failed",
+        "error": "metrics.jsonl cannot be written",
+    }
+    *_, error, ending = run.output.getvalue().splitlines()
+    assert error.endswith("error: metrics.jsonl cannot be written") and "failed: " in ending
+    assert "  | " not in run.output.getvalue()  # there is nothing in a log that would say more
+    assert not (small_disk / RESERVE).exists()
+
+
+def test_a_supervisor_that_finds_the_disk_full_says_so_in_one_line(small_disk, monkeypatch):
+    """A generator is to be started again, and the file with the ids of processes cannot be written."""
+    run = Run(small_disk, monkeypatch, restarts=3)
+    with (small_disk / "filling").open("wb", buffering=0) as file, pytest.raises(OSError):
+        while file.write(bytes(1000)):
+            pass
+    run.kill("generator.1")
+    assert run.join() == 1
+    error = f"{small_disk / PROCESSES} cannot be written (No space left on device); make room there, then go on with --resume"
+    summary = json.loads((small_disk / "summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("failed", error)
+    assert f"error: {error}" in run.output.getvalue() and "Traceback" not in run.output.getvalue()
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(small_disk, monkeypatch):
+    with (small_disk / "filling").open("wb", buffering=0) as file, pytest.raises(OSError):
+        while file.write(bytes(1000)):
+            pass
+    output = io.StringIO()
+    plan = ProcessPlan(learners=[], generators=[], controller=process("controller", CONTROLLER), restarts=0)
+    config = RunConfig.model_validate({"model": MODEL})
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
+    code = Supervisor(config, plan, small_disk, Display(Console(file=output, width=300)), Fleet(list)).run()
+    assert code == 1
+    assert f"{small_disk / RESERVE} cannot be written (No space left on device)" in output.getvalue()
+
+
+def test_an_output_that_takes_no_more_ends_no_run(tmp_path):
+    """As `async-rlhf train ... > run.log` beside a run that fills the disk."""
+    code = """
+import pathlib, sys
+from megatron_async_rlhf.launch.display import Display
+display = Display()
+display.note("step 1")
+display.finished("failed", "no room", ["last words"], pathlib.Path("run"))
+print("went on", file=sys.stderr)
+"""
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S
+        )
+    assert "went on" in ended.stderr

@@ -37,6 +37,7 @@ def train(learner: MegatronLearner, commands: list, result: dict) -> None:
     for rollout, epochs in commands:
         answer = learner.train_rollout(command_of(learner, rollout, epochs))
         result["steps"] += [counted(step) for step in answer.steps]
+        result["names"] = sorted({*result["names"], *(name for step in answer.steps for name in step.values)})
         result["seconds"] += [sorted(name for name in step.values if "time/" in name) for step in answer.steps]
         result["logprobs"].append(answer.logprobs)
         result["spans"].append(sorted({span.name for span in answer.spans}))
@@ -68,7 +69,7 @@ def outcome(learner: MegatronLearner, result: dict) -> dict:
 
 
 def empty() -> dict:
-    return {"steps": [], "seconds": [], "logprobs": [], "spans": [], "utilisation": []}
+    return {"steps": [], "names": [], "seconds": [], "logprobs": [], "spans": [], "utilisation": []}
 
 
 def run_case(job: dict, case: dict, placement: Placement, directory: Path, before: Path | None) -> dict:

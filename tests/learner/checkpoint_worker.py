@@ -4,21 +4,24 @@ Each phase of the job has ranks of its own, forked like those of `learner_worker
 is on disk. A phase trains `first` steps, saves, trains on while the files are written, and writes down what came out.
 """
 
+import dataclasses
 import json
 import sys
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
 import torch
+from engine_layers import ScalingState, use_engine_layers
 from forked_ranks import run_ranks
-from learner_worker import counted, digests_of, make_learner, preferences, sequences_of
+from learner_worker import counted, digests_of, preferences, sequences_of
 from offloading import offload_without_a_gpu
 
 from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import LearnerError
-from megatron_async_rlhf.learner.megatron import data_parallel
+from megatron_async_rlhf.errors import LearnerError, WriteError
+from megatron_async_rlhf.learner.megatron import data_parallel, layers, trained_model
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import join_learner
 from megatron_async_rlhf.learner.megatron.trained_model import TrainedModel
@@ -61,6 +64,15 @@ def adam_digests(model: TrainedModel) -> list:
     ]
 
 
+def held_by(learner: MegatronLearner) -> dict:
+    """Digests that do not depend on the order of the parameters."""
+    return {"weights": digests_of(learner), "adam": sorted(map(sorted_items, adam_digests(learner.policy)))}
+
+
+def sorted_items(state: dict[str, str]) -> list:
+    return sorted(map(list, state.items()))
+
+
 def outcome(learner: MegatronLearner, metrics: list[dict], directory: Path) -> dict:
     learner.export_weights(ExportWeights(directory=str(directory)))
     rates = [group["lr"] for group in learner.policy.optimizer.param_groups]
@@ -86,9 +98,29 @@ def error_of_a_save(learner: MegatronLearner, directory: Path) -> str:
     save(learner, directory, snapshot=True, reference=False)
     try:
         finish(learner)
-    except LearnerError as error:
+    except WriteError as error:
         return str(error)
     return ""
+
+
+def errors_of_a_full_disk(learner: MegatronLearner, directory: Path) -> dict[str, str]:
+    """What is said when the disk is full by the time rank 0 writes each of a checkpoint's files, and the export's."""
+    errors = {}
+    for name in ("common.pt", "__0_0.distcp", ".metadata.tmp", "metadata.json", "shard-0.partial"):
+        place = directory / name / "checkpoint"
+        if learner.placement.rank == 0:
+            place.mkdir(parents=True)
+            (place / name).symlink_to("/dev/full")
+        torch.distributed.barrier()
+        try:
+            if name == "shard-0.partial":
+                learner.export_weights(ExportWeights(directory=str(place)))
+            else:
+                save(learner, place.parent, snapshot=True, reference=False)
+                finish(learner)
+        except WriteError as error:
+            errors[name] = str(error)
+    return errors
 
 
 def move_main_parameters(learner: MegatronLearner) -> None:
@@ -110,24 +142,46 @@ def error_of_resuming(learner: MegatronLearner, source: Path) -> str:
     return ""
 
 
+def start_reinforcement(learner: MegatronLearner) -> int:
+    """Bytes of the warm start's optimizer that are still held when the next one is built."""
+    (inner,) = learner.policy.optimizer.chained_optimizers
+    of_adam = [tensor for state in inner.optimizer.state.values() for tensor in state.values()]
+    mains = [getattr(parameter, "main_param", None) for parameter in learner.chunks[0].parameters()]
+    old = [weakref.ref(tensor) for tensor in (*of_adam, *mains) if tensor is not None]
+    assert old
+    del inner, of_adam, mains
+    build, held = trained_model.build_optimizer, []
+
+    def build_and_look(*arguments):
+        held.append(sum(tensor.nbytes for reference in old if (tensor := reference()) is not None))
+        return build(*arguments)
+
+    trained_model.build_optimizer = build_and_look
+    learner.start_reinforcement()
+    trained_model.build_optimizer = build
+    return held[0]
+
+
 def train_and_save(learner: MegatronLearner, job: dict, phase: dict, directory: Path) -> dict:
     """Versions 1 (the optimizer has not stepped yet) and 2 are saved, the second while version 3 is trained."""
     root = Path(phase["save"])
     result = {}
     for step in range(2):
         learner.train_supervised(TrainSupervised(step=step, sequences=sequences_of(job["sequences"])))
-    learner.start_reinforcement()
+    result["held of the optimizer before"] = start_reinforcement(learner)
     metrics = steps(learner, job, range(1))
     save(learner, root / "1", snapshot=False)
     finish(learner)
     metrics += steps(learner, job, range(1, 2))
     learner.export_weights(ExportWeights(directory=str(root / "2/exported")))
+    result["saved"] = held_by(learner)
     torch.manual_seed(7 + learner.placement.rank)
     save(learner, root / "2", snapshot=True)
     metrics += steps(learner, job, range(2, 4))
     finish(learner)
     result |= outcome(learner, metrics, directory)
     result["error"] = error_of_a_save(learner, root / "blocked")
+    result["full"] = errors_of_a_full_disk(learner, root / "full")
     move_main_parameters(learner)
     save(learner, root / "after the error", snapshot=True)
     finish(learner)
@@ -141,8 +195,9 @@ def resume(learner: MegatronLearner, job: dict, phase: dict, directory: Path) ->
     learner.resume_reinforcement(
         ResumeReinforcement(checkpoint=str(source / "checkpoint"), reference=str(source / "reference"))
     )
-    first = learner.version
-    return outcome(learner, steps(learner, job, range(first, 4)), directory) | {"resumed at": first}
+    first, loaded = learner.version, held_by(learner) | {"scales": ScalingState.loads}
+    result = outcome(learner, steps(learner, job, range(first, 4)), directory)
+    return result | {"resumed at": first, "loaded": loaded}
 
 
 def run_rank(rank: int, job: dict, phase: dict, path: Path) -> None:
@@ -153,13 +208,18 @@ def run_rank(rank: int, job: dict, phase: dict, path: Path) -> None:
     config = job["config"] | {"learner": job["config"]["learner"] | phase["learner"]}
     checked = RunConfig.model_validate(config | {"model": job["model"]["section"]})
     placement = join_learner(checked.learner, "cpu")
+    arch = architecture_of(checked.model, job["model"]["vocab_size"])
+    if "family" in phase:
+        arch = dataclasses.replace(arch, family=phase["family"])
     if "offload" in phase:  # which no config accepts without a GPU
         offload_without_a_gpu()
         keys = checked.learner.model_copy(update={"optimizer_offload": phase["offload"]})
-        arch = architecture_of(checked.model, job["model"]["vocab_size"])
-        learner = MegatronLearner(checked.model_copy(update={"learner": keys}), arch, placement)
-    else:
-        learner = make_learner({"config": config}, job["model"], placement)
+        checked = checked.model_copy(update={"learner": keys})
+    if phase.get("layers") == "engine":
+        use_engine_layers()
+    elif phase.get("layers") == "old":  # version 0.1.0's, which knew no extra states of norms
+        layers.SeparateRMSNorm = layers.RMSNorm
+    learner = MegatronLearner(checked, arch, placement)
     act = train_and_save if "save" in phase else resume
     result = act(learner, job, phase, path.parent / phase["name"])
     (path.parent / f"{phase['name']}-rank{rank}.json").write_text(json.dumps(result))

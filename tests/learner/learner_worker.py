@@ -187,9 +187,9 @@ def train_long(learner: MegatronLearner, job: dict) -> list[dict[str, float]]:
 def blow_up(learner: MegatronLearner, job: dict) -> dict:
     """An absurd learning rate makes the first step's weights useless; the second step must refuse to use them."""
     sequences = sequences_of(job["sequences"])
-    learner.train_supervised(TrainSupervised(step=0, sequences=sequences))
+    learner.train_supervised(TrainSupervised(step=1, sequences=sequences))
     before = digests_of(learner)
-    result = {"supervised": error_of(learner.train_supervised, TrainSupervised(step=1, sequences=sequences))}
+    result = {"supervised": error_of(learner.train_supervised, TrainSupervised(step=2, sequences=sequences))}
     learner.start_reinforcement()
     pairs = sequences_of(job["pairs"][0])
     result["preferences"] = error_of(learner.train_rollout, preferences(0, pairs))

@@ -31,6 +31,7 @@ from megatron_async_rlhf.config.metrics import metric_names
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.holdings import learner_holdings, value_holdings
 from megatron_async_rlhf.learner.flops import forward_flops
+from megatron_async_rlhf.telemetry.metrics import METRICS
 from megatron_async_rlhf.weights.layout import LearnerLayout
 
 WORKER = Path(__file__).with_name("algorithm_worker.py")
@@ -315,7 +316,7 @@ def test_a_value_model_that_is_not_finite_changes_no_weight_of_either(trained: T
     for rank in trained.refusals(layout):
         error, version = rank["value model"]
         assert error["kind"] == "NonFiniteLossError"
-        assert error["message"].startswith("step 1, value model: loss ")
+        assert error["message"].startswith("step 2, value model: loss ")
         assert version == 1
         assert rank["same"]
 
@@ -335,3 +336,8 @@ def test_the_models_are_far_from_each_other(trained: Trained):
     assert (policy["model.norm.weight"] - reward["model.norm.weight"]).abs().max() > 0.1
     assert reward["score.weight"].abs().max() > 0.1
     assert policy["model.embed_tokens.weight"].shape == (VOCAB_SIZE, 32)
+
+
+def test_every_name_of_every_algorithm_is_documented_and_reported(trained: Trained):
+    reported = {name for case in trained.configs for name in trained.result(ONE, case)["names"]}
+    assert reported == {key.name for key in METRICS if key.source == "learner"}

@@ -39,6 +39,8 @@ LATE = Layout(data=3, distributed_optimizer=True, overlap_grad_reduce=True, over
 BF16 = Layout(precision="bf16")
 DIVIDED_BF16 = Layout(data=2, distributed_optimizer=True, precision="bf16")
 SAVED = [ONE, GRID, DIVIDED, INTERLEAVED, LATE, BF16, DIVIDED_BF16]
+NORMS = Layout(pipeline=2, precision="bf16")
+KINDS = [("local", "engine"), ("engine", "local"), ("engine", "engine"), ("old", "local"), ("old", "engine")]
 CHANGES = [
     (GRID, ONE),
     (ONE, GRID),
@@ -79,6 +81,12 @@ class Ranks:
             resumed = f"offloaded from {version}"
             phases.append(phase(resumed, DIVIDED_BF16, resume=f"{saved}/{version}", offload=0.5))
         phases.append(phase("offloaded to whole", BF16, resume=f"{saved}/2"))
+        for layers in dict(KINDS):
+            saved = str(directory / "saved" / layers)
+            phases.append(phase(layers, NORMS, save=saved, layers=layers, family="qwen3"))
+        for layers, others in KINDS:
+            source = str(directory / "saved" / layers / "2")
+            phases.append(phase(f"{layers} to {others}", NORMS, resume=source, layers=others, family="qwen3"))
         config = {
             "learner": REINFORCEMENT | {"micro_batch_tokens": 2 * CONTEXT_LENGTH, "timeout_s": 60},
             "warm_start": WARM_START,
@@ -119,6 +127,28 @@ def test_the_same_layout_goes_on_bit_for_bit(ranks: Ranks, layout: Layout, versi
         for key in ("weights", "adam", "rates", "version"):
             assert rest[key] == whole[key], key
         assert all("exp_avg" in state for state in rest["adam"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SAVED, ids=str)
+def test_an_optimizer_is_gone_before_the_next_one_is_built(ranks: Ranks, layout: Layout):
+    """Else both were in memory at once, which no estimate counts."""
+    assert [result["held of the optimizer before"] for result in ranks.results(layout)] == [0] * layout.ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "target"), KINDS)
+def test_layers_of_another_kind_go_on_bit_for_bit(ranks: Ranks, source: str, target: str):
+    """Local ones and those with Transformer Engine's modules, in a model with all the norms there are; and what version
+    0.1.0 saved, where norms had no extra state."""
+    saved, resumed = ranks.results(source), ranks.results(f"{source} to {target}")
+    assert len(saved) == len(resumed) == NORMS.ranks
+    for before, after in zip(saved, resumed, strict=True):
+        assert len(before["saved"]["weights"]) == len(before["saved"]["adam"]) > 10
+        for key in ("weights", "adam"):
+            assert after["loaded"][key] == before["saved"][key], key
+        assert after["metrics"][0]["loss"] == before["metrics"][2]["loss"]
+        assert bool(after["loaded"]["scales"]) == (source == target == "engine")
 
 
 @pytest.mark.slow
@@ -191,6 +221,22 @@ def test_a_file_that_cannot_be_written_fails_every_rank_and_is_named(ranks: Rank
         assert result["error"].startswith(f"checkpoint {blocked} could not be written (learner.0: IsADirectoryError")
     assert (ranks.directory / "saved" / str(layout) / "after the error/checkpoint/metadata.json").is_file()
     assert not (blocked / "metadata.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SAVED, ids=str)
+def test_a_full_disk_fails_every_rank_alike_whichever_file_it_meets(ranks: Ranks, layout: Layout):
+    """All ranks are still there for the next command: the saves after it are those of the tests above."""
+    for result in ranks.results(layout):
+        root = ranks.directory / "saved" / str(layout) / "full"
+        for name in ("common.pt", "__0_0.distcp", ".metadata.tmp", "metadata.json"):
+            told = result["full"].pop(name)
+            assert told.startswith(f"checkpoint {root / name}/checkpoint could not be written (learner.0: "), told
+            assert told.endswith("No space left on device); make room there, then go on with --resume"), told
+        place = root / "shard-0.partial/checkpoint"
+        told = "cannot be written (No space left on device); make room there, then go on with --resume"
+        assert result["full"] == {"shard-0.partial": f"{place} {told}"}
+        assert not list(place.iterdir())
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ class Rig:
             self.config,
             directory,
             EventStream(io.StringIO()),
-            bytes_held_by_generators=8,
+            generator_bytes=8,
             totals=resumed.totals if resumed else None,
         )
         self.saver = CheckpointSaver(self.config, directory, self.learner, self.recorder, resumed)
@@ -72,7 +72,7 @@ class Rig:
         self.controller = Controller(
             self.config,
             learner=self.learner,
-            pool=GeneratorPool(self.generators, max_concurrent=8, return_timeout_s=5),
+            pool=GeneratorPool(self.generators, max_concurrent=8, return_timeout_s=5, silence_limit_s=5),
             weight_sync=WeightSync(self.learner, self.generators, self.config, ("127.0.0.1", 1)),
             reward=LengthReward(),
             prompts=self.prompts,

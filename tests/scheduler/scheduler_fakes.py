@@ -106,6 +106,9 @@ class FakeGenerator:
     def give_up(self) -> None:
         pass
 
+    async def probe(self) -> None:
+        pass
+
     async def is_ready(self) -> bool:
         return True
 

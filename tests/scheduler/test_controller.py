@@ -39,7 +39,7 @@ def test_any_bound_holds_at_any_speed(tmp_path, seed):
     assert totals.steps == 12 == rig.learner.version
     assert max(totals.staleness) <= bound
     assert {generator.version for generator in rig.generators} == {12}
-    assert totals.samples_generated == 12 * 3 * 2 == totals.samples_trained + totals.samples_dropped
+    assert totals.samples_generated == 12 * 3 * 2 == totals.samples_trained + totals.samples_not_selected
     seeds = [seed for generator in rig.generators for seed in generator.seeds]
     assert len(set(seeds)) == len(seeds) == 12 * 3
 
@@ -77,7 +77,7 @@ def test_the_batch_of_a_non_finite_loss_is_kept(tmp_path):
     rig = Rig(tmp_path)
 
     async def explode(command):
-        raise NonFiniteLossError("step 0: loss nan")
+        raise NonFiniteLossError("step 1: loss nan")
 
     rig.learner.execute = explode
     with pytest.raises(ExceptionGroup) as caught:
@@ -85,6 +85,20 @@ def test_the_batch_of_a_non_finite_loss_is_kept(tmp_path):
     assert caught.group_contains(NonFiniteLossError, match="non_finite_batch.json")
     groups = json.loads((tmp_path / "non_finite_batch.json").read_text())
     assert len(groups) == 3 and len(groups[0]["completions"]) == 2
+
+
+def test_a_batch_that_cannot_be_kept_does_not_hide_the_loss(tmp_path):
+    rig = Rig(tmp_path)
+    (tmp_path / "non_finite_batch.json").symlink_to("/dev/full")
+
+    async def explode(command):
+        raise NonFiniteLossError("step 0: loss nan")
+
+    rig.learner.execute = explode
+    with pytest.raises(ExceptionGroup) as caught:
+        rig.run()
+    told = "step 0: loss nan; .*non_finite_batch.json cannot be written .No space left on device."
+    assert caught.group_contains(NonFiniteLossError, match=told)
 
 
 def test_tokens_outside_the_bound_are_a_bug():

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
+from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.scheduler import pool as pool_module
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
@@ -25,13 +25,13 @@ def completion(*token_ids, interrupted=False):
 
 
 class Engine:
-    """Requests wait in `asked` for their answer; `alive` false: the process is gone."""
+    """Requests wait in `asked` for their answer; `alive` false: the process is gone; `hangs`: it does nothing."""
 
     version = 0
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.alive = True
+        self.alive, self.hangs = True, False
         self.asked: list[tuple[SamplingRequest, asyncio.Future]] = []
         self.calls: list[str] = []
 
@@ -66,8 +66,11 @@ class Engine:
             if not answer.done():
                 answer.set_exception(GeneratorGoneError(f"{self.name}: given up"))
 
-    async def is_ready(self) -> bool:
-        return self.alive
+    async def probe(self) -> None:
+        if self.hangs:
+            raise GeneratorSilentError(f"{self.name}: no answer to a probe", silent_s=0.0)
+        if not self.alive:
+            raise GeneratorGoneError(f"{self.name}: gone")
 
 
 def request(samples=1, order=0, **fields):
@@ -76,9 +79,11 @@ def request(samples=1, order=0, **fields):
     )
 
 
-def make(count=2, *, on_lost=lambda generator, samples: None, timeout=0.2):
+def make(count=2, *, timeout=0.2, silence=60.0, **callbacks):
     engines = [Engine(f"generator.{i}") for i in range(count)]
-    return engines, GeneratorPool(engines, max_concurrent=4, return_timeout_s=timeout, on_lost=on_lost)
+    return engines, GeneratorPool(
+        engines, max_concurrent=4, return_timeout_s=timeout, silence_limit_s=silence, **callbacks
+    )
 
 
 async def settle():
@@ -134,13 +139,13 @@ def test_a_generator_that_is_back_serves_after_a_push_only(monkeypatch):
         back = []
         watch = asyncio.create_task(pool.watch(back.append))
         engines[0].die()
-        await pool.pause()
+        await pool.mark_lost(engines[0], GeneratorGoneError("generator.0: gone"))
         assert pool.serving == [engines[1]] and pool.returned == []
         engines[0].alive = True
         while not back:
             await asyncio.sleep(0.001)
         assert pool.returned == [engines[0]] == back and pool.serving == [engines[1]]
-        await pool.updated(engines)
+        await pool.mark_updated(engines)
         assert pool.serving == engines
         watch.cancel()
 
@@ -150,10 +155,13 @@ def test_a_generator_that_is_back_serves_after_a_push_only(monkeypatch):
 def test_after_a_failed_push_nobody_holds_weights():
     async def test():
         engines, pool = make(3)
-        await pool.without_weights([engines[1]])
-        assert (pool.serving, pool.returned, pool.room) == ([], [engines[0], engines[2]], 0)
-        await pool.updated([engines[0]])  # the third did not take part
-        assert (pool.serving, pool.returned) == ([engines[0]], [engines[2]])
+        await pool.mark_lost(engines[1], GeneratorGoneError("generator.1: gone"))
+        assert not pool.without_weights
+        await pool.mark_stale()
+        assert (pool.serving, pool.returned, pool.room) == ([], [], 0)
+        assert (pool.alive, pool.without_weights) == ([engines[0], engines[2]], True)
+        await pool.mark_updated([engines[0]])  # the third did not take part
+        assert (pool.serving, pool.without_weights) == ([engines[0]], True)
 
     run(test)
 
@@ -165,7 +173,7 @@ def test_when_all_are_gone_for_good_somebody_says_so(monkeypatch):
         engines, pool = make(timeout=0.05)
         for engine in engines:
             engine.die()
-            await pool.lost(engine, GeneratorGoneError(f"{engine.name}: no answer within 3 s"))
+            await pool.mark_lost(engine, GeneratorGoneError(f"{engine.name}: no answer within 3 s"))
         says = r"no generator is left \(generator.0, generator.1\) .* 0.05 s.* The last one: generator.1: no answer within 3 s"
         with pytest.raises(GeneratorError, match=says):
             await pool.watch(lambda generator: None)
@@ -180,12 +188,12 @@ def test_whoever_is_back_is_waited_for_however_long_its_weights_take(monkeypatch
         (engine,), pool = make(1, timeout=0.02)
         watching = asyncio.create_task(pool.watch(lambda generator: None))
         engine.die()
-        await pool.lost(engine, GeneratorGoneError("generator.0: gone"))
+        await pool.mark_lost(engine, GeneratorGoneError("generator.0: gone"))
         task = asyncio.create_task(pool.sample(request()))
         engine.alive = True
         await asyncio.sleep(0.1)  # the learner is busy
         assert pool.returned == [engine] and not task.done() and not watching.done()
-        await pool.updated([engine])
+        await pool.mark_updated([engine])
         await settle()
         assert len(engine.asked) == 1
         for waiting in (task, watching):
@@ -241,5 +249,114 @@ def test_a_wave_survives_the_death_of_a_generator():
         for asked, answer in engines[1].asked:
             answer.set_result([completion(asked.order)])
         assert [group[0].token_ids for group in await task] == [[0], [1], [2], [3]]
+
+    run(test)
+
+
+def test_a_generator_that_answers_nothing_is_reported_once_with_all_its_requests(monkeypatch):
+    async def test():
+        silent = []
+        engines, pool = make(on_silent=lambda generator, error: silent.append((generator.name, error.silent_s)))
+        tasks = [asyncio.create_task(pool.sample(request())) for _ in range(4)]
+        await settle()
+        engines[0].asked[0][1].set_exception(GeneratorSilentError("generator.0: has answered nothing", silent_s=9.0))
+        await settle()
+        assert silent == [("generator.0", 9.0)]
+        engines[1].die()  # whose process has ended: there is nothing to kill
+        await settle()
+        assert silent == [("generator.0", 9.0)]
+        for task in tasks:
+            task.cancel()
+
+    run(test)
+
+
+def test_a_lost_generator_whose_engine_leaves_probes_unanswered_is_reported_again(monkeypatch):
+    monkeypatch.setattr(pool_module, "_WATCH_S", 0.001)
+
+    async def test():
+        silent = []
+        engines, pool = make(
+            timeout=60.0,
+            silence=0.05,
+            on_silent=lambda generator, error: silent.append((generator.name, error.silent_s)),
+        )
+        watching = asyncio.create_task(pool.watch(lambda generator: None))
+        engines[0].hangs = True
+        await pool.mark_lost(engines[0], GeneratorGoneError("generator.0: gone"))
+        while not silent:
+            await asyncio.sleep(0.001)
+        assert silent[0][0] == "generator.0" and silent[0][1] >= 0.05
+        assert pool.serving == [engines[1]]
+        engines[0].hangs = False
+        await asyncio.sleep(0.02)
+        assert pool.returned == [engines[0]]
+        watching.cancel()
+
+    run(test)
+
+
+def test_a_generator_that_never_gets_ready_again_is_reported_although_others_serve(monkeypatch):
+    monkeypatch.setattr(pool_module, "_WATCH_S", 0.001)
+    monkeypatch.setattr(pool_module, "_RESTART_S", 0.01)
+
+    async def test():
+        silent = []
+        engines, pool = make(timeout=0.05, on_silent=lambda generator, error: silent.append(str(error)))
+        watching = asyncio.create_task(pool.watch(lambda generator: None))
+        engines[0].die()
+        await pool.mark_lost(engines[0], GeneratorGoneError("generator.0: gone"))
+        while not silent:
+            await asyncio.sleep(0.001)
+        assert silent == ["generator.0: not ready within generator.start_timeout_s = 0.05"]
+        assert not watching.done()
+        watching.cancel()
+
+    run(test)
+
+
+def test_a_push_keeps_a_batch_from_its_engines(monkeypatch):
+    """All die while a batch is being queued; the one that comes back is paused again once the push has let it go on."""
+
+    async def test():
+        (engine,), pool = make(1)
+        engine.die()
+        task = asyncio.create_task(pool.sample_together([request(order=i) for i in range(2)]))
+        await settle()
+        assert pool.serving == [] and engine.asked == []
+        pool.hold()
+        engine.alive = True
+        await pool.mark_updated([engine])
+        await settle()
+        assert engine.asked == [] and engine.calls[-1] == "give up"
+        await pool.resume()
+        await settle()
+        assert engine.calls[-3:] == ["resume", "keep", "resume"] and len(engine.asked) == 2
+        for asked, answer in engine.asked:
+            answer.set_result([completion(asked.order)])
+        assert len(await task) == 2
+
+    run(test)
+
+
+def test_nobody_waits_for_requests_at_a_generator_that_was_given_up():
+    """It has died, and the server in its place will never have them; the others stay paused for as long."""
+
+    async def test():
+        engines, pool = make()
+
+        async def never(count: int) -> None:
+            gone = asyncio.get_running_loop().create_future()
+            engines[0].asked.append((request(), gone))
+            await gone
+
+        engines[0].wait_queued = never
+        task = asyncio.create_task(pool.sample_together([request(order=i) for i in range(4)]))
+        await settle()
+        assert "resume" not in engines[1].calls
+        await pool.mark_lost(engines[0], GeneratorGoneError("generator.0: gone"))
+        await settle()
+        assert engines[1].calls[-1] == "resume"
+        task.cancel()
 
     run(test)

@@ -1,14 +1,18 @@
 """The loop saves itself and goes on from what it saved; the fake learner's files are empty directories."""
 
 import asyncio
+import errno
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 from controller_rig import Rig
 
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.run_state import read_run_state
-from megatron_async_rlhf.errors import CheckpointError, ConfigError, LearnerError
+from megatron_async_rlhf.errors import CheckpointError, ConfigError, LearnerError, WriteError
 from megatron_async_rlhf.learner.protocol import FinishCheckpoint, SaveCheckpoint, TrainRollout
 
 ALL = {"every_steps": 1, "keep_last": None}
@@ -54,7 +58,7 @@ def test_the_bound_holds_and_every_batch_counts_once_after_a_resume(tmp_path, se
     totals = rest.recorder.totals
     assert totals.steps == 9 == rest.learner.version
     assert max(totals.staleness) <= bound
-    assert totals.samples_generated == 9 * 3 * 2 == totals.samples_trained + totals.samples_dropped
+    assert totals.samples_generated == 9 * 3 * 2 == totals.samples_trained + totals.samples_not_selected
     kept = [group.scored.group.prompt.index for group in state.ready]
     assert kept == [rest.prompts.at(index).index for index in waiting]
     seeds = [seed for generator in rest.generators for seed in generator.seeds]
@@ -174,6 +178,83 @@ def test_a_save_that_fails_ends_the_run(tmp_path):
     assert RunCheckpoints(tmp_path).versions() == []
 
 
+@pytest.mark.parametrize("when", [SaveCheckpoint, FinishCheckpoint])
+def test_a_save_that_finds_the_disk_full_gives_its_room_back(tmp_path, when):
+    rig = Rig(tmp_path, steps=50, checkpoint={"every_steps": 2})
+
+    def saves():
+        return sum(isinstance(command, SaveCheckpoint) for command in rig.learner.commands)
+
+    async def full(command, execute=rig.learner.execute):
+        answer = await execute(command)
+        if isinstance(command, when) and saves() == 2:
+            raise WriteError("checkpoint x could not be written (learner.0: OSError: No space left on device)")
+        return answer
+
+    rig.learner.execute = full
+    with pytest.raises(ExceptionGroup) as caught:
+        rig.run()
+    assert caught.group_contains(WriteError, match="No space left on device")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"reference", "step_000002"}
+
+
+def test_a_controller_that_finds_the_disk_full_gives_the_room_back(tmp_path):
+    """Its own file of the checkpoint is the one that has no room."""
+    rig = Rig(tmp_path, steps=50, checkpoint={"every_steps": 2})
+
+    async def fill(command, execute=rig.learner.execute):
+        answer = await execute(command)
+        if isinstance(command, SaveCheckpoint):
+            (Path(command.checkpoint) / "run_state.msgpack").symlink_to("/dev/full")
+        return answer
+
+    rig.learner.execute = fill
+    with pytest.raises(ExceptionGroup) as caught:
+        rig.run()
+    told = "step_000002 cannot be written .No space left on device.; make room there, then go on with --resume"
+    assert caught.group_contains(CheckpointError, match=told)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def keep_files_in_use(monkeypatch):
+    """Deletes as NFS does while somebody reads: the file gets another name, and its directory cannot go."""
+
+    def rmtree(path, ignore_errors=False):
+        (path / ".nfs0001").touch()
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_fail_the_next(tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        keep_files_in_use(patch)
+        rig = Rig(tmp_path, steps=4, checkpoint={"every_steps": 1, "keep_last": 1})
+        rig.run()
+    places = RunCheckpoints(tmp_path)
+    assert places.versions() == [4]
+    left = [path for path in (tmp_path / "checkpoints").iterdir() if path.suffix == ".partial"]
+    assert len(left) == 3
+    warnings = [record.message for record in caplog.records if "cannot be deleted" in record.message]
+    assert len(warnings) == 3 and all("Directory not empty" in warning for warning in warnings)
+    places.prune(1, None)  # nobody reads any more
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"reference", "step_000004"}
+
+
+def test_what_a_killed_save_left_is_not_mixed_with_a_new_one(tmp_path, monkeypatch):
+    places = RunCheckpoints(tmp_path)
+    old = places.partial(places.path(2))
+    old.mkdir(parents=True)
+    (old / "__7_0.distcp").touch()
+    with monkeypatch.context() as patch:
+        keep_files_in_use(patch)
+        places.remove_leftovers()
+    Rig(tmp_path, steps=2, checkpoint={"every_steps": 2}).run()
+    assert not (places.path(2) / "__7_0.distcp").exists()
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
 def test_a_save_that_never_ends_is_given_up(tmp_path):
     rig = Rig(tmp_path, polls=10**9, steps=50, checkpoint={"every_steps": 2, "timeout_s": 0.2})
     with pytest.raises(ExceptionGroup) as caught:
@@ -214,5 +295,5 @@ def test_a_stop_leaves_a_state_to_go_on_from(tmp_path):
     rest = go_on(tmp_path, version, steps=version + 4, max_staleness=2)
     totals = rest.recorder.totals
     assert totals.steps == version + 4
-    assert totals.samples_trained + totals.samples_dropped == (version + 4) * 3 * 2
+    assert totals.samples_trained + totals.samples_not_selected == (version + 4) * 3 * 2
     assert totals.samples_generated == (version + 4) * 3 * 2 + totals.samples_cancelled

@@ -6,10 +6,17 @@ import time
 import pytest
 
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, MismatchError, TransferError
+from megatron_async_rlhf.errors import (
+    GeneratorError,
+    GeneratorGoneError,
+    GeneratorSilentError,
+    LearnerError,
+    MismatchError,
+    TransferError,
+)
 from megatron_async_rlhf.learner.protocol import Answer, Command, FinishPush, JoinTransfer, PushReport, PushWeights
 from megatron_async_rlhf.scheduler import weight_sync
-from megatron_async_rlhf.scheduler.weight_sync import WeightSync
+from megatron_async_rlhf.scheduler.weight_sync import PushError, WeightSync
 
 SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
 REPORT = PushReport(wire_bytes=100, compared=4)
@@ -47,8 +54,9 @@ class Receiver:
         self.verified: list[bool] = []
         self._fates = list(fates)
 
-    async def is_ready(self) -> bool:
-        return self.alive
+    async def probe(self) -> None:
+        if not self.alive:
+            raise GeneratorGoneError(f"{self.name}: /collective_rpc failed, the server is gone")
 
     async def pause(self, how: str = "keep") -> None:
         assert self.alive
@@ -98,6 +106,16 @@ def test_pushes_share_one_rendezvous():
     assert [receiver.version for receiver in receivers] == [1, 1]
 
 
+def test_only_the_first_push_over_a_connection_is_verified():
+    """A generator that was started again gets its weights over a new one."""
+    learner, receivers = Learner(*[REPORT] * 5), [Receiver("generator.0"), Receiver("generator.1")]
+    sync = make(learner, *receivers, verify="first")
+    push(sync, 0, 1)
+    sync.disconnect()
+    push(sync, 2, 3)
+    assert [receiver.verified for receiver in receivers] == [[True, False, True, False]] * 2
+
+
 @pytest.mark.parametrize(
     ("verify", "expected"), [("every", [True, True, True]), ("first", [True, False, False]), ("off", [False] * 3)]
 )
@@ -105,6 +123,27 @@ def test_both_sides_know_which_pushes_are_verified(verify, expected):
     learner, receiver = Learner(REPORT, REPORT, REPORT), Receiver("generator.0")
     push(make(learner, receiver, verify=verify), 0, 1, 2)
     assert receiver.verified == expected == [command.verify for command in learner.sent(PushWeights)]
+
+
+def test_first_means_first_over_each_connection():
+    """A generator that was started again has proven nothing yet, and neither has the way to it."""
+    learner, receiver = Learner(*[REPORT] * 4), Receiver("generator.0")
+    sync = make(learner, receiver, verify="first")
+    push(sync, 0, 1)
+    sync.disconnect()
+    push(sync, 2, 3)
+    assert receiver.verified == [True, False, True, False] == [c.verify for c in learner.sent(PushWeights)]
+
+
+def test_after_a_push_that_failed_the_next_one_is_a_first_one():
+    learner = Learner(REPORT, TransferError("send failed on learner rank 0"), REPORT, REPORT)
+    receiver = Receiver("generator.0", None, GeneratorError("generator.0: answered 500"))
+    sync = make(learner, receiver, verify="first")
+    push(sync, 0)
+    with pytest.raises(TransferError):
+        push(sync, 1)
+    push(sync, 2, 3)
+    assert receiver.verified == [True, False, True, False]
 
 
 def test_a_mismatch_is_an_error_that_carries_its_counts():
@@ -194,6 +233,75 @@ def test_who_does_not_answer_the_rendezvous_is_out():
 
 def test_dead_generators_are_not_waited_for():
     learner = Learner(REPORT)
-    sync = make(learner, Receiver("generator.0", alive=False), Receiver("generator.1"))
+    dead = Receiver("generator.0", alive=False)
+    sync = make(learner, dead, Receiver("generator.1"))
+    with pytest.raises(PushError, match="generator.0: /collective_rpc failed") as error:
+        push(sync, 0)
+    assert (list(error.value.gone), error.value.moved) == ([dead], False)
+    assert learner.commands == []
     push(sync, 0)
     assert [join.generators for join in learner.sent(JoinTransfer)] == [["generator.1"]]
+
+
+def connect(sync: WeightSync, receivers: list[Receiver], newcomers: list[Receiver]) -> None:
+    async def bounded():
+        async with asyncio.timeout(10):
+            await sync.connect(receivers, newcomers)
+
+    asyncio.run(bounded())
+
+
+def sessions(learner: Learner) -> list[list[str]]:
+    return [join.generators for join in learner.sent(JoinTransfer)]
+
+
+def test_a_newcomer_meets_the_learner_alone_before_the_others_are_troubled():
+    learner, old, new = Learner(REPORT), Receiver("generator.0"), Receiver("generator.1")
+    sync = make(learner, old, new)
+    connect(sync, [old, new], [new])
+    assert sessions(learner) == [["generator.1"], ["generator.0", "generator.1"]]
+    connect(sync, [old, new], [])
+    assert len(sessions(learner)) == 2, "they have met already"
+
+
+def test_a_newcomer_that_cannot_meet_costs_nobody_else_anything():
+    learner = Learner(REPORT, joins=(TransferError("rendezvous: generator.1 rank 0 did not come within 0.3 s"),))
+    old, new = Receiver("generator.0"), Receiver("generator.1")
+    sync = make(learner, old, new)
+    with pytest.raises(
+        PushError, match="generator.1: it cannot meet the learner: rendezvous: .* did not come"
+    ) as error:
+        connect(sync, [old, new], [new])
+    assert (list(error.value.gone), error.value.moved) == ([new], False)
+    assert isinstance(error.value.gone[new], GeneratorSilentError)
+    assert sessions(learner) == [["generator.1"]] and old.joined == []
+
+
+def test_who_cannot_meet_is_found_out_when_nobody_is_gone():
+    refused = TransferError("rendezvous: generator.1 rank 0 did not come within 0.3 s")
+    learner = Learner(REPORT, joins=(refused, None, refused))
+    first, second, third = (Receiver(f"generator.{i}") for i in range(3))
+    sync = make(learner, first, second, third)
+    with pytest.raises(PushError, match="generator.1: it cannot meet the learner") as error:
+        connect(sync, [first, second, third], [])
+    assert (list(error.value.gone), error.value.moved) == ([second], False)
+    assert sync.receivers == [first, third]
+
+
+def test_an_engine_that_cannot_be_paused_costs_the_others_no_weights():
+    class Deaf(Receiver):
+        async def pause(self, how: str = "keep") -> None:
+            raise GeneratorSilentError(f"{self.name}: no answer to /pause within 3 s", silent_s=3.0)
+
+    learner, deaf = Learner(REPORT), Deaf("generator.1")
+    sync = make(learner, Receiver("generator.0"), deaf)
+    with pytest.raises(PushError, match="generator.1: no answer to /pause") as error:
+        push(sync, 0)
+    assert (list(error.value.gone), error.value.moved) == ([deaf], False)
+    assert learner.sent(PushWeights) == []
+
+
+def test_what_the_learner_says_of_itself_is_nobodys_fault():
+    learner = Learner(joins=(LearnerError("learner.1: did not answer"),))
+    with pytest.raises(LearnerError, match="learner.1: did not answer"):
+        push(make(learner, Receiver("generator.0"), Receiver("generator.1")), 0)

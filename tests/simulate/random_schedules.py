@@ -44,6 +44,7 @@ def random_config(random: Random) -> RunConfig:
             "max_new_tokens": random.choice([16, 64]),
             "max_concurrent": random.choice([1, 3, 16]),
             "request_timeout_s": 400.0,
+            "probe_timeout_s": 50.0,
             "start_timeout_s": 2000.0,
         },
         algorithm={"samples_per_prompt": random.choice([2, 4])},
@@ -61,7 +62,7 @@ def random_scenario(random: Random, seed: int) -> Scenario:
                 generator=random.randrange(generators),
                 at=random.random() * 30,
                 back_s=random.choice([1.0, 10.0, 40.0]),
-                hangs=random.random() < 0.3,
+                kind=random.choice(["crash", "crash", "hang", "silent_engine", "cut_off"]),
             )
             for _ in range(random.randint(1, 3))
         ]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 from random_schedules import make_config
@@ -11,10 +12,13 @@ from typer.testing import CliRunner
 from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.estimate.speed import CPU_CORE
 from megatron_async_rlhf.simulate.lengths import ConstantLength, parse_lengths
 from megatron_async_rlhf.simulate.measured import measure
+from megatron_async_rlhf.simulate.prediction import slowed, synchronous
 from megatron_async_rlhf.simulate.scenario import Scenario, Speeds
 from megatron_async_rlhf.simulate.simulation import Simulation
+from megatron_async_rlhf.simulate.simulation import simulate as simulate_one
 from megatron_async_rlhf.simulate.virtual_time import run_in_virtual_time
 from megatron_async_rlhf.telemetry.recorder import Recorder
 
@@ -35,7 +39,7 @@ def test_the_report_compares_with_the_synchronous_schedule(tmp_path):
     # A batch is 100 decoding steps and one for the prompts: as long as a training step, so both overlap entirely.
     assert report["synchronous"]["wall_seconds"] == pytest.approx(20 * 10.1, rel=0.01)
     assert report["schedule"]["wall_seconds"] == pytest.approx(21 * 5.05, rel=0.01)
-    assert report["speedup"] == pytest.approx(40 / 21, rel=0.01)
+    assert report["speedup"] == pytest.approx(2, rel=0.01), "without the first rollout, on which nothing can overlap"
     assert report["schedule"]["staleness"]["histogram"] == {"0": 25600, "1": 19 * 25600}
     assert report["schedule"]["samples"] == 20 * 256
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -56,12 +60,17 @@ def test_the_table_names_both_sides():
 
 
 def test_a_finished_run_gives_back_what_it_was_made_of(tmp_path):
-    speeds = Speeds(token_s=0.0, sequence_s=0.003, train_s=0.7, train_token_s=0.0, push_s=0.25)
+    speeds = Speeds(
+        token_s=0.0, sequence_s=0.003, train_s=0.7, train_token_s=0.0, push_s=0.25, contention=CPU_CORE.contention
+    )
     config = make_config({"steps": 8, "prompts_per_step": 8}, generator={"max_new_tokens": 64})
     (tmp_path / "config.yaml").write_text(dump_config(config))
+    turns = simulate_one(synchronous(config), Scenario(lengths=ConstantLength(20), speeds=speeds)).totals
+    both = slowed(speeds, turns.generate_busy_s, turns.train_busy_s)
+    assert both.train_s > speeds.train_s and both.sequence_s > speeds.sequence_s
 
     async def whole() -> None:
-        scenario = Scenario(lengths=ConstantLength(20), speeds=speeds)
+        scenario = Scenario(lengths=ConstantLength(20), speeds=both)
         simulation = Simulation(config, scenario, tmp_path)
         await simulation.run()
         simulation.recorder.close("completed", None)
@@ -69,13 +78,18 @@ def test_a_finished_run_gives_back_what_it_was_made_of(tmp_path):
 
     run_in_virtual_time(whole())
     found = measure(tmp_path)
+    assert found.speeds.jitter == pytest.approx(0, abs=0.01)
+    error = found.known_error(Scenario(lengths=found.lengths, speeds=found.speeds))
+    assert "(0% too " in error and "measured were" in error
     assert found.speeds.train_s == pytest.approx(0.7, rel=1e-3)
     assert found.speeds.push_s == pytest.approx(0.25, rel=1e-3)
     assert found.speeds.sequence_s == pytest.approx(0.003, rel=0.01)  # queueing a batch is in the measured time
     assert found.lengths.draw(None) == 20
     line = '{"prompt": "a\u2028b\x85c", "token_ids": [1, 2, 3]}\n'  # no line ends there
     (tmp_path / "evaluations.jsonl").write_text(line, encoding="utf-8")
-    assert measure(tmp_path).lengths.name.startswith("1 measured in the evaluations")
+    scaled = measure(tmp_path).lengths
+    assert scaled.name.startswith("1 measured in the evaluations") and "20.0 tokens on average" in scaled.name
+    assert scaled.draw(Random(0)) == 20, "as long as what the run generated"
 
 
 def test_a_resumed_run_counts_all_its_starts(tmp_path):

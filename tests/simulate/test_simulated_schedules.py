@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from random_schedules import make_config, random_config, random_scenario
 
-from megatron_async_rlhf.errors import DeadlockError, InvariantError
+from megatron_async_rlhf.errors import DeadlockError, GeneratorError, InvariantError, TransferError
 from megatron_async_rlhf.learner.protocol import PushWeights, TrainRollout
 from megatron_async_rlhf.scheduler.pool import GeneratorPool, Standing
 from megatron_async_rlhf.simulate.invariants import Ledger
@@ -141,18 +141,103 @@ def test_a_straggler_is_sampled_anew_and_does_not_hold_up_the_learner(tmp_path):
 
 
 @pytest.mark.parametrize("generation", ["batch", "streaming"])
-@pytest.mark.parametrize("hangs", [False, True])
-def test_a_run_outlives_each_of_its_generators(tmp_path, generation, hangs):
+@pytest.mark.parametrize("kind", ["crash", "hang", "silent_engine", "cut_off"])
+def test_a_run_outlives_each_of_its_generators(tmp_path, generation, kind):
     config = make_config(
         {"generation": generation, "max_staleness": 2, "steps": 80, "prompts_per_step": 4},
         generator={"request_timeout_s": 30.0, "start_timeout_s": 500.0},
         weights={"timeout_s": 20.0},
     )
-    faults = [Fault(generator=i, at=5.0 + 25 * i, back_s=20.0, hangs=hangs) for i in range(3)]
+    faults = [Fault(generator=i, at=5.0 + 25 * i, back_s=20.0, kind=kind) for i in range(3)]
     scenario = Scenario(generators=3, lengths=LognormalLengths(40, 0.5), faults=faults)
     simulation = run(config, scenario, tmp_path)
     assert simulation.recorder.totals.wall_s > 75.0, "all of them have died by then"
-    assert all(len(generator.engines) == 2 for generator in simulation.generators)
+    lives = 3 if kind == "cut_off" else 2
+    assert [len(generator.engines) for generator in simulation.generators] == [lives] * 3
+
+
+@pytest.mark.parametrize("generators", [1, 2])
+@pytest.mark.parametrize("generation", ["batch", "streaming"])
+def test_a_silent_engine_costs_the_time_until_it_is_noticed_and_no_more(tmp_path, generation, generators):
+    """Its HTTP front says that all is well; whoever believes it takes part in every push in vain."""
+    config = make_config(
+        {"generation": generation, "max_staleness": 2, "steps": 80, "prompts_per_step": 4},
+        generator={"request_timeout_s": 30.0, "probe_timeout_s": 5.0, "start_timeout_s": 500.0},
+        weights={"timeout_s": 20.0},
+    )
+    walls = {}
+    for kind in ("crash", "silent_engine"):
+        (tmp_path / kind).mkdir()
+        faults = [Fault(generator=0, at=20.0, back_s=20.0, kind=kind)]
+        scenario = Scenario(generators=generators, lengths=LognormalLengths(40, 0.5), faults=faults)
+        walls[kind] = run(config, scenario, tmp_path / kind).recorder.totals.wall_s
+    assert walls["silent_engine"] < walls["crash"] + 2 * 30.0 + 20.0
+
+
+@pytest.mark.parametrize("at", [2.5 + 0.5 * i for i in range(12)])
+def test_the_last_error_says_how_the_last_generator_was_lost(tmp_path, at):
+    """Also if only a push had noticed it."""
+    config = make_config({"max_staleness": 1, "steps": 20, "prompts_per_step": 4}, weights={"timeout_s": 20.0})
+    faults = [Fault(generator=0, at=at, back_s=1e6)]
+    scenario = Scenario(lengths=ConstantLength(10), speeds=Speeds(push_s=2.0), faults=faults)
+    with pytest.raises(GeneratorError, match=r"no generator is left .* The last one: generator.0: .*gone"):
+        simulate(config, scenario)
+
+
+def test_the_others_sample_on_while_one_that_came_back_tries_to_meet_the_learner(tmp_path):
+    config = make_config(
+        {
+            "generation": "streaming",
+            "in_flight_updates": "keep",
+            "max_staleness": 30,
+            "steps": 60,
+            "prompts_per_step": 4,
+        },
+        generator={"max_new_tokens": 64, "max_concurrent": 4, "start_timeout_s": 500.0},
+        weights={"timeout_s": 20.0},
+    )
+    faults = [Fault(generator=1, at=10.0, back_s=5.0, kind="cut_off")]
+    scenario = Scenario(generators=2, lengths=LognormalLengths(30, 0.5), speeds=Speeds(token_s=0.05), faults=faults)
+
+    async def whole() -> list[float]:
+        simulation = Simulation(config, scenario, tmp_path)
+        clock, failed, starts = asyncio.get_running_loop().time, [], []
+        meet, sample = simulation.learner._exchange.meet_learner, simulation.generators[0].sample
+
+        async def timed_meet(session, names):
+            start = clock()
+            try:
+                await meet(session, names)
+            except TransferError:
+                failed.append((start, clock(), names))
+                raise
+
+        async def timed_sample(request):
+            starts.append(clock())
+            return await sample(request)
+
+        simulation.learner._exchange.meet_learner, simulation.generators[0].sample = timed_meet, timed_sample
+        await simulation.run()
+        simulation.outcome()
+        ((begin, end, names),) = failed
+        assert names == ["generator.1"] and end - begin == pytest.approx(20.0)
+        return [start for start in starts if begin < start < end]
+
+    assert len(run_in_virtual_time(whole(), patience_s=1e5)) > 10
+
+
+@pytest.mark.parametrize("at", [0.05 * i for i in range(64)])
+def test_a_batch_whose_generators_all_die_is_queued_anew_at_paused_engines(tmp_path, at):
+    """However requests and answers overtake each other; one that ran too early would be missed for the whole limit."""
+    config = make_config(
+        {"steps": 8, "prompts_per_step": 6},
+        generator={"max_new_tokens": 4, "request_timeout_s": 500.0, "start_timeout_s": 400.0},
+    )
+    speeds = Speeds(token_s=0.001, train_s=0.3, push_s=0.1, answer_s=0.4)
+    scenario = Scenario(lengths=ConstantLength(2), speeds=speeds, faults=[Fault(generator=0, at=at, back_s=1.0)])
+    simulation = run(config, scenario, tmp_path)
+    assert len(simulation.generators[0].engines) == 2, "it died once, and nobody took it for lost again"
+    assert simulation.recorder.totals.wall_s < 100.0
 
 
 @pytest.mark.parametrize("how", ["keep", "recompute", "resubmit", "none"])
@@ -165,7 +250,7 @@ def test_a_generator_that_hangs_takes_no_request_of_another_with_it(tmp_path, ho
         weights={"timeout_s": 200.0},
     )
     speeds = Speeds(token_s=0.2, push_s=push_s, train_s=2.0)
-    faults = [Fault(generator=1, at=at, back_s=300.0, hangs=True)]
+    faults = [Fault(generator=1, at=at, back_s=300.0, kind="hang")]
     scenario = Scenario(generators=2, lengths=LognormalLengths(30, 0.5), speeds=speeds, faults=faults)
 
     async def whole() -> set[str]:

@@ -11,19 +11,20 @@ import pytest
 from rich.console import Console
 
 from megatron_async_rlhf.config.load import dump_config
+from megatron_async_rlhf.errors import WriteError
 from megatron_async_rlhf.sweep.plot import write_plot
 from megatron_async_rlhf.sweep.points import Point, Sweep
 from megatron_async_rlhf.sweep.report import write_report
-from megatron_async_rlhf.sweep.results import Group, collect, grouped, pareto_front
+from megatron_async_rlhf.sweep.results import Group, collect, grouped, pareto_front, write_results
 
 
 def leave_run(point: Point, *, status: str = "completed", reward: float = 0.5, losses: list | None = None, **summary):
-    """What a finished run leaves: KL of step n is n."""
+    """What a finished run leaves: KL of step n is n - 1."""
     directory, schedule = point.config.run.path, point.config.schedule
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_config(point.config))
     losses = losses or [0.1] * schedule.steps
-    lines = [{"step": n, "loss": loss, "kl_to_reference": float(n)} for n, loss in enumerate(losses)]
+    lines = [{"step": n, "loss": loss, "kl_to_reference": float(n - 1)} for n, loss in enumerate(losses, 1)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     oldest = schedule.mini_batches - 1
     content = {
@@ -71,7 +72,7 @@ def test_a_run_that_measures_no_kl_has_none(make):
     sweep = make({"axes": {"beta": {"algorithm.beta": [0.1]}}})
     leave_run(sweep.points[0])
     path = sweep.points[0].config.run.path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": n, "loss": 0.1}) + "\n" for n in range(8)))
+    path.write_text("".join(json.dumps({"step": n, "loss": 0.1}) + "\n" for n in range(1, 9)))
     (result,) = collect(sweep)
     assert result.kl_to_reference is None
     (group,) = grouped(sweep.section, [result])
@@ -137,3 +138,11 @@ def test_the_picture_shows_every_group(make, tmp_path: Path, monkeypatch: pytest
     }
     markers = [line.get_xydata().tolist()[0] for line in right.get_lines() if line.get_marker() == "o"]
     assert markers == [[7.0, pytest.approx(fmean(g.rewards))] for g in groups]  # KL of the last of 8 steps
+
+
+def test_a_full_disk_is_told_in_one_line(make):
+    sweep = make()
+    sweep.directory.mkdir(parents=True)
+    (sweep.directory / "results.json.partial").symlink_to("/dev/full")
+    with pytest.raises(WriteError, match="results.json cannot be written .No space left on device."):
+        write_results(sweep, collect(sweep))

@@ -1,6 +1,8 @@
 """The parts of `tools/gpu_check.py` that need no GPU, as a user starts them."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +48,55 @@ def test_a_part_that_fails_ends_with_1_and_shows_its_log(tmp_path: Path):
     assert report["packed"]["failed"] == "1"
     assert any("a broken torch" in line for line in report["packed"]["log"])
     assert "a broken torch" in told.stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_kept_and_its_first_cause_shown(tmp_path: Path):
+    broken = tmp_path / "broken"
+    (broken / "megatron").mkdir(parents=True)
+    (broken / "megatron/__init__.py").write_text("raise ImportError('a broken Megatron')")
+    told = subprocess.run(
+        [sys.executable, str(CHECK), "--device", "cpu", "run", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"PYTHONPATH": f"{broken}:{CHECK.parents[1]}"},
+    )
+    assert told.returncode == 1, told.stdout + told.stderr
+    report = json.loads((tmp_path / "out/gpu_check.json").read_text())
+    assert any(line.startswith("the run ended with 1: learner.0") for line in report["run"]["log"])
+    assert "ImportError: a broken Megatron" in report["run"]["log"]
+    log = tmp_path / "out/gpu_check_run/logs/learner.0.log"
+    assert f"{log}:" in told.stdout
+    assert "a broken Megatron" in log.read_text()
+
+
+VLLM_LOG = """\
+INFO 11-26 23:10:01 [core.py:100] Initializing a V1 LLM engine
+(EngineCore pid=77) ERROR 11-26 23:10:09 [core.py:1100] EngineCore failed to start.
+(EngineCore pid=77) ERROR 11-26 23:10:09 [core.py:1100] Traceback (most recent call last):
+(EngineCore pid=77) ERROR 11-26 23:10:09 [core.py:1100]   File "core.py", line 7, in run_engine_core
+(EngineCore pid=77) ERROR 11-26 23:10:09 [core.py:1100]     engine = EngineCore()
+(EngineCore pid=77) ERROR 11-26 23:10:09 [core.py:1100] AssertionError: Error in memory profiling.
+(APIServer pid=70) Traceback (most recent call last):
+(APIServer pid=70) RuntimeError: Engine core initialization failed. See root cause above.
+"""
+
+
+def test_the_first_exception_of_a_vllm_server_is_found_behind_its_prefixes(tmp_path: Path):
+    spec = importlib.util.spec_from_file_location("gpu_check", CHECK)
+    gpu_check = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = gpu_check  # dataclasses look their module up
+    spec.loader.exec_module(gpu_check)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/generator.0.log").write_text(VLLM_LOG)
+    (tmp_path / "logs/controller.log").write_text("Traceback (most recent call last):\nRunError: generator.0 ended\n")
+    kept, where, *frames = gpu_check.first_causes(tmp_path)
+    assert kept.endswith(str(tmp_path))
+    assert where == f"{tmp_path}/logs/generator.0.log:3: first exception:"
+    assert frames[2].endswith("AssertionError: Error in memory profiling.")
+    assert frames[-1] == "RunError: generator.0 ended"
+    assert not any("Engine core initialization failed" in line for line in frames)
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path):

@@ -198,6 +198,16 @@ def test_only_the_files_of_the_index_count(tmp_path: Path):
     assert list(SafetensorsDirectory(tmp_path).tensors) == ["a", "b"]
 
 
+def test_the_index_does_not_count_beside_a_single_file(tmp_path: Path):
+    """As in Transformers, which is what happens to an index that was left behind."""
+    tensors = [("a", torch.ones(5)), ("b", torch.zeros(5))]
+    write_safetensors(tmp_path, specs_of(tensors), tensors, shard_bytes=20)
+    save_file({"a": torch.full((5,), 2.0)}, tmp_path / "model.safetensors")
+    reader = SafetensorsDirectory(tmp_path)
+    assert list(reader.tensors) == ["a"]
+    assert read_tensor(reader, "a", torch.float32).eq(2).all()
+
+
 def test_what_transformers_ignores_is_no_weight(tmp_path: Path):
     tensors = {
         "model.embed_tokens.weight": torch.randn(4, 2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
@@ -221,21 +231,35 @@ def cut_the_header(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
 
 
+def shard(directory: Path) -> Path:
+    """The one file becomes a shard; where its index belongs."""
+    (directory / "model.safetensors").rename(directory / "shard.safetensors")
+    return directory / INDEX
+
+
+def move_values(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"[0,60]", b"[4,64]"))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda directory: (directory / "model.safetensors").unlink(), "holds no .safetensors file"),
+        (lambda directory: (directory / "model.safetensors").unlink(), "holds no model.safetensors and no model.safetensors.index.json;"),
         (lambda directory: truncate(directory / "model.safetensors"), "its header describes"),
         (lambda directory: cut_the_header(directory / "model.safetensors"), "only the beginning of one"),
         (lambda directory: (directory / "model.safetensors").write_text("{}"), "only the beginning of one"),
         (lambda directory: (directory / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"xy"), "header"),
         (lambda directory: (directory / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"[]"), "header"),
-        (lambda directory: (directory / INDEX).write_text("{}"), "weight_map"),
-        (lambda directory: (directory / INDEX).write_text(json.dumps({"weight_map": {"t": "gone"}})), "gone is missing"),
+        (lambda directory: shard(directory).write_text("{}"), "weight_map"),
+        (lambda directory: shard(directory).write_text(json.dumps({"weight_map": {"t": "gone"}})), "gone is missing"),
         (
-            lambda directory: (directory / INDEX).write_text(json.dumps({"weight_map": {"x": "model.safetensors"}})),
+            lambda directory: shard(directory).write_text(json.dumps({"weight_map": {"x": "shard.safetensors"}})),
             "has no tensor x",
         ),
+        (lambda directory: shard(directory).unlink(missing_ok=True), r"index.json, only shard.safetensors; save"),
+        (lambda directory: (directory / "adapter_config.json").write_text("{}"), "holds an adapter"),
+        (lambda directory: (directory / "model.safetensors").write_text("version https://git-lfs"), "pointer of Git LFS"),
+        (lambda directory: move_values(directory / "model.safetensors"), "t begins at byte 4 of the values"),
         (lambda directory: save_file({"t": torch.ones(2).long()}, directory / "model.safetensors"), "t is I64"),
     ],
 )  # fmt: skip
@@ -258,7 +282,8 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path):
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path):
     for name in ("a", "b"):
-        save_file({"t": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+        save_file({"t": torch.ones(2), name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: f"{name}.safetensors" for name in ("a", "b")}}))
     with pytest.raises(CheckpointError, match=r"b.safetensors has tensor t, and so has a.safetensors"):
         SafetensorsDirectory(tmp_path)
 

@@ -1,6 +1,7 @@
 """How the NCCL transport asks torch for its group, without a GPU: torch's CPU build has no such groups to try it on."""
 
 import os
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,8 @@ class Group:
     def __init__(self, store, rank, size, options) -> None:
         self.has_watchdog = os.environ.get(BLOCKING_WAIT) != "1"  # ProcessGroupNCCL.cpp: `if (!blockingWait_)`
 
+    def eager_connect_single_device(self, device) -> None: ...
+
     def _start_coalescing(self) -> None: ...
 
     def recv(self, tensors, peer, tag) -> None: ...
@@ -38,14 +41,51 @@ class Group:
         )
 
 
+ROSTER = Roster(senders=1, generators=["generator.0"], tensor_parallel=1)
+
+
+def connect(timeout_s: float) -> NcclTransport:
+    return NcclTransport(dist.HashStore(), ROSTER, 0, timeout_s, torch.device("cpu"))
+
+
+def test_a_communicator_that_is_never_made_is_an_error_at_the_timeout(monkeypatch):
+    """`ncclCommInitRank` waits in C for a member that died: nothing can stop it, so it is left behind."""
+    waits, released = Event(), Event()
+
+    class Waiting(Group):
+        def eager_connect_single_device(self, device) -> None:
+            waits.set()
+            released.wait(60)
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Waiting, raising=False)
+    try:
+        with pytest.raises(TransferError) as told:
+            connect(0.2)
+        assert waits.is_set()
+        assert "learner rank 0 could not make an NCCL communicator within 0.2 s (weights.timeout_s)" in str(told.value)
+    finally:
+        released.set()
+
+
+def test_what_nccl_says_of_a_communicator_is_told_in_one_line(monkeypatch):
+    class Duplicate(Group):
+        def eager_connect_single_device(self, device) -> None:
+            raise dist.DistBackendError("NCCL error in: init.cu: invalid usage\nDuplicate GPU detected")
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Duplicate, raising=False)
+    with pytest.raises(
+        TransferError, match="could not make an NCCL communicator: NCCL error in: init.cu: invalid usage$"
+    ):
+        connect(9.0)
+
+
 @pytest.mark.parametrize("before", [None, "0"])
 def test_only_wait_watches_over_a_push(monkeypatch, before):
     monkeypatch.setattr(dist, "ProcessGroupNCCL", Group, raising=False)
     monkeypatch.delenv(BLOCKING_WAIT, raising=False)
     if before is not None:
         monkeypatch.setenv(BLOCKING_WAIT, before)
-    roster = Roster(senders=1, generators=["generator.0"], tensor_parallel=1)
-    transport = NcclTransport(dist.HashStore(), roster, 0, 9.0, torch.device("cpu"))
+    transport = connect(9.0)
     assert not transport._group.has_watchdog
     assert os.environ.get(BLOCKING_WAIT) == before  # the groups of training keep theirs
 

@@ -68,6 +68,7 @@ def test_every_worker_gets_the_learners_bytes(connect, layout, tensor_parallel, 
         assert verdict.compared == sum(len(group.plan.received_by(group.roster.place(rank)[1])) for rank in workers)
         # Counted from the model's shape: nothing is sent twice, nothing is missing.
         assert verdict.wire_bytes == 4 * replicas * elements_held(group.arch, tensor_parallel)
+        assert verdict.generators == replicas
         assert_holds(targets, weights, group)
 
 
@@ -99,6 +100,7 @@ def test_an_unverified_push_moves_the_same_bytes(connect):
     verdict = group.push(weights, targets, verify=False)[0]
     assert (verdict.compared, verdict.mismatches) == (0, [])
     assert verdict.wire_bytes == 4 * 2 * elements_held(group.arch, 2)
+    assert verdict.generators == 2
     assert_holds(targets, weights, group)
 
 

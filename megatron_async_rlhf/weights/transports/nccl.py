@@ -4,12 +4,16 @@ A failure is reported by `wait` alone. torch's watchdog would end the whole proc
 error of its communicator, and when `wait` has aborted that because a peer is silent. So the group has none
 (`TORCH_NCCL_BLOCKING_WAIT`, which is made for this: `wait` looks for errors and timeouts itself). Only the environment
 can tell torch, and torch reads it when a group is made; the groups that training uses keep their watchdogs.
+
+The communicator is made at once, not with the first parcel, in a thread that is left behind at the timeout: NCCL waits for
+the other members without a limit of its own, and a member that dies meanwhile would hold up the others for ever.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -33,10 +37,22 @@ class NcclTransport:
         try:
             with _no_watchdog():
                 self._group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, roster.world_size, options)
+            made = _within(timeout_s, lambda: self._make_communicator(self._group))
         except (RuntimeError, dist.DistError) as error:
             raise TransferError(
                 f"rendezvous: {roster.name(rank)} could not make an NCCL communicator: {first_line(error)}"
             ) from error
+        if not made:
+            self._group = None  # the thread has it still: NCCL allows nobody else to touch what it is making
+            raise TransferError(
+                f"rendezvous: {roster.name(rank)} could not make an NCCL communicator within {timeout_s:g} s "
+                "(weights.timeout_s): another member ended or hangs, or NCCL finds no way between their GPUs "
+                "(NCCL_DEBUG=INFO tells more)"
+            )
+
+    def _make_communicator(self, group: "dist.ProcessGroupNCCL") -> None:
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            group.eager_connect_single_device(self.device)
 
     def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = ()) -> "_Group":
         if self._group is None:
@@ -86,6 +102,24 @@ class _Group:
         if "operation timeout" in cause:
             cause = f"nothing moved for {self._timeout_s:g} s (weights.timeout_s)"
         return TransferError(account(what, peer, witness, cause))
+
+
+def _within(timeout_s: float, act: Callable[[], None]) -> bool:
+    """Whether `act` returned in time; what it raises is raised. Its thread does not keep the process from ending."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            act()
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = Thread(target=run, name="nccl-communicator", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if failures:
+        raise failures[0]
+    return not thread.is_alive()
 
 
 @contextmanager

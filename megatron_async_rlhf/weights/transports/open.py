@@ -21,6 +21,8 @@ def open_transport(
         TransferError: names who did not come, or why the connection could not be made.
     """
     own = meet(store, roster, rank, session, timeout_s)
+    if kind not in ("gloo", "nccl", "ipc"):
+        raise ValueError(f"there is no transport {kind!r}")
     if kind == "nccl":
         from megatron_async_rlhf.weights.transports.nccl import NcclTransport
 

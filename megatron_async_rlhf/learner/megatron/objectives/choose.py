@@ -1,6 +1,9 @@
 """The objective that a configuration asks for."""
 
+from typing import assert_never
+
 from megatron_async_rlhf.config.algorithms import (
+    BestOfNSection,
     GRPOSection,
     OnlineDPOSection,
     PPOSection,
@@ -27,4 +30,7 @@ def choose_objective(config: RunConfig) -> Objective:
             return RLOO(section)
         case GRPOSection():
             return GRPO(section, longest_completion=config.generator.max_new_tokens)
-    return BestOfN()
+        case BestOfNSection():
+            return BestOfN()
+        case _:
+            assert_never(section)

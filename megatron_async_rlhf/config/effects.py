@@ -1,0 +1,70 @@
+"""Keys that another key's choice leaves without effect. Whoever set one expects something that will not happen.
+
+Only values other than the default are refused: a resolved configuration, which has every key, always loads again. What
+turns a feature off (0 steps, a coefficient of 0, null, `schedule.mode = sync`) leaves the feature's other keys alone, so
+that it can be turned on again; so does whatever describes a machine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megatron_async_rlhf.config.section import shown
+
+if TYPE_CHECKING:
+    from megatron_async_rlhf.config.root import RunConfig
+
+
+class _Needs(NamedTuple):
+    """`keys` act only if the key `chooser` has one of `values`."""
+
+    keys: tuple[str, ...]
+    chooser: str
+    values: tuple[Any, ...]
+
+
+_NEEDS = (
+    _Needs(("reward.format_reward",), "reward.type", ("gsm8k",)),
+    _Needs(("learner.min_learning_rate",), "learner.lr_decay", ("linear", "cosine")),
+    _Needs(("warm_start.min_learning_rate",), "warm_start.lr_decay", ("cosine", "linear")),
+    _Needs(("generator.kv_cache_gib", "launch.pin_cores"), "run.device", ("cpu",)),
+    _Needs(("generator.gpu_memory_share", "generator.cuda_graphs"), "run.device", ("cuda",)),
+    _Needs(("learner.reference",), "algorithm.type", ("online_dpo", "ppo", "rloo", "proximal_rloo", "grpo")),
+    _Needs(("algorithm.reward_scale",), "algorithm.type", ("ppo", "rloo", "proximal_rloo", "grpo")),
+    _Needs(("algorithm.cispo_high",), "algorithm.loss", ("cispo",)),
+    _Needs(("launch.slurm.user", "launch.slurm.port", "launch.slurm.identity"), "launch.slurm.tunnel", ("ssh",)),
+)
+_COLUMNS = ("data.prompt_field", "data.solution_field")
+
+
+def check_effects(config: RunConfig) -> None:
+    """
+    Raises:
+        ValueError: one line naming a key that was set in vain, and the key that makes it so.
+    """
+    for keys, chooser, values in _NEEDS:
+        chosen, _ = _value_of(config, chooser)
+        for key in keys:
+            value, default = _value_of(config, key)
+            if value != default and chosen not in values:
+                raise ValueError(
+                    f"{key} = {shown(value)} has no effect with {chooser} = {chosen}: remove it, or set {chooser} = "
+                    f"{' or '.join(map(str, values))}"
+                )
+    for key in _COLUMNS:
+        value, default = _value_of(config, key)
+        if value != default and config.data.train == "builtin" and config.data.eval in (None, "builtin"):
+            raise ValueError(
+                f"{key} = {shown(value)} has no effect with data.train = builtin, which has no columns: remove it, or set data.train"
+            )
+
+
+def _value_of(config: RunConfig, key: str) -> tuple[Any, Any]:
+    """What a key is set to, and its default; None for both where there is no such key, as in another algorithm's section."""
+    section: Any = config
+    *sections, name = key.split(".")
+    for part in sections:
+        section = getattr(section, part, None)
+    if section is None or name not in type(section).model_fields:
+        return None, None
+    return getattr(section, name), type(section).model_fields[name].get_default(call_default_factory=True)

@@ -1,0 +1,205 @@
+"""A configuration's schedule beside the synchronous one, from one set of speeds: what `simulate` and a dry run both say.
+
+estimate.speed, or a run that was ──> Scenario ──> both schedules in virtual time ──> Prediction
+"""
+
+import tempfile
+from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError
+from megatron_async_rlhf.estimate.fitting import run_memory
+from megatron_async_rlhf.estimate.speed import Speed, estimate_speed
+from megatron_async_rlhf.prepare import make_model_template, missing_inputs, outline
+from megatron_async_rlhf.simulate.lengths import LognormalLengths
+from megatron_async_rlhf.simulate.scenario import Scenario, Speeds
+from megatron_async_rlhf.simulate.simulation import Outcome, simulate
+
+SIGMA = 0.6  # of the logarithm of completion lengths
+# A prediction simulates so many completions, or the rollouts that may take up to so many: a second or two.
+_SAMPLES, _ROLLOUTS, _MOST_SAMPLES = 2000, 9, 16000
+_MOST_IN_A_ROLLOUT = 20000  # completions for which a dry run waits
+
+# The only run whose prediction could be compared so far, on two quiet cores: sync 140 s, async 94 s of 110 steps each.
+# Predicted is what comes out for it here (tests/simulate/test_prediction.py).
+MEASURED = ("examples/quickstart.yaml on two CPU cores", 1.49)
+PREDICTED = 1.58
+
+
+class Prediction(Struct, frozen=True, kw_only=True):
+    """The same sizes and machines under both schedules."""
+
+    scenario: Scenario
+    schedule: Outcome
+    synchronous: Outcome
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast a step is, once the run is under way."""
+        return self.synchronous.step_s / self.schedule.step_s
+
+    @property
+    def verdict(self) -> str:
+        """One line, the same from every command: the ratio, and which side works longer on a step."""
+        totals = self.synchronous.totals
+        busier = "the generators have" if totals.generate_busy_s >= totals.train_busy_s else "the learner has"
+        return f"{self.speedup:.2f} times as fast as the synchronous schedule on the same machines; {busier} the most to do"
+
+
+def synchronous(config: RunConfig) -> RunConfig:
+    """The same sizes and machines, taking turns: the split with idling that the paper compares with."""
+    kept = {
+        "mode": "sync",
+        "generation": "batch",
+        "in_flight_updates": "none",
+        "order": "fifo",
+        "window": None,
+        "max_groups": None,
+        "straggler_s": None,
+        "max_staleness": 0,
+    }
+    tree = config.model_dump()
+    return RunConfig.model_validate(tree | {"schedule": tree["schedule"] | kept})
+
+
+def predict(config: RunConfig, scenario: Scenario, trace: Path | None = None) -> Prediction:
+    """Simulate both; the sides only slow each other down where they work at once.
+
+    Raises:
+        InvariantError, DeadlockError, StaleSampleError: a promise of the schedule is broken.
+    """
+    turns = simulate(synchronous(config), scenario)
+    if config.schedule.staleness_bound != 0:
+        speeds = slowed(scenario.speeds, turns.totals.generate_busy_s, turns.totals.train_busy_s)
+        scenario = replace(scenario, speeds=speeds)
+    return Prediction(scenario=scenario, schedule=simulate(config, scenario, trace), synchronous=turns)
+
+
+def slowed(speeds: Speeds, generate_s: float, train_s: float) -> Speeds:
+    """Where both sides work at once, if they take so long alone: the one that is done first is slowed down all the time,
+    the other as long as that one works."""
+    more, longer = speeds.contention - 1, max(generate_s, train_s) or 1.0
+    return _scaled(speeds, generate=1 + more * train_s / longer, train=1 + more * generate_s / longer)
+
+
+def alone(speeds: Speeds, generate_s: float, train_s: float) -> Speeds:
+    """The inverse of `slowed`: of sides that took so long while both worked."""
+    shorter, longer = sorted((generate_s, train_s))
+    shortest = shorter / speeds.contention
+    rest = longer - (speeds.contention - 1) * shortest
+    longer_factor, shorter_factor = rest / longer if longer else 1.0, 1 / speeds.contention
+    if generate_s >= train_s:
+        return _scaled(speeds, generate=longer_factor, train=shorter_factor)
+    return _scaled(speeds, generate=shorter_factor, train=longer_factor)
+
+
+def _scaled(speeds: Speeds, *, generate: float, train: float) -> Speeds:
+    return replace(
+        speeds,
+        token_s=speeds.token_s * generate,
+        sequence_s=speeds.sequence_s * generate,
+        train_s=speeds.train_s * train,
+        train_token_s=speeds.train_token_s * train,
+    )
+
+
+def first_steps(config: RunConfig) -> int:
+    """How many of the run's steps a prediction simulates, unless it is told."""
+    schedule = config.schedule
+    rollout = schedule.groups_per_rollout * config.algorithm.samples_per_prompt
+    enough = max(_SAMPLES // rollout, min(_ROLLOUTS, max(3, _MOST_SAMPLES // rollout)))
+    return min(schedule.rollouts, enough) * schedule.updates_per_rollout
+
+
+def shape_of(config: RunConfig) -> Architecture:
+    """
+    Raises:
+        ConfigError: `model.hf` has no `config.json`.
+    """
+    if config.model.hf is not None and missing_inputs(config):
+        return outline(config, config.model.hf)[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        make_model_template(config, Path(scratch))
+        return outline(config, Path(scratch))[0]
+
+
+def estimated_scenario(config: RunConfig, arch: Architecture) -> tuple[Scenario, Speed]:
+    """What the machines that `config` names are estimated to do with it, completions half as long as they may be.
+
+    Raises:
+        ConfigError: a generator has no room for a single sequence.
+    """
+    memory = run_memory(config, arch).generator
+    if not memory.sequences:
+        raise ConfigError(
+            "generator: its cache holds no sequence of the whole context, so no speed can be predicted; see the estimate "
+            "of train --dry-run"
+        )
+    speed = estimate_speed(config, arch, memory)
+    speeds = Speeds(
+        token_s=speed.token_s,
+        sequence_s=speed.sequence_s,
+        prefill_tokens=speed.prefill_tokens,
+        train_s=0.0,
+        train_token_s=1 / speed.trained_per_s,
+        push_s=speed.push_s,
+        contention=speed.machine.contention,
+        jitter=speed.machine.jitter,
+    )
+    scenario = Scenario(
+        generators=config.generator.replicas,
+        lengths=LognormalLengths(speed.completion, SIGMA),
+        speeds=speeds,
+        prompt_tokens=max(1, round(speed.prompt)),
+    )
+    return scenario, speed
+
+
+def sized(config: RunConfig) -> RunConfig:
+    """With the steps that a prediction simulates."""
+    tree = config.model_dump()
+    return RunConfig.model_validate(tree | {"schedule": tree["schedule"] | {"steps": first_steps(config)}})
+
+
+def describe(config: RunConfig, arch: Architecture) -> list[str]:
+    """What a dry run says of speed."""
+    try:
+        scenario, speed = estimated_scenario(config, arch)
+    except ConfigError:
+        return []  # the estimate of memory has said so
+    rollout = config.schedule.groups_per_rollout * config.algorithm.samples_per_prompt
+    if rollout > _MOST_IN_A_ROLLOUT:
+        return [
+            f"speed: not predicted here, for a rollout has {rollout:,} completions; async-rlhf simulate takes the time"
+        ]
+    try:
+        prediction = predict(sized(config), scenario)
+    except AsyncRLHFError as error:
+        return [f"speed: not predicted, for this configuration fails when it is simulated: {error}"]
+    turns, machine = prediction.synchronous, speed.machine
+    lines = [
+        f"speed, predicted for {machine.name} with prompts of {speed.prompt:.0f} and completions of {speed.completion:.0f} "
+        f"tokens on average (half of what they may be), assuming {machine.assumed}:",
+        f"  learner {speed.trained_per_s:,.0f} tokens/s, generators up to {speed.generated_per_s:,.0f} tokens/s",
+        f"  a step: training {_s(turns.totals.train_busy_s / turns.totals.steps)}, generation "
+        f"{_s(turns.totals.generate_busy_s / turns.totals.steps)} to its longest completion, push {_s(speed.push_s)}; "
+        f"taking turns {_s(turns.step_s)}, as configured {_s(prediction.schedule.step_s)}",
+    ]
+    return [*lines, f"  {prediction.verdict}", f"  {known_error(config)}"]
+
+
+def known_error(config: RunConfig) -> str:
+    """What is known of how far such a prediction is off."""
+    where, measured = MEASURED
+    compared = f"{where}: predicted {PREDICTED:.2f} times, measured {measured:.2f}"
+    if config.run.device == "cpu":
+        return f"known error: {compared}; seconds may be off by a factor of 2, --from-run takes them from a run"
+    return f"known error: none is known for GPUs, which were never measured; {compared}"
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s"

@@ -1,0 +1,182 @@
+"""Every name that a run writes, with its unit and meaning: what docs/run_directory.md says, and tests hold the files to.
+
+A name is added here first. `source` says who produces it, and thereby which test finds out that nobody does any more.
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from msgspec import Struct
+
+Source = Literal["controller", "learner", "reward"]
+
+
+class Key(Struct, frozen=True):
+    """One name of a file. `unit`: `share` is between 0 and 1, `-` where there is none."""
+
+    name: str
+    unit: str
+    meaning: str
+    source: Source = "controller"
+
+
+def _of(source: Source, *rows: tuple[str, str, str]) -> list[Key]:
+    return [Key(name, unit, meaning, source) for name, unit, meaning in rows]
+
+
+METRICS = [
+    *_of(
+        "controller",
+        ("step", "-", "the N-th optimizer step has N, from 1; the checkpoint and the policy version of step N are those after it"),
+        ("time", "s", "Unix time at which the step was recorded"),
+        ("reward", "reward", "mean of what the verifier gave to all completions of the step's prompts"),
+        ("reward_penalised", "reward", "the same with the penalties of `algorithm.missing_eos_reward` and `algorithm.overlong_buffer`: what is trained on"),
+        ("reward_margin", "reward", "best minus worst completion of a prompt, penalised; mean over the prompts that are trained on"),
+        ("response_length", "tokens", "mean length of a completion"),
+        ("finished", "share", "of completions that ended by themselves, before `generator.max_new_tokens`"),
+        ("pairs_skipped_share", "share", "of prompts that taught nothing, because all their completions earned the same (online DPO)"),
+        ("staleness/mean", "steps", "version that was trained minus version that sampled, mean over the tokens of all completions"),
+        ("staleness/max", "steps", "the largest"),
+        ("logprob_gap/mean_abs", "nats", "difference of learner and sampler log-probability, mean over tokens sampled by the very version that is trained; absent without such tokens"),
+        ("logprob_gap/max_abs", "nats", "the largest"),
+        ("time/generate_s", "s", "from submission to last completion of the slowest prompt"),
+        ("time/train_s", "s", "from the command to the learner to its answer, over the steps of the rollout"),
+    ),
+    *_of(
+        "reward",
+        ("exact", "share", "of completions with the right answer (`builtin`, `gsm8k`)"),
+        ("well_formed", "share", "of completions with an answer in the expected form (`gsm8k`)"),
+    ),
+    *_of(
+        "learner",
+        ("num_sequences", "sequences", "that the step trained on, on all ranks"),
+        ("num_pairs", "pairs", "of chosen and rejected completions (online DPO)"),
+        ("loss", "-", "the whole loss, of the value model too"),
+        ("policy_loss", "-", "the policy's part, without a KL term"),
+        ("kl_loss", "-", "the KL term before its coefficient, with `algorithm.kl.place: loss`"),
+        ("kl_to_reference", "nats", "`log pi - log pi_ref` summed over a completion's tokens, mean over the completions trained on; of algorithms with a reference"),
+        ("kl/per_token", "nats", "the KL term's own estimate, mean over tokens"),
+        ("dpo/margin", "nats", "`beta` times the chosen minus the rejected log-ratio to the reference, mean over pairs"),
+        ("dpo/accuracy", "share", "of pairs whose chosen completion has the larger log-ratio"),
+        ("dpo/chosen_ratio", "nats", "`beta` times the log-ratio of chosen completions"),
+        ("dpo/rejected_ratio", "nats", "`beta` times the log-ratio of rejected completions"),
+        ("ratio/mean", "-", "policy over proximal policy, mean over what it is clipped by: tokens or completions"),
+        ("ratio/clipped_low", "share", "whose gradient the lower bound takes away"),
+        ("ratio/clipped_high", "share", "whose gradient the upper bound takes away"),
+        ("sampler/kl_k1", "nats", "estimate k1 of KL(sampler \\|\\| policy) per token"),
+        ("sampler/kl_k3", "nats", "estimate k3 of the same, never negative"),
+        ("sampler/ratio", "-", "proximal policy over sampler, mean over what is corrected: tokens or completions"),
+        ("sampler/ratio_outside", "share", "of these with a ratio outside the bounds of `algorithm.correction`"),
+        ("correction/weight", "-", "mean weight of the off-policy correction"),
+        ("correction/effective_sample_share", "share", "Kish's effective sample size of these weights"),
+        ("value_loss", "-", "of the value model, before its coefficient (PPO)"),
+        ("value/mean", "reward", "mean value of a token"),
+        ("value/error", "reward²", "mean squared distance to the returns"),
+        ("value/clipped", "share", "of tokens whose value moved beyond `algorithm.value_clip`"),
+        ("value/grad_norm", "-", "the value model's gradient norm, before clipping"),
+        ("value/learning_rate", "-", "the value model's"),
+        ("grad_norm", "-", "of the policy, before clipping"),
+        ("learning_rate", "-", "the policy's, of this step"),
+        ("tokens", "tokens", "positions of the step with a token, prompts included, on all ranks"),
+        ("padding", "share", "of computed positions without a token"),
+        ("tokens_per_s", "tokens/s", "over the time the learner works, waiting for a push left out"),
+        ("model_flops_utilisation", "share", "of what all ranks' devices could do; only if their peak is known"),
+        ("time/reference_s", "s", "forward pass of the reference"),
+        ("time/proximal_s", "s", "forward pass of the policy before the rollout's updates; only if there is one"),
+        ("time/values_s", "s", "forward pass of the value model; only if there is one"),
+        ("time/forward_backward_s", "s", "of all micro-batches, communication included"),
+        ("time/gradient_reduction_s", "s", "the part of it after the last micro-batch: summing gradients over ranks"),
+        ("time/optimizer_s", "s", "gradient norm, clipping, Adam"),
+    ),
+]  # fmt: skip
+
+# Each line of warm_start.jsonl has some of the names above, for the warm start's own steps.
+WARM_START = (
+    "step", "time", "loss", "grad_norm", "learning_rate", "tokens", "padding", "tokens_per_s", "model_flops_utilisation",
+    "time/reference_s", "time/forward_backward_s", "time/gradient_reduction_s", "time/optimizer_s",
+)  # fmt: skip
+
+SUMMARY = [
+    Key(*row)
+    for row in (
+        ("schema", "-", "of this file and the `.jsonl` files: 2 since steps are counted from 1"),
+        ("status", "-", "`completed`, `failed` or `interrupted`, which a run says of itself while it goes on: what is killed cannot say it later"),
+        ("error", "-", "one line on what failed, naming the process; null if nothing did"),
+        ("log_tail", "lines", "the end of that process's log; only of a failed run"),
+        ("mode", "-", "`schedule.mode`"),
+        ("algorithm", "-", "`algorithm.type`"),
+        ("max_staleness", "steps", "the bound in force: 0 when synchronous, null without one"),
+        ("steps", "steps", "optimizer steps that were made"),
+        ("startup_seconds", "s", "until the RL loop began: processes, warm start, first push, first evaluation; the sum over all starts of a resumed run"),
+        ("wall_seconds", "s", "the RL loop: first batch submitted to last push done"),
+        ("generate_busy_seconds", "s", "of it, something was being sampled, by any generator; not while weights change"),
+        ("train_busy_seconds", "s", "of it, the learner had a rollout to train"),
+        ("overlap_efficiency", "share", "the larger of the two busy times over `wall_seconds`: 1 means the slower side never waited"),
+        ("samples_generated", "completions", "that were begun: the sum of the next five, of a run with generators"),
+        ("samples_trained", "completions", "that were trained on, once or in several epochs"),
+        ("samples_not_selected", "completions", "that the algorithm passed over: online DPO takes the best and the worst of a prompt, and none where all earned the same; Best-of-N the best"),
+        ("samples_cancelled", "completions", "given up before they were complete, their prompts sampled anew: their generator died, they were stragglers, or the run was interrupted"),
+        ("samples_dropped", "completions", "of a completed run, complete ones that were lost: always 0, as staleness is paced"),
+        ("samples_waiting", "completions", "complete, and not trained on yet when this was written; 0 of a completed run"),
+        ("tokens_generated", "tokens", "of complete completions"),
+        ("tokens_trained", "tokens", "of completions, once per epoch"),
+        ("pairs_skipped", "prompts", "that taught nothing, because all their completions earned the same (online DPO)"),
+        ("staleness.mean", "steps", "over all tokens of consumed batches"),
+        ("staleness.max", "steps", "the largest"),
+        ("staleness.histogram", "tokens", "of each staleness"),
+        ("weight_sync.count", "pushes", "that arrived"),
+        ("weight_sync.bytes", "bytes", "received by all generator workers, in all pushes"),
+        ("weight_sync.bytes_minimum", "bytes", "that their shards hold, in all pushes"),
+        ("weight_sync.seconds_mean", "s", "of a push, from the first pause to verified weights"),
+        ("weight_sync.generator_stall_seconds_mean", "s", "of a push, that nothing was generated"),
+        ("weight_sync.verified", "pushes", "whose digests were compared"),
+        ("weight_sync.digests_compared", "digests", "one per slice and worker"),
+        ("weight_sync.mismatches", "digests", "that differed; the run ends with the first"),
+        ("logprob_gap.mean_abs", "nats", "difference of learner and sampler log-probability, mean over tokens both computed with the same version"),
+        ("logprob_gap.max_abs", "nats", "the largest"),
+        ("logprob_gap.tokens", "tokens", "that were compared"),
+        ("eval", "-", "`before`, `after` and, with `schedule.eval_every`, `step <n>`: held-out metrics of one policy version by the names of `metrics.jsonl`, one completion per prompt at `generator.eval_temperature`, the same seeds each time; `logprob_gap` in nats, at the sampling temperature"),
+        ("versions", "-", "of Python and every package that matters"),
+    )
+]  # fmt: skip
+
+SAMPLES = [
+    Key(*row)
+    for row in (
+        ("step", "-", "that trained on the group, from 1"),
+        ("prompt", "-", "as written, without the chat template"),
+        ("completions", "-", "texts, one per sample"),
+        ("rewards", "reward", "of each, penalties included"),
+        ("versions", "steps", "policy versions that sampled each"),
+        ("finished", "-", "whether each ended by itself"),
+    )
+]
+
+EVALUATIONS = [
+    Key(*row)
+    for row in (
+        ("when", "-", "`before`, `after` or `step <n>`"),
+        ("prompt", "-", "as written"),
+        ("prompt_token_ids", "-", "the templated prompt"),
+        ("completion", "-", "its text"),
+        ("token_ids", "-", "its tokens, the one that ended it included"),
+        ("reward", "reward", "penalties included"),
+    )
+]
+
+TRACE_ARGS = [
+    Key(*row)
+    for row in (
+        ("version", "steps", "policy version: after a step, of a push, of an evaluation or of a checkpoint"),
+        ("samples", "completions", "that were trained on, sampled meanwhile, or held out"),
+        ("tokens", "tokens", "of these completions"),
+        ("bytes", "bytes", "of weights that arrived at generator workers"),
+        ("digests", "digests", "that were compared"),
+    )
+]
+
+
+def markdown(keys: Iterable[Key]) -> str:
+    """The table in docs/run_directory.md."""
+    rows = [f"| `{key.name}` | {key.unit} | {key.meaning} |" for key in keys]
+    return "\n".join(["| key | unit | meaning |", "| --- | --- | --- |", *rows])

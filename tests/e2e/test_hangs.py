@@ -1,0 +1,88 @@
+"""A part of a running job is stopped (SIGSTOP), alone: it neither ends nor answers. The run goes on, or says who it was."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+LIMITS = (
+    "generator.request_timeout_s=10",
+    "generator.probe_timeout_s=5",
+    "weights.timeout_s=8",
+    "learner.timeout_s=25",
+    "launch.pin_cores=false",
+)
+# To notice, to start a server again, and to go on.
+RECOVERY_S = 150
+
+
+def descendants(pid: int) -> list[int]:
+    """`pid` and all processes below it."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(below for child in children for below in descendants(int(child)))]
+
+
+def stop(run, name: str, part: str) -> None:
+    """Stop the process of `name` whose command starts with `part`; empty: the first one."""
+    pid = json.loads((run.directory / "logs/processes.json").read_text())[name]
+    (found, *_) = [
+        each for each in descendants(pid) if Path(f"/proc/{each}/comm").read_text().startswith(part) or not part
+    ]
+    os.kill(found, signal.SIGSTOP)
+
+
+PARTS = {"engine": ("VLLM::EngineCor", 1), "worker": ("VLLM::Worker_TP1", 2), "api server": ("", 1)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("part", "replicas"),
+    [
+        ("engine", 1),
+        pytest.param("engine", 2, marks=pytest.mark.thorough),
+        pytest.param("worker", 1, marks=pytest.mark.thorough),
+        pytest.param("worker", 2, marks=pytest.mark.thorough),
+        pytest.param("api server", 1, marks=pytest.mark.thorough),
+        pytest.param("api server", 2, marks=pytest.mark.thorough),
+    ],
+)
+def test_a_stopped_part_of_a_generator_costs_a_restart(start, part, replicas):
+    process, tensor_parallel = PARTS[part]
+    steps = 60
+    run = start(
+        *LIMITS,
+        f"generator.replicas={replicas}",
+        f"generator.tensor_parallel={tensor_parallel}",
+        f"schedule.steps={steps}",
+    )
+    run.wait_for_step(3)
+    stop(run, f"generator.{replicas - 1}", process)
+    stopped = time.monotonic()
+    output = run.wait()
+    assert run.process.returncode == 0, output
+    assert time.monotonic() - stopped < RECOVERY_S, output
+    assert f"generator.{replicas - 1}: " in output and "; killed" in output, output
+    assert f"generator.{replicas - 1} was killed by SIGKILL; started again (1 of 3)" in output
+    summary = run.summary()
+    assert (summary["status"], summary["steps"]) == ("completed", steps)
+    parts = ("samples_trained", "samples_dropped", "samples_cancelled")
+    assert summary["samples_generated"] == sum(summary[part] for part in parts)
+    assert summary["weight_sync"]["mismatches"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.thorough)])
+def test_a_stopped_learner_rank_ends_the_run_and_is_named(start, rank, replicas):
+    run = start(*LIMITS, f"generator.replicas={replicas}", "learner.tensor_parallel=2", "schedule.steps=500")
+    run.wait_for_step(2)
+    stop(run, f"learner.{rank}", "")
+    stopped = time.monotonic()
+    output = run.wait()
+    assert time.monotonic() - stopped < 2 * 25 + 20, output
+    assert run.process.returncode == 1
+    assert f"learner.{rank}" in run.summary()["error"], output

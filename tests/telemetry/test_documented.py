@@ -1,0 +1,114 @@
+"""What docs/run_directory.md says of the files of a run, against what is in them: both have the same names.
+
+Those of the learner are in tests/learner/test_algorithms.py, which trains all algorithms.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from trace_nesting import slices
+
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.rewards.builtin import BuiltinReward
+from megatron_async_rlhf.rewards.gsm8k import Gsm8kReward
+from megatron_async_rlhf.simulate.scenario import Scenario
+from megatron_async_rlhf.simulate.simulation import Simulation
+from megatron_async_rlhf.simulate.virtual_time import run_in_virtual_time
+from megatron_async_rlhf.telemetry import metrics
+from megatron_async_rlhf.telemetry.metrics import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE_ARGS, Key, markdown
+from megatron_async_rlhf.telemetry.recorder import Recorder
+from megatron_async_rlhf.types import Completion, Prompt
+
+DOCS = Path(__file__).parents[2] / "docs/run_directory.md"
+MODEL = "model={layers: 2, hidden_size: 64, ffn_size: 96, heads: 2, context_length: 96}"
+BY_NAME = {"status", "versions", "eval", "staleness.histogram"}  # what is below these is named by what it is about
+
+
+def names(keys: Iterable[Key], source: str = "controller") -> set[str]:
+    return {key.name for key in keys if key.source == source}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a simulated run with an evaluation."""
+    directory = tmp_path_factory.mktemp("run")
+    (directory / "config.yaml").write_text("{}")
+    settings = [MODEL, "schedule={steps: 4, prompts_per_step: 4, eval_every: 2}", "data={eval_prompts: 8}"]
+    config = load_config(directory / "config.yaml", settings)
+
+    async def whole() -> None:
+        simulation = Simulation(config, Scenario(), directory)
+        await simulation.run()
+        simulation.recorder.close("completed", None)
+        Recorder.write_summary(simulation.recorder, "completed", None)
+
+    run_in_virtual_time(whole())
+    return directory
+
+
+def lines(run: Path, file: str) -> list[dict]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+def flat(content: dict, prefix: str = "") -> set[str]:
+    found = set()
+    for name, value in content.items():
+        whole = prefix + name
+        below = isinstance(value, dict) and whole not in BY_NAME
+        found |= flat(value, whole + ".") if below else {whole}
+    return found
+
+
+@pytest.mark.parametrize("keys", [METRICS, SUMMARY, SAMPLES, EVALUATIONS, TRACE_ARGS])
+def test_the_docs_have_the_table(keys):
+    table = markdown(keys)
+    assert table in DOCS.read_text(encoding="utf-8"), (
+        f"docs/run_directory.md lacks this table, or has an older one:\n{table}"
+    )
+    assert len({key.name for key in keys}) == len(keys)
+    assert all(key.unit and key.meaning for key in keys)
+
+
+def test_metrics_of_the_controller(run):
+    reported = {name for line in lines(run, "metrics.jsonl") for name in line}
+    of_the_learner = {"loss"}  # all that the simulated one reports
+    assert reported - of_the_learner == names(METRICS)
+
+
+def test_metrics_of_the_rewards():
+    prompt = Prompt(index=0, text="", token_ids=[1], reference={"kind": "copy", "answer": "1", "solution": "#### 1"})
+    completion = Completion(token_ids=[1], logprobs=[0.0], versions=[0], finished=True, text="#### 1")
+    reported = {
+        name for reward in (BuiltinReward(), Gsm8kReward(0.0)) for name in reward.score(prompt, completion).metrics
+    }
+    assert reported == names(METRICS, "reward")
+
+
+def test_summary(run):
+    assert flat(json.loads((run / "summary.json").read_text())) | {"log_tail"} == names(SUMMARY)
+
+
+@pytest.mark.parametrize(("file", "keys"), [("samples.jsonl", SAMPLES), ("evaluations.jsonl", EVALUATIONS)])
+def test_lines(run, file, keys):
+    assert {name for line in lines(run, file) for name in line} == names(keys)
+
+
+def test_arguments_of_slices(run):
+    found = slices(json.loads((run / "trace.json").read_text()))
+    assert {name for events in found.values() for event in events for name in event.get("args", {})} == names(
+        TRACE_ARGS
+    )
+
+
+def test_the_warm_start_has_no_names_of_its_own():
+    assert set(metrics.WARM_START) <= {key.name for key in METRICS}
+
+
+def test_step_n_is_the_nth(run):
+    assert [line["step"] for line in lines(run, "metrics.jsonl")] == [1, 2, 3, 4]
+    assert sorted({line["step"] for line in lines(run, "samples.jsonl")}) == [1, 2, 3, 4]
+    assert {line["when"] for line in lines(run, "evaluations.jsonl")} == {"step 2"}
+    found = slices(json.loads((run / "trace.json").read_text()))
+    assert [event["name"] for event in found["learner", "learner"]] == [f"step {n}" for n in (1, 2, 3, 4)]
