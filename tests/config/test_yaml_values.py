@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from megatron_async_rlhf.config.load import dump_config, load_config
-from megatron_async_rlhf.config.metrics import metric_names
 from megatron_async_rlhf.config.schema import section_at, types_at
 from megatron_async_rlhf.config.sections import WandbKeys
 from megatron_async_rlhf.config.yaml_values import parse_value
@@ -153,13 +152,3 @@ def test_the_schema_is_found_by_location():
     assert types_at(("sweep", "axes", "a", "schedule.steps", 0)) == [int]
     assert types_at(("nonsense", "x")) == []
     assert section_at(("telemetry", "wandb")) is WandbKeys
-
-
-def test_metrics_follow_from_algorithm_and_reward(load):
-    def names(**algorithm: object) -> list[str]:
-        return metric_names(load(algorithm=algorithm).algorithm, "builtin")
-
-    assert "dpo/margin" in names(type="online_dpo") and "dpo/margin" not in names(type="ppo")
-    assert "value_loss" in names(type="ppo") and "value_loss" not in names(type="grpo")
-    assert "kl_to_reference" in names(type="rloo") and "kl_to_reference" not in names(type="best_of_n")
-    assert "kl_loss" in names(type="grpo") and "kl_loss" not in names(type="rloo")
