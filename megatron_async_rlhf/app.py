@@ -33,6 +33,7 @@ from megatron_async_rlhf.errors import (
     MismatchError,
     ProcessDiedError,
 )
+from megatron_async_rlhf.generator.places import places
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import Hello, ResumeReinforcement, Stop
@@ -244,6 +245,7 @@ async def _connected(config: RunConfig, materials: Materials, learner_address: s
             tensor_parallel=config.generator.tensor_parallel,
             request_timeout_s=config.generator.request_timeout_s,
             probe_timeout_s=config.generator.probe_timeout_s,
+            places=places(config),
         )
         for i, url in enumerate(urls)
     ]

@@ -10,12 +10,18 @@ import typer
 
 from megatron_async_rlhf.checkpoint.command import compare_holders, export_hf, import_hf, verify_weights
 from megatron_async_rlhf.config.advice import advice
-from megatron_async_rlhf.config.load import load_config, read_tree
+from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
+from megatron_async_rlhf.interpreter import check_working_directory, print_anything, use_utf8
 from megatron_async_rlhf.launch.command import launch
+from megatron_async_rlhf.launch.surroundings import check_surroundings
+from megatron_async_rlhf.launch.terminal import outlive_readers
+from megatron_async_rlhf.limits import raise_soft_limits
 from megatron_async_rlhf.simulate.command import simulate
+from megatron_async_rlhf.sweep.command import sweep
 from megatron_async_rlhf.telemetry.files import (
     EXPORT_DIR,
     INPUTS,
@@ -51,6 +57,7 @@ NodeRankOption = Annotated[
 @app.callback()
 def _root() -> None:
     """Asynchronous RLHF: Megatron-core learns while vLLM generates."""
+    check_working_directory()
 
 
 @app.command()
@@ -66,16 +73,24 @@ def doctor(
     """
     from megatron_async_rlhf.doctor import examine, problems
 
-    resolved = load_config(config, set) if config is not None else None
+    cannot: list[str] = []
+    resolved = None
+    if config is not None:  # what is wrong with it is said at the end: the machine can be looked at all the same
+        try:
+            resolved = load_config(config, set)
+        except ConfigError as error:
+            cannot = str(error).splitlines()
     broken = False
     for finding in examine():
         advice = f"  ({finding.advice})" if finding.advice and finding.state != "ok" else ""
         typer.echo(f"{finding.state:8}{finding.what}: {finding.detail}{advice}")
         broken |= finding.state == "broken"
-    for problem in problems(resolved) if resolved is not None and not broken else []:
+    if resolved is not None:
+        cannot += filter(None, [places_problem(resolved), threads_problem(resolved)])
+        cannot += problems(resolved) if not broken else []
+    for problem in cannot:
         typer.echo(f"{'cannot':8}{problem}")
-        broken = True
-    raise typer.Exit(int(broken))
+    raise typer.Exit(int(broken or bool(cannot)))
 
 
 @app.command()
@@ -109,12 +124,12 @@ def train(
     resolved = load_for_run(config, set, resume)
     if not dry_run:
         check_installed("torch", "megatron", "vllm")
+        _warn(check_surroundings(places_problem(resolved), threads_problem(resolved)))
         _serve_unless_first(resolved, node_rank)
     _warn(advice(resolved))
     check_writable(resolved)
     if dry_run:
-        _plan_only(resolved, resume)
-        return
+        return _plan_only(resolved, resume)
     with (
         gather(resolved) as fleet,
         owning(resolved),
@@ -173,6 +188,7 @@ def sft(
         raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
     if not dry_run:
         check_installed("torch", "megatron")
+        _warn(check_surroundings())
         _serve_unless_first(resolved, node_rank)
     check_writable(resolved)
     if dry_run:
@@ -219,6 +235,7 @@ def replay(
     earlier = load_config(run / RESOLVED_CONFIG)
     section = earlier.run.model_copy(update={"dir": out or run.with_name(f"{run.name}.replay")})
     config = earlier.model_copy(update={"run": section})
+    _warn(check_surroundings())
     _serve_unless_first(config, node_rank)
     check_writable(config)
     with gather(config) as fleet, owning(config):
@@ -242,61 +259,7 @@ def replay(
     compare_holders(*open_holders(str(run), str(run_dir), None), None)
 
 
-@app.command()
-def sweep(
-    config: Annotated[Path, typer.Argument(help="Configuration with a sweep section, such as examples/sweep.yaml.")],
-    set: SetOption = [],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list all runs, start nothing.")] = False,
-    only: Annotated[
-        list[str], typer.Option(help="Only these points: axis=label or axis=label,label. Repeatable.")
-    ] = [],
-    max_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Start no more runs after so long; the same command goes on later.")
-    ] = None,
-    report_only: Annotated[
-        bool, typer.Option("--report-only", help="Results, table and plot of what there is; start nothing.")
-    ] = False,
-) -> None:
-    """Train every combination of the axes in the configuration's sweep section, and compare them.
-
-    Completed runs are not repeated. Exit code 0 if all are completed, 1 if one failed, 130 if some are left to do.
-
-    Example: async-rlhf sweep examples/sweep.yaml --only seed=0 --max-seconds 3600
-    """
-    from rich.console import Console
-
-    from megatron_async_rlhf.sweep.driver import Driver, check_directory, parse_only
-    from megatron_async_rlhf.sweep.inputs import check_inputs_of_earlier_points
-    from megatron_async_rlhf.sweep.points import expand
-    from megatron_async_rlhf.sweep.preflight import check_points
-    from megatron_async_rlhf.sweep.report import write_report
-    from megatron_async_rlhf.sweep.results import collect, write_results
-    from megatron_async_rlhf.sweep.table import print_points
-
-    whole = expand(read_tree(config, set))
-    points = whole.only(parse_only(only))
-    check_directory(whole.directory)
-    console = Console(
-        highlight=False, soft_wrap=True, width=max(Console().width, 110)
-    )  # a table cut short says nothing
-    if report_only:
-        write_report(console, whole)
-        return
-    check_points(whole, points)
-    check_inputs_of_earlier_points(whole)
-    if dry_run:
-        print_points(console, whole, points)
-        return
-    driver = Driver(
-        whole,
-        note=lambda line: console.print(line, markup=False),
-        after_point=lambda: write_results(whole, collect(whole)),
-    )
-    code = driver.run(points, max_seconds=max_seconds)
-    write_report(console, whole)
-    raise typer.Exit(code)
-
-
+app.command()(sweep)
 app.command()(import_hf)
 app.command()(export_hf)
 app.command()(verify_weights)
@@ -309,6 +272,7 @@ def _serve_unless_first(config: RunConfig, node_rank: int) -> None:
 
     check_node_rank(config, node_rank)
     if node_rank:
+        outlive_readers()
         raise typer.Exit(serve(config, node_rank))
 
 
@@ -352,6 +316,7 @@ def _supervise(config: RunConfig, plan: "ProcessPlan", run_dir: Path, fleet: "Fl
     from megatron_async_rlhf.launch.display import Display
     from megatron_async_rlhf.launch.supervisor import Supervisor
 
+    outlive_readers()
     return Supervisor(config, plan, run_dir, Display(), fleet).run()
 
 
@@ -372,6 +337,9 @@ def _warn(lines: Iterable[str]) -> None:
 
 def main() -> None:
     """Entry point; errors the user can mend are one line each on stderr, exit code 2 before anything started."""
+    use_utf8()
+    print_anything()
+    raise_soft_limits()
     raise SystemExit(run_command_line(app, sys.argv[1:]))
 
 

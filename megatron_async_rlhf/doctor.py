@@ -20,8 +20,10 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.environment import environment_problems, ignored
 from megatron_async_rlhf.estimate.machine import machine_memory
 from megatron_async_rlhf.generator.vllm.server import bf16_problem
+from megatron_async_rlhf.limits import open_files, threads_left
 
 _GIB = 2**30
 _PLUGINS = "vllm.general_plugins"
@@ -44,6 +46,7 @@ class Finding(Struct, frozen=True, kw_only=True):
 def examine() -> Iterator[Finding]:
     """Everything a run may need on this machine, one finding at a time."""
     yield _machine()
+    yield from _surroundings()
     torch = _package("torch", "torch", needed=True)
     yield torch
     if torch.state == "broken":
@@ -103,6 +106,18 @@ def _machine() -> Finding:
     cores = len(os.sched_getaffinity(0))
     detail = f"Python {sys.version.split()[0]}, {cores} cores, {machine_memory() / _GIB:.0f} GiB"
     return Finding(what="machine", state="ok", detail=detail)
+
+
+def _surroundings() -> Iterator[Finding]:
+    """Of the shell or container: limits, and what its variables do."""
+    limits = f"{open_files()} open files"
+    if (left := threads_left()) is not None:
+        limits += f", {left} more threads"
+    yield Finding(what="limits", state="ok", detail=limits)
+    for problem in environment_problems(os.environ):
+        yield Finding(what="environment", state="broken", detail=problem)
+    for why, names in ignored(os.environ).items():
+        yield Finding(what="environment", state="ok", detail=f"{', '.join(names)}: without influence on a run ({why})")
 
 
 def _package(
@@ -195,7 +210,7 @@ def _fused_parts() -> Iterator[Finding]:
 def _program(what: str, program: str, argument: str, advice: str) -> Finding:
     if shutil.which(program) is None:
         return Finding(what=what, state="missing", detail=f"{program} is not on the PATH", advice=advice)
-    told = subprocess.run([program, argument], capture_output=True, text=True, timeout=10, check=False)
+    told = subprocess.run([program, argument], capture_output=True, encoding="utf-8", timeout=10, check=False)
     said = " ".join((told.stdout or told.stderr).split())
     if told.returncode:
         return Finding(what=what, state="missing", detail=f"{program} does not work here: {said[:120]}", advice=advice)

@@ -77,7 +77,7 @@ def make_model_template(config: RunConfig, directory: Path) -> None:
     hf = architecture_of(config.model, tokenizer.vocab_size).to_hf(
         eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    (directory / "config.json").write_text(json.dumps(hf, indent=1) + "\n")
+    (directory / "config.json").write_text(json.dumps(hf, indent=1) + "\n", encoding="utf-8")
 
 
 def outline(config: RunConfig, template: Path) -> tuple[Architecture, TransferPlan]:

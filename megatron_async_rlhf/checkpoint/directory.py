@@ -51,7 +51,7 @@ def check_format(directory: Path) -> None:
     """
     path = directory / FORMAT
     try:
-        backend = json.loads(path.read_text())["sharded_backend"]
+        backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
     if backend != "torch_dist":
@@ -61,7 +61,7 @@ def check_format(directory: Path) -> None:
 
 
 def write_format(directory: Path) -> None:
-    (directory / FORMAT).write_text(json.dumps(_TORCH_DIST))
+    (directory / FORMAT).write_text(json.dumps(_TORCH_DIST), encoding="utf-8")
 
 
 def hf_files_of(directory: Path) -> Path:
@@ -83,10 +83,10 @@ def describe_weights(source: Path, target: Path, dtype: str) -> None:
     """Copy config and tokenizer to where the weights are; the config names the dtype they have there."""
     copy_hf_files(source, target)
     path = target / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     if any(config.get(key) != dtype for key in keys):
-        path.write_text(json.dumps(config | dict.fromkeys(keys, dtype), indent=2) + "\n")
+        path.write_text(json.dumps(config | dict.fromkeys(keys, dtype), indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

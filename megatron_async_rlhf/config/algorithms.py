@@ -4,12 +4,11 @@ Defaults are the paper's (Noukhovitch et al., arXiv 2410.18252) where it has the
 differ, both are reachable and a comment says which is which. Formulas are in `megatron_async_rlhf.algorithms`.
 """
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
-from megatron_async_rlhf.config.section import Section
+from megatron_async_rlhf.config.section import LocalPath, Section
 
 
 class AlgorithmKeys(Section):
@@ -237,7 +236,7 @@ class PPOSection(RatioKeys):
     value_coefficient: PositiveFloat = 0.1  # of the value loss; the paper: 0.1
     value_clip: PositiveFloat | None = 0.2  # null: no clip
     value_learning_rate: PositiveFloat | None = None  # default: the learner's
-    value_hf: Path | None = (
+    value_hf: LocalPath | None = (
         None  # Hugging Face directory the value model starts from, a reward model; default: the policy
     )
     dual_clip: float | None = Field(None, gt=1)  # bounds the loss of bad tokens that became likelier; INTELLECT-2: 4

@@ -25,6 +25,9 @@ def _check_names(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
+Variables = Annotated[dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]], AfterValidator(_check_names)]
+
+
 class SlurmKeys(Section):
     """Every job gets whole machines: `launch.nodes` of them, with `launch.gpus_per_node` GPUs each if the run is on GPUs."""
 
@@ -51,7 +54,7 @@ class SlurmKeys(Section):
     project_dir: Path | None = None  # where stages run and relative paths begin; default: the current directory
     python: str | None = None  # with the project installed; default: the project's .venv, in a container python3
     setup: list[str] = []  # shell lines before the command: [module load cuda]
-    environment: Annotated[dict[str, str], AfterValidator(_check_names)] = {}
+    environment: Variables = {}
     container: str | None = None  # an image, for Pyxis; else stages run on the machine itself
     container_mounts: list[str] = []  # host:container[:options]; project_dir is mounted in any case
 

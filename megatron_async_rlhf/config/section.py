@@ -1,9 +1,27 @@
 """What all sections of a configuration have in common."""
 
-from typing import Any
+import os
+from pathlib import Path
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
+
+
+def _expand_user(path: str) -> str:
+    """No shell expands the `~` of `-s run.dir=~/x`."""
+    return os.path.expanduser(path)
+
+
+LocalPath = Annotated[Path, AfterValidator(lambda path: Path(_expand_user(str(path))))]
+LocalSource = Annotated[str, AfterValidator(_expand_user)]  # a path, or what is none
 
 
 class Section(BaseModel):

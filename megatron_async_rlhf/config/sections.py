@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from megatron_async_rlhf.config.beats import LearnerTimeout, NodeTimeout
-from megatron_async_rlhf.config.cluster import SlurmKeys
-from megatron_async_rlhf.config.section import Section, synonyms
+from megatron_async_rlhf.config.cluster import SlurmKeys, Variables
+from megatron_async_rlhf.config.section import LocalPath, LocalSource, Section, synonyms
 
 Device = Literal["cpu", "cuda"]
 _FLOAT32, _BFLOAT16 = ("fp32", "float32", "f32", "float"), ("bf16", "bfloat16", "bfloat")
@@ -25,7 +25,7 @@ class RunSection(Section):
     """Name, place, seed and device of the run."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    dir: Path | None = None  # default: runs/<name>; an earlier run found there is set aside, never overwritten
+    dir: LocalPath | None = None  # default: runs/<name>; an earlier run found there is set aside, never overwritten
     seed: int = Field(0, ge=0)
     device: Device = "cpu"  # what learner and generators compute on
 
@@ -37,7 +37,9 @@ class RunSection(Section):
 class ModelSection(Section):
     """The policy: a Hugging Face directory, a checkpoint that `import-hf` made of one, or a fresh Llama."""
 
-    hf: Path | None = None  # directory with weights, config and tokenizer; of the keys below only context_length goes
+    hf: LocalPath | None = (
+        None  # directory with weights, config and tokenizer; of the keys below only context_length goes
+    )
     layers: PositiveInt | None = None
     hidden_size: PositiveInt | None = None
     ffn_size: PositiveInt | None = None
@@ -301,8 +303,10 @@ class ScheduleSection(Section):
 class DataSection(Section):
     """Where prompts come from: the built-in task, a JSONL file, or a Hugging Face dataset."""
 
-    train: str = "builtin"  # `builtin`, a .jsonl path, or `hf:<dataset>[:<config>]:<split>`
-    eval: str | None = None  # same forms; a relative path is tried beside data.train first. Default: split off train
+    train: LocalSource = "builtin"  # `builtin`, a .jsonl path, or `hf:<dataset>[:<config>]:<split>`
+    eval: LocalSource | None = (
+        None  # same forms; a relative path is tried beside data.train first. Default: split off train
+    )
     train_prompts: PositiveInt | None = None  # use the first N; the built-in task makes as many as this (default 4096)
     eval_prompts: PositiveInt = 256
     prompt_field: str = "prompt"
@@ -391,4 +395,6 @@ class LaunchSection(Section):
     pin_cores: bool = True  # a core per learner rank and generator worker, shared only when there are too few
     shutdown_grace_s: PositiveFloat = 10.0  # between SIGTERM and SIGKILL
     interrupt_grace_s: PositiveFloat = 120.0  # after Ctrl-C, for the step under way, the checkpoint and the export
+    # Variables for all processes: the way to set what is otherwise ignored, as VLLM_LOGGING_LEVEL (docs/environment.md)
+    environment: Variables = {}
     slurm: SlurmKeys | None = None  # what `async-rlhf launch --executor slurm` asks Slurm for; a run ignores it

@@ -170,7 +170,7 @@ def train_bpe_tokenizer(directory: Path | str, texts: Iterable[str], vocab_size:
 
 def fix_date(directory: Path | str) -> None:
     """Whenever this directory is read from now on, its chat template takes this moment for now."""
-    (Path(directory) / DATE).write_text(datetime.now().isoformat(timespec="seconds") + "\n")
+    (Path(directory) / DATE).write_text(datetime.now().isoformat(timespec="seconds") + "\n", encoding="utf-8")
 
 
 def _write(directory: Path, merges: list[tuple[str, str]]) -> None:
@@ -190,8 +190,8 @@ def _write(directory: Path, merges: list[tuple[str, str]]) -> None:
     }
     directory.mkdir(parents=True, exist_ok=True)
     backend.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (directory / "chat_template.jinja").write_text(_CHAT_TEMPLATE)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
 
 
 def _byte_symbols() -> list[str]:
@@ -206,7 +206,7 @@ def _read_date(directory: Path) -> datetime:
     if not path.is_file():
         return datetime.now()
     try:
-        return datetime.fromisoformat(path.read_text().strip())
+        return datetime.fromisoformat(path.read_text(encoding="utf-8").strip())
     except (OSError, ValueError) as error:
         raise DataError(
             f"{directory}: {DATE} cannot be read ({error}); write the day of the run's start there"

@@ -1,6 +1,7 @@
 """Asks how many GPUs this machine has and whether it can run a configuration on them, before anything is started."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.environment import child_environment
 from megatron_async_rlhf.errors import ConfigError
 
 _TIMEOUT_S = 120.0  # imports torch and Megatron, and starts CUDA
@@ -23,10 +25,17 @@ def count_gpus(config: RunConfig) -> int:
         return 0
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         path = Path(scratch) / "config.yaml"
-        path.write_text(dump_config(config))
+        path.write_text(dump_config(config), encoding="utf-8")
         asked = [sys.executable, "-W", "ignore", "-m", "megatron_async_rlhf.doctor", str(path)]
         try:
-            told = subprocess.run(asked, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+            told = subprocess.run(
+                asked,
+                capture_output=True,
+                encoding="utf-8",
+                timeout=_TIMEOUT_S,
+                check=False,
+                env=child_environment(os.environ, {}),
+            )
         except subprocess.TimeoutExpired:
             raise ConfigError(
                 f"run.device = cuda: asking for the GPUs took longer than {_TIMEOUT_S:g} s; see what nvidia-smi says"

@@ -4,7 +4,7 @@
                                                 └─ nothing heard for node_timeout_s ──> end all, exit 1
 
 SIGTERM and Ctrl-C do not end it at once: a scheduler sends them to every process of a job, and it is the first machine
-that decides what becomes of the run. A second one does.
+that decides what becomes of the run. A second one does. SIGHUP, of a terminal that is gone, it passes by.
 """
 
 import secrets
@@ -44,6 +44,7 @@ from megatron_async_rlhf.launch.rendezvous import (
     rendezvous_path,
 )
 from megatron_async_rlhf.launch.scratch import remove_abandoned
+from megatron_async_rlhf.launch.terminal import handle_interrupts
 
 _POLL_S = 0.1
 _ANSWER_S = 5.0  # an address that does not answer within it is not the one
@@ -85,7 +86,7 @@ class Agent:
     def serve(self) -> int:
         """Until told to leave; returns the exit code."""
         remove_abandoned()
-        previous = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        previous = handle_interrupts(self._on_signal)
         try:
             return self._serve()
         finally:

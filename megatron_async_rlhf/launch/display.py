@@ -31,7 +31,7 @@ class Display:
         self._live: Live | None = None
         self._state: dict[str, str] = {"stage": "starting", "generators": "starting", "learner": "starting"}
         self._began = self._last_line = time.monotonic()
-        if self._console.is_terminal:
+        if self._console.is_terminal and self._console.file.isatty():  # FORCE_COLOR makes a log look like a terminal
             self._live = Live(self._panel(), console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
 

@@ -88,7 +88,7 @@ def check_node_rank(config: RunConfig, rank: int) -> None:
             f"launch.nodes = {nodes}, but this is node rank {rank}; set launch.nodes to the number of machines, or "
             "--node-rank 0 if this one runs alone (without it SLURM_NODEID counts)"
         )
-    started = {key: _number_in(f"SLURM_STEP_NUM_{key}", nodes) for key in ("NODES", "TASKS")}
+    started = {key: _slurm_count(f"SLURM_STEP_NUM_{key}", nodes) for key in ("NODES", "TASKS")}
     if os.environ.get("SLURM_NTASKS", "") not in ("", os.environ.get("SLURM_STEP_NUM_TASKS")):
         return  # of the step that a batch job was submitted from
     if nodes > 1 and started["NODES"] != nodes:
@@ -101,11 +101,6 @@ def check_node_rank(config: RunConfig, rank: int) -> None:
             f"launch.nodes = {nodes}, but this Slurm step has {started['TASKS']} tasks; start one on each node "
             f"(srun --ntasks-per-node=1){_ALONE}"
         )
-
-
-def _number_in(variable: str, default: int) -> int:
-    value = os.environ.get(variable, "")
-    return int(value) if value.isascii() and value.isdigit() else default
 
 
 def node_name() -> str:
@@ -137,12 +132,19 @@ def free_ports(count: int, taken: Sequence[int] = ()) -> list[int]:
     A server binds its port many seconds after it was picked; until then no connection may happen to get it.
     """
     try:
-        end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0])
     except (OSError, ValueError):
         end = 32768
     candidates = random.SystemRandom().sample(range(10000, max(end, 12000)), 1000)
     free = (port for port in candidates if port not in taken and _is_free(port))
     return [next(free) for _ in range(count)]
+
+
+def _slurm_count(name: str, default: int) -> int:
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise ConfigError(f"{name} = {value}: is no number; unset it")
+    return int(value)
 
 
 def _in_terminal() -> bool:

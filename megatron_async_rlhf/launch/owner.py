@@ -147,7 +147,7 @@ def _touched(path: Path) -> int:
 def machine() -> str:
     """This boot of it, and which of its process ids are seen here: containers have their own."""
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # some containers hide it: then none is known to be the same
         return secrets.token_hex(8)
 
@@ -155,7 +155,7 @@ def machine() -> str:
 def started(pid: int) -> int | None:
     """Nothing if there is no such process, or only what its parent has not yet asked about."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])

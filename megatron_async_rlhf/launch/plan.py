@@ -21,7 +21,8 @@ from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
 
 
 class ProcessSpec(Struct, frozen=True, kw_only=True):
-    """One process. `environment` comes on top of ours; empty `cores` means any core, empty `gpus` none.
+    """One process. `environment` comes on top of ours (`child_environment`); empty `cores` means any core, empty `gpus`
+    none.
 
     Attributes:
         node: which machine, counted from the first, which supervises.
@@ -99,7 +100,7 @@ def plan_processes(
     return ProcessPlan(
         learners=_learners(config, run_dir, layout.learners, nodes),
         generators=generators,
-        controller=_controller(run_dir, [*addresses, *resume]),
+        controller=_controller(config, run_dir, nodes, [*addresses, *resume]),
         restarts=config.generator.restarts if records_versions() else 0,
     )
 
@@ -113,16 +114,21 @@ def plan_learner_alone(
     return ProcessPlan(
         learners=_learners(config, run_dir, slots, nodes),
         generators=[],
-        controller=_controller(run_dir, addresses, module=module),
+        controller=_controller(config, run_dir, nodes, addresses, module=module),
     )
 
 
-def _controller(run_dir: Path, arguments: list[str], module: str = "app") -> ProcessSpec:
+def _controller(
+    config: RunConfig, run_dir: Path, nodes: Sequence[Node], arguments: list[str], module: str = "app"
+) -> ProcessSpec:
     command = [sys.executable, "-m", f"megatron_async_rlhf.{module}", "--run-dir", str(run_dir), *arguments]
     return ProcessSpec(
         name="controller",
         arguments=command,
-        environment={"OMP_NUM_THREADS": "1"},
+        # It may need a proxy, for W&B or a judge, but never to reach a machine of the run.
+        environment=_environment(
+            config, {"OMP_NUM_THREADS": "1", "no_proxy": ",".join(node.address for node in nodes)}
+        ),
         cores=[],
         end_signal=END_AT_ONCE,
     )
@@ -135,7 +141,9 @@ def _generator(config: RunConfig, name: str, slots: Sequence[Slot], node: Node, 
     return ProcessSpec(
         name=name,
         arguments=arguments,
-        environment=server_environment(config, names) | _network(node) | {"VLLM_HOST_IP": node.address},
+        environment=_environment(
+            config, server_environment(config, names) | _network(node) | {"VLLM_HOST_IP": node.address}
+        ),
         cores=[],  # vLLM binds its workers itself; its front end may run wherever there is room
         gpus=devices if on_gpus else [],
         node=slots[0].node,
@@ -158,16 +166,19 @@ def _learners(config: RunConfig, run_dir: Path, slots: Sequence[Slot], nodes: Se
                 *("--run-dir", str(run_dir)),
                 *("--listen", _commands_at(slots, nodes)),
             ],
-            environment={
-                "RANK": str(rank),
-                "LOCAL_RANK": str(slot.device if on_gpu else rank),
-                "WORLD_SIZE": str(len(slots)),
-                "MASTER_ADDR": host,
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": str(config.learner.threads),
-                **_network(nodes[slot.node]),
-                **in_order,
-            },
+            environment=_environment(
+                config,
+                {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(slot.device if on_gpu else rank),
+                    "WORLD_SIZE": str(len(slots)),
+                    "MASTER_ADDR": host,
+                    "MASTER_PORT": str(port),
+                    "OMP_NUM_THREADS": str(config.learner.threads),
+                    **_network(nodes[slot.node]),
+                    **in_order,
+                },
+            ),
             cores=[slot.device] if config.launch.pin_cores and not on_gpu else [],
             gpus=[slot.device] if on_gpu else [],
             node=slot.node,
@@ -177,9 +188,23 @@ def _learners(config: RunConfig, run_dir: Path, slots: Sequence[Slot], nodes: Se
     ]
 
 
+def _environment(config: RunConfig, own: dict[str, str]) -> dict[str, str]:
+    """What a process needs, and what the configuration adds.
+
+    Raises:
+        ConfigError: both say something of one variable.
+    """
+    for name in config.launch.environment.keys() & own.keys():
+        raise ConfigError(f"launch.environment.{name} = {config.launch.environment[name]}: the run sets it itself")
+    return config.launch.environment | own
+
+
 def _network(node: Node) -> dict[str, str]:
-    """Which interface gloo uses: left to itself it looks up the host name, which on many machines is a loopback one."""
-    return {"GLOO_SOCKET_IFNAME": node.interface}
+    """Which interface gloo uses: left to itself it looks up the host name, which on many machines is a loopback one.
+
+    Servers and ranks talk to machines of the run alone, so they need no proxy.
+    """
+    return {"GLOO_SOCKET_IFNAME": node.interface, "no_proxy": "*"}
 
 
 def _commands_at(learners: Sequence[Slot], nodes: Sequence[Node]) -> str:

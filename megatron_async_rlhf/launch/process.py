@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from megatron_async_rlhf.environment import child_environment
+from megatron_async_rlhf.launch.causes import Cause, first_cause
 from megatron_async_rlhf.launch.plan import ProcessSpec
 from megatron_async_rlhf.launch.scratch import Scratch
 
 _PR_SET_PDEATHSIG = 1
 _GONE_S = 5.0  # until nothing of a killed group is there any more; a driver may hold a process that long
 _POLL_S = 0.02
+_LOG_BYTES = 2**21  # of its end, where the cause of a failure is looked for
 
 
 class Process(ABC):
@@ -25,6 +28,7 @@ class Process(ABC):
     def __init__(self, spec: ProcessSpec, log_dir: Path) -> None:
         self.spec = spec
         self.log = log_dir / f"{spec.name}.log"
+        self._log_began = self.log.stat().st_size if self.log.exists() else 0  # an earlier start's is not ours
 
     @property
     def name(self) -> str:
@@ -60,8 +64,18 @@ class Process(ABC):
 
     def last_lines(self, count: int = 15) -> list[str]:
         """The end of its log."""
+        return self._log_lines()[-count:]
+
+    def cause(self) -> Cause | None:
+        """What its log says first of why it ended, since this start of it."""
+        return first_cause(self._log_lines())
+
+    def _log_lines(self) -> list[str]:
         try:
-            return self.log.read_text(errors="replace").splitlines()[-count:]
+            with self.log.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(self._log_began, size - _LOG_BYTES))
+                return file.read().decode(errors="replace").splitlines()
         except OSError:
             return []
 
@@ -85,10 +99,11 @@ class LocalProcess(Process):
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if pipe_stdout else log,
                 stderr=log,
-                env={**os.environ, **self.spec.environment, **self._scratch.environment},
+                env=child_environment(os.environ, {**self.spec.environment, **self._scratch.environment}),
                 start_new_session=True,  # a Ctrl-C in the terminal reaches the supervisor alone
                 preexec_fn=_before_exec(self.spec),
-                text=True,
+                encoding="utf-8",
+                errors="replace",
             )
 
     @property
@@ -138,7 +153,7 @@ def _group(leader: int) -> Iterator[int]:
     """Ids of a process group's members that have not ended."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            state, _, group = path.read_text(encoding="utf-8").rpartition(")")[2].split()[:3]
             if int(group) == leader and state not in "ZX":
                 yield int(path.parent.name)
 
@@ -153,6 +168,7 @@ def _before_exec(spec: ProcessSpec):
         libc.prctl(_PR_SET_PDEATHSIG, spec.end_signal)
         if os.getppid() != parent:
             os._exit(1)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what becomes of a terminal is its parent's affair
         if spec.cores:
             os.sched_setaffinity(0, spec.cores)
 

@@ -36,7 +36,7 @@ def create_run_directory(config: RunConfig, template: Path) -> tuple[Path, Path 
     try:
         aside = _set_aside(directory, owner_path(config))
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / RESOLVED_CONFIG).write_text(dump_config(config))
+        (directory / RESOLVED_CONFIG).write_text(dump_config(config), encoding="utf-8")
         shutil.copytree(template, directory / POLICY_TEMPLATE_DIR)
     except OSError as error:
         raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None

@@ -49,7 +49,7 @@ class Scratch:
         """What these processes, which are about to end, share."""
         for pid in pids:
             with contextlib.suppress(OSError):  # it has ended
-                for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
                     _, _, mapped = line.partition(f" {_SHARED}/")
                     if name := _VLLM_SHARED.match(mapped):
                         self._shared.add(_SHARED / name[0])

@@ -4,7 +4,7 @@
                          ├─ a generator dies in training ──> start it again, same name, port, cores and log
                          ├─ the controller says that one does nothing ──> kill it: a generator has died
                          ├─ any other death, a machine is lost ──> end the others ──> failed, naming it
-                         └─ Ctrl-C, SIGTERM, or a file `stop` in the run directory
+                         └─ Ctrl-C, SIGTERM, SIGHUP, or a file `stop` in the run directory
                                 └──> controller finishes its step, saves and exports ──> interrupted
 
 A generator that has been started again `generator.restarts` times stays down when it dies once more: the controller
@@ -23,14 +23,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ProcessDiedError, WriteError
+from megatron_async_rlhf.launch.causes import signal_hint
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
 from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
 from megatron_async_rlhf.launch.process import Process
 from megatron_async_rlhf.launch.scratch import remove_abandoned
 from megatron_async_rlhf.launch.stacks import dump_stacks
+from megatron_async_rlhf.launch.terminal import handle_interrupts
 from megatron_async_rlhf.telemetry.events import parse_event
 from megatron_async_rlhf.telemetry.files import (
     LOG_DIR,
@@ -77,7 +80,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Start, watch, end; returns the exit code: 0 completed, 1 failed, 130 interrupted."""
-        previous = {n: signal.signal(n, self._on_interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+        previous = handle_interrupts(self._on_interrupt)
         try:
             self._start()
             status, error, tail = self._watch()
@@ -90,6 +93,8 @@ class Supervisor:
         self._drain_events()
         self._write_last_summary(status, error, tail)
         self._display.finished(status, error, tail, self._run_dir)
+        if status == "failed" and RunCheckpoints(self._run_dir).versions():
+            self._display.note("the same command with --resume goes on from its last checkpoint")
         if status == "interrupted" and self._plan.generators:
             self._display.note("the same command with --resume goes on from its last checkpoint")
         return _EXIT_CODES[status]
@@ -223,12 +228,22 @@ class Supervisor:
             return "failed", self._failure, []
         if self._failure and not others:
             named = next((p for p in self._processes if self._failure.startswith(p.name)), self._controller)
-            return "failed", self._failure, named.last_lines()
+            return "failed", *self._with_cause(self._failure, named)
         culprit = min(others or dead, key=lambda process: process.returncode >= 0)
-        error = ProcessDiedError(
-            self._killed.get(culprit.name) or f"{culprit.name} {culprit.ending()}; see {culprit.log}"
-        )
-        return "failed", str(error), culprit.last_lines()
+        if why := self._killed.get(culprit.name):
+            return "failed", str(ProcessDiedError(why)), culprit.last_lines()
+        hint = signal_hint(culprit.returncode)
+        error = ProcessDiedError(f"{culprit.name} {culprit.ending()}{', ' if hint else ''}{hint}; see {culprit.log}")
+        return "failed", *self._with_cause(str(error), culprit)
+
+    def _with_cause(self, error: str, process: Process) -> tuple[str, list[str]]:
+        """The error with what the process's log says first of it, and these lines. Without such the end of the log, but of
+        a process that was killed: what it said last has nothing to do with it."""
+        cause = process.cause()
+        if cause is None:
+            return error, [] if (process.returncode or 0) < 0 else process.last_lines()
+        told = cause.line in error or error in cause.line
+        return error if told else f"{error}; its log says: {cause.line}", cause.lines
 
     def _drain_events(self) -> None:
         while True:

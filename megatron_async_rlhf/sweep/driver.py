@@ -18,6 +18,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.plan import ProcessSpec
 from megatron_async_rlhf.launch.process import LocalProcess, Process
+from megatron_async_rlhf.launch.terminal import handle_interrupts
 from megatron_async_rlhf.sweep.points import Point, Sweep
 from megatron_async_rlhf.sweep.progress import progress_of
 from megatron_async_rlhf.telemetry.files import LOG_DIR, RESOLVED_CONFIG, replace_file, writing
@@ -63,7 +64,7 @@ class Driver:
             The exit code: 0 all of `points` are completed, 1 one of them failed, 130 some are left to do.
         """
         began = self._clock()
-        previous = {n: signal.signal(n, self._on_interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+        previous = handle_interrupts(self._on_interrupt)
         try:
             return self._run(points, lambda: max_seconds is not None and self._clock() - began >= max_seconds)
         finally:
@@ -130,7 +131,9 @@ class Driver:
         elif returned == EXIT_COMPLETED:
             reason = f"its {RESOLVED_CONFIG} is not what it was given: was the program changed meanwhile? start again"
         else:
-            reason = progress.error or (self._process.last_lines(1) or [self._process.ending()])[0]
+            cause = self._process.cause()
+            last = [cause.line] if cause else self._process.last_lines(1) or [self._process.ending()]
+            reason = progress.error or last[0]
         self._note(f"{name}: failed after {seconds}: {reason}; see {self._process.log}")
         return EXIT_FAILED
 

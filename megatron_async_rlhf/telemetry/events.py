@@ -15,7 +15,7 @@ class EventStream:
         try:
             print(json.dumps({"event": kind, **fields}), file=self._pipe, flush=True)
         except (BrokenPipeError, ValueError):
-            self._pipe = open("/dev/null", "w")
+            self._pipe = open("/dev/null", "w", encoding="utf-8")
 
 
 def parse_event(line: str) -> dict[str, Any] | None:

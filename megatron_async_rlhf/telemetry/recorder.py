@@ -58,7 +58,7 @@ class Recorder:
         self._lines: dict[str, IO[str]] = {}
         for name in (METRICS, SAMPLES):
             with writing(run_dir / name):
-                self._lines[name] = (run_dir / name).open("a", buffering=1)
+                self._lines[name] = (run_dir / name).open("a", buffering=1, encoding="utf-8")
         self._wandb = WandbLog(config, run_dir)
         self._spans: list[Span] = []
         self._loop_start: float | None = None
@@ -84,7 +84,7 @@ class Recorder:
     def warm_start_step(self, step: int, values: dict[str, float], spans: Iterable[Span]) -> None:
         self._spans += spans
         path = self._dir / WARM_START
-        with writing(path), path.open("a") as file:
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": self._clock(), **values}) + "\n")
         self._events.emit("warm_start", step=step, steps=self._config.warm_start.steps, loss=values["loss"])
         self._wandb.warm_start(step, values)
@@ -171,7 +171,7 @@ class Recorder:
     def evaluation_samples(self, when: str, groups: Sequence[RolloutGroup]) -> None:
         """Every completion of an evaluation, with its token ids."""
         path = self._dir / EVALUATIONS
-        with writing(path), path.open("a") as file:
+        with writing(path), path.open("a", encoding="utf-8") as file:
             for group in groups:
                 for completion, reward in zip(group.completions, group.rewards, strict=True):
                     line = {

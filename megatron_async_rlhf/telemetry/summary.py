@@ -147,7 +147,7 @@ def staleness_figures(ages: Counter[int]) -> dict[str, Any]:
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """A run's `summary.json`; empty if there is none yet, or not a whole one."""
     try:
-        summary = json.loads((run_dir / SUMMARY).read_text())
+        summary = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return summary if isinstance(summary, dict) else {}

@@ -93,5 +93,5 @@ def _run_id(run_dir: Path) -> str:
     path = run_dir / WANDB_ID
     if not path.exists():
         with writing(path):
-            path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
+            path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

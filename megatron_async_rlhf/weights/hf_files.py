@@ -133,5 +133,5 @@ def _put_in_place(directory: Path, partial: list[Path], shards: list[list[Tensor
         total = sum(spec.num_bytes for shard in shards for spec in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         temporary = directory / f"{INDEX}.partial"
-        temporary.write_text(json.dumps(index, indent=1))
+        temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
         temporary.replace(directory / INDEX)

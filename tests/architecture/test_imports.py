@@ -23,6 +23,9 @@ ORDER = [
         "installed",
         "json_lines",
         "suggestions",
+        "environment",
+        "interpreter",
+        "limits",
         "weights.families",
     ],  # the families are plain data, read by the config too
     ["config"],
@@ -36,6 +39,7 @@ ORDER = [
         "generator.protocol",
         "generator.seeds",
         "generator.silence",
+        "generator.places",
         "learner.flops",
         "learner.meter",
     ],
@@ -214,3 +218,68 @@ def test_the_controllers_side_does_not_load_torch():
     command = [sys.executable, "-c", program, *names]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def _without_encoding(tree: ast.AST) -> Iterator[int]:
+    """Lines that read or write text, and leave the encoding to the locale."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        keys = {keyword.arg: keyword.value for keyword in call.keywords}
+        if _is_text(ast.unparse(call.func), call.args, keys) and "encoding" not in keys:
+            yield call.lineno
+
+
+def _is_text(called: str, arguments: list[ast.expr], keys: dict[str | None, ast.expr]) -> bool:
+    name = called.rpartition(".")[2]
+    if name in {"read_text", "write_text"}:
+        return True
+    if name == "NamedTemporaryFile":
+        default, place = "w+b", 0
+    elif called in ("open", "io.open", "os.fdopen"):
+        default, place = "r", 1
+    elif name == "open" and called not in ("os.open", "self.open") and not (arguments and not _mode(arguments[0])):
+        default, place = "r", 0  # of a path; what is opened with something that is no mode is no file
+    else:
+        switch = keys.get("text") or keys.get("universal_newlines")
+        return isinstance(switch, ast.Constant) and bool(switch.value)
+    given = keys.get("mode") or (arguments[place] if len(arguments) > place else None)
+    return "b" not in (default if given is None else _mode(given))
+
+
+def _mode(node: ast.expr) -> str:
+    is_mode = isinstance(node, ast.Constant) and isinstance(node.value, str) and set(node.value) <= set("rwxabt+")
+    return node.value if is_mode else ""
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("path.read_text()", 1),
+        ("path.write_text('x')", 1),
+        ("path.write_text('x', encoding='utf-8')", 0),
+        ("open(path)", 1),
+        ("open(path, 'rb')", 0),
+        ("open(path, mode='a')", 1),
+        ("path.open()", 1),
+        ("path.open('ab')", 0),
+        ("path.open('w', encoding='utf-8')", 0),
+        ("os.fdopen(number, 'wb')", 0),
+        ("os.open(path, os.O_RDONLY)", 0),
+        ("self.open(name)", 0),
+        ("tempfile.NamedTemporaryFile()", 0),
+        ("tempfile.NamedTemporaryFile('w')", 1),
+        ("subprocess.run(a, text=True)", 1),
+        ("subprocess.run(a, text=False)", 0),
+        ("subprocess.run(a, encoding='utf-8')", 0),
+    ],
+)
+def test_text_without_an_encoding_is_seen(source, expected):
+    assert len(list(_without_encoding(ast.parse(source)))) == expected
+
+
+def test_no_text_is_left_to_the_locale():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in FILES
+        for line in _without_encoding(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not found, 'say encoding="utf-8"'

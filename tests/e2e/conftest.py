@@ -24,7 +24,13 @@ class Run:
         command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(CONFIG), *flags]
         for setting in settings:
             command += ["-s", setting]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+        )
 
     def wait(self) -> str:
         """Its output, once it has ended."""

@@ -145,7 +145,9 @@ def test_killed_during_a_save_then_interrupted_then_completed(start):
 
     run = start("schedule.steps=500", *settings, resume=run.directory)
     run.wait_for_step(7)
-    run.process.send_signal(signal.SIGTERM)
+    for _ in range(2):  # as when a connection is lost: from the terminal, and from the shell
+        run.process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
     output = run.wait()
     assert run.process.returncode == 130, output
     summary = run.summary()

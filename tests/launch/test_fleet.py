@@ -171,6 +171,9 @@ def test_nothing_outlives_the_first_machine(cluster, tmp_path):
     agent = cluster.agent("launch.node_timeout_s=5")
     pid = int(first.stdout.readline())
     agent.send_signal(signal.SIGTERM)  # as Slurm does with all of a job; it is for the first machine to decide
+    for _ in range(2):
+        time.sleep(0.3)
+        agent.send_signal(signal.SIGHUP)  # of a terminal that closes; it is not the second time that it is asked to end
     time.sleep(0.5)
     assert is_alive(pid) and agent.poll() is None
     first.kill()
@@ -359,7 +362,11 @@ def free_port() -> int:
         ({"SLURM_STEP_NUM_TASKS": "4"}, [], "has 4 tasks; start one on each node (srun --ntasks-per-node=1)"),
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"}, [], "has 4 tasks; start one on each node"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, ["-s", "launch.nodes=1"], "launch.nodes = 1, but this Slurm step has 8 tasks"),
-        ({"SLURM_NODEID": "2"}, [], "launch.nodes = 2, but this is node rank 2; set launch.nodes"),
+        (
+            {"SLURM_NODEID": "2"},
+            [],
+            "launch.nodes = 2, but this is node rank 2 (--node-rank, or SLURM_NODEID); set launch.nodes",
+        ),
         ({"SLURM_NODEID": "1"}, ["-s", "launch.nodes=1"], "launch.nodes = 1, but this is node rank 1"),
     ],
 )

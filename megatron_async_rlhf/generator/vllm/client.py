@@ -75,6 +75,7 @@ class VLLMGenerator:
         tensor_parallel: int,
         request_timeout_s: float,
         probe_timeout_s: float,
+        places: int = 2**16,
     ) -> None:
         self.name = name
         self.version = -1
@@ -84,7 +85,7 @@ class VLLMGenerator:
         self._probe_timeout_s = probe_timeout_s
         self._under_way = 0  # requests
         self._silence = Silence(name, request_timeout_s)
-        self._server = Connection(name, url, request_timeout_s)
+        self._server = Connection(name, url, request_timeout_s, places)
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:
         """`request.samples` completions; their text has no special tokens, nor the one that ended it.
@@ -201,11 +202,12 @@ class VLLMGenerator:
         self._silence.give_up()
 
     async def wait_queued(self, count: int) -> None:
-        """Return once the server has taken in `count` requests; they run after `resume`.
+        """Return once the server has taken in `count` requests, or all that have a place; they run after `resume`.
 
         Raises:
             GeneratorGoneError: it does not take them in, or was given up.
         """
+        count = min(count, self._server.places)
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._silence.unless_given_up(self._has_queued(count))

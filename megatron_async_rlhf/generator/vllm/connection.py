@@ -1,25 +1,41 @@
 """One server's HTTP side: requests with time limits, and what became of it told in this project's errors."""
 
+import asyncio
+import contextlib
+import errno
 from typing import Any
 
 import aiohttp
 import msgspec
 
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
+from megatron_async_rlhf.limits import open_files
 
 NO_LIMIT = 0.0
+_SAMPLE = "/inference/v1/generate"
+# Of a connection that this machine does not even try to make: the server has nothing to do with it.
+_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 
 
 class Connection:
-    """JSON in, JSON out. A request that is cancelled here is cancelled at the server too."""
+    """JSON in, JSON out. A request that is cancelled here is cancelled at the server too.
 
-    def __init__(self, name: str, url: str, timeout_s: float) -> None:
+    Attributes:
+        places: requests for samples that may be under way at once; others wait for one to end, in order. All other
+            requests are sent at once.
+    """
+
+    def __init__(self, name: str, url: str, timeout_s: float, places: int = 2**16) -> None:
         self._name = name
         self._timeout_s = timeout_s
-        # As many connections as requests, so that all can be queued at once. Idle ones are given up long before the
-        # server closes them (`server_environment`): a request sent on a connection that is just being closed would
-        # fail although both sides are well.
-        self._http = aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=5.0))
+        self.places = places
+        self._free_places = asyncio.Semaphore(places)
+        # As many connections as requests, so that all that have a place can be queued at once. Idle ones are given up
+        # long before the server closes them (`server_environment`): a request sent on a connection that is just being
+        # closed would fail although both sides are well. No proxy is ever asked, whatever the environment says.
+        self._http = aiohttp.ClientSession(
+            url, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=5.0), trust_env=False
+        )
 
     async def get(self, path: str) -> dict[str, Any]:
         return await self._request("GET", path, None, self._timeout_s)
@@ -44,7 +60,8 @@ class Connection:
         try:
             async with self._http.get("/health", timeout=aiohttp.ClientTimeout(total=5.0)) as response:
                 return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._refuse_if_ours(error)
             return False
 
     async def close(self) -> None:
@@ -60,10 +77,14 @@ class Connection:
         self, method: str, path: str, body: dict | None, limit: float, answer: Any = dict[str, Any]
     ) -> Any:
         name = self._name
+        place = self._free_places if path == _SAMPLE else contextlib.nullcontext()
         try:
-            async with self._http.request(
-                method, path, json=body, timeout=aiohttp.ClientTimeout(total=limit or None)
-            ) as response:
+            async with (
+                place,
+                self._http.request(
+                    method, path, json=body, timeout=aiohttp.ClientTimeout(total=limit or None)
+                ) as response,
+            ):
                 status, content = response.status, await response.read()
         except TimeoutError:
             raise GeneratorSilentError(
@@ -71,6 +92,7 @@ class Connection:
                 silent_s=limit,
             ) from None
         except aiohttp.ClientError as error:
+            self._refuse_if_ours(error)
             raise GeneratorGoneError(f"{name}: {path} failed, the server is gone ({type(error).__name__})") from None
         if status == 200:
             return self._decoded(path, content, answer) if content else {}
@@ -78,3 +100,14 @@ class Connection:
             raise GeneratorGoneError(f"{name}: {path} failed, its engine died; see its log")
         detail = " ".join(content.decode(errors="replace").split())[:300]
         raise GeneratorError(f"{name}: {path} answered {status}: {detail}")
+
+    def _refuse_if_ours(self, error: Exception) -> None:
+        """A limit of this machine must not be taken for a server that is gone."""
+        number = getattr(error, "errno", None)
+        if number in (errno.EMFILE, errno.ENFILE):
+            raise GeneratorError(
+                f"{self._name}: no further connection, the limit of open files ({open_files()}) is reached; raise it "
+                "(ulimit -n), or lower generator.max_concurrent"
+            ) from None
+        if number in _OURS:
+            raise GeneratorError(f"{self._name}: this machine makes no further connection ({error})") from None

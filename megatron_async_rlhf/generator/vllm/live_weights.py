@@ -9,6 +9,8 @@ from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.weights.stored import TensorSpec
 from megatron_async_rlhf.weights.verify import Box
 
+# A generator is never behind a proxy, whatever `http_proxy` says: the one on this machine would be asked for its own.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _TIMEOUT_S = 600.0  # hashing a packed matrix on a CPU means multiplying with it
 
 
@@ -48,7 +50,7 @@ class LiveWeights:
             f"{self.label}/collective_rpc", data=body, headers={"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+            with _DIRECT.open(request, timeout=_TIMEOUT_S) as response:
                 results = json.load(response)["results"]
         except urllib.error.HTTPError as error:
             raise CheckpointError(

@@ -91,7 +91,7 @@ def _vllm_mentions(files: str, word: str) -> bool:
     vllm = find_spec("vllm")
     if vllm is None or vllm.origin is None:  # the machine that plans need not be the one that runs: as the newest does
         return True
-    return any(word in file.read_text() for file in Path(vllm.origin).parent.glob(files))
+    return any(word in file.read_text(encoding="utf-8") for file in Path(vllm.origin).parent.glob(files))
 
 
 def _device_arguments(config: RunConfig, budget: GpuBudget | None) -> list[str]:
@@ -127,6 +127,6 @@ def server_environment(config: RunConfig, devices: list[str]) -> dict[str, str]:
         "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and weight-update routes
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it filters tokens, which we never do, and may not be installed
         "TOKENIZERS_PARALLELISM": "false",
     }

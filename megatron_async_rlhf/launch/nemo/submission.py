@@ -19,6 +19,7 @@ from nemo_run.config import get_nemorun_home
 
 from megatron_async_rlhf.errors import ConfigError, SubmissionError
 from megatron_async_rlhf.launch.nemo.slurm_states import QueuedJob
+from megatron_async_rlhf.launch.terminal import handle_interrupts
 
 EXIT_COMPLETED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 # NeMo-Run writes this for the job's directory and, without a container, replaces it wherever it stands.
@@ -63,7 +64,7 @@ def run_here(title: str, jobs: Sequence[Job], note: Note) -> int:
         for file in running:
             _pass_on(file)
 
-    previous = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = handle_interrupts(on_interrupt)
     try:
         for job in jobs:
             with _experiment(title) as experiment:
@@ -156,17 +157,17 @@ def _show(job: Any, before: Job | None, show: Note) -> None:
         show(
             f"# {job.id}: {' '.join(['sbatch --requeue --parsable', *after, os.path.join(tunnel.job_dir, file)])}{where}"
         )
-        show(Path(job.executor.experiment_dir, file).read_text())
+        show(Path(job.executor.experiment_dir, file).read_text(encoding="utf-8"))
         show(f"# {job.id}: {os.path.join(tunnel.job_dir, job.id, 'scripts', f'{job.id}.sh')}")
     else:
         after = f", if {before.name} has succeeded" if before is not None else ""
         show(f"# {job.id}: bash {scripts / f'{job.id}.sh'}{after}")
-    show((scripts / f"{job.id}.sh").read_text())
+    show((scripts / f"{job.id}.sh").read_text(encoding="utf-8"))
 
 
 def _pass_on(pid_file: Path) -> None:
     try:
-        os.kill(int(pid_file.read_text()), signal.SIGTERM)
+        os.kill(int(pid_file.read_text(encoding="utf-8")), signal.SIGTERM)
     except (OSError, ValueError):
         pass  # not started yet, or gone
 
