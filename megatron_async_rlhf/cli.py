@@ -1,9 +1,8 @@
 """The `async-rlhf` command."""
 
-import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,13 +17,14 @@ from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
 from megatron_async_rlhf.interpreter import check_working_directory, print_anything, use_utf8
 from megatron_async_rlhf.launch.command import launch
-from megatron_async_rlhf.launch.surroundings import check_surroundings, warn
+from megatron_async_rlhf.launch.surroundings import check_surroundings
 from megatron_async_rlhf.launch.terminal import outlive_readers
 from megatron_async_rlhf.limits import raise_soft_limits
 from megatron_async_rlhf.simulate.command import simulate
 from megatron_async_rlhf.sweep.command import sweep
 from megatron_async_rlhf.telemetry.files import (
     EXPORT_DIR,
+    INPUTS,
     METRICS,
     POLICY_TEMPLATE_DIR,
     RESOLVED_CONFIG,
@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-ConfigArgument = Annotated[Path, typer.Argument(help="YAML configuration, such as examples/quickstart.yaml.")]
+ConfigArgument = Annotated[
+    Path,
+    typer.Argument(help="YAML configuration, such as examples/quickstart.yaml; to resume, also a run's directory."),
+]
 SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value. Repeatable.")]
 NodeRankOption = Annotated[
     int,
@@ -111,22 +114,22 @@ def train(
     """
     from megatron_async_rlhf.estimate.fitting import gpu_budget
     from megatron_async_rlhf.launch.fleet import gather
-    from megatron_async_rlhf.launch.inputs import describe_inputs, write_inputs
+    from megatron_async_rlhf.launch.inputs import check_resumed_inputs, write_inputs
     from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_processes
+    from megatron_async_rlhf.launch.resume import load_for_run
     from megatron_async_rlhf.launch.run_directory import check_writable, reopen_run_directory
     from megatron_async_rlhf.prepare import make_model_template
 
-    resolved = _load_for_run(config, set, resume)
+    resolved = load_for_run(config, set, resume)
     if not dry_run:
         check_installed("torch", "megatron", "vllm")
-        check_surroundings(places_problem(resolved), threads_problem(resolved))
+        _warn(check_surroundings(places_problem(resolved), threads_problem(resolved)))
         _serve_unless_first(resolved, node_rank)
-    warn(advice(resolved))
+    _warn(advice(resolved))
     check_writable(resolved)
     if dry_run:
-        _try(resolved, resume)
-        return
+        return _plan_only(resolved, resume)
     with (
         gather(resolved) as fleet,
         owning(resolved),
@@ -140,15 +143,16 @@ def train(
         if version is None:
             make_model_template(resolved, template)
         materials = _check_all(resolved, template)
-        inputs, architecture = describe_inputs(resolved, materials), materials.architecture
-        budget = gpu_budget(resolved, architecture)
-        plan = plan_processes(resolved, run_dir, architecture.context_length, fleet.nodes, version, budget=budget)
+        inputs, warnings = check_resumed_inputs(resolved, materials, is_new=version is None)
+        _warn(warnings)
+        budget, context = gpu_budget(resolved, materials.architecture), materials.architecture.context_length
+        plan = plan_processes(resolved, run_dir, context, fleet.nodes, version, budget=budget)
         if version is None:
             run_dir = _new_run_directory(resolved, template)
         else:
-            _check_resumed_inputs(resolved, materials)
             reopen_run_directory(resolved, version)
-        write_inputs(run_dir, inputs)
+        if not (run_dir / INPUTS).is_file():  # of a resumed run what it was started with counts
+            write_inputs(run_dir, inputs)
         raise typer.Exit(_supervise(resolved, plan, run_dir, fleet))
 
 
@@ -175,15 +179,16 @@ def sft(
     from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_learner_alone
+    from megatron_async_rlhf.launch.resume import load_for_run
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
     from megatron_async_rlhf.prepare import check_inputs, make_model_template
 
-    resolved = _load_for_run(config, set, resume=False)
+    resolved = load_for_run(config, set, resume=False)
     if not resolved.warm_start.steps:
         raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
     if not dry_run:
         check_installed("torch", "megatron")
-        check_surroundings()
+        _warn(check_surroundings())
         _serve_unless_first(resolved, node_rank)
     check_writable(resolved)
     if dry_run:
@@ -218,6 +223,7 @@ def replay(
     """
     from megatron_async_rlhf.checkpoint.sources import open_holders
     from megatron_async_rlhf.launch.fleet import gather
+    from megatron_async_rlhf.launch.inputs import check_resumed_inputs
     from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
@@ -229,7 +235,7 @@ def replay(
     earlier = load_config(run / RESOLVED_CONFIG)
     section = earlier.run.model_copy(update={"dir": out or run.with_name(f"{run.name}.replay")})
     config = earlier.model_copy(update={"run": section})
-    check_surroundings()
+    _warn(check_surroundings())
     _serve_unless_first(config, node_rank)
     check_writable(config)
     with gather(config) as fleet, owning(config):
@@ -239,7 +245,7 @@ def replay(
         recorded = sum(1 for _ in RolloutLog(run / ROLLOUT_DIR).read(end=len(read_lines(run / METRICS))))
         if not recorded:
             raise ConfigError(f"{run} has recorded nothing; it must be run with schedule.record = true")
-        _check_resumed_inputs(earlier, run_dir=run, starts_over=True)
+        _warn(check_resumed_inputs(earlier, run_dir=run, starts_over=True)[1])
         run_dir = config.run.path.absolute()
         plan = plan_learner_alone(config, run_dir, fleet.nodes, "replay", ["--recorded", str(run)])
         _new_run_directory(config, run / POLICY_TEMPLATE_DIR)
@@ -270,13 +276,14 @@ def _serve_unless_first(config: RunConfig, node_rank: int) -> None:
         raise typer.Exit(serve(config, node_rank))
 
 
-def _try(config: RunConfig, resume: bool) -> None:
-    """All of `train` that starts nothing."""
+def _plan_only(config: RunConfig, resume: bool) -> None:
+    """Of a dry run; what a resumed run reads is compared too."""
     from megatron_async_rlhf.launch.dry_run import print_plan
+    from megatron_async_rlhf.launch.inputs import check_resumed_inputs
 
     start = _find_start(config, resume)
     if start.version is not None:
-        _check_resumed_inputs(config)
+        _warn(check_resumed_inputs(config)[1])
     if not start.finished:
         print_plan(config)
 
@@ -294,34 +301,6 @@ def _find_start(config: RunConfig, resume: bool) -> "Resumption":
     return start
 
 
-def _load_for_run(config: Path, overrides: Sequence[str], resume: bool) -> RunConfig:
-    """The configuration to run; a run's directory stands for that run, wherever it has been moved to."""
-    if not (config / RESOLVED_CONFIG).is_file():
-        return load_config(config, overrides)
-    if not resume:
-        raise ConfigError(
-            f"{config} is the directory of a run: add --resume to train to go on with it, or give "
-            f"{config / RESOLVED_CONFIG} and another -s run.name=... for a new run like it"
-        )
-    resolved = load_config(config, overrides)
-    if resolved.run.path.resolve() == config.resolve():
-        return resolved
-    return load_config(config, [f"run.dir={json.dumps(str(config.absolute()), ensure_ascii=False)}", *overrides])
-
-
-def _check_resumed_inputs(
-    config: RunConfig, materials: "Materials | None" = None, *, run_dir: Path | None = None, starts_over: bool = False
-) -> None:
-    """That data and weights are still those of the run that is gone on with, or done again."""
-    from megatron_async_rlhf.launch.inputs import check_same_inputs, describe_inputs
-    from megatron_async_rlhf.prepare import load_materials
-
-    directory = run_dir or config.run.path.absolute()
-    if materials is None:
-        materials = load_materials(config, directory / POLICY_TEMPLATE_DIR)
-    warn(check_same_inputs(directory, config, describe_inputs(config, materials), starts_over=starts_over))
-
-
 def _check_all(config: RunConfig, template: Path) -> "Materials":
     """Model, data, weights and memory of a whole run, before anything of it is there."""
     from megatron_async_rlhf.estimate.report import refuse_too_large
@@ -329,7 +308,7 @@ def _check_all(config: RunConfig, template: Path) -> "Materials":
 
     materials = check_inputs(config, template)
     refuse_too_large(config, materials.architecture)
-    warn(doubts(config, materials))
+    _warn(doubts(config, materials))
     return materials
 
 
@@ -349,6 +328,11 @@ def _new_run_directory(config: RunConfig, template: Path) -> Path:
     if aside is not None:
         typer.echo(f"an earlier run is now in {aside}")
     return run_dir
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(f"warning: {line}", err=True)
 
 
 def main() -> None:

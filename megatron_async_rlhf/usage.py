@@ -38,12 +38,13 @@ def run_command_line(app: typer.Typer, arguments: Sequence[str]) -> int:
     except (ConfigError, DataError, CheckpointError, MappingError) as error:
         return _fail(str(error).split("\n"), EXIT_BAD_INPUT)
     except AsyncRLHFError as error:
-        return _fail([str(error)], EXIT_FAILED)
+        print(f"error: {error}", file=sys.stderr)  # as it is: it may quote a log
+        return EXIT_FAILED
 
 
 def _fail(lines: Sequence[str], code: int) -> int:
     for line in lines:
-        print(f"error: {' '.join(line.splitlines())}", file=sys.stderr)
+        print(f"error: {' '.join(line.splitlines())}", file=sys.stderr)  # U+2028 and its like end no line of ours
     return code
 
 
@@ -52,7 +53,7 @@ def _usage(error: Any, arguments: Sequence[str]) -> str:
     command = context.command_path if context is not None else _NAME
     help_of = f"see {command} --help"
     if (option := getattr(error, "option_name", None)) and type(error).__name__ == "NoSuchOption":
-        return f"there is no option {option}; {_instead_of_option(option, arguments, error) or help_of}"
+        return f"there is no option {option}; {_instead_of_option(option, arguments, context.command) or help_of}"
     message = " ".join(error.format_message().split()).rstrip(".")
     if found := re.search(r"No such command '(.*?)'", message):
         names = list(getattr(context.command, "commands", {}))
@@ -61,7 +62,7 @@ def _usage(error: Any, arguments: Sequence[str]) -> str:
             f"did you mean {meant}?" if meant else f"there are {', '.join(names)}"
         )
     if found := re.search(r"unexpected extra argument\S* \((.*)\)", message):
-        return f"unexpected argument {found[1]}; {_instead_of_argument(found[1]) or help_of}"
+        return f"unexpected argument {found[1]}; {_instead_of_argument(found[1], context.command) or help_of}"
     if found := re.search(r"Invalid value for (.*?): (.*)", message):
         return f"{found[1].replace(chr(39), '')}: {_bad_value(found[2])}; {help_of}"
     return f"{message[:1].lower()}{message[1:]}; {help_of}"
@@ -76,14 +77,15 @@ def _bad_value(message: str) -> str:
     return rule.replace("must be integer", "must be a whole number").replace("must be number", "must be a number")
 
 
-def _instead_of_option(option: str, arguments: Sequence[str], error: Any) -> str | None:
+def _instead_of_option(option: str, arguments: Sequence[str], command: Any) -> str | None:
     """`--learner.ranks=2` and `--steps 5`: a key of the configuration; else an option of a similar name."""
+    options = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
     name = option.lstrip("-").replace("-", "_")
     places = [option.lstrip("-")] if "." in option else places_of(name)
-    if places:
+    if places and "--set" in options:
         value = _value_of(option, arguments)
         return "a key of the configuration is set with " + " or ".join(f"-s {place}={value}" for place in places[:3])
-    meant = closest(option, getattr(error, "possibilities", None) or [])
+    meant = closest(option, options)
     return None if meant is None else f"did you mean {meant}?"
 
 
@@ -96,7 +98,9 @@ def _value_of(option: str, arguments: Sequence[str]) -> str:
     return "VALUE"
 
 
-def _instead_of_argument(given: str) -> str | None:
+def _instead_of_argument(given: str, command: Any) -> str | None:
+    if not any("--set" in parameter.opts for parameter in command.params):
+        return None
     parts = given.split()
     if parts[0].startswith("~"):
         return f"to set a key back to nothing: -s {parts[0][1:].partition('=')[0]}=null"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megatron_async_rlhf.config.spelling import shown
+from megatron_async_rlhf.config.section import shown
 
 if TYPE_CHECKING:
     from megatron_async_rlhf.config.root import RunConfig

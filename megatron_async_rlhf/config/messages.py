@@ -9,8 +9,7 @@ from pydantic import ValidationError
 from megatron_async_rlhf.config.algorithms import SECTIONS
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.schema import Location, choices, has_algorithm_type, places_of, section_at, types_at
-from megatron_async_rlhf.config.section import Section
-from megatron_async_rlhf.config.spelling import shown
+from megatron_async_rlhf.config.section import Section, shown
 from megatron_async_rlhf.suggestions import closest
 
 _SECTION_ERRORS = ("model_type", "model_attributes_type", "dataclass_type")

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from megatron_async_rlhf.config.messages import shown
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.section import shown
 from megatron_async_rlhf.errors import ConfigError
 
 # What is saved would mean something else under another value: weights, optimizer, prompt order, scored batches. Layout,

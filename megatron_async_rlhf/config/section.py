@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -46,3 +47,18 @@ def synonyms(**names: tuple[str, ...]) -> BeforeValidator:
         return known.get(value.strip().lower().removeprefix("torch."), value) if isinstance(value, str) else value
 
     return BeforeValidator(resolve)
+
+
+def shown(value: Any) -> str:
+    """A value as YAML writes it, on one line, cut short."""
+    if value is None or isinstance(value, bool):
+        text = "null" if value is None else str(value).lower()
+    elif isinstance(value, dict | list):
+        try:
+            text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True, sort_keys=False)
+        except yaml.YAMLError:
+            text = str(value)
+    else:
+        text = str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else text[:77] + "..."

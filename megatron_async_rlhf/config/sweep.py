@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
-from megatron_async_rlhf.config.section import Section
+from megatron_async_rlhf.config.section import Section, shown
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a part of a run's name
 _SEED_KEYS = {"run.seed"}
@@ -104,9 +104,7 @@ def _keys(choices: Choices) -> set[str]:
 
 def _choices(axis: str, choices: Any) -> Any:
     if not isinstance(choices, dict):
-        raise ValueError(
-            f"axis {axis} = {'null' if choices is None else choices}: must be {{label: {{key: value}}}} or {{key: [values]}}"
-        )
+        raise ValueError(f"axis {axis} = {shown(choices)}: must be {{label: {{key: value}}}} or {{key: [values]}}")
     lists = [key for key, values in choices.items() if isinstance(values, list)]
     if lists:
         if len(choices) > 1:

@@ -16,8 +16,8 @@ from msgspec import Struct
 from megatron_async_rlhf.checkpoint.run_checkpoints import has_own_reference
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.prepare import Materials
-from megatron_async_rlhf.telemetry.files import INPUTS, replace_file
+from megatron_async_rlhf.prepare import Materials, load_materials
+from megatron_async_rlhf.telemetry.files import INPUTS, POLICY_TEMPLATE_DIR, replace_file
 from megatron_async_rlhf.types import Prompt
 
 _FORMAT = 1
@@ -61,6 +61,30 @@ def describe_inputs(config: RunConfig, materials: Materials) -> Inputs:
         weights=None if config.model.hf is None else _weights(config.model.hf),
         reward=None if source is None else _digest([Path(source).read_bytes()]),
     )
+
+
+def check_resumed_inputs(
+    config: RunConfig,
+    materials: Materials | None = None,
+    *,
+    run_dir: Path | None = None,
+    is_new: bool = False,
+    starts_over: bool = False,
+) -> tuple[Inputs, list[str]]:
+    """What is read now, and warnings; data and weights must still be those of the run that is resumed or done again.
+
+    Args:
+        materials: what was loaded, if it was.
+        run_dir: of that run; default: the one of `config`.
+        is_new: there is no such run: nothing to compare with.
+        starts_over: as in `check_same_inputs`.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    directory = run_dir or config.run.path.absolute()
+    now = describe_inputs(config, materials or load_materials(config, directory / POLICY_TEMPLATE_DIR))
+    return now, [] if is_new else check_same_inputs(directory, config, now, starts_over=starts_over)
 
 
 def write_inputs(run_dir: Path, inputs: Inputs) -> None:

@@ -1,5 +1,9 @@
 """What `train --resume` goes on from: looked up and checked before any process starts, nothing changed."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 from msgspec import Struct
 
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
@@ -23,6 +27,25 @@ class Resumption(Struct, frozen=True, kw_only=True):
     note: str = ""
     version: int | None = None
     finished: bool = False
+
+
+def load_for_run(config: Path, overrides: Sequence[str], resume: bool) -> RunConfig:
+    """The configuration to run; a run's directory stands for that run, wherever it has been moved to.
+
+    Raises:
+        ConfigError: a line for each problem of the configuration; or a run's directory for a new run.
+    """
+    if not (config / RESOLVED_CONFIG).is_file():
+        return load_config(config, overrides)
+    if not resume:
+        raise ConfigError(
+            f"{config} is the directory of a run: add --resume to train to go on with it, or give "
+            f"{config / RESOLVED_CONFIG} and another -s run.name=... for a new run like it"
+        )
+    resolved = load_config(config, overrides)
+    if resolved.run.path.resolve() == config.resolve():
+        return resolved
+    return load_config(config, [f"run.dir={json.dumps(str(config.absolute()), ensure_ascii=False)}", *overrides])
 
 
 def find_resumption(config: RunConfig) -> Resumption:

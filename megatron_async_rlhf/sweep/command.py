@@ -1,4 +1,4 @@
-"""`async-rlhf sweep`."""
+"""`async-rlhf sweep`: from the command line to the points that are run, and the report of them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +12,7 @@ from megatron_async_rlhf.launch.terminal import outlive_readers
 
 def sweep(
     config: Annotated[Path, typer.Argument(help="Configuration with a sweep section, such as examples/sweep.yaml.")],
-    set: Annotated[
-        list[str], typer.Option("--set", "-s", help="Override one key: section.key=value. Repeatable.")
-    ] = [],
+    set: Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value.")] = [],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list all runs, start nothing.")] = False,
     only: Annotated[
         list[str], typer.Option(help="Only these points: axis=label or axis=label,label. Repeatable.")
@@ -56,7 +54,8 @@ def sweep(
     if dry_run:
         print_points(console, whole, points)
         return
-    check_surroundings()
+    for line in check_surroundings():
+        typer.echo(f"warning: {line}", err=True)
     outlive_readers()
     driver = Driver(
         whole,

@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from megatron_async_rlhf.config.load import dump_config, load_config
-from megatron_async_rlhf.config.metrics import metric_names
 from megatron_async_rlhf.config.schema import section_at, types_at
 from megatron_async_rlhf.config.sections import WandbKeys
 from megatron_async_rlhf.config.yaml_values import parse_value
@@ -66,9 +65,9 @@ def test_a_value_is_what_its_key_wants(load, tmp_path: Path, key: str, written: 
     if written.endswith("Z"):
         assert parse_value(written, ("run", "name")) == written
         return
-    own = ["data.train=x.jsonl", "reward.type=gsm8k", "data.solution_field=x"] if section == "data" else []
-    own = [override for override in own if not override.startswith(f"{key}=")]
-    if meant is None:
+    others = ("data.train=t.jsonl", "data.solution_field=answer", "reward.type=gsm8k") if section == "data" else ()
+    own = [override for override in others if not override.startswith(f"{key}=")]
+    if (key, meant) == ("data.solution_field", None):
         own = []  # of the built-in task
     path = tmp_path / "written.yaml"
     path.write_text(yaml.safe_dump({"model": load().model.model_dump(exclude_none=True)}) + f"{section}: {nested}\n")
@@ -121,13 +120,11 @@ def test_values_that_a_sweep_moves_are_what_their_keys_want(tmp_path: Path, load
 
 def test_stages_get_what_was_written(tmp_path: Path, load):
     """A stage's configuration is written out and read again."""
-    tree = parse_value(
-        "run: {name: 2026-11-26}\ndata: {train: x.jsonl, prompt_field: no, solution_field: y}\nreward: {type: gsm8k}\n"
-    )
+    tree = parse_value("run: {name: 2026-11-26}\ndata: {train: t.jsonl, solution_field: no}\nreward: {type: gsm8k}\n")
     tree["model"] = load().model.model_dump(exclude_none=True)
     (stage,) = expand_stages(tree, ["train"], directory=tmp_path)
     assert parse_value(stage.config)["run"]["name"] == "2026-11-26"
-    assert parse_value(stage.config)["data"]["prompt_field"] == "no"
+    assert parse_value(stage.config)["data"]["solution_field"] == "no"
 
 
 @pytest.mark.parametrize(
@@ -155,13 +152,3 @@ def test_the_schema_is_found_by_location():
     assert types_at(("sweep", "axes", "a", "schedule.steps", 0)) == [int]
     assert types_at(("nonsense", "x")) == []
     assert section_at(("telemetry", "wandb")) is WandbKeys
-
-
-def test_metrics_follow_from_algorithm_and_reward(load):
-    def names(**algorithm: object) -> list[str]:
-        return metric_names(load(algorithm=algorithm).algorithm, "builtin")
-
-    assert "dpo/margin" in names(type="online_dpo") and "dpo/margin" not in names(type="ppo")
-    assert "value_loss" in names(type="ppo") and "value_loss" not in names(type="grpo")
-    assert "kl_to_reference" in names(type="rloo") and "kl_to_reference" not in names(type="best_of_n")
-    assert "kl_loss" in names(type="grpo") and "kl_loss" not in names(type="rloo")
