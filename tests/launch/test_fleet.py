@@ -410,9 +410,3 @@ def test_a_job_submitted_from_within_a_step_is_not_that_step(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     monkeypatch.setenv("SLURM_NTASKS", "1")
     check_node_rank(load_config(TINY), 0)
-
-
-def test_a_variable_that_holds_no_number_counts_for_nothing(monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2(x3)")
-    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "")
-    check_node_rank(load_config(TINY), 0)

@@ -83,7 +83,7 @@ class Run:
             restarts=restarts,
         )
         config = RunConfig.model_validate({"model": MODEL, "launch": {"shutdown_grace_s": 1.0}})
-        supervisor = Supervisor(config, plan, directory, Display(Console(file=self.output, width=200)), Fleet(list))
+        supervisor = Supervisor(config, plan, directory, Display(Console(file=self.output, width=500)), Fleet(list))
         self.thread = threading.Thread(target=lambda: setattr(self, "code", supervisor.run()))
         self.thread.start()
         self.wait(lambda: stage in self.output.getvalue())

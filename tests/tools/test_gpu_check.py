@@ -50,11 +50,21 @@ def test_a_part_that_fails_ends_with_1_and_shows_its_log(tmp_path: Path):
     assert "a broken torch" in told.stdout
 
 
+# As on a machine whose learners miss a library.
+WITHOUT_MEGATRON = """
+import sys
+from pathlib import Path
+if b"megatron_async_rlhf.learner.megatron.worker" in Path("/proc/self/cmdline").read_bytes():
+    sys.modules["megatron"] = None
+"""
+MISSING = "No module named 'megatron.core'; 'megatron' is not a package"
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_kept_and_its_first_cause_shown(tmp_path: Path):
     broken = tmp_path / "broken"
-    (broken / "megatron").mkdir(parents=True)
-    (broken / "megatron/__init__.py").write_text("raise ImportError('a broken Megatron')")
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text(WITHOUT_MEGATRON)
     told = subprocess.run(
         [sys.executable, str(CHECK), "--device", "cpu", "run", "--out", str(tmp_path / "out")],
         capture_output=True,
@@ -65,10 +75,10 @@ def test_a_run_that_fails_is_kept_and_its_first_cause_shown(tmp_path: Path):
     assert told.returncode == 1, told.stdout + told.stderr
     report = json.loads((tmp_path / "out/gpu_check.json").read_text())
     assert any(line.startswith("the run ended with 1: learner.0") for line in report["run"]["log"])
-    assert "ImportError: a broken Megatron" in report["run"]["log"]
+    assert f"ModuleNotFoundError: {MISSING}" in report["run"]["log"]
     log = tmp_path / "out/gpu_check_run/logs/learner.0.log"
     assert f"{log}:" in told.stdout
-    assert "a broken Megatron" in log.read_text()
+    assert MISSING in log.read_text()
 
 
 VLLM_LOG = """\
