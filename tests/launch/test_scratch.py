@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_async_rlhf.launch.plan import ProcessSpec
-from megatron_async_rlhf.launch.process import LocalProcess
+from megatron_async_rlhf.launch.process import LocalProcess, _group
 from megatron_async_rlhf.launch.scratch import Scratch, remove_abandoned
 
 LIMIT_S = 30
@@ -61,11 +61,15 @@ def start(tmp_path: Path):
         process.clean_up()
 
 
-@pytest.mark.parametrize("asked_first", [True, False])
-def test_nothing_is_left_of_a_process_and_its_children(start, asked_first: bool):
+@pytest.mark.parametrize("before", ["asked", "stopped", "killed"])
+def test_nothing_is_left_of_a_process_and_its_children(start, before: str):
     process, files = start()
     assert len(files) == 4 and all(path.exists() for path in files)
-    if asked_first:
+    if before == "stopped":  # all of it but Python's tracker, which nobody stops alone
+        for pid in _group(process.pid):
+            if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGSTOP)
+    if before == "asked":
         process.kill_group(signal.SIGTERM)
         deadline = time.monotonic() + LIMIT_S
         while process.returncode is None:
