@@ -70,7 +70,7 @@ def test_every_file_of_a_run_is_named(tmp_path: Path, name: str):
 
 
 def test_a_recorded_rollout_is_named(tmp_path: Path):
-    path = tmp_path / "rollouts/step_000004.msgpack"
+    path = tmp_path / "rollouts/step_000003.msgpack"
     path.parent.mkdir()
     path.symlink_to("/dev/full")
     with pytest.raises(WriteError) as caught:
