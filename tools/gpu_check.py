@@ -462,9 +462,6 @@ def part_generate(device: str, found: Findings) -> None:
     found.figures["tokens_per_s"] = round(sum(len(a.outputs[0].token_ids) for a in answers) / seconds)
 
 
-KERNEL_CHOICES = ("VLLM_USE_FLASHINFER_SAMPLER", "VLLM_USE_DEEP_GEMM")
-
-
 def part_run(device: str, found: Findings) -> None:
     from importlib.metadata import entry_points
 
@@ -483,8 +480,8 @@ def part_run(device: str, found: Findings) -> None:
     if on_gpu(device):
         keys |= {"weights.transport": "ipc", "generator.gpu_memory_share": 0.4, "model.hidden_size": 256}
         keys |= {"launch.gpu_memory_gib": describe(device)["memory_gib"]}
-        # A run ignores what a shell sets for vLLM; these say what the machine can compile, and are meant.
-        keys |= {f"launch.environment.{name}": os.environ[name] for name in KERNEL_CHOICES if name in os.environ}
+        if "VLLM_USE_DEEP_GEMM" in os.environ:  # ignored otherwise; it says what the machine can compile
+            keys["launch.environment.VLLM_USE_DEEP_GEMM"] = os.environ["VLLM_USE_DEEP_GEMM"]
     command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(ROOT / "examples" / "quickstart.yaml")]
     for key, value in keys.items():
         command += ["-s", f"{key}={value}"]
