@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 LIMITS = (
-    "generator.request_timeout_s=10",
+    "generator.request_timeout_s=40",
     "generator.probe_timeout_s=5",
     "weights.timeout_s=8",
     "learner.timeout_s=25",
     "launch.pin_cores=false",
 )
-# To notice, to start a server again, and to go on.
-RECOVERY_S = 150
+# To notice, to start a server again, whose first answer takes long, and to go on.
+RECOVERY_S = 200
 
 
 def descendants(pid: int) -> list[int]:
