@@ -14,7 +14,7 @@ from megatron_async_rlhf.config.algorithms import (
 _OF_EVERY_STEP = (
     "reward", "reward_penalised", "reward_margin", "response_length", "finished", "pairs_skipped_share", "num_sequences",
     "staleness/mean", "staleness/max", "loss", "grad_norm", "learning_rate", "tokens", "padding", "tokens_per_s",
-    "logprob_gap/mean_abs", "logprob_gap/max_abs", "time/train_s", "time/generate_s", "time/reference_s",
+    "sampler/kl_k1", "sampler/kl_k3", "logprob_gap/mean_abs", "logprob_gap/max_abs", "time/train_s", "time/generate_s", "time/reference_s",
     "time/forward_backward_s", "time/gradient_reduction_s", "time/optimizer_s", "model_flops_utilisation",
 )  # fmt: skip
 _OF_REWARDS = {"builtin": ("exact",), "gsm8k": ("exact", "well_formed")}
@@ -35,8 +35,6 @@ def metric_names(algorithm: AlgorithmKeys, reward: str) -> list[str]:
     names = [*_OF_EVERY_STEP, *_OF_REWARDS[reward]]
     if algorithm.has_reference:
         names.append("kl_to_reference")
-    if algorithm.is_corrected:
-        names += ["sampler/kl_k1", "sampler/kl_k3"]
     if algorithm.scores_policy_first(1) or algorithm.scores_policy_first(2):
         names.append("time/proximal_s")
     if isinstance(algorithm, OnlineDPOSection):

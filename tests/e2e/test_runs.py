@@ -32,7 +32,7 @@ def test_a_run_in_every_layout(start, layout, mode, bound):
     run.wait_for_step(1)
     temporary, shared = run.belongings("generator.0")
     assert any(path.is_socket() for path in temporary.iterdir())
-    assert bool(shared) == (generator_tensor > 1)
+    assert shared
     output = run.wait()
     assert run.process.returncode == 0, output
     assert not [path for path in (temporary, *shared) if path.exists()]

@@ -161,7 +161,7 @@ def test_doctor_says_what_has_no_influence_and_what_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"SLURM_NODEID": "1"}, "--node-rank 0 if this one runs alone (without it SLURM_NODEID counts)"),
+        ({"SLURM_NODEID": "1"}, "launch.nodes = 1, but this is node rank 1 (--node-rank, or SLURM_NODEID)"),
         ({"SLURM_NODEID": "one"}, "SLURM_NODEID"),
         ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, "this Slurm step has 8 tasks"),
         ({"SLURM_STEP_NUM_TASKS": "8(x2)"}, "SLURM_STEP_NUM_TASKS = 8(x2)"),
