@@ -184,7 +184,7 @@ def test_without_a_reference_none_is_held(reference: str):
     copies = 1 if reference == "resident" else 2
     assert with_kl.reference == copies * with_kl.weights
     assert with_algorithm({"type": "rloo", "kl": {"coefficient": 0}}, keys).reference == 0
-    assert with_algorithm({"type": "best_of_n"}, keys).reference == 0
+    assert with_algorithm({"type": "best_of_n"}).reference == 0
 
 
 def test_a_value_model_is_a_policy_without_its_output_matrix():
