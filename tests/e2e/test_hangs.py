@@ -69,7 +69,7 @@ def test_a_stopped_part_of_a_generator_costs_a_restart(start, part, replicas):
     assert f"generator.{replicas - 1} was killed by SIGKILL; started again (1 of 3)" in output
     summary = run.summary()
     assert (summary["status"], summary["steps"]) == ("completed", steps)
-    parts = ("samples_trained", "samples_dropped", "samples_cancelled")
+    parts = ("samples_trained", "samples_not_selected", "samples_cancelled")
     assert summary["samples_generated"] == sum(summary[part] for part in parts)
     assert summary["weight_sync"]["mismatches"] == 0
 
