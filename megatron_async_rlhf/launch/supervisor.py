@@ -93,9 +93,8 @@ class Supervisor:
         self._drain_events()
         self._write_last_summary(status, error, tail)
         self._display.finished(status, error, tail, self._run_dir)
-        if status == "failed" and RunCheckpoints(self._run_dir).versions():
-            self._display.note("the same command with --resume goes on from its last checkpoint")
-        if status == "interrupted" and self._plan.generators:
+        saved = status == "failed" and RunCheckpoints(self._run_dir).versions()
+        if saved or (status == "interrupted" and self._plan.generators):
             self._display.note("the same command with --resume goes on from its last checkpoint")
         return _EXIT_CODES[status]
 

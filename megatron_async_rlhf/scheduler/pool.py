@@ -24,6 +24,7 @@ import msgspec
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
 from megatron_async_rlhf.generator.protocol import Generator, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
+from megatron_async_rlhf.scheduler.signal import Signal
 from megatron_async_rlhf.telemetry.busy import GeneratorsBusy
 from megatron_async_rlhf.types import Completion
 
@@ -86,7 +87,7 @@ class GeneratorPool:
         self._return_timeout_s, self._silence_limit_s = return_timeout_s, silence_limit_s
         self._on_lost = on_lost
         self._on_silent = on_silent
-        self._changed = asyncio.Condition()
+        self._changed = Signal()
         self.on_change: Callable[[], Awaitable[None]] | None = None
         self.busy = GeneratorsBusy(time.time, on_any=lambda span: None, on_one=lambda span: None)
         self._last_loss = "none answered"
@@ -131,14 +132,14 @@ class GeneratorPool:
                 await self._everywhere(lambda generator: generator.resume())
             finally:
                 self._dealing = False
-            await self._notify()
+            await self._changed.notify()
         answers = [[task.result() for task in share] for share in pending]
         return [answers[i % len(answers)][i // len(answers)] for i in range(len(requests))]
 
     async def sample(self, request: SamplingRequest, losses: int = 0) -> list[Completion]:
         """Completions of one request, from start to end, wherever that takes it; `losses` generators died of it."""
         if not self._is_open():
-            await self._wait_for(self._is_open)
+            await self._changed.wait_until(self._is_open)
         return await self._sample_at(self._least_loaded(), request, losses)
 
     def hold(self) -> None:
@@ -148,7 +149,7 @@ class GeneratorPool:
     async def release(self) -> None:
         """The push is over; the engines stay as they are."""
         self._held = False
-        await self._notify()
+        await self._changed.notify()
 
     async def resume(self) -> None:
         """The push is over, and the engines go on."""
@@ -174,7 +175,7 @@ class GeneratorPool:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._fail_without_generators())
                 while True:
-                    await self._wait_for(lambda: any(member.place not in awaited for member in self._lost))
+                    await self._changed.wait_until(lambda: any(member.place not in awaited for member in self._lost))
                     for member in [member for member in self._lost if member.place not in awaited]:
                         awaited.add(member.place)
                         tasks.create_task(await_return(member))
@@ -183,10 +184,10 @@ class GeneratorPool:
 
     async def _fail_without_generators(self) -> None:
         while True:
-            await self._wait_for(self._all_lost)
+            await self._changed.wait_until(self._all_lost)
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._return_timeout_s):
-                    await self._wait_for(lambda: not self._all_lost())
+                    await self._changed.wait_until(lambda: not self._all_lost())
             if self._all_lost():
                 raise self._nobody_left()
 
@@ -285,18 +286,10 @@ class GeneratorPool:
         Whoever serves after a wait comes from a push, which lets the engines go on when it ends: they are paused after it.
         """
         while True:
-            await self._wait_for(lambda: self._serving and not self._held)
+            await self._changed.wait_until(lambda: self._serving and not self._held)
             await self._everywhere(lambda generator: generator.pause())
             if self._serving and not self._held:
                 return self._serving
-
-    async def _wait_for(self, condition: Callable[[], object]) -> None:
-        async with self._changed:
-            await self._changed.wait_for(condition)
-
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
 
     def _is_open(self) -> bool:
         """Whether a single request may start."""
@@ -319,7 +312,7 @@ class GeneratorPool:
             if standing is Standing.LOST:
                 member.generator.give_up()
         self._recount()
-        await self._notify()
+        await self._changed.notify()
         if self.on_change is not None:
             await self.on_change()
 
