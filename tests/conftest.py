@@ -1,10 +1,13 @@
 """What all tests have in common."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+# Before any test imports a library: vLLM and PyTorch set variables in the process that imports them.
+ENVIRONMENT = dict(os.environ)
 THOROUGH = "ASYNC_RLHF_TEST_THOROUGH"
 ROOT = Path(__file__).parent
 # No test in these is quick, although many are not marked slow: they start ranks once for all,
@@ -20,6 +23,7 @@ SLOW_FILES = {
     "e2e/test_sft.py",
     "estimate/test_activations.py",
     "estimate/test_learner_memory.py",
+    "launch/test_fleet.py",
     "launch/test_fleet.py",
     "learner/test_against_transformers.py",
     "learner/test_algorithms.py",
@@ -40,6 +44,18 @@ def is_quick(item: pytest.Item) -> bool:
     if f"{file}::{item.name}" in ONE_OF_ITS_KIND:
         return True
     return file not in SLOW_FILES and not any(map(item.get_closest_marker, ("slow", "thorough", "gpu")))
+
+
+@pytest.fixture(autouse=True)
+def environment_of_a_user() -> Iterator[None]:
+    """What a test starts gets the environment that the tests were started in, whatever earlier tests have imported."""
+    added = os.environ.keys() - ENVIRONMENT.keys() - {"PYTEST_CURRENT_TEST"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in added:
+            patch.delenv(name)
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m quick` chooses
