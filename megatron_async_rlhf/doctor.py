@@ -23,7 +23,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.environment import environment_problems, ignored
 from megatron_async_rlhf.estimate.machine import machine_memory
 from megatron_async_rlhf.generator.vllm.server import bf16_problem
-from megatron_async_rlhf.limits import open_files, threads_left
+from megatron_async_rlhf.limits import limit_problems, open_files, threads_left
 
 _GIB = 2**30
 _PLUGINS = "vllm.general_plugins"
@@ -114,6 +114,8 @@ def _surroundings() -> Iterator[Finding]:
     if (left := threads_left()) is not None:
         limits += f", {left} more threads"
     yield Finding(what="limits", state="ok", detail=limits)
+    for problem in limit_problems():
+        yield Finding(what="limits", state="broken", detail=problem)
     for problem in environment_problems(os.environ):
         yield Finding(what="environment", state="broken", detail=problem)
     for why, names in ignored(os.environ).items():

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import psutil
 
-_RAISED = (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK)
+# What no part of a run can be told to do with less of: name, unit, and the letter that `ulimit` has for it. Torch and vLLM
+# reserve far more addresses than they use, and a process above its CPU time is killed, however much is done.
+_UNLIMITED = {
+    resource.RLIMIT_AS: ("virtual memory", "bytes", "v"),
+    resource.RLIMIT_DATA: ("data segments", "bytes", "d"),
+    resource.RLIMIT_CPU: ("CPU time of a process", "seconds", "t"),
+    resource.RLIMIT_FSIZE: ("size of a file", "bytes", "f"),
+}
+_RAISED = (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK, *_UNLIMITED)
 # Of open files no more than this: where a container allows a thousand millions, some programs make a table of that size.
 _MOST_FILES = 65536
 _PIDS = Path("/sys/fs/cgroup")
@@ -26,6 +34,19 @@ def raise_soft_limits() -> None:
                 ValueError, OSError
             ):  # a container may forbid it: then it is as if the hard one were it
                 resource.setrlimit(limit, (most, hard))
+
+
+def limit_problems() -> list[str]:
+    """A line for each limit that a run cannot work under, whatever its configuration."""
+    found = []
+    for limit, (what, unit, letter) in _UNLIMITED.items():
+        soft = resource.getrlimit(limit)[0]
+        if soft != resource.RLIM_INFINITY:
+            found.append(
+                f"{what}: the limit is {soft} {unit}, and a run needs this unlimited; raise it (ulimit -{letter} unlimited, "
+                "as root if it is a hard limit), or start the run in a job without it"
+            )
+    return found
 
 
 def open_files() -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, ValidationError, convert
 from msgspec.structs import replace
 
 from megatron_async_rlhf.config.load import load_config
@@ -20,10 +20,30 @@ from megatron_async_rlhf.telemetry.files import (
     METRICS,
     RESOLVED_CONFIG,
     ROLLOUT_DIR,
+    SUMMARY,
     read_lines,
     read_steps,
 )
 from megatron_async_rlhf.telemetry.summary import read_summary
+
+
+class _Pushes(Struct):
+    count: int
+    seconds_mean: float
+
+
+class _Figures(Struct):
+    """What `summary.json` says of a run; its keys are documented in docs/run_directory.md."""
+
+    max_staleness: int | None
+    steps: int
+    wall_seconds: float
+    generate_busy_seconds: float
+    train_busy_seconds: float
+    samples_generated: int
+    samples_cancelled: int
+    tokens_generated: int
+    weight_sync: _Pushes
 
 
 class Measured(Struct, frozen=True, kw_only=True):
@@ -61,28 +81,32 @@ def measure(run_dir: Path) -> Measured:
     Raises:
         ConfigError: the run has no summary or metrics of RL steps.
     """
-    summary, lines = read_summary(run_dir), read_steps(run_dir / METRICS)
-    if not summary.get("tokens_generated") or not summary["weight_sync"]["count"] or not lines:
+    lines = read_steps(run_dir / METRICS)
+    try:
+        summary = convert(read_summary(run_dir), _Figures)
+    except ValidationError as error:
+        raise ConfigError(f"--from-run {run_dir}: its {SUMMARY} is not that of a run: {error}") from None
+    if not (summary.tokens_generated and summary.weight_sync.count and lines):
         raise ConfigError(f"--from-run {run_dir}: has no finished RL steps; give the directory of a completed run")
     config = load_config(run_dir / RESOLVED_CONFIG)
     # Every sequence takes a decoding step for each token, and one for its prompt.
-    sequence_steps = (summary["tokens_generated"] + summary["samples_generated"]) / config.generator.replicas
-    generate_s, train_s = summary["generate_busy_seconds"], summary["train_busy_seconds"]
+    sequence_steps = (summary.tokens_generated + summary.samples_generated) / config.generator.replicas
+    generate_s, train_s = summary.generate_busy_seconds, summary.train_busy_seconds
     speeds = Speeds(
         token_s=0.0,
         sequence_s=generate_s / sequence_steps,
-        train_s=train_s / summary["steps"],
+        train_s=train_s / summary.steps,
         train_token_s=0.0,
-        push_s=summary["weight_sync"]["seconds_mean"],
+        push_s=summary.weight_sync.seconds_mean,
         contention=machine_of(config).contention,
         jitter=_jitter(config, lines),
     )
-    if summary["max_staleness"] != 0:
+    if summary.max_staleness != 0:
         speeds = alone(speeds, generate_s, train_s)
     tree = config.model_dump()
-    made = RunConfig.model_validate(tree | {"schedule": tree["schedule"] | {"steps": summary["steps"]}})
+    made = RunConfig.model_validate(tree | {"schedule": tree["schedule"] | {"steps": summary.steps}})
     return Measured(
-        config=made, lengths=_lengths(run_dir, summary, lines), speeds=speeds, wall_s=summary["wall_seconds"]
+        config=made, lengths=_lengths(run_dir, summary, lines), speeds=speeds, wall_s=summary.wall_seconds
     )
 
 
@@ -98,11 +122,11 @@ def _jitter(config: RunConfig, lines: list[dict[str, Any]]) -> float:
     return pstdev(differences) / fmean(trained) if len(differences) > 1 and any(trained) else 0.0
 
 
-def _lengths(run_dir: Path, summary: dict[str, Any], lines: list[dict[str, Any]]) -> Lengths:
+def _lengths(run_dir: Path, summary: _Figures, lines: list[dict[str, Any]]) -> Lengths:
     """With the mean of all that the run generated: of a prompt's completions only those that were trained on are recorded,
     and held-out ones may be sampled at another temperature."""
-    complete = summary["samples_generated"] - summary["samples_cancelled"]
-    mean = summary["tokens_generated"] / complete
+    complete = summary.samples_generated - summary.samples_cancelled
+    mean = summary.tokens_generated / complete
     recorded = [
         len(sequence.token_ids) - sequence.prompt_length
         for rollout in RolloutLog(run_dir / ROLLOUT_DIR).read(end=len(lines))

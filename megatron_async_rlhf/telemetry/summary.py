@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct, field, to_builtins
+from msgspec import Struct, convert, field, to_builtins
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.telemetry.files import SUMMARY
@@ -144,13 +144,24 @@ def staleness_figures(ages: Counter[int]) -> dict[str, Any]:
     }
 
 
+class _Read(Struct):
+    """Types of what is read in the summary of an earlier start, which may be another version's, or somebody's own."""
+
+    status: str = "interrupted"
+    error: str | None = None
+    steps: int = 0
+    eval: dict[str, dict[str, float]] = {}
+    versions: dict[str, str] = {}
+
+
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """A run's `summary.json`; empty if there is none yet, or not a whole one."""
+    """A run's `summary.json`; empty if there is none yet, or not a whole one: then nothing says how the run ended."""
     try:
         summary = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        convert(summary, _Read)
+    except (OSError, ValueError):  # of msgspec too
         return {}
-    return summary if isinstance(summary, dict) else {}
+    return summary
 
 
 @cache  # looking takes tens of milliseconds, and the summary is written after every step

@@ -139,6 +139,12 @@ def test_a_completed_run_has_nothing_to_do_unless_there_are_more_steps(found: Fo
     assert found.resume("schedule.steps=12").version == 4
 
 
+@pytest.mark.parametrize("summary", ['{"status": "completed", "steps": null}', "[]", '{"status": 3}', ""])
+def test_a_damaged_summary_says_nothing(found: Found, summary: str):
+    (found.run / "summary.json").write_text(summary)
+    assert found.resume().version == 4
+
+
 def test_a_completed_run_without_a_checkpoint_does_not_start_over(found: Found):
     (found.run / "summary.json").write_text('{"status": "completed", "steps": 10}')
     shutil.rmtree(found.run / "checkpoints")

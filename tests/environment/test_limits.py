@@ -109,6 +109,33 @@ def test_soft_limits_are_raised():
     assert raised.stdout.split()[0] == str(min(hard, 65536)), raised.stderr
 
 
+@pytest.mark.parametrize(
+    ("limit", "most", "said"),
+    [
+        (resource.RLIMIT_AS, 32 << 30, "virtual memory: the limit is 34359738368 bytes"),
+        (resource.RLIMIT_DATA, 16 << 30, "data segments: the limit is 17179869184 bytes"),
+        (resource.RLIMIT_CPU, 3600, "CPU time of a process: the limit is 3600 seconds"),
+        (resource.RLIMIT_FSIZE, 1 << 20, "size of a file: the limit is 1048576 bytes"),
+    ],
+)
+def test_a_limit_that_a_run_cannot_work_under_is_raised_or_refused(tmp_path: Path, limit: int, most: int, said: str):
+    command = ["train", str(TINY), *settings(f"run.dir={tmp_path / 'run'}")]
+    refused = start(command, tmp_path, prepare=limited(limit, most))
+    assert refused.returncode == 2
+    assert refused.stdout.startswith(f"error: {said}, and a run needs this unlimited; raise it (ulimit -")
+    assert refused.stdout.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    program = (
+        "from megatron_async_rlhf.limits import limit_problems, raise_soft_limits as r; r(); print(limit_problems())"
+    )
+    raised = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        encoding="utf-8",
+        preexec_fn=limited(limit, most, resource.RLIM_INFINITY),
+    )
+    assert raised.stdout == "[]\n", raised.stderr
+
+
 def test_as_many_places_as_there_are_files(monkeypatch):
     monkeypatch.setattr("megatron_async_rlhf.generator.places.open_files", lambda: 1024)
     held_out = load_config(TINY, ["data.eval_prompts=1319"])
