@@ -1,5 +1,6 @@
 """Ranks as children of one process, because importing megatron takes longer than all they do."""
 
+import gc
 import os
 import socket
 import sys
@@ -17,6 +18,7 @@ def run_ranks(count: int, logs: Path, name: str, act: Callable[[int], None]) -> 
         probe.bind(("127.0.0.1", 0))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     os.environ["WORLD_SIZE"] = str(count)
+    gc.freeze()  # a rank that collects would look at all of megatron's objects, and copy the pages they share
     for rank in range(count):
         _fork(rank, logs / f"{name}-rank{rank}.log", act)
     return not any(os.wait()[1] for _ in range(count))
