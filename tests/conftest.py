@@ -34,6 +34,8 @@ SLOW_FILES = {
     "environment/test_interpreter.py",
     "launch/test_fleet.py",
 }
+# Where several processes share the tests, those of a file stay together, because they share what is slow; and these files.
+WITH = {"tests/learner/test_against_transformers.py": "tests/learner/test_layouts.py"}
 # Slow tests that are quick ones all the same, because nothing else shows what they do.
 ONE_OF_ITS_KIND = {"e2e/test_runs.py::test_a_run_in_every_layout[tp1-generator-tp1]"}
 
@@ -56,6 +58,21 @@ def environment_of_a_user() -> Iterator[None]:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """`--dist loadfile`, but for the files that are WITH another."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return WITH.get(file, file)
+
+    return Together(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m quick` chooses

@@ -11,7 +11,7 @@ if [[ ${1:-} == --quick ]]; then
     set -- -m quick "$@"
 fi
 code=0
-# Two at a time, since most wait for servers to start; a file's tests stay together, because they share what is slow.
+# Two at a time, since most wait for servers to start; tests/conftest.py says which stay together.
 "${ASYNC_RLHF_VENV:-.venv}/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 "$@" || code=$?
 if ((code)); then
     echo "failed: pytest ended with exit code $code"

@@ -20,9 +20,9 @@ def handle_interrupts(handler: Handler) -> dict[int, Any]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal came
-        if number != signal.SIGHUP or not came:
+        counts, came = number != signal.SIGHUP or not came, True  # at once: the next one may interrupt this
+        if counts:
             handler(number, frame)
-        came = True
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:

@@ -75,8 +75,9 @@ def test_a_stopped_part_of_a_generator_costs_a_restart(start, part, replicas):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
-@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("replicas", [1, 2])
 def test_a_stopped_learner_rank_ends_the_run_and_is_named(start, rank, replicas):
     run = start(*LIMITS, f"generator.replicas={replicas}", "learner.tensor_parallel=2", "schedule.steps=500")
     run.wait_for_step(2)

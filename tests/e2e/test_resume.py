@@ -126,6 +126,7 @@ def assert_weights_are_usable(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_killed_during_a_save_then_interrupted_then_completed(start):
     settings = (

@@ -77,7 +77,8 @@ FAMILIES = [
     pytest.param("qwen2", {"tie_word_embeddings": True}, (2, 1, 2), (2, 1), id="qwen2-tied"),
     pytest.param("qwen3", {"head_dim": 64}, (1, 2, 2), (1, 1), id="qwen3", marks=pytest.mark.thorough),
     pytest.param(
-        "llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}, (2, 2, 4), (2, 1), id="llama3.2"
+        "llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}, (2, 2, 4), (2, 1), id="llama3.2",
+        marks=pytest.mark.thorough,
     ),
 ]
 
@@ -212,6 +213,7 @@ def test_a_generator_lost_in_a_push_costs_that_push_only(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_a_generator_with_another_config_is_refused_by_name(tmp_path):
     async def run():
@@ -246,13 +248,11 @@ def test_a_generator_with_another_config_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("learner", "generator"),
-    [
-        pytest.param((2, 2, 4), (1, 1), id="to-tp1"),
-        pytest.param((1, 1, 1), (2, 1), id="to-tp2", marks=pytest.mark.thorough),
-    ],
+    [pytest.param((2, 2, 4), (1, 1), id="to-tp1"), pytest.param((1, 1, 1), (2, 1), id="to-tp2")],
 )
 def test_a_push_takes_two_staging_buffers_of_memory_and_no_more(tmp_path, learner, generator):
     """Of 280 MB of weights. What is measured is the growth of each process's resident set, buffers included."""

@@ -154,7 +154,9 @@ def wait(condition) -> None:
 
 # Supervises a controller that says when it was asked to end, and needs a moment for that.
 UNDER_A_TERMINAL = """
+import faulthandler
 import sys
+faulthandler.dump_traceback_later(25, file=open(sys.argv[1] + "/stacks", "w"))
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import test_causes
@@ -214,7 +216,8 @@ def test_a_terminal_that_closes_interrupts_a_run_once(tmp_path: Path, terminal):
     os.close(ours)  # the kernel hangs up, and what is printed from now on goes nowhere
     time.sleep(0.2)
     supervisor.send_signal(signal.SIGHUP)
-    assert supervisor.wait(timeout=30) == 130
+    wait(lambda: supervisor.poll() is not None or (tmp_path / "stacks").stat().st_size)
+    assert supervisor.poll() == 130, (tmp_path / "stacks").read_text()
     assert (tmp_path / "saved").read_text() == "1"
     assert '"status": "interrupted"' in (tmp_path / "summary.json").read_text()
 
