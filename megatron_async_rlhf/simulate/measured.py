@@ -105,9 +105,7 @@ def measure(run_dir: Path) -> Measured:
         speeds = alone(speeds, generate_s, train_s)
     tree = config.model_dump()
     made = RunConfig.model_validate(tree | {"schedule": tree["schedule"] | {"steps": summary.steps}})
-    return Measured(
-        config=made, lengths=_lengths(run_dir, summary, lines), speeds=speeds, wall_s=summary.wall_seconds
-    )
+    return Measured(config=made, lengths=_lengths(run_dir, summary, lines), speeds=speeds, wall_s=summary.wall_seconds)
 
 
 def _jitter(config: RunConfig, lines: list[dict[str, Any]]) -> float:

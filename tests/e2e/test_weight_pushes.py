@@ -77,7 +77,11 @@ FAMILIES = [
     pytest.param("qwen2", {"tie_word_embeddings": True}, (2, 1, 2), (2, 1), id="qwen2-tied"),
     pytest.param("qwen3", {"head_dim": 64}, (1, 2, 2), (1, 1), id="qwen3", marks=pytest.mark.thorough),
     pytest.param(
-        "llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}, (2, 2, 4), (2, 1), id="llama3.2",
+        "llama",
+        {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE},
+        (2, 2, 4),
+        (2, 1),
+        id="llama3.2",
         marks=pytest.mark.thorough,
     ),
 ]
