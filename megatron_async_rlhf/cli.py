@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_async_rlhf.checkpoint.command import compare_holders, export_hf, import_hf, verify_weights
 from megatron_async_rlhf.config.advice import advice
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.converter.command import compare_holders, export_hf, import_hf, verify_weights
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
@@ -34,10 +34,10 @@ from megatron_async_rlhf.telemetry.files import (
 from megatron_async_rlhf.usage import run_command_line
 
 if TYPE_CHECKING:
+    from megatron_async_rlhf.jobs.inputs import Materials
     from megatron_async_rlhf.launch.fleet import Fleet
     from megatron_async_rlhf.launch.plan import ProcessPlan
     from megatron_async_rlhf.launch.resume import Resumption
-    from megatron_async_rlhf.prepare import Materials
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -113,13 +113,13 @@ def train(
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
     from megatron_async_rlhf.estimate.fitting import gpu_budget
+    from megatron_async_rlhf.jobs.inputs import make_model_template
     from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.inputs import check_resumed_inputs, write_inputs
     from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.resume import load_for_run
     from megatron_async_rlhf.launch.run_directory import check_writable, reopen_run_directory
-    from megatron_async_rlhf.prepare import make_model_template
 
     resolved = load_for_run(config, set, resume)
     if not dry_run:
@@ -175,13 +175,13 @@ def sft(
 
     Example: async-rlhf sft examples/quickstart.yaml -s run.name=sft
     """
+    from megatron_async_rlhf.jobs.inputs import check_inputs, make_model_template
     from megatron_async_rlhf.launch.dry_run import print_sft_plan
     from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.owner import owning
     from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.resume import load_for_run
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
-    from megatron_async_rlhf.prepare import check_inputs, make_model_template
 
     resolved = load_for_run(config, set, resume=False)
     if not resolved.warm_start.steps:
@@ -221,7 +221,7 @@ def replay(
 
     Example: async-rlhf replay runs/quickstart
     """
-    from megatron_async_rlhf.checkpoint.sources import open_holders
+    from megatron_async_rlhf.converter.sources import open_holders
     from megatron_async_rlhf.launch.fleet import gather
     from megatron_async_rlhf.launch.inputs import check_resumed_inputs
     from megatron_async_rlhf.launch.owner import owning
@@ -304,7 +304,7 @@ def _find_start(config: RunConfig, resume: bool) -> "Resumption":
 def _check_all(config: RunConfig, template: Path) -> "Materials":
     """Model, data, weights and memory of a whole run, before anything of it is there."""
     from megatron_async_rlhf.estimate.report import refuse_too_large
-    from megatron_async_rlhf.prepare import check_inputs, doubts
+    from megatron_async_rlhf.jobs.inputs import check_inputs, doubts
 
     materials = check_inputs(config, template)
     refuse_too_large(config, materials.architecture)

@@ -73,8 +73,8 @@ def problems(config: RunConfig) -> list[str]:
         return []
     import torch
 
-    from megatron_async_rlhf.learner.megatron.fp8 import fp8_problem
-    from megatron_async_rlhf.learner.megatron.layers import has_transformer_engine
+    from megatron_async_rlhf.learner.megatron.layers.fp8 import fp8_problem
+    from megatron_async_rlhf.learner.megatron.layers.spec import has_transformer_engine
 
     count = torch.cuda.device_count()
     if not count:
@@ -158,7 +158,7 @@ def _gpus() -> Iterator[Finding]:
         advice = "runs with run.device = cpu work; for GPUs install a CUDA build of torch on a machine that has some"
         yield Finding(what="GPUs", state="missing", detail="none that torch can use", advice=advice)
         return
-    from megatron_async_rlhf.learner.megatron.fp8 import possible_recipes
+    from megatron_async_rlhf.learner.megatron.layers.fp8 import possible_recipes
 
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     first = devices[0]
@@ -192,7 +192,7 @@ def _vllm() -> Finding:
 def _fused_parts() -> Iterator[Finding]:
     import torch
 
-    from megatron_async_rlhf.learner.megatron.layers import fused_parts, has_apex_accumulation
+    from megatron_async_rlhf.learner.megatron.layers.spec import fused_parts, has_apex_accumulation
 
     on_gpu = torch.cuda.is_available()
     yield _package(

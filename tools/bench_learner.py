@@ -32,8 +32,8 @@ from typing import Annotated
 
 import typer
 
-from megatron_async_rlhf.config.architecture import Architecture, architecture_of
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.models.architecture import Architecture, architecture_of
 from megatron_async_rlhf.types import Sequence
 
 TIMEOUT_S = 600.0

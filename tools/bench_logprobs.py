@@ -23,7 +23,7 @@ def status_bytes(key: str) -> int:
 def measure(way: str, tokens: int, vocab: int, hidden: int) -> dict[str, float]:
     import torch
 
-    from megatron_async_rlhf.learner.megatron.logprobs import vocab_parallel_logprobs
+    from megatron_async_rlhf.learner.megatron.layers.logprobs import vocab_parallel_logprobs
 
     torch.set_num_threads(1)
     hidden_NH = torch.randn(tokens, hidden).requires_grad_()

@@ -26,9 +26,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_async_rlhf.config.architecture import Architecture
-from megatron_async_rlhf.weights.hf_mapping import PlacedMapping, elements_held, hf_shapes, model_mappings
-from megatron_async_rlhf.weights.layout import (
+from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.hf_mapping import PlacedMapping, elements_held, hf_shapes, model_mappings
+from megatron_async_rlhf.models.layout import (
     LearnerLayout,
     Piece,
     generator_pieces,
@@ -36,7 +37,7 @@ from megatron_async_rlhf.weights.layout import (
     matrix_shape,
     parameter_shapes,
 )
-from megatron_async_rlhf.weights.plan import ITEM_BYTES, plan_transfer
+from megatron_async_rlhf.weights.plan import plan_transfer
 from megatron_async_rlhf.weights.receive import Check, Receiver
 from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.send import Sender

@@ -88,7 +88,7 @@ def join(device: str, **learner: Any):
 def make_learner(device: str, placement, arch, *, learning_rate: float = 1e-4, **learner: Any):
     """A learner with fresh weights, or those of `hf`. `fp8` is a recipe."""
     from megatron_async_rlhf.config.root import RunConfig
-    from megatron_async_rlhf.learner.megatron.fp8 import TOKEN_MULTIPLE
+    from megatron_async_rlhf.learner.megatron.layers.fp8 import TOKEN_MULTIPLE
     from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 
     hf, recipe = learner.pop("hf", None), learner.pop("fp8", None)
@@ -113,8 +113,8 @@ def precisions(device: str) -> list[dict[str, str]]:
     """Keys of the learner's section for every precision this device can do, bf16 first."""
     import torch
 
-    from megatron_async_rlhf.learner.megatron.fp8 import possible_recipes
-    from megatron_async_rlhf.learner.megatron.layers import has_transformer_engine
+    from megatron_async_rlhf.learner.megatron.layers.fp8 import possible_recipes
+    from megatron_async_rlhf.learner.megatron.layers.spec import has_transformer_engine
 
     found = [{"precision": "bf16"}]
     if on_gpu(device) and has_transformer_engine(torch.device(device)):
@@ -143,7 +143,7 @@ def small_model(directory: Path, device: str, family: str = "llama"):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from megatron_async_rlhf.config.architecture import architecture_of_hf
+    from megatron_async_rlhf.models.architecture import architecture_of_hf
 
     torch.manual_seed(0)
     hidden, layers, vocab = (1024, 8, 32000) if on_gpu(device) else (64, 2, 97)
@@ -293,8 +293,8 @@ def train_in(keys: dict[str, Any], device: str) -> dict[str, list[float]]:
 
 
 def train_as_rank(device: str, keys: dict[str, Any]) -> dict[str, list[float]]:
-    from megatron_async_rlhf.config.architecture import Architecture
     from megatron_async_rlhf.learner.protocol import TrainSupervised
+    from megatron_async_rlhf.models.architecture import Architecture
 
     placement = join(device, **keys)
     hidden, heads = (1024, 8) if on_gpu(device) else (64, 4)
@@ -311,10 +311,10 @@ def train_as_rank(device: str, keys: dict[str, Any]) -> dict[str, list[float]]:
 def part_speed(device: str, found: Findings) -> None:
     import torch
 
-    from megatron_async_rlhf.config.architecture import Architecture
     from megatron_async_rlhf.devices import known_peak
-    from megatron_async_rlhf.learner.flops import forward_flops
     from megatron_async_rlhf.learner.protocol import TrainSupervised
+    from megatron_async_rlhf.models.architecture import Architecture
+    from megatron_async_rlhf.models.flops import forward_flops
     from megatron_async_rlhf.types import Sequence
 
     placement = join(device)
@@ -374,8 +374,8 @@ def estimated_bytes(learner) -> int:
 
 
 def part_curve(device: str, found: Findings) -> None:
-    from megatron_async_rlhf.config.architecture import Architecture
     from megatron_async_rlhf.learner.protocol import TrainSupervised
+    from megatron_async_rlhf.models.architecture import Architecture
 
     variants = precisions(device)
     if len(variants) == 1:
@@ -406,7 +406,7 @@ def supervised_batches(steps: int):
     """The quickstart's warm start: its sequences, and the size of its vocabulary."""
     from megatron_async_rlhf.config.load import load_config
     from megatron_async_rlhf.data.prompts import PromptOrder
-    from megatron_async_rlhf.prepare import load_materials, make_model_template
+    from megatron_async_rlhf.jobs.inputs import load_materials, make_model_template
 
     config = load_config(ROOT / "examples" / "quickstart.yaml")
     with tempfile.TemporaryDirectory() as directory:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_async_rlhf.checkpoint.directory import COMMON
-from megatron_async_rlhf.checkpoint.reader import TorchDistReader
 from megatron_async_rlhf.checkpoint.run_state import read_run_state
 from megatron_async_rlhf.errors import CheckpointError
+from megatron_async_rlhf.formats.directory import COMMON
+from megatron_async_rlhf.formats.reader import TorchDistReader
 
 
 def check_run_checkpoint(checkpoint: Path) -> None:

@@ -13,11 +13,11 @@ from statistics import fmean
 
 from msgspec import Struct
 
-from megatron_async_rlhf.checkpoint.directory import HF_DIR, describe_weights
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, best_version, has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, WriteError
+from megatron_async_rlhf.formats.directory import HF_DIR, describe_weights
 from megatron_async_rlhf.learner.protocol import FinishCheckpoint, Learner, SaveCheckpoint
 from megatron_async_rlhf.scheduler.state import ControllerState
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RUN_STATE, unwritten

@@ -7,9 +7,9 @@ heads, K key-value heads, F feed-forward size, all of this rank; D size of a hea
 
 from dataclasses import dataclass
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.sections import LearnerSection
-from megatron_async_rlhf.weights.plan import ITEM_BYTES
+from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
+from megatron_async_rlhf.models.architecture import Architecture
 
 FLOAT32 = 4
 
@@ -85,7 +85,7 @@ def layer_bytes(share: LayerShare, recompute: str) -> int:
 
 
 def _layer_bytes(share: LayerShare) -> int:
-    """Megatron's layers on torch alone (`learner/megatron/layers.py`), an upper bound for Transformer Engine's in bf16."""
+    """Megatron's layers on torch alone (`learner/megatron/layers/spec.py`), an upper bound for Transformer Engine's in bf16."""
     e, h = share.item, share.hidden_kept
     norms = 2 * (norm_bytes(share, h) + e * h)  # each with its output, which the matrix after it keeps
     # Cosines and sines of each position, for queries and for keys; rotated queries and keys are new tensors, values

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from megatron_async_rlhf.config.architecture import Architecture
-from megatron_async_rlhf.config.layout_rules import check_layouts
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.generator_memory import GIB, GeneratorMemory, GpuBudget, generator_memory
 from megatron_async_rlhf.estimate.learner_memory import FIXED_CUDA, MIB, LearnerMemory, learner_memory
 from megatron_async_rlhf.estimate.save_memory import save_memory
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.layout_rules import check_layouts
 
 ACCURACY = 0.15  # what the estimate may be wrong by (docs/estimate.md)
 # Processes of a run on a CPU without model and data: proportional set sizes (`smaps_rollup`) of a run of

@@ -7,10 +7,10 @@ than that rank leaves. On a CPU the cache has its size from the config.
 
 from dataclasses import dataclass, fields
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.holdings import generator_holding
-from megatron_async_rlhf.weights.plan import ITEM_BYTES
+from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
+from megatron_async_rlhf.models.architecture import Architecture
 
 GIB = 2**30
 CACHE_BLOCK_TOKENS = 128  # the largest blocks that vLLM divides a cache into

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from math import prod
 
-from megatron_async_rlhf.config.architecture import Architecture
-from megatron_async_rlhf.weights.layout import (
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.layout import (
     VLLM_VOCAB_MULTIPLE,
     LearnerLayout,
     Piece,

@@ -8,7 +8,6 @@ on top, the largest of:
 
 from dataclasses import dataclass, fields
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.estimate.activations import (
@@ -21,10 +20,14 @@ from megatron_async_rlhf.estimate.activations import (
     layer_bytes,
 )
 from megatron_async_rlhf.estimate.holdings import Holding, learner_holdings, value_holdings
-from megatron_async_rlhf.weights.layout import LearnerLayout
-from megatron_async_rlhf.weights.plan import ITEM_BYTES
+from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.layout import LearnerLayout
 
-LOGITS_BLOCK = {"cpu": 2**25, "cuda": 2**27}  # elements of a block of logits, as in `learner/megatron/logprobs.py`
+LOGITS_BLOCK = {
+    "cpu": 2**25,
+    "cuda": 2**27,
+}  # elements of a block of logits, as in `learner/megatron/layers/logprobs.py`
 MIB = 2**20
 FIXED_CPU = 350 * MIB  # a process with torch, Megatron and its process groups before it has a model, measured
 # CUDA context with torch's kernels, cuBLAS workspaces, and NCCL's buffers of the tensor, data, pipeline, control and

@@ -5,13 +5,13 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.fitting import ACCURACY, RunMemory, advise, needed, run_memory, shares_gpu
 from megatron_async_rlhf.estimate.generator_memory import GIB, GeneratorMemory
 from megatron_async_rlhf.estimate.learner_memory import LearnerMemory
 from megatron_async_rlhf.estimate.machine import machine_memory
+from megatron_async_rlhf.models.architecture import Architecture
 
 _LEARNER_COLUMNS = (
     "weights",

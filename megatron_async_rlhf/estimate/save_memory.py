@@ -3,13 +3,13 @@
 Of the ranks that hold the same weights the first one writes. There are `tensor_parallel` of them in a pipeline stage.
 """
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.estimate.activations import FLOAT32
 from megatron_async_rlhf.estimate.holdings import learner_holdings, value_holdings
-from megatron_async_rlhf.weights.layout import LearnerLayout
-from megatron_async_rlhf.weights.plan import ITEM_BYTES
+from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.layout import LearnerLayout
 
 
 def save_memory(config: RunConfig, arch: Architecture) -> list[int]:

@@ -8,12 +8,12 @@ Not counted: rewards, checkpoints, pipeline bubbles, the optimizer's own step.
 
 from dataclasses import dataclass
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.devices import DEVICES
 from megatron_async_rlhf.estimate.generator_memory import GeneratorMemory, cache_bytes_per_token
-from megatron_async_rlhf.learner.flops import output_flops, passes_before_updates, token_flops
-from megatron_async_rlhf.weights.plan import ITEM_BYTES
+from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.flops import output_flops, passes_before_updates, token_flops
 
 TYPICAL_LENGTH = 0.5  # of what prompts and completions may have, on average
 
@@ -109,7 +109,7 @@ def trained_token_flops(config: RunConfig, arch: Architecture, length: float) ->
     algorithm, schedule = config.algorithm, config.schedule
     training = 4 if config.learner.recompute == "full" else 3
     before = passes_before_updates(algorithm, schedule.updates_per_rollout) / schedule.epochs
-    # Logits are computed again in blocks, see `learner/megatron/logprobs.py`.
+    # Logits are computed again in blocks, see `learner/megatron/layers/logprobs.py`.
     policy = (training + before) * token_flops(arch, length / 2) + output_flops(arch)
     value = (training + 1 / schedule.epochs) * (token_flops(arch, length / 2) - output_flops(arch))
     return policy + value * algorithm.has_value_model

@@ -9,9 +9,9 @@ from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.fitting import gpu_budget
 from megatron_async_rlhf.estimate.report import describe
+from megatron_async_rlhf.jobs.inputs import check_description, check_inputs, make_model_template, missing_inputs
 from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.launch.plan import plan_learner_alone, plan_processes
-from megatron_async_rlhf.prepare import check_description, check_inputs, make_model_template, missing_inputs
 from megatron_async_rlhf.simulate import prediction
 
 

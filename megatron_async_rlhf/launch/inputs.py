@@ -16,7 +16,7 @@ from msgspec import Struct
 from megatron_async_rlhf.checkpoint.run_checkpoints import has_own_reference
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.prepare import Materials, load_materials
+from megatron_async_rlhf.jobs.inputs import Materials, load_materials
 from megatron_async_rlhf.telemetry.files import INPUTS, POLICY_TEMPLATE_DIR, replace_file
 from megatron_async_rlhf.types import Prompt
 

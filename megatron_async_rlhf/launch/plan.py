@@ -15,9 +15,9 @@ from megatron_async_rlhf.environment import PER_PROCESS
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.generator_memory import GpuBudget
 from megatron_async_rlhf.generator.vllm.server import bf16_problem, records_versions, server_command, server_environment
+from megatron_async_rlhf.jobs.lifecycle import END_AT_ONCE
 from megatron_async_rlhf.launch.layout import Slot, lay_out
 from megatron_async_rlhf.launch.nodes import Node
-from megatron_async_rlhf.lifecycle import END_AT_ONCE
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
 
 

@@ -11,9 +11,9 @@ from megatron_async_rlhf.checkpoint.run_state import read_run_state
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError, DataError
+from megatron_async_rlhf.jobs.inputs import value_source
 from megatron_async_rlhf.json_lines import read_json_lines
 from megatron_async_rlhf.launch.owner import owner_path
-from megatron_async_rlhf.prepare import value_source
 from megatron_async_rlhf.scheduler.recording import RolloutLog
 from megatron_async_rlhf.telemetry.files import (
     EVALUATIONS,

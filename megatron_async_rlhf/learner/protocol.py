@@ -169,3 +169,17 @@ class Learner(Protocol):
     """
 
     async def execute(self, command: Command) -> Answer: ...
+
+
+def rollout_span(command: TrainRollout, start: float, end: float) -> Span:
+    """The learner made the steps of a rollout."""
+    updates = len(command.mini_batches) * command.epochs
+    first, last = command.version + 1, command.version + updates
+    sequences = [sequence for batch in command.mini_batches for group in batch for sequence in group.sequences]
+    args = {
+        "version": last,
+        "samples": len(sequences),
+        "tokens": sum(len(sequence.token_ids) - sequence.prompt_length for sequence in sequences),
+    }
+    name = f"step {first}" if first == last else f"steps {first} to {last}"
+    return Span(name=name, start=start, end=end, process="learner", args=args)

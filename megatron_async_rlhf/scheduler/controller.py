@@ -26,7 +26,7 @@ from statistics import fmean
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import NonFiniteLossError, WriteError
-from megatron_async_rlhf.learner.protocol import Learner, TrainRollout
+from megatron_async_rlhf.learner.protocol import Learner, TrainRollout, rollout_span
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
 from megatron_async_rlhf.scheduler.generation import Generation
@@ -42,7 +42,6 @@ from megatron_async_rlhf.scheduler.weight_sync import PushError, WeightSync
 from megatron_async_rlhf.telemetry.files import FAILED_BATCH
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.telemetry.summary import staleness_figures
-from megatron_async_rlhf.telemetry.trace import rollout_span
 
 _PAUSES = {"none": "keep", "keep": "keep", "recompute": "keep", "resubmit": "abort"}
 

@@ -33,9 +33,9 @@ from megatron_async_rlhf.learner.protocol import (
     Learner,
     PushWeights,
 )
+from megatron_async_rlhf.models.layout import LearnerLayout
 from megatron_async_rlhf.types import PushReport, Span
 from megatron_async_rlhf.weights.blame import root_cause
-from megatron_async_rlhf.weights.layout import LearnerLayout
 
 # After the learner knows that a push has ended, generators hear of it at once unless they are dead.
 _GRACE_S = 5.0

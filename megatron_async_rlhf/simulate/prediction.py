@@ -9,12 +9,12 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError
 from megatron_async_rlhf.estimate.fitting import run_memory
 from megatron_async_rlhf.estimate.speed import Speed, estimate_speed
-from megatron_async_rlhf.prepare import make_model_template, missing_inputs, outline
+from megatron_async_rlhf.jobs.inputs import make_model_template, missing_inputs, outline
+from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.simulate.lengths import LognormalLengths
 from megatron_async_rlhf.simulate.scenario import Scenario, Speeds
 from megatron_async_rlhf.simulate.simulation import Outcome, simulate

@@ -1,7 +1,7 @@
 """Points of one sweep that were run at different times must have had the same data and the same start."""
 
+from megatron_async_rlhf.jobs.inputs import load_materials
 from megatron_async_rlhf.launch.inputs import Inputs, check_same_inputs, describe_inputs
-from megatron_async_rlhf.prepare import load_materials
 from megatron_async_rlhf.sweep.points import Sweep
 from megatron_async_rlhf.telemetry.files import INPUTS, POLICY_TEMPLATE_DIR
 

@@ -6,8 +6,13 @@ from pathlib import Path
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError
+from megatron_async_rlhf.jobs.inputs import (
+    check_policy_weights,
+    check_value_weights,
+    load_materials,
+    make_model_template,
+)
 from megatron_async_rlhf.launch.run_directory import check_writable
-from megatron_async_rlhf.prepare import check_policy_weights, check_value_weights, load_materials, make_model_template
 from megatron_async_rlhf.sweep.points import Point, Sweep
 
 

@@ -10,25 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_async_rlhf.learner.protocol import TrainRollout
 from megatron_async_rlhf.telemetry.files import replace_file
 from megatron_async_rlhf.types import Span
 
 _Row = tuple[str, str, int]  # process, lane, and the row of the lane, counted from 0
-
-
-def rollout_span(command: TrainRollout, start: float, end: float) -> Span:
-    """The learner made the steps of a rollout."""
-    updates = len(command.mini_batches) * command.epochs
-    first, last = command.version + 1, command.version + updates
-    sequences = [sequence for batch in command.mini_batches for group in batch for sequence in group.sequences]
-    args = {
-        "version": last,
-        "samples": len(sequences),
-        "tokens": sum(len(sequence.token_ids) - sequence.prompt_length for sequence in sequences),
-    }
-    name = f"step {first}" if first == last else f"steps {first} to {last}"
-    return Span(name=name, start=start, end=end, process="learner", args=args)
 
 
 def write_trace(path: Path, spans: Sequence[Span]) -> None:

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError, MappingError
-from megatron_async_rlhf.weights.layout import LearnerLayout, Piece, generator_pieces, learner_pieces
+from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.layout import LearnerLayout, Piece, generator_pieces, learner_pieces
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Dividing a smaller rectangle among its holders would cost more in messages than it balances.
 _WORTH_DIVIDING_BYTES = 256 * 1024
 

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 
 from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.formats.digest import digest
 from megatron_async_rlhf.types import PushReport
-from megatron_async_rlhf.weights.digest import digest
 from megatron_async_rlhf.weights.plan import Message, Slice, TransferPlan
 from megatron_async_rlhf.weights.proof import conclude
 from megatron_async_rlhf.weights.roster import Roster

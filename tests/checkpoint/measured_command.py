@@ -18,7 +18,7 @@ def status_mib(key: str) -> float:
 def hold(directory: Path) -> None:
     import torch
 
-    from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory
+    from megatron_async_rlhf.formats.hf_files import SafetensorsDirectory
 
     reader = SafetensorsDirectory(directory)
     held = {name: torch.empty(spec.matrix, dtype=torch.bfloat16) for name, spec in reader.tensors.items()}
@@ -29,7 +29,7 @@ def hold(directory: Path) -> None:
 def main() -> None:
     import torch.distributed.checkpoint  # noqa: F401  what every command loads is not what it costs
 
-    import megatron_async_rlhf.checkpoint.convert  # noqa: F401
+    import megatron_async_rlhf.converter.convert  # noqa: F401
     from megatron_async_rlhf.cli import app
 
     before = status_mib("VmRSS")

@@ -18,9 +18,9 @@ def load(job: dict, arch, placement, learner) -> tuple[object, list[str]]:
     from megatron.core import dist_checkpointing
     from safetensors.torch import load_file
 
-    from megatron_async_rlhf.checkpoint.sources import open_weights
+    from megatron_async_rlhf.formats.open_weights import open_weights
     from megatron_async_rlhf.learner.megatron.model import build_model
-    from megatron_async_rlhf.learner.megatron.weights import load_weights
+    from megatron_async_rlhf.learner.megatron.transfer.weights import load_weights
 
     [model], [expected] = (build_model(arch, placement, learner) for _ in range(2))
     state = dist_checkpointing.load(model.sharded_state_dict(), job["checkpoint"])
@@ -51,9 +51,9 @@ def run_rank(rank: int, layout: dict, directory: Path) -> None:
     import torch
     from megatron.core import dist_checkpointing
 
-    from megatron_async_rlhf.config.architecture import architecture_of_hf
     from megatron_async_rlhf.config.sections import LearnerSection
     from megatron_async_rlhf.learner.megatron.parallel import join_learner
+    from megatron_async_rlhf.models.architecture import architecture_of_hf
 
     sizes = {"tensor_parallel": layout["tensor"], "pipeline_parallel": layout["pipeline"], "ranks": layout["ranks"]}
     learner = LearnerSection(learning_rate=1e-3, timeout_s=60, **sizes)

@@ -11,9 +11,9 @@ import torch
 from hf_models import HFModel, assert_same, make_hf_model, read_directory
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_async_rlhf.checkpoint.convert import export_hf, import_hf
-from megatron_async_rlhf.checkpoint.sources import open_holders
-from megatron_async_rlhf.weights.verify import compare
+from megatron_async_rlhf.converter.convert import export_hf, import_hf
+from megatron_async_rlhf.converter.sources import open_holders
+from megatron_async_rlhf.converter.verify import compare
 
 RANKS = Path(__file__).with_name("megatron_ranks.py")
 TIMEOUT_S = 150

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from hf_models import TOKENIZER_FILES
 
-from megatron_async_rlhf import prepare
-from megatron_async_rlhf.checkpoint.convert import import_hf
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.converter.convert import import_hf
 from megatron_async_rlhf.data.tokenizer import DATE
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
-from megatron_async_rlhf.prepare import make_model_template, missing_inputs
+from megatron_async_rlhf.jobs import inputs as prepare
+from megatron_async_rlhf.jobs.inputs import make_model_template, missing_inputs
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ import torch
 import yaml
 from hf_models import make_hf_model
 
-from megatron_async_rlhf.checkpoint.convert import import_hf
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state, read_run_state
 from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import dump_config, load_config
+from megatron_async_rlhf.converter.convert import import_hf
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError
+from megatron_async_rlhf.jobs.inputs import load_materials, make_model_template
 from megatron_async_rlhf.launch.inputs import describe_inputs, write_inputs
 from megatron_async_rlhf.launch.resume import find_resumption
 from megatron_async_rlhf.launch.run_directory import reopen_run_directory
-from megatron_async_rlhf.prepare import load_materials, make_model_template
 from megatron_async_rlhf.scheduler.scoring import ScoredGroup
 from megatron_async_rlhf.scheduler.state import ControllerState, ReadyGroup
 from megatron_async_rlhf.telemetry.files import read_lines
@@ -391,7 +391,7 @@ def test_what_is_kept(tmp_path: Path, keep_last: int | None, best: int | None, k
 
 def test_the_last_policy_of_a_run(found: Found):
     """What was exported if it is completed, else the newest checkpoint; never what is being written."""
-    from megatron_async_rlhf.checkpoint.sources import resolve
+    from megatron_async_rlhf.converter.sources import resolve
 
     assert resolve(found.run) == found.places.path(4)
     (found.run / "checkpoints/final").mkdir()

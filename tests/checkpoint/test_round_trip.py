@@ -8,13 +8,14 @@ import torch
 from hf_models import FAMILIES, TOKENIZER_FILES, assert_same, read_directory, write_shards
 from transformers import AutoModelForCausalLM
 
-from megatron_async_rlhf.checkpoint.convert import export_hf, import_hf
-from megatron_async_rlhf.checkpoint.sources import open_holders
+from megatron_async_rlhf.converter.convert import export_hf, import_hf
+from megatron_async_rlhf.converter.sources import open_holders
+from megatron_async_rlhf.converter.verify import compare
 from megatron_async_rlhf.errors import CheckpointError
-from megatron_async_rlhf.weights import stored
-from megatron_async_rlhf.weights.digest import digest
-from megatron_async_rlhf.weights.hf_files import SafetensorsDirectory
-from megatron_async_rlhf.weights.verify import Box, StoredWeights, compare
+from megatron_async_rlhf.formats import stored
+from megatron_async_rlhf.formats.digest import digest
+from megatron_async_rlhf.formats.hf_files import SafetensorsDirectory
+from megatron_async_rlhf.formats.holder import Box, StoredWeights
 
 SIZES = [1, 2, 4]  # four stages: one layer each; four ranks: more than the two key-value heads
 

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from megatron_async_rlhf.checkpoint.value_source import open_value_source
-from megatron_async_rlhf.config.architecture import architecture_of_hf
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
-from megatron_async_rlhf.prepare import check_value_weights, outline
+from megatron_async_rlhf.formats.value_source import open_value_source
+from megatron_async_rlhf.jobs.inputs import check_value_weights, outline
+from megatron_async_rlhf.models.architecture import architecture_of_hf
 
 POLICY = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -15,11 +15,11 @@ import yaml
 from safetensors.torch import save_file
 
 from megatron_async_rlhf.cli import app
-from megatron_async_rlhf.config.architecture import architecture_of_hf
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.prepare import make_model_template
+from megatron_async_rlhf.jobs.inputs import make_model_template
+from megatron_async_rlhf.models.architecture import architecture_of_hf
+from megatron_async_rlhf.models.hf_mapping import hf_shapes
 from megatron_async_rlhf.usage import run_command_line
-from megatron_async_rlhf.weights.hf_mapping import hf_shapes
 
 SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
 BASE = {

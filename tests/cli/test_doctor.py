@@ -13,7 +13,7 @@ import torch
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.doctor import examine, problems
 from megatron_async_rlhf.generator.vllm import server
-from megatron_async_rlhf.learner.megatron.fp8 import fp8_problem, possible_recipes
+from megatron_async_rlhf.learner.megatron.layers.fp8 import fp8_problem, possible_recipes
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 

@@ -14,7 +14,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.fitting import advise, run_memory
 from megatron_async_rlhf.estimate.generator_memory import GIB
 from megatron_async_rlhf.estimate.report import describe, refuse_too_large
-from megatron_async_rlhf.prepare import outline
+from megatron_async_rlhf.jobs.inputs import outline
 
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 # Torch must not be loaded, which the command itself cannot say.

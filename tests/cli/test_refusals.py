@@ -293,7 +293,7 @@ def test_there_are_enough_of_them():
 def test_too_few_prompts_for_a_step_are_said(capsys: pytest.CaptureFixture[str]):
     """They are drawn several times a step, which somebody may mean."""
     from megatron_async_rlhf.config.load import load_config
-    from megatron_async_rlhf.prepare import doubts, load_materials, make_model_template
+    from megatron_async_rlhf.jobs.inputs import doubts, load_materials, make_model_template
 
     Path("c.yaml").write_text(BUILTIN)
 

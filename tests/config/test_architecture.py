@@ -7,10 +7,10 @@ import torch
 from published_models import LLAMA_3_1_8B, MISTRAL_7B_V0_3, PUBLISHED, QWEN_2_5_7B, QWEN_3_8B
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_async_rlhf.config.architecture import Architecture, RopeScaling, architecture_of, architecture_of_hf
-from megatron_async_rlhf.config.layout_rules import check_layouts
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.weights.families import FAMILIES
+from megatron_async_rlhf.models.architecture import Architecture, RopeScaling, architecture_of, architecture_of_hf
+from megatron_async_rlhf.models.families import FAMILIES
+from megatron_async_rlhf.models.layout_rules import check_layouts
 
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 

@@ -9,13 +9,13 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, models
 
-from megatron_async_rlhf.checkpoint.directory import copy_hf_files
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data import tokenizer as tokenizer_module
 from megatron_async_rlhf.data.builtin_task import make_examples
 from megatron_async_rlhf.data.tokenizer import DATE, Tokenizer, make_byte_tokenizer, train_bpe_tokenizer
 from megatron_async_rlhf.errors import DataError
-from megatron_async_rlhf.prepare import make_model_template
+from megatron_async_rlhf.formats.directory import copy_hf_files
+from megatron_async_rlhf.jobs.inputs import make_model_template
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [

@@ -13,17 +13,17 @@ import msgspec
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_async_rlhf.checkpoint.directory import describe_weights
 from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.formats.directory import describe_weights
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
+from megatron_async_rlhf.jobs.inputs import Materials, load_materials, make_model_template
 from megatron_async_rlhf.launch.nodes import this_node
 from megatron_async_rlhf.launch.plan import ProcessSpec, plan_processes
 from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.launch.run_directory import create_run_directory
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, StartReinforcement, TrainRollout
-from megatron_async_rlhf.prepare import Materials, load_materials, make_model_template
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.types import Completion, TrainingGroup
 

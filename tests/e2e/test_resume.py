@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 from wandb_records import rows, run_ids
 
-from megatron_async_rlhf.checkpoint.reader import TorchDistReader
+from megatron_async_rlhf.formats.reader import TorchDistReader
 
 SYNC = ("schedule.mode=sync", "checkpoint.every_steps=2", "checkpoint.keep_last=null")
 PER_STEP = 8 * 3  # samples

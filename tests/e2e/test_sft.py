@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.prepare import load_materials
+from megatron_async_rlhf.jobs.inputs import load_materials
 
 CONFIG = Path(__file__).with_name("tiny.yaml")
 STEPS = 4

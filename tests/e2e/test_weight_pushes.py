@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_async_rlhf.data.tokenizer import make_byte_tokenizer
 from megatron_async_rlhf.errors import TransferError
 from megatron_async_rlhf.learner.protocol import Hello
-from megatron_async_rlhf.weights.hf_mapping import elements_held
+from megatron_async_rlhf.models.hf_mapping import elements_held
 
 PUSHES = int(os.environ.get("ASYNC_RLHF_TEST_PUSHES", "5"))
 

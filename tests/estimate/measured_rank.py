@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from forked_ranks import run_ranks
 
-from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.protocol import FinishCheckpoint, SaveCheckpoint, TrainRollout
+from megatron_async_rlhf.models.architecture import architecture_of
 from megatron_async_rlhf.types import Sequence, TrainingGroup
 
 TINY = {"layers": 4, "hidden_size": 64, "ffn_size": 128, "heads": 4, "context_length": 64}

@@ -12,10 +12,10 @@ import sys
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
+from megatron_async_rlhf.models.architecture import Architecture
 
 LENGTHS = [300, 300, 400]
 TOKENS = sum(LENGTHS)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.estimate.activations import LayerShare, chunks_in_flight, head_bytes, layer_bytes
+from megatron_async_rlhf.models.architecture import Architecture
 
 SHAPE = {
     "family": "llama", "vocab_size": 64, "layers": 1, "hidden_size": 48, "ffn_size": 100, "heads": 4, "kv_heads": 2,

@@ -5,7 +5,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.fitting import gpu_budget, run_memory
@@ -18,8 +17,9 @@ from megatron_async_rlhf.estimate.generator_memory import (
 from megatron_async_rlhf.estimate.holdings import generator_holding
 from megatron_async_rlhf.estimate.speed import estimate_speed, trained_token_flops
 from megatron_async_rlhf.generator.vllm.server import server_command
-from megatron_async_rlhf.learner.flops import token_flops
-from megatron_async_rlhf.prepare import outline
+from megatron_async_rlhf.jobs.inputs import outline
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.flops import token_flops
 
 EXAMPLE = "examples/llama8b_async.yaml"
 

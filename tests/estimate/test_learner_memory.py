@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_async_rlhf.config.architecture import Architecture, architecture_of
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.holdings import learner_holdings
 from megatron_async_rlhf.estimate.learner_memory import LOGITS_BLOCK, LearnerMemory, learner_memory
 from megatron_async_rlhf.estimate.report import ACCURACY
 from megatron_async_rlhf.estimate.save_memory import save_memory
-from megatron_async_rlhf.weights.layout import LearnerLayout
+from megatron_async_rlhf.models.architecture import Architecture, architecture_of
+from megatron_async_rlhf.models.layout import LearnerLayout
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for all ranks of all cases
 
@@ -197,6 +197,6 @@ def test_a_value_model_is_a_policy_without_its_output_matrix():
 
 
 def test_a_block_of_logits_is_the_learners():
-    from megatron_async_rlhf.learner.megatron.logprobs import _BLOCK_ELEMENTS
+    from megatron_async_rlhf.learner.megatron.layers.logprobs import _BLOCK_ELEMENTS
 
     assert LOGITS_BLOCK == _BLOCK_ELEMENTS

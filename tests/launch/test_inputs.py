@@ -12,9 +12,9 @@ from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.config.resume import check_same_run
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.jobs.inputs import Materials, load_materials, make_model_template
 from megatron_async_rlhf.launch import inputs
 from megatron_async_rlhf.launch.inputs import Inputs, check_same_inputs, describe_inputs, write_inputs
-from megatron_async_rlhf.prepare import Materials, load_materials, make_model_template
 from megatron_async_rlhf.usage import run_command_line
 
 CONFIG = """

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sections import ModelSection
 from megatron_async_rlhf.errors import ConfigError
@@ -13,6 +12,7 @@ from megatron_async_rlhf.estimate.fitting import gpu_budget
 from megatron_async_rlhf.generator.vllm import server
 from megatron_async_rlhf.launch.nodes import this_node
 from megatron_async_rlhf.launch.plan import ProcessPlan, plan_processes
+from megatron_async_rlhf.models.architecture import architecture_of
 
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
 

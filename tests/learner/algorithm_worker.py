@@ -15,12 +15,12 @@ from forked_ranks import run_ranks
 from learner_worker import counted, digests_of, error_of, make_learner
 
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.formats.digest import digest
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
-from megatron_async_rlhf.learner.megatron.weights import named_parameters
+from megatron_async_rlhf.learner.megatron.transfer.weights import named_parameters
 from megatron_async_rlhf.learner.protocol import ExportWeights, ResumeReinforcement, TrainRollout
 from megatron_async_rlhf.types import Sequence, TrainingGroup
-from megatron_async_rlhf.weights.digest import digest
 
 
 def group_of(group: dict) -> TrainingGroup:

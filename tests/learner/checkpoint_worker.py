@@ -18,13 +18,14 @@ from forked_ranks import run_ranks
 from learner_worker import counted, digests_of, preferences, sequences_of
 from offloading import offload_without_a_gpu
 
-from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, WriteError
-from megatron_async_rlhf.learner.megatron import data_parallel, layers, trained_model
+from megatron_async_rlhf.formats.digest import digest
+from megatron_async_rlhf.learner.megatron.layers import spec as layers
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import join_learner
-from megatron_async_rlhf.learner.megatron.trained_model import TrainedModel
+from megatron_async_rlhf.learner.megatron.training import data_parallel, trained_model
+from megatron_async_rlhf.learner.megatron.training.trained_model import TrainedModel
 from megatron_async_rlhf.learner.protocol import (
     ExportWeights,
     FinishCheckpoint,
@@ -32,7 +33,7 @@ from megatron_async_rlhf.learner.protocol import (
     SaveCheckpoint,
     TrainSupervised,
 )
-from megatron_async_rlhf.weights.digest import digest
+from megatron_async_rlhf.models.architecture import architecture_of
 
 WAIT_S = 60
 

@@ -13,9 +13,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_async_rlhf.learner.megatron import model
-from megatron_async_rlhf.learner.megatron.attention import PackedAttention
-from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
-from megatron_async_rlhf.learner.megatron.swiglu import SwiGLU
+from megatron_async_rlhf.learner.megatron.layers.attention import PackedAttention
+from megatron_async_rlhf.learner.megatron.layers.rms_norm import RMSNorm
+from megatron_async_rlhf.learner.megatron.layers.swiglu import SwiGLU
 
 
 class ScalingState:

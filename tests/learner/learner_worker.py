@@ -16,17 +16,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from megatron_async_rlhf.algorithms.supervised import supervised_loss
-from megatron_async_rlhf.config.architecture import architecture_of, architecture_of_hf
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError
-from megatron_async_rlhf.learner.megatron.batching import cut_micro_batches
+from megatron_async_rlhf.formats.digest import digest
+from megatron_async_rlhf.learner.megatron.layers.output import output_matrix
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
-from megatron_async_rlhf.learner.megatron.output import output_matrix
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
-from megatron_async_rlhf.learner.megatron.weights import named_parameters
+from megatron_async_rlhf.learner.megatron.training.batching import cut_micro_batches
+from megatron_async_rlhf.learner.megatron.transfer.weights import named_parameters
 from megatron_async_rlhf.learner.protocol import ExportWeights, Score, TrainRollout, TrainSupervised
+from megatron_async_rlhf.models.architecture import architecture_of, architecture_of_hf
 from megatron_async_rlhf.types import Sequence, StepMetrics, TrainingGroup
-from megatron_async_rlhf.weights.digest import digest
 
 
 def make_learner(job: dict, model: dict, placement: Placement) -> MegatronLearner:

@@ -27,8 +27,8 @@ from plain_training import adamw, completion_logprobs, step
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.sections import ModelSection
+from megatron_async_rlhf.models.architecture import architecture_of
 
 
 def transformers_model(run: LayoutRun, name: str, stage: str) -> PreTrainedModel:

@@ -26,13 +26,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_async_rlhf.config.algorithms import BestOfNSection
-from megatron_async_rlhf.config.architecture import architecture_of_hf
 from megatron_async_rlhf.config.metrics import metric_names
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.holdings import learner_holdings, value_holdings
-from megatron_async_rlhf.learner.flops import forward_flops
+from megatron_async_rlhf.models.architecture import architecture_of_hf
+from megatron_async_rlhf.models.flops import forward_flops
+from megatron_async_rlhf.models.layout import LearnerLayout
 from megatron_async_rlhf.telemetry.metrics import METRICS
-from megatron_async_rlhf.weights.layout import LearnerLayout
 
 WORKER = Path(__file__).with_name("algorithm_worker.py")
 TIMEOUT_S = 300

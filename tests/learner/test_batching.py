@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
 from megatron_async_rlhf.learner.megatron.context import share_of_rank
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch, cut_micro_batches
 from megatron_async_rlhf.types import Sequence
 
 LENGTHS = [5, 3, 8, 2, 4, 6, 9, 7, 3, 1]

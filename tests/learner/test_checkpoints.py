@@ -18,9 +18,9 @@ from learner_ranks import (
 )
 from safetensors.torch import load_file
 
-from megatron_async_rlhf.checkpoint.weights import CheckpointWeights
-from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.sections import ModelSection
+from megatron_async_rlhf.formats.checkpoint_weights import CheckpointWeights
+from megatron_async_rlhf.models.architecture import architecture_of
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 TIMEOUT_S = 240

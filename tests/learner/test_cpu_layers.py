@@ -9,10 +9,10 @@ from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch.testing import assert_close
 
-from megatron_async_rlhf.learner.megatron.attention import PackedAttention
-from megatron_async_rlhf.learner.megatron.rms_norm import RMSNorm
-from megatron_async_rlhf.learner.megatron.rotary import rotate_packed
-from megatron_async_rlhf.learner.megatron.swiglu import SwiGLU
+from megatron_async_rlhf.learner.megatron.layers.attention import PackedAttention
+from megatron_async_rlhf.learner.megatron.layers.rms_norm import RMSNorm
+from megatron_async_rlhf.learner.megatron.layers.rotary import rotate_packed
+from megatron_async_rlhf.learner.megatron.layers.swiglu import SwiGLU
 
 # Neighbours of one length are computed together; others alone.
 LENGTHS = [7, 4, 4, 4, 1, 1, 3]

@@ -5,9 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.devices import known_peak
-from megatron_async_rlhf.learner.flops import forward_flops
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.flops import forward_flops
 
 ARCH = Architecture(
     vocab_size=50, layers=3, hidden_size=32, ffn_size=48, heads=4, kv_heads=2, head_dim=8, context_length=64,

@@ -13,9 +13,9 @@ from learner_ranks import (
     make_pairs,
 )
 
-from megatron_async_rlhf.config.architecture import architecture_of
 from megatron_async_rlhf.config.sections import ModelSection
-from megatron_async_rlhf.learner.flops import forward_flops
+from megatron_async_rlhf.models.architecture import architecture_of
+from megatron_async_rlhf.models.flops import forward_flops
 
 
 def test_fresh_weights_are_the_same_bits_in_every_layout(run: LayoutRun, single: LayoutRun):

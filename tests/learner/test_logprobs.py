@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from megatron.core import parallel_state
 
-from megatron_async_rlhf.learner.megatron.logprobs import vocab_parallel_logprobs
+from megatron_async_rlhf.learner.megatron.layers.logprobs import vocab_parallel_logprobs
 
 N, H, TEMPERATURE = 11, 6, 0.7
 

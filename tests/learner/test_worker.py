@@ -10,7 +10,7 @@ import torch
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import TransferError
 from megatron_async_rlhf.learner.megatron import worker
-from megatron_async_rlhf.learner.megatron.weight_push import WeightPush
+from megatron_async_rlhf.learner.megatron.transfer.weight_push import WeightPush
 from megatron_async_rlhf.learner.protocol import Stop
 
 MODEL = {"layers": 1, "hidden_size": 32, "ffn_size": 32, "heads": 1, "context_length": 32}

@@ -11,12 +11,12 @@ from directory_cases import BEGIN, CASES, DOCS, Case, as_markdown, build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_async_rlhf import cli
-from megatron_async_rlhf.checkpoint.sources import open_weights
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError
-from megatron_async_rlhf.prepare import check_inputs, make_model_template
-from megatron_async_rlhf.weights.stored import DTYPES, find_tensor
+from megatron_async_rlhf.formats.open_weights import open_weights
+from megatron_async_rlhf.formats.stored import DTYPES, find_tensor
+from megatron_async_rlhf.jobs.inputs import check_inputs, make_model_template
 
 SECTIONS = {
     "generator": {"max_new_tokens": 12},

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from scheduler_fakes import FakeGenerator, FakeLearner
 
-from megatron_async_rlhf.app import Job
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.jobs.inputs import load_materials, make_model_template
+from megatron_async_rlhf.jobs.train import Job
 from megatron_async_rlhf.learner.protocol import Answer, Command, ExportWeights, Score, TrainRollout, TrainSupervised
-from megatron_async_rlhf.prepare import load_materials, make_model_template
 from megatron_async_rlhf.types import StepMetrics
 
 TINY = Path(__file__).parents[1] / "e2e/tiny.yaml"

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import WriteError
+from megatron_async_rlhf.jobs.lifecycle import EXIT_FAILED, close_failed, close_well
 from megatron_async_rlhf.learner.protocol import TrainRollout
-from megatron_async_rlhf.lifecycle import EXIT_FAILED, close_failed, close_well
 from megatron_async_rlhf.scheduler.recording import RolloutLog
 from megatron_async_rlhf.telemetry import files
 from megatron_async_rlhf.telemetry.events import EventStream

@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_async_rlhf.config.architecture import Architecture
+from megatron_async_rlhf.models.architecture import Architecture
 
 
 @pytest.fixture

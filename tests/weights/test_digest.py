@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_async_rlhf.weights.digest import _BLOCK_BYTES, digest, digest_blocks
+from megatron_async_rlhf.formats.digest import _BLOCK_BYTES, digest, digest_blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])

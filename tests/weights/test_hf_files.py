@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from megatron_async_rlhf.errors import CheckpointError
-from megatron_async_rlhf.weights import stored
-from megatron_async_rlhf.weights.hf_files import INDEX, SafetensorsDirectory, write_safetensors
-from megatron_async_rlhf.weights.hf_mapping import hf_shapes
-from megatron_async_rlhf.weights.stored import TensorSpec, WeightReader, find_tensor
+from megatron_async_rlhf.formats import stored
+from megatron_async_rlhf.formats.hf_files import INDEX, SafetensorsDirectory, write_safetensors
+from megatron_async_rlhf.formats.stored import TensorSpec, WeightReader, find_tensor
+from megatron_async_rlhf.models.hf_mapping import hf_shapes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

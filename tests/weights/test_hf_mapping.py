@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_async_rlhf.weights.families import FAMILIES, Rule
-from megatron_async_rlhf.weights.hf_mapping import (
+from megatron_async_rlhf.models.families import FAMILIES, Rule
+from megatron_async_rlhf.models.hf_mapping import (
     copies_of_tied_embedding,
     elements_held,
     hf_shapes,

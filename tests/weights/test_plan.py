@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.weights.hf_mapping import elements_held, hf_shapes
-from megatron_async_rlhf.weights.layout import (
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.hf_mapping import elements_held, hf_shapes
+from megatron_async_rlhf.models.layout import (
     VLLM_VOCAB_MULTIPLE,
     LearnerLayout,
     generator_pieces,

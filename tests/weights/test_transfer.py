@@ -8,9 +8,9 @@ import torch
 from transfer_group import TransferGroup, assert_holds, random_weights
 
 from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.models.hf_mapping import elements_held
+from megatron_async_rlhf.models.layout import LearnerLayout
 from megatron_async_rlhf.types import PushReport
-from megatron_async_rlhf.weights.hf_mapping import elements_held
-from megatron_async_rlhf.weights.layout import LearnerLayout
 
 LAYOUTS = [
     pytest.param(LearnerLayout(), 1, 1, id="tp1-to-tp1"),

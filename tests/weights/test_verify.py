@@ -5,11 +5,12 @@ from math import prod
 import pytest
 import torch
 
+from megatron_async_rlhf.converter import verify
+from megatron_async_rlhf.converter.verify import compare
 from megatron_async_rlhf.errors import CheckpointError
-from megatron_async_rlhf.weights import verify
-from megatron_async_rlhf.weights.digest import digest
-from megatron_async_rlhf.weights.stored import DTYPES, TensorSpec
-from megatron_async_rlhf.weights.verify import Box, compare
+from megatron_async_rlhf.formats.digest import digest
+from megatron_async_rlhf.formats.holder import Box
+from megatron_async_rlhf.formats.stored import DTYPES, TensorSpec
 
 SHAPES = {"first": (9, 5), "norm": (7,), "big": (40, 8), "last": (2, 2)}
 

@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from whole_tensors import merge, split
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import MappingError
-from megatron_async_rlhf.weights.families import FAMILIES, Rule
-from megatron_async_rlhf.weights.hf_mapping import hf_shapes, model_mappings
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.families import FAMILIES, Rule
+from megatron_async_rlhf.models.hf_mapping import hf_shapes, model_mappings
 
 
 @st.composite

@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from whole_tensors import split
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.families import Rule
+from megatron_async_rlhf.models.hf_mapping import copies_of_tied_embedding, hf_shapes, model_mappings
+from megatron_async_rlhf.models.layout import LearnerLayout
 from megatron_async_rlhf.types import PushReport
-from megatron_async_rlhf.weights.families import Rule
-from megatron_async_rlhf.weights.hf_mapping import copies_of_tied_embedding, hf_shapes, model_mappings
-from megatron_async_rlhf.weights.layout import LearnerLayout
 from megatron_async_rlhf.weights.plan import TransferPlan, plan_transfer
 from megatron_async_rlhf.weights.receive import Check, Receiver
 from megatron_async_rlhf.weights.roster import Roster

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import MappingError
-from megatron_async_rlhf.weights.families import Rule
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.families import Rule
 
 
 def split(rule: Rule, tensors: Sequence[torch.Tensor], arch: Architecture, ranks: int, rank: int) -> torch.Tensor:

@@ -6,8 +6,8 @@ import urllib.request
 from typing import Any
 
 from megatron_async_rlhf.errors import CheckpointError
-from megatron_async_rlhf.weights.stored import TensorSpec
-from megatron_async_rlhf.weights.verify import Box
+from megatron_async_rlhf.formats.holder import Box
+from megatron_async_rlhf.formats.stored import TensorSpec
 
 # A generator is never behind a proxy, whatever `http_proxy` says: the one on this machine would be asked for its own.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))

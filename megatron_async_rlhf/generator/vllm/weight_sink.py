@@ -11,10 +11,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from megatron_async_rlhf.config.architecture import architecture_of_hf
 from megatron_async_rlhf.errors import AsyncRLHFError, TransferError
 from megatron_async_rlhf.generator.vllm.worker_model import WorkerModel
-from megatron_async_rlhf.weights.layout import LearnerLayout
+from megatron_async_rlhf.models.architecture import architecture_of_hf
+from megatron_async_rlhf.models.layout import LearnerLayout
 from megatron_async_rlhf.weights.messages import agree
 from megatron_async_rlhf.weights.plan import TransferPlan, plan_transfer
 from megatron_async_rlhf.weights.receive import Receiver

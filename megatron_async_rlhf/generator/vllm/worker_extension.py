@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_async_rlhf.config.architecture import architecture_of_hf
+from megatron_async_rlhf.formats.digest import digest
 from megatron_async_rlhf.generator.vllm.worker_model import WorkerModel
-from megatron_async_rlhf.weights.digest import digest
-from megatron_async_rlhf.weights.hf_mapping import hf_shapes
-from megatron_async_rlhf.weights.layout import by_parameter, generator_pieces
+from megatron_async_rlhf.models.architecture import architecture_of_hf
+from megatron_async_rlhf.models.hf_mapping import hf_shapes
+from megatron_async_rlhf.models.layout import by_parameter, generator_pieces
 
 # Smaller rectangles name a difference more closely; a digest is 16 bytes of this many.
 _BOX_BYTES = 2**20

@@ -6,9 +6,9 @@ for oneDNN and drops the original: there a new matrix is put together beside it 
 
 import torch
 
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.errors import TransferError
-from megatron_async_rlhf.weights.layout import generator_pieces, parameter_shapes
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.layout import generator_pieces, parameter_shapes
 from megatron_async_rlhf.weights.receive import Check
 
 _PLAIN_METHODS = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "NoneType"}

@@ -11,24 +11,29 @@ import torch
 import torch.distributed as dist
 
 from megatron_async_rlhf.algorithms.supervised import supervised_loss
-from megatron_async_rlhf.checkpoint.sources import open_weights
-from megatron_async_rlhf.checkpoint.weights import CheckpointWeights
-from megatron_async_rlhf.config.architecture import Architecture
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.devices import known_peak
 from megatron_async_rlhf.errors import LearnerError, WriteError
-from megatron_async_rlhf.learner.flops import forward_flops, rollout_flops
-from megatron_async_rlhf.learner.megatron.background_save import BackgroundSave
-from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
-from megatron_async_rlhf.learner.megatron.host_copy import on_host
+from megatron_async_rlhf.formats.checkpoint_weights import CheckpointWeights
+from megatron_async_rlhf.formats.hf_files import write_safetensors
+from megatron_async_rlhf.formats.open_weights import open_weights
+from megatron_async_rlhf.formats.stored import TensorSpec
 from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-from megatron_async_rlhf.learner.megatron.reinforcement import Reinforcement
-from megatron_async_rlhf.learner.megatron.steps import Passes, gather_policy_logprobs, read_logprobs
-from megatron_async_rlhf.learner.megatron.trained_model import Lesson, TrainedModel, training_step
-from megatron_async_rlhf.learner.megatron.training_state import weights_state
-from megatron_async_rlhf.learner.megatron.weight_push import WeightPush
-from megatron_async_rlhf.learner.megatron.weights import RandomWeights, gather_weights, load_weights, named_parameters
+from megatron_async_rlhf.learner.megatron.state.background_save import BackgroundSave
+from megatron_async_rlhf.learner.megatron.state.host_copy import on_host
+from megatron_async_rlhf.learner.megatron.state.training_state import weights_state
+from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch, cut_micro_batches
+from megatron_async_rlhf.learner.megatron.training.reinforcement import Reinforcement
+from megatron_async_rlhf.learner.megatron.training.steps import Passes, gather_policy_logprobs, read_logprobs
+from megatron_async_rlhf.learner.megatron.training.trained_model import Lesson, TrainedModel, training_step
+from megatron_async_rlhf.learner.megatron.transfer.weight_push import WeightPush
+from megatron_async_rlhf.learner.megatron.transfer.weights import (
+    RandomWeights,
+    gather_weights,
+    load_weights,
+    named_parameters,
+)
 from megatron_async_rlhf.learner.meter import Meter
 from megatron_async_rlhf.learner.protocol import (
     Answer,
@@ -43,11 +48,11 @@ from megatron_async_rlhf.learner.protocol import (
     TrainRollout,
     TrainSupervised,
 )
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.flops import forward_flops, rollout_flops
+from megatron_async_rlhf.models.hf_mapping import hf_shapes
 from megatron_async_rlhf.telemetry.files import unwritten
 from megatron_async_rlhf.types import Sequence, StepMetrics
-from megatron_async_rlhf.weights.hf_files import write_safetensors
-from megatron_async_rlhf.weights.hf_mapping import hf_shapes
-from megatron_async_rlhf.weights.stored import TensorSpec
 
 
 class MegatronLearner:

@@ -5,13 +5,13 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
-from megatron_async_rlhf.config.architecture import Architecture, RopeScaling
 from megatron_async_rlhf.config.sections import LearnerSection, Recompute
-from megatron_async_rlhf.learner.megatron.fp8 import fp8_keys
-from megatron_async_rlhf.learner.megatron.layers import device_keys, stage_spec
-from megatron_async_rlhf.learner.megatron.output import defer_output
+from megatron_async_rlhf.formats.stored import DTYPES
+from megatron_async_rlhf.learner.megatron.layers.fp8 import fp8_keys
+from megatron_async_rlhf.learner.megatron.layers.output import defer_output
+from megatron_async_rlhf.learner.megatron.layers.spec import device_keys, stage_spec
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-from megatron_async_rlhf.weights.stored import DTYPES
+from megatron_async_rlhf.models.architecture import Architecture, RopeScaling
 
 # What backward computes again instead of keeping it: attention, or all inside a layer.
 _RECOMPUTE: dict[Recompute, dict] = {

@@ -11,9 +11,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_async_rlhf.config.sections import Device, LearnerSection
-from megatron_async_rlhf.learner.megatron.cpu_backend import enable_cpu_backend
-from megatron_async_rlhf.learner.megatron.fp8 import TOKEN_MULTIPLE
-from megatron_async_rlhf.weights.layout import LearnerLayout
+from megatron_async_rlhf.learner.megatron.layers.cpu_backend import enable_cpu_backend
+from megatron_async_rlhf.learner.megatron.layers.fp8 import TOKEN_MULTIPLE
+from megatron_async_rlhf.models.layout import LearnerLayout
 
 
 @dataclass(frozen=True, kw_only=True)

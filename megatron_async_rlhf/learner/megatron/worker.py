@@ -21,11 +21,10 @@ import torch
 import torch.distributed as dist
 import zmq
 
-from megatron_async_rlhf.config.architecture import policy_architecture
 from megatron_async_rlhf.config.beats import IDLE_BEAT_S
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError, WriteError
-from megatron_async_rlhf.learner.megatron.layers import fused_parts
+from megatron_async_rlhf.learner.megatron.layers.spec import fused_parts
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.protocol import (
@@ -48,6 +47,7 @@ from megatron_async_rlhf.learner.protocol import (
     decode_command,
     encode_answer,
 )
+from megatron_async_rlhf.models.architecture import policy_architecture
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ from megatron_async_rlhf.algorithms.grpo import cispo_loss, group_advantages
 from megatron_async_rlhf.algorithms.normalisation import token_shares
 from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss
 from megatron_async_rlhf.config.algorithms import GRPOSection
-from megatron_async_rlhf.learner.megatron.batching import MicroBatch
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
 from megatron_async_rlhf.learner.megatron.objectives.terms import (
     correct,
@@ -14,7 +13,8 @@ from megatron_async_rlhf.learner.megatron.objectives.terms import (
     rewards_with_kl,
     with_kl_loss,
 )
-from megatron_async_rlhf.learner.megatron.steps import MicroLoss
+from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
+from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
 
 
 class GRPO:

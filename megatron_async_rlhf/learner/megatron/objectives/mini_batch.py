@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_async_rlhf.errors import LearnerError
-from megatron_async_rlhf.learner.megatron.batching import MicroBatch, cut_micro_batches
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-from megatron_async_rlhf.learner.megatron.steps import sum_over_replicas
+from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch, cut_micro_batches
+from megatron_async_rlhf.learner.megatron.training.steps import sum_over_replicas
 from megatron_async_rlhf.types import Sequence, TrainingGroup
 
 

@@ -9,7 +9,7 @@ Every loss reports its share of the total as `loss`, so that those of policy and
 from typing import Protocol
 
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
-from megatron_async_rlhf.learner.megatron.steps import MicroLoss
+from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
 
 
 class Objective(Protocol):

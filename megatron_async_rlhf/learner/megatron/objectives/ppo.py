@@ -6,7 +6,6 @@ from megatron_async_rlhf.algorithms.gae import generalised_advantages, whiten, w
 from megatron_async_rlhf.algorithms.normalisation import token_shares
 from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
 from megatron_async_rlhf.config.algorithms import PPOSection
-from megatron_async_rlhf.learner.megatron.batching import MicroBatch
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
 from megatron_async_rlhf.learner.megatron.objectives.terms import (
     correct,
@@ -14,7 +13,8 @@ from megatron_async_rlhf.learner.megatron.objectives.terms import (
     ratio_base,
     with_kl_loss,
 )
-from megatron_async_rlhf.learner.megatron.steps import MicroLoss
+from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
+from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
 
 
 class PPO:

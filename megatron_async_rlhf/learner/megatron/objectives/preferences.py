@@ -5,9 +5,9 @@ import torch
 from megatron_async_rlhf.algorithms.best_of_n import best_of_n_loss
 from megatron_async_rlhf.algorithms.online_dpo import online_dpo_loss
 from megatron_async_rlhf.config.algorithms import OnlineDPOSection
-from megatron_async_rlhf.learner.megatron.batching import MicroBatch
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
-from megatron_async_rlhf.learner.megatron.steps import MicroLoss
+from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
+from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
 
 
 class OnlineDPO:

@@ -5,7 +5,6 @@ import torch
 from megatron_async_rlhf.algorithms.normalisation import token_shares
 from megatron_async_rlhf.algorithms.rloo import leave_one_out_advantages, proximal_rloo_loss, rloo_loss
 from megatron_async_rlhf.config.algorithms import ProximalRLOOSection, RLOOSection
-from megatron_async_rlhf.learner.megatron.batching import MicroBatch
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
 from megatron_async_rlhf.learner.megatron.objectives.terms import (
     correct,
@@ -13,7 +12,8 @@ from megatron_async_rlhf.learner.megatron.objectives.terms import (
     rewards_with_kl,
     with_kl_loss,
 )
-from megatron_async_rlhf.learner.megatron.steps import MicroLoss
+from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
+from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
 
 
 class RLOO:

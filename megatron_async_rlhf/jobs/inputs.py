@@ -1,0 +1,268 @@
+"""Everything that can be checked or made before a process starts: model template, tokenizer, prompts, layouts.
+
+No torch. `async-rlhf train` runs it first, so bad input costs one line and no start-up; the controller runs it
+again to get the same objects.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from msgspec import Struct
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.example import Example
+from megatron_async_rlhf.data.jsonl import find_jsonl
+from megatron_async_rlhf.data.prompts import build_prompts
+from megatron_async_rlhf.data.solutions import solved_prompts
+from megatron_async_rlhf.data.source import load_examples
+from megatron_async_rlhf.data.tokenizer import Tokenizer, fix_date, make_byte_tokenizer, train_bpe_tokenizer
+from megatron_async_rlhf.errors import ConfigError, DataError
+from megatron_async_rlhf.formats.directory import check_format, copy_hf_files, hf_files_of, is_checkpoint
+from megatron_async_rlhf.formats.safetensors_files import SINGLE, find_files, find_weights, refuse_adapter, weight_files
+from megatron_async_rlhf.formats.tensor_spec import TensorSpec
+from megatron_async_rlhf.formats.value_source import check_value_source
+from megatron_async_rlhf.models.architecture import (
+    Architecture,
+    architecture_of,
+    architecture_of_hf,
+    check_causal_model,
+    check_value_architecture,
+    policy_architecture,
+)
+from megatron_async_rlhf.models.hf_mapping import check_shapes
+from megatron_async_rlhf.models.layout_rules import check_layouts
+from megatron_async_rlhf.rewards.base import Reward
+from megatron_async_rlhf.rewards.registry import make_reward
+from megatron_async_rlhf.types import Prompt, Sequence
+from megatron_async_rlhf.weights.plan import TransferPlan, configured_transfer
+
+
+class Materials(Struct, frozen=True, kw_only=True):
+    """What a run works with, as its config describes it.
+
+    Attributes:
+        solved: prompt and solution as one row by prompt index; empty without a warm start.
+        transfer: how a push moves the policy to one generator.
+    """
+
+    architecture: Architecture
+    tokenizer: Tokenizer
+    train: list[Prompt]
+    eval: list[Prompt]
+    solved: dict[int, Sequence]
+    reward: Reward
+    transfer: TransferPlan
+
+
+def make_model_template(config: RunConfig, directory: Path) -> None:
+    """Write Hugging Face config and tokenizer of the policy, without weights, into `directory`, and today's date.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    fix_date(directory)
+    if config.model.hf is not None:
+        _copy_template(config.model.hf, directory)
+        return
+    if config.model.tokenizer == "bpe":
+        train_bpe_tokenizer(
+            directory, _texts(load_examples(config.data, "train", config.run.seed)), config.model.vocab_size
+        )
+    else:
+        make_byte_tokenizer(directory)
+    tokenizer = Tokenizer.load(directory)
+    hf = architecture_of(config.model, tokenizer.vocab_size).to_hf(
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    (directory / "config.json").write_text(json.dumps(hf, indent=1) + "\n", encoding="utf-8")
+
+
+def outline(config: RunConfig, template: Path) -> tuple[Architecture, TransferPlan]:
+    """What follows from the model's shape alone: needs no more than the `config.json` in `template`.
+
+    Raises:
+        ConfigError: one line.
+    """
+    architecture = policy_architecture(config.model, template)
+    check_layouts(config, architecture)
+    if (source := value_source(config)) is not None:
+        check_value_architecture(source, hf_files_of(source), architecture)
+    return architecture, configured_transfer(config, architecture)
+
+
+def value_source(config: RunConfig) -> Path | None:
+    """What PPO's value model starts from, if not from the policy."""
+    return config.algorithm.value_hf if config.algorithm.has_value_model else None
+
+
+def check_inputs(config: RunConfig, template: Path) -> Materials:
+    """All that a run reads, from the tokenizer to the weights, in the order in which every command checks it.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line.
+    """
+    materials = load_materials(config, template)
+    check_policy_weights(config, materials.architecture)
+    check_value_weights(config, materials.architecture)
+    return materials
+
+
+def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
+    """Of a model of which only the description is here: all that can be checked without its weights.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    described = hf_files_of(config.model.hf)
+    check_causal_model(described)
+    architecture, transfer = outline(config, described)
+    if (described / "tokenizer.json").is_file():
+        _check_vocabulary(config, _read_tokenizer(config, described), architecture)
+    return architecture, transfer
+
+
+def check_policy_weights(config: RunConfig, architecture: Architecture) -> None:
+    """Without torch, unless they are a checkpoint's.
+
+    Raises:
+        CheckpointError: `model.hf` lacks a weight, or has one that does not fit.
+    """
+    if config.model.hf is not None:
+        stored = _stored_tensors(config.model.hf)
+        check_shapes(str(config.model.hf), {name: spec.shape for name, spec in stored.items()}, architecture)
+
+
+def check_value_weights(config: RunConfig, architecture: Architecture) -> None:
+    """Without torch, unless they are a checkpoint's.
+
+    Raises:
+        CheckpointError: `algorithm.value_hf` lacks a weight, or has one that does not fit.
+    """
+    if (source := value_source(config)) is not None:
+        check_value_source(source, architecture)
+
+
+def _stored_tensors(source: Path) -> Mapping[str, TensorSpec]:
+    if not is_checkpoint(source):
+        return {name: place.spec for name, place in find_weights(source).items()}
+    from megatron_async_rlhf.formats.open_weights import open_weights  # brings torch
+
+    return open_weights(source).tensors
+
+
+def missing_inputs(config: RunConfig) -> list[str]:
+    """What a start on this machine would lack, and how to get it, a line each, if `model.hf` is only described here.
+
+    A dry run then plans for the machine that has it. Of a model of which any weight is here everything is checked, so
+    nothing is missing in this sense.
+    """
+    hf = config.model.hf
+    if hf is not None and is_checkpoint(hf) and find_spec("torch") is None:
+        return [f"weights: torch, without which those in the checkpoint model.hf = {hf} cannot be read"]
+    if hf is None or is_checkpoint(hf) or weight_files(hf):
+        return []
+    whole = f"in model.hf = {hf}; get the whole model and name its directory"
+    missing = [f"weights: no {SINGLE} {whole}"]
+    if not (hf / "tokenizer.json").is_file():
+        missing.insert(0, f"tokenizer: no tokenizer.json {whole}")
+    for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if source is not None and source.endswith(".jsonl"):
+            try:
+                find_jsonl(source, key, beside=config.data.train if key == "data.eval" else None)
+            except DataError as error:
+                missing.append(f"prompts: {error}")
+    return missing
+
+
+def load_materials(config: RunConfig, template: Path) -> Materials:
+    """Read the model template, load and check all data, check the layouts.
+
+    Raises:
+        ConfigError, DataError: one line.
+    """
+    tokenizer = _read_tokenizer(config, template)
+    architecture, transfer = outline(config, template)
+    _check_vocabulary(config, tokenizer, architecture)
+    room = architecture.context_length - config.generator.max_new_tokens
+    limit = config.data.max_prompt_tokens or room
+    if limit > room:
+        raise ConfigError(
+            f"data.max_prompt_tokens = {limit} and generator.max_new_tokens = {config.generator.max_new_tokens} "
+            f"together exceed the context of {architecture.context_length} tokens"
+        )
+    reward = make_reward(config.reward)
+    splits = {}
+    for split in ("train", "eval"):
+        examples = load_examples(config.data, split, config.run.seed)
+        splits[split] = build_prompts(examples, tokenizer, limit, drop_long=config.data.long_prompts == "drop")
+        for prompt in splits[split]:
+            reward.check(prompt)
+    solved = {}
+    if config.warm_start.steps:
+        solved = solved_prompts(splits["train"], tokenizer, architecture.context_length)
+    return Materials(
+        architecture=architecture, tokenizer=tokenizer, reward=reward, solved=solved, transfer=transfer, **splits
+    )
+
+
+def doubts(config: RunConfig, materials: Materials) -> list[str]:
+    """What is possible and yet hardly meant, a line each."""
+    return [*_too_few_prompts(config, len(materials.train)), *_too_short_completions(config, materials)]
+
+
+def _too_few_prompts(config: RunConfig, prompts: int) -> list[str]:
+    needed = config.schedule.groups_per_rollout
+    if prompts >= needed:
+        return []
+    return [
+        f"data.train = {config.data.train}: its {prompts} prompts to train on are fewer than the {needed} of a rollout "
+        "(schedule.mini_batches x prompts_per_step), so some are in it more than once"
+    ]
+
+
+def _too_short_completions(config: RunConfig, materials: Materials) -> list[str]:
+    limit = config.generator.max_new_tokens
+    lengths = [len(row.token_ids) - row.prompt_length for row in materials.solved.values()]
+    longer = sum(length > limit for length in lengths)
+    if 2 * longer <= len(lengths):
+        return []
+    return [
+        f"generator.max_new_tokens = {limit}: {longer} of the {len(lengths)} solutions in data.train are longer, so most "
+        f"completions cannot end; half of them have at most {sorted(lengths)[len(lengths) // 2]} tokens"
+    ]
+
+
+def _read_tokenizer(config: RunConfig, template: Path) -> Tokenizer:
+    try:
+        return Tokenizer.load(template)
+    except DataError as error:  # of a copy, which the user has never seen
+        raise DataError(str(error).replace(str(template), f"model.hf = {config.model.hf}")) from None
+
+
+def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
+    (largest, token), rows = tokenizer.last_token, architecture.vocab_size
+    if largest >= rows:
+        raise ConfigError(
+            f"model.hf = {config.model.hf}: the tokenizer's token {token!r} has id {largest}, the model only {rows} "
+            "embeddings (vocab_size); give the tokenizer that belongs to the model"
+        )
+
+
+def _copy_template(source: Path, directory: Path) -> None:
+    """Config and tokenizer of a Hugging Face directory or of a checkpoint made from one."""
+    refuse_adapter(source)
+    described = hf_files_of(source)
+    check_causal_model(described)
+    architecture_of_hf(described)  # a clear error if it is no model we can train
+    if is_checkpoint(source):
+        check_format(source)
+    else:
+        find_files(source)
+    copy_hf_files(described, directory)
+
+
+def _texts(examples: list[Example]) -> list[str]:
+    return [text for example in examples for text in (example.text, example.solution) if text]

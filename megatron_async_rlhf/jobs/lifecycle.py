@@ -1,0 +1,84 @@
+"""How the life of every controller process begins and ends, whatever it does in between: `app`, `sft`, `replay`.
+
+start learner ─> warm start ─> reference ─> ... ─> export
+"""
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.prompts import PromptOrder
+from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, LearnerSilentError, WriteError
+from megatron_async_rlhf.formats.directory import describe_weights
+from megatron_async_rlhf.jobs.inputs import Materials
+from megatron_async_rlhf.learner.client import LearnerClient
+from megatron_async_rlhf.learner.protocol import ExportWeights, Learner, StartReinforcement
+from megatron_async_rlhf.scheduler.stages import warm_start
+from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, writing
+from megatron_async_rlhf.telemetry.recorder import Recorder
+
+_log = logging.getLogger(__name__)
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+END_AT_ONCE = signal.SIGUSR1  # to a controller: write down what there is and end, for the others are gone
+
+
+async def begin_reinforcement(config: RunConfig, learner: Learner, materials: Materials, recorder: Recorder) -> None:
+    """The warm start, if there is one, and the reference policy."""
+    solvable = [prompt for prompt in materials.train if prompt.index in materials.solved]
+    if solvable:
+        recorder.stage("warm start", steps=config.warm_start.steps)
+        order = PromptOrder(solvable, config.run.seed)
+        await warm_start(config, learner, order, materials.solved, recorder)
+    await learner.execute(StartReinforcement())
+
+
+async def export_policy(config: RunConfig, run_dir: Path, learner: Learner, recorder: Recorder) -> None:
+    """Into the run directory, for Hugging Face."""
+    recorder.stage("export")
+    directory = run_dir / EXPORT_DIR
+    with writing(directory):
+        describe_weights(run_dir / POLICY_TEMPLATE_DIR, directory, config.learner.weights_dtype)
+    await learner.execute(ExportWeights(directory=str(directory)))
+
+
+async def run_learner_alone(stages: Coroutine[Any, Any, None], learner: LearnerClient, recorder: Recorder) -> int:
+    """Run the stages of a process that drives a learner and no generators; its exit code. Every outcome leaves a summary.
+
+    An interrupt ends them where they are.
+    """
+    task = asyncio.create_task(stages)
+    for number in (signal.SIGINT, signal.SIGTERM, END_AT_ONCE):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        return close_well(recorder, "interrupted")
+    except (AsyncRLHFError, OSError) as error:
+        return close_failed(recorder, error)
+    finally:
+        learner.close()
+    return close_well(recorder, "completed")
+
+
+def close_well(recorder: Recorder, status: Literal["completed", "interrupted"]) -> int:
+    """The exit code of a run that ends as it should, unless its last files cannot be written."""
+    if not recorder.close(status, None):
+        return EXIT_FAILED
+    return EXIT_INTERRUPTED if status == "interrupted" else 0
+
+
+def close_failed(recorder: Recorder, error: BaseException) -> int:
+    """Say what ended the run; its exit code."""
+    line = str(error) if isinstance(error, AsyncRLHFError) else f"{type(error).__name__}: {error}"
+    explained = isinstance(error, WriteError | CheckpointError)  # the cause is outside the program
+    _log.error("run failed: %s", line, exc_info=None if explained else error)
+    if isinstance(error, LearnerSilentError):
+        recorder.unresponsive("learner", since=time.time() - error.silent_s, why=line)
+    recorder.close("failed", line, explained=explained)
+    return EXIT_FAILED

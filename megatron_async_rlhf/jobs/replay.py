@@ -1,0 +1,106 @@
+"""Composition root of the controller process of `async-rlhf replay`: trains again on what a run has recorded.
+
+    start learner ─> warm start ─> reference ─> recorded rollouts, one after another ─> export
+
+No generator, no rewards, no schedule: what reaches the learner is what reached it then, in the same order, so losses and
+weights come out with the same bits. What a run was on a cluster can be looked into on one machine, step by step.
+
+    python -m megatron_async_rlhf.jobs.replay --run-dir runs/x/replay --recorded runs/x --learner tcp://...
+"""
+
+import argparse
+import asyncio
+import logging
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ReplayError
+from megatron_async_rlhf.jobs.inputs import Materials, load_materials
+from megatron_async_rlhf.jobs.lifecycle import begin_reinforcement, export_policy, run_learner_alone
+from megatron_async_rlhf.learner.client import LearnerClient
+from megatron_async_rlhf.learner.protocol import Answer, Hello, Learner, Stop, rollout_span
+from megatron_async_rlhf.scheduler.recording import RecordedRollout, RolloutLog
+from megatron_async_rlhf.telemetry.events import EventStream
+from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR, read_steps
+from megatron_async_rlhf.telemetry.recorder import Recorder
+
+# Of an optimizer step, what must come out again to the last bit.
+_SAME = ("loss", "grad_norm")
+
+
+async def run_stages(
+    config: RunConfig, run_dir: Path, recorded: Path, materials: Materials, learner: Learner, recorder: Recorder
+) -> None:
+    """
+    Raises:
+        ReplayError: a step came out differently.
+    """
+    began = time.time()
+    recorder.stage("start")
+    await learner.execute(Hello())
+    await begin_reinforcement(config, learner, materials, recorder)
+    before = {line["step"]: line for line in read_steps(recorded / METRICS)}
+    recorder.stage("train", steps=config.schedule.steps)
+    recorder.loop_started(startup_s=time.time() - began)
+    for rollout in RolloutLog(recorded / ROLLOUT_DIR).read(end=len(before)):
+        start = time.time()
+        answer = await learner.execute(rollout.command)
+        recorder.learner_was_busy(rollout_span(rollout.command, start, time.time()), answer.spans)
+        _report(rollout, answer, recorder, before)
+    recorder.loop_ended()
+    await export_policy(config, run_dir, learner, recorder)
+    await learner.execute(Stop())
+
+
+def _report(rollout: RecordedRollout, answer: Answer, recorder: Recorder, before: dict[int, dict]) -> None:
+    """Write the steps of a rollout down, and compare them with the ones `before`."""
+    batches = rollout.command.mini_batches
+    versions = [v for group in rollout.groups for completion in group.versions for v in completion]
+    for update, step in enumerate(answer.steps):
+        version, groups = rollout.command.version + update, batches[update % len(batches)]
+        number = version + 1
+        rewards = [reward for group in groups for reward in group.rewards]
+        samples = sum(len(group.sequences) for group in groups)
+        if update < len(batches):
+            recorder.trained(samples, samples, 0)
+        recorder.stepped(
+            Counter(), sum(len(s.token_ids) - s.prompt_length for group in groups for s in group.sequences)
+        )
+        staleness = version - fmean(versions) if versions else 0.0
+        values = {"reward": fmean(rewards) if rewards else 0.0, "staleness/mean": staleness, **step.values}
+        recorder.step(number, values)
+        for name in _SAME:
+            then, now = before.get(number, {}).get(name), step.values.get(name)
+            if then != now:
+                raise ReplayError(
+                    f"step {number}: {name} was {then} and is {now}; layout, precision, threads, versions of packages "
+                    "and the kind of processor must be those of the run"
+                )
+
+
+async def run_job(run_dir: Path, recorded: Path, learner_address: str) -> int:
+    """Run all stages; returns the process's exit code. Every outcome leaves a summary."""
+    config = load_config(run_dir / RESOLVED_CONFIG)
+    materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
+    recorder = Recorder(config, run_dir, EventStream())
+    learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
+    stages = run_stages(config, run_dir, recorded, materials, learner, recorder)
+    return await run_learner_alone(stages, learner, recorder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--recorded", type=Path, required=True, help="the run to do again")
+    parser.add_argument("--learner", required=True, help="ZeroMQ address of learner rank 0")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    raise SystemExit(asyncio.run(run_job(arguments.run_dir, arguments.recorded, arguments.learner)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Composition root of the controller process of `async-rlhf sft`: the warm start of a run, alone.
+
+    start learner ─> warm start ─> export
+
+The same learner, data and stage as in a run (`app`), without generators, so that many runs can start from one policy:
+`model.hf: <run>/checkpoints/final`. An interrupted one exports nothing.
+
+    python -m megatron_async_rlhf.jobs.sft --run-dir runs/x --learner tcp://...
+"""
+
+import argparse
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.prompts import PromptOrder
+from megatron_async_rlhf.jobs.inputs import Materials, load_materials
+from megatron_async_rlhf.jobs.lifecycle import export_policy, run_learner_alone
+from megatron_async_rlhf.learner.client import LearnerClient
+from megatron_async_rlhf.learner.protocol import Hello, Learner, Stop
+from megatron_async_rlhf.scheduler.stages import warm_start
+from megatron_async_rlhf.telemetry.events import EventStream
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
+from megatron_async_rlhf.telemetry.recorder import Recorder
+from megatron_async_rlhf.telemetry.summary import RunTotals
+
+
+async def run_stages(
+    config: RunConfig, run_dir: Path, materials: Materials, learner: Learner, recorder: Recorder
+) -> None:
+    """
+    Raises:
+        LearnerError: a step failed, or took longer than learner.timeout_s.
+    """
+    steps, size = config.warm_start.steps, config.warm_start.batch_size
+    began = time.time()
+    recorder.stage("start")
+    solvable = [prompt for prompt in materials.train if prompt.index in materials.solved]
+    await learner.execute(Hello())
+    recorder.stage("warm start", steps=steps)
+    recorder.loop_started(startup_s=time.time() - began)
+    order = PromptOrder(solvable, config.run.seed)
+    await warm_start(config, learner, order, materials.solved, recorder)
+    recorder.loop_ended()
+    trained = [materials.solved[prompt.index] for step in range(steps) for prompt in order.batch(step, size)]
+    recorder.totals.steps = steps
+    recorder.totals.train_busy_s = recorder.totals.wall_s
+    recorder.totals.samples_trained = len(trained)
+    recorder.totals.tokens_trained = sum(len(s.token_ids) - s.prompt_length for s in trained)
+    await export_policy(config, run_dir, learner, recorder)
+    await learner.execute(Stop())
+
+
+async def run_job(run_dir: Path, learner_address: str) -> int:
+    """Run all stages; returns the process's exit code. Every outcome leaves a summary."""
+    config = load_config(run_dir / RESOLVED_CONFIG)
+    materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
+    totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0)
+    recorder = Recorder(config, run_dir, EventStream(), totals=totals)
+    learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
+    stages = run_stages(config, run_dir, materials, learner, recorder)
+    return await run_learner_alone(stages, learner, recorder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--learner", required=True, help="ZeroMQ address of learner rank 0")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    raise SystemExit(asyncio.run(run_job(arguments.run_dir, arguments.learner)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Composition root of the controller process: builds every object from the config, then runs the stages in order.
+
+    start learner ─> warm start ─> reference ─┐
+                                              ├─> push version 0 ─> evaluate ─> RL loop ─> export ─> evaluate
+    start generators ─────────────────────────┘
+
+A run that goes on from a checkpoint loads it instead of the warm start, pushes its version and is not evaluated before.
+An interrupted run saves a checkpoint, and gives up an evaluation that is not over. In the warm start there is nothing to
+save yet: it ends at once.
+
+Started by the supervisor (`launch.supervisor`):
+`python -m megatron_async_rlhf.jobs.train --run-dir runs/x --learner tcp://... --generator http://... --transfer host:port`.
+"""
+
+import argparse
+import asyncio
+import logging
+import signal
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
+from megatron_async_rlhf.checkpoint.run_state import RunState, read_run_state
+from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.prompts import PromptOrder
+from megatron_async_rlhf.errors import (
+    AsyncRLHFError,
+    GeneratorError,
+    GeneratorSilentError,
+    MismatchError,
+    ProcessDiedError,
+)
+from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
+from megatron_async_rlhf.generator.places import places
+from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
+from megatron_async_rlhf.jobs.inputs import Materials, load_materials
+from megatron_async_rlhf.jobs.lifecycle import (
+    END_AT_ONCE,
+    begin_reinforcement,
+    close_failed,
+    close_well,
+    export_policy,
+)
+from megatron_async_rlhf.learner.client import LearnerClient
+from megatron_async_rlhf.learner.protocol import Hello, ResumeReinforcement, Stop
+from megatron_async_rlhf.models.hf_mapping import elements_held
+from megatron_async_rlhf.scheduler.controller import Controller
+from megatron_async_rlhf.scheduler.evaluation import Evaluation
+from megatron_async_rlhf.scheduler.pool import GeneratorPool
+from megatron_async_rlhf.scheduler.recording import RolloutLog
+from megatron_async_rlhf.scheduler.state import BEGINNING
+from megatron_async_rlhf.scheduler.weight_sync import WeightSync
+from megatron_async_rlhf.telemetry.events import EventStream
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR
+from megatron_async_rlhf.telemetry.recorder import Recorder
+
+
+class _GivenUp(Exception):
+    """The run was interrupted before there was anything to save."""
+
+
+class Job:
+    """One training run, seen from the controller process."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        materials: Materials,
+        learner: LearnerClient,
+        generators: list[VLLMGenerator],
+        transfer: tuple[str, int],
+        resumed: RunState | None,
+    ) -> None:
+        self._config = config
+        self._resumed = resumed
+        self._run_dir = run_dir
+        self._materials = materials
+        self._learner = learner
+        self._generators = generators
+        elements = elements_held(materials.architecture, config.generator.tensor_parallel)
+        held = elements * ITEM_BYTES[config.generator.dtype]
+        self.recorder = Recorder(
+            config, run_dir, EventStream(), generator_bytes=held, totals=resumed.totals if resumed else None
+        )
+        self._pool = GeneratorPool(
+            generators,
+            max_concurrent=config.generator.max_concurrent,
+            return_timeout_s=config.generator.start_timeout_s,
+            # After a failed push the workers themselves wait in vain first.
+            silence_limit_s=config.generator.probe_timeout_s + config.weights.timeout_s,
+            on_lost=self._lost,
+            on_silent=self._silent,
+        )
+        prompts = PromptOrder(materials.train, config.run.seed)
+        evaluation = Evaluation(config, materials.eval, materials.reward, self.recorder)
+        self._weight_sync = WeightSync(learner, generators, config, transfer)
+        self._saver = CheckpointSaver(config, run_dir, learner, self.recorder, resumed)
+        self._controller = Controller(
+            config,
+            learner=learner,
+            pool=self._pool,
+            weight_sync=self._weight_sync,
+            reward=materials.reward,
+            prompts=prompts,
+            recorder=self.recorder,
+            checkpoints=self._saver,
+            evaluation=evaluation,
+            rollouts=RolloutLog(run_dir / ROLLOUT_DIR) if config.schedule.record else None,
+            state=resumed.controller if resumed else BEGINNING,
+        )
+        self.cut_short = self._interrupted = self._gives_up = False
+        self._warm_start: asyncio.Task | None = None
+        self._evaluating: asyncio.Task | None = None
+        self._began = time.time()
+
+    async def run(self) -> None:
+        """All stages; an interrupt ends loop and evaluations early, saves and exports what there is."""
+        self.recorder.stage("start")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._start_learner())
+                tasks.create_task(self._start_generators())
+        except* _GivenUp:
+            self.cut_short = True
+        if self.cut_short:
+            await self._learner.execute(Stop())
+            return
+        self.recorder.pushed(*await self._weight_sync.push(self._controller.version))
+        if "before" not in self.recorder.totals.evaluation:
+            await self._evaluate("before")
+        self.recorder.stage("train", steps=self._config.schedule.steps)
+        self.recorder.loop_started(startup_s=time.time() - self._began)
+        await self._controller.run()
+        self.recorder.loop_ended()
+        if self._interrupted:
+            await self._save()
+        await export_policy(self._config, self._run_dir, self._learner, self.recorder)
+        await self._evaluate("after")
+        self.cut_short = self._interrupted  # an interrupt from now on comes too late to change anything
+        if self.cut_short:
+            await self._save()
+        await self._learner.execute(Stop())
+
+    async def out_of_time(self) -> None:
+        """As `interrupt`, because `checkpoint.max_run_seconds` are over; but a warm start goes on to its end, and is saved."""
+        self.recorder.stage(f"checkpoint.max_run_seconds = {self._config.checkpoint.max_run_seconds:g} are over")
+        await self._end_early()
+
+    async def interrupt(self) -> None:
+        """Let the step under way finish, then save, export and end."""
+        self._gives_up = True
+        if self._warm_start is not None:
+            self._warm_start.cancel()
+        await self._end_early()
+
+    async def _end_early(self) -> None:
+        self._interrupted = True
+        if self._evaluating is not None:
+            self._evaluating.cancel()
+        await self._controller.stop()
+
+    async def _start_learner(self) -> None:
+        await self._learner.execute(Hello())
+        if self._resumed is not None:
+            await self._load(self._resumed.controller.version)
+            return
+        if self._gives_up:
+            raise _GivenUp
+        starting = begin_reinforcement(self._config, self._learner, self._materials, self.recorder)
+        self._warm_start = asyncio.create_task(starting)
+        await asyncio.wait([self._warm_start])
+        if self._warm_start.cancelled():
+            raise _GivenUp
+        self._warm_start.result()
+
+    async def _load(self, version: int) -> None:
+        self.recorder.stage(f"load checkpoint of step {version}")
+        places = RunCheckpoints(self._run_dir)
+        reference = str(places.reference) if has_own_reference(self._config) else None
+        await self._learner.execute(ResumeReinforcement(checkpoint=str(places.path(version)), reference=reference))
+
+    async def _save(self) -> None:
+        state = self._controller.state
+        if not self._saver.is_saved(state.version):
+            self.recorder.stage(f"save checkpoint of step {state.version}")
+            await self._saver.start(state)
+            await self._saver.complete()
+
+    async def _start_generators(self) -> None:
+        limit = self._config.generator.start_timeout_s
+        for generator in self._generators:
+            try:
+                async with asyncio.timeout(limit):
+                    while not await generator.is_ready():
+                        await asyncio.sleep(0.25)
+            except TimeoutError:
+                raise GeneratorError(
+                    f"{generator.name} was not ready within {limit:g} s; see logs/{generator.name}.log, or raise "
+                    "generator.start_timeout_s"
+                ) from None
+            self.recorder.activity("generators", f"{generator.name} is up")
+
+    async def _evaluate(self, when: str) -> None:
+        """Unless the run is interrupted before it is over."""
+        if self._interrupted:
+            return
+        self.recorder.stage(f"evaluate {when}")
+        start = time.time()
+        self._evaluating = asyncio.create_task(self._controller.evaluate(when))
+        try:
+            await asyncio.wait([self._evaluating])
+        finally:
+            self._evaluating.cancel()
+        if not self._evaluating.cancelled():
+            self.recorder.evaluated(
+                when,
+                self._evaluating.result(),
+                start,
+                time.time(),
+                version=self._controller.version,
+                samples=len(self._materials.eval),
+            )
+
+    def _lost(self, generator: VLLMGenerator, samples: int) -> None:
+        self.recorder.cancelled(samples)
+        self.recorder.activity("generators", f"{generator.name} is gone")
+
+    def _silent(self, generator: VLLMGenerator, error: GeneratorSilentError) -> None:
+        """The supervisor, which owns its process, is to end that."""
+        self.recorder.unresponsive(generator.name, since=time.time() - error.silent_s, why=str(error))
+
+
+@asynccontextmanager
+async def _connected(config: RunConfig, materials: Materials, learner_address: str, urls: list[str]):
+    learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
+    generators = [
+        VLLMGenerator(
+            f"generator.{i}",
+            url,
+            tokenizer=materials.tokenizer,
+            tensor_parallel=config.generator.tensor_parallel,
+            request_timeout_s=config.generator.request_timeout_s,
+            probe_timeout_s=config.generator.probe_timeout_s,
+            places=places(config),
+        )
+        for i, url in enumerate(urls)
+    ]
+    try:
+        yield learner, generators
+    finally:
+        learner.close()
+        for generator in generators:
+            await generator.close()
+
+
+async def run_job(
+    run_dir: Path, learner_address: str, urls: list[str], transfer: tuple[str, int], resume_from: int | None
+) -> int:
+    """Run the whole job; returns the process's exit code. Every outcome leaves a summary."""
+    config = load_config(run_dir / RESOLVED_CONFIG)
+    materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
+    resumed = None if resume_from is None else read_run_state(RunCheckpoints(run_dir).path(resume_from))
+    async with _connected(config, materials, learner_address, urls) as (learner, generators):
+        job = Job(config, run_dir, materials, learner, generators, transfer, resumed)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, lambda: loop.create_task(job.interrupt()))
+        loop.add_signal_handler(END_AT_ONCE, asyncio.current_task().cancel)
+        if config.checkpoint.max_run_seconds is not None:
+            loop.call_later(config.checkpoint.max_run_seconds, lambda: loop.create_task(job.out_of_time()))
+        try:
+            await job.run()
+        except BaseExceptionGroup as group:
+            return _fail(job, _first_cause(group))
+        except (AsyncRLHFError, OSError) as error:
+            return _fail(job, error)
+        except asyncio.CancelledError:
+            return _fail(job, ProcessDiedError("ended because another process of the run has"))
+        return close_well(job.recorder, "interrupted" if job.cut_short else "completed")
+
+
+def _fail(job: Job, error: BaseException) -> int:
+    if isinstance(error, MismatchError):
+        job.recorder.mismatched(error.compared, len(error.mismatches))
+    return close_failed(job.recorder, error)
+
+
+def _first_cause(group: BaseExceptionGroup) -> BaseException:
+    """The exception that ended a task group; ours rather than a follow-up of another library."""
+    leaves: list[BaseException] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        error = stack.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            stack = [*error.exceptions, *stack]
+        else:
+            leaves.append(error)
+    return next((error for error in leaves if isinstance(error, AsyncRLHFError)), leaves[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--learner", required=True, help="ZeroMQ address of learner rank 0")
+    parser.add_argument("--generator", action="append", required=True, help="URL of a generator; repeat for more")
+    parser.add_argument("--transfer", required=True, help="host:port learner rank 0 meets the generators on")
+    parser.add_argument("--resume-from", type=int, help="policy version of the checkpoint to go on from")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    host, _, port = arguments.transfer.rpartition(":")
+    job = run_job(arguments.run_dir, arguments.learner, arguments.generator, (host, int(port)), arguments.resume_from)
+    raise SystemExit(asyncio.run(job))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Passes of a model over micro-batches through Megatron's pipeline schedule.
+
+`train_pass` runs forward and backward and leaves reduced gradients; `forward_pass` runs forward only. Both give what a
+`Reading` makes of the last stage's output, a number per token: log-probabilities of a policy, values of a value model.
+Shape legend: T tokens of a micro-batch's row, N of them completion tokens that this rank computed.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_async_rlhf.learner.megatron.context import sum_over_context
+from megatron_async_rlhf.learner.megatron.layers.logprobs import vocab_parallel_logprobs
+from megatron_async_rlhf.learner.megatron.layers.output import output_matrix
+from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
+
+# (micro-batch, what was read of each token [T]) -> (its share of the step's loss, its share of each metric)
+MicroLoss = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+# (last stage's model, its output at the completion tokens [N, ...], their targets [N]) -> [N]
+Reading = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def read_logprobs(placement: Placement, *, vocab_size: int, temperature: float) -> Reading:
+    """Of a model that returns hidden states: each target's log-probability at the sampling temperature."""
+
+    def read(model: torch.nn.Module, hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        return vocab_parallel_logprobs(
+            hidden_NH,
+            output_matrix(model),
+            targets_N,
+            vocab_size=vocab_size,
+            temperature=temperature,
+            placement=placement,
+        )
+
+    return read
+
+
+def read_values(model: torch.nn.Module, values_N1: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Of a value model: the value of the state before each target."""
+    return values_N1.squeeze(1)
+
+
+class Passes:
+    """Binds the schedule to one placement and a reading of the model's output."""
+
+    def __init__(self, placement: Placement, read: Reading) -> None:
+        self._placement = placement
+        self._read = read
+
+    def train_pass(self, chunks: list[torch.nn.Module], batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
+        """Gradients of the summed micro-losses, and the metrics summed over micro-batches and ranks.
+
+        Metrics are those of `loss`, `tokens`, and `padding`: the share of computed positions that held no token.
+        """
+
+        def megatron_loss(batch: MicroBatch, model: torch.nn.Module, output: torch.Tensor):
+            share, metrics = loss(batch, self._per_token(batch, model, output))
+            # Megatron divides by micro-batches and averages gradients over data-parallel ranks; our losses come
+            # with the whole step's denominator in them already, so undo both.
+            counts = {
+                "tokens": torch.tensor(batch.num_tokens),
+                "positions": torch.tensor(batch.tokens_T.numel()),
+            }
+            return share * len(batches) * self._placement.data_parallel, metrics | counts
+
+        reports = self._run(chunks, batches, megatron_loss, forward_only=False)
+        metrics = self._sum_over_ranks(reports)
+        positions = metrics.pop("positions")
+        return metrics | {"padding": 1 - metrics["tokens"] / positions}
+
+    @torch.no_grad()
+    def forward_pass(self, chunks: list[GPTModel], batches: list[MicroBatch]) -> list[torch.Tensor]:
+        """What is read of each micro-batch, [T] each, on the last stage; empty elsewhere."""
+
+        def collect(
+            batch: MicroBatch, model: torch.nn.Module, output: torch.Tensor, non_loss_data: bool = True
+        ) -> torch.Tensor:
+            return self._per_token(batch, model, output)
+
+        return self._run(chunks, batches, collect, forward_only=True)
+
+    def _per_token(self, batch: MicroBatch, model: torch.nn.Module, output_1TX: torch.Tensor) -> torch.Tensor:
+        """[T]; 0 where the target is no completion token: no loss reads those, so nothing is computed for them."""
+        mine_N = batch.mask_T[batch.share_T].nonzero().squeeze(1)
+        positions_N = batch.share_T[mine_N]
+        read_N = self._read(model, output_1TX.squeeze(0).index_select(0, mine_N), batch.targets_T[positions_N])
+        read_T = read_N.new_zeros(len(batch.mask_T)).index_put((positions_N,), read_N)
+        return sum_over_context(read_T)
+
+    def _run(
+        self, chunks: list[torch.nn.Module], batches: list[MicroBatch], on_output: Callable, *, forward_only: bool
+    ) -> list:
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward, on_output=on_output),
+            # Every chunk sees the micro-batches in the same order.
+            data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+            model=chunks,
+            num_microbatches=len(batches),
+            seq_length=len(batches[0].tokens_T),  # Megatron divides it over context and sequence parallel ranks
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _sum_over_ranks(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Sum metrics of all micro-batches and replicas onto every rank; names come from a reporting rank."""
+        names = [sorted(reports[0]) if self._placement.reports_loss and reports else None]
+        layout = self._placement.layout
+        last_stage = (layout.pipeline_parallel - 1) * layout.data_parallel * layout.tensor_parallel
+        dist.broadcast_object_list(names, src=last_stage, group=self._placement.control)
+        totals = torch.zeros(len(names[0]), dtype=torch.float64)
+        for report in reports if self._placement.reports_loss else []:
+            totals += torch.stack([report[name].double().cpu() for name in names[0]])
+        return dict(zip(names[0], sum_over_replicas(totals, self._placement).tolist(), strict=True))
+
+
+def sum_over_replicas(totals: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """Sum over data-parallel replicas of what their `reports_loss` ranks have, float64 on the host; on every rank."""
+    if not placement.reports_loss:
+        totals = torch.zeros_like(totals)
+    dist.all_reduce(totals, group=placement.control)
+    return totals
+
+
+def _forward(batches: Iterator[MicroBatch], model: torch.nn.Module, *, on_output: Callable):
+    batch = next(batches)
+    output = model(
+        input_ids=batch.tokens_T[batch.share_T].unsqueeze(0),
+        position_ids=None,  # rotary angles come from `packed`
+        attention_mask=None,
+        packed_seq_params=batch.packed,
+    )
+    return output, partial(on_output, batch, model)  # called on the last stage only
+
+
+def gather_policy_logprobs(batches: list[MicroBatch], placement: Placement, count: int) -> list[list[float]]:
+    """Each sequence's completion log-probabilities from `policy_T`, on rank 0; an empty list on other ranks."""
+    rows: dict[int, list[float]] = {}
+    if placement.reports_loss:
+        for batch in batches:
+            rows |= batch.split_completions(batch.policy_T)
+    everyone: list = [None] * dist.get_world_size()
+    dist.gather_object(rows, everyone if placement.rank == 0 else None, dst=0, group=placement.control)
+    if placement.rank != 0:
+        return []
+    found = {index: row for part in everyone for index, row in part.items()}
+    return [found[index] for index in range(count)]

@@ -1,0 +1,163 @@
+"""Weight pushes on one learner rank: joins the transfer group, sends in the background, tells when weights may change.
+
+PushWeights: [copy a snapshot] -> start a thread that sends       (the answer comes at once)
+training:    forward and backward go on; the optimizer's step waits for the thread, unless there is a snapshot
+FinishPush:  wait for the thread; all ranks learn whether any failed
+"""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from msgspec import Struct
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import LearnerError, TransferError
+from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.protocol import JoinTransfer
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.types import PushReport, Span
+from megatron_async_rlhf.weights.blame import root_cause
+from megatron_async_rlhf.weights.messages import agree
+from megatron_async_rlhf.weights.plan import configured_transfer
+from megatron_async_rlhf.weights.roster import Roster
+from megatron_async_rlhf.weights.send import Sender
+from megatron_async_rlhf.weights.transports.open import open_transport
+from megatron_async_rlhf.weights.transports.rendezvous import host_store, join_store
+
+Parameters = dict[str, torch.nn.Parameter]  # see `weights.named_parameters`
+
+
+class _Ending(Struct, frozen=True):
+    """How a push ended on one rank: a report or an error, and when."""
+
+    report: PushReport | None
+    error: str | None
+    start: float
+    end: float
+
+
+class WeightPush:
+    """This rank's connection to the generators. Collective over the learner: every rank makes the same calls."""
+
+    def __init__(self, config: RunConfig, arch: Architecture, placement: Placement, parameters: Parameters) -> None:
+        self._config, self._arch, self._placement = config, arch, placement
+        self._parameters = parameters
+        self._store = None  # on rank 0: the rendezvous outlives the groups that meet through it
+        self._sender: Sender | None = None
+        self._transport = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="weight-push")
+        self._under_way: Future[_Ending] | None = None
+        # Beside the training's stream, so that both go on at once.
+        self._stream = torch.cuda.Stream(placement.device) if placement.device.type == "cuda" else None
+
+    def join(self, command: JoinTransfer) -> None:
+        """Meet the generators' workers anew, whatever was before.
+
+        Raises:
+            TransferError: the same on every rank.
+        """
+        self._leave()
+        error = None
+        try:
+            self._join(command)
+        except TransferError as failure:
+            error = str(failure)
+        self._agree(error, time.time())
+
+    def start(self, *, verify: bool) -> None:
+        """Begin sending the weights as they are now.
+
+        Raises:
+            LearnerError: not connected, or the push before was not finished.
+            TransferError: the connection was lost in an earlier push.
+        """
+        if self._sender is None:
+            raise LearnerError("PushWeights came before JoinTransfer: no generator is connected")
+        if self._under_way is not None:
+            raise LearnerError("PushWeights came before the push under way was finished with FinishPush")
+        weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        if self._config.weights.snapshot:
+            weights = {name: tensor.clone() for name, tensor in weights.items()}
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())  # for the optimizer's step, or the snapshot
+        self._under_way = self._thread.submit(self._send, weights, verify)
+
+    def wait_until_weights_may_change(self) -> None:
+        """Returns when no push reads the parameters any more; errors are left for `finish`."""
+        if self._under_way is not None and not self._config.weights.snapshot:
+            self._under_way.exception()
+
+    def finish(self) -> tuple[PushReport, Span]:
+        """The push under way, once it has ended.
+
+        Raises:
+            TransferError: the same on every rank: the first that failed, wherever that was.
+        """
+        if self._under_way is None:
+            raise LearnerError("FinishPush came without PushWeights")
+        ending, self._under_way = self._under_way.result(), None
+        self._agree(ending.error, ending.end)
+        report, process = ending.report, f"learner.{self._placement.rank}"
+        args = {"bytes": report.wire_bytes, "digests": report.compared}
+        return report, Span(name="push", start=ending.start, end=ending.end, process=process, lane="push", args=args)
+
+    def close(self) -> None:
+        """Leave the generators for good; a push under way fails. An interpreter that ends with an NCCL communicator open
+        may hang in it, or crash."""
+        self._leave()
+        self._thread.shutdown()
+        self._store = None
+
+    def _join(self, command: JoinTransfer) -> None:
+        config, placement = self._config, self._placement
+        roster = Roster(
+            senders=placement.layout.ranks,
+            generators=command.generators,
+            tensor_parallel=config.generator.tensor_parallel,
+        )
+        timeout_s = config.weights.timeout_s
+        if placement.rank == 0:
+            self._store = self._store or host_store(command.host, command.port, timeout_s)
+            store = self._store
+        else:
+            store = join_store(command.host, command.port, timeout_s)
+        self._transport = open_transport(
+            config.weights.transport,
+            store,
+            roster,
+            placement.rank,
+            session=command.session,
+            timeout_s=timeout_s,
+            device=placement.device,
+        )
+        plan = configured_transfer(config, self._arch)
+        agree(self._transport, roster, plan.fingerprint)
+        self._sender = Sender(plan, roster, self._transport)
+
+    def _send(self, weights: dict[str, torch.Tensor], verify: bool) -> _Ending:
+        start = time.time()
+        try:
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                report, error = self._sender.push(weights.__getitem__, verify=verify), None
+        except TransferError as failure:
+            report, error = None, str(failure)
+        if self._stream is not None:
+            self._stream.synchronize()  # from here on nothing reads the weights
+        return _Ending(report, error, start, time.time())
+
+    def _leave(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        self._sender = self._transport = None
+
+    def _agree(self, error: str | None, when: float) -> None:
+        """All ranks fail, with the same error, if one did."""
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (when, error), group=self._placement.control)
+        errors = [message for _, message in sorted(gathered, key=lambda pair: pair[0]) if message]
+        if errors:
+            self._leave()
+            raise TransferError(root_cause(errors))
