@@ -1,4 +1,4 @@
-"""How the life of every controller process begins and ends, whatever it does in between: `app`, `sft`, `replay`.
+"""How the life of every controller process begins and ends, whatever it does in between: `train`, `sft`, `replay`.
 
 start learner ─> warm start ─> reference ─> ... ─> export
 """

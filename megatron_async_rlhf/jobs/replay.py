@@ -4,13 +4,8 @@
 
 No generator, no rewards, no schedule: what reaches the learner is what reached it then, in the same order, so losses and
 weights come out with the same bits. What a run was on a cluster can be looked into on one machine, step by step.
-
-    python -m megatron_async_rlhf.jobs.replay --run-dir runs/x/replay --recorded runs/x --learner tcp://...
 """
 
-import argparse
-import asyncio
-import logging
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,6 +14,7 @@ from statistics import fmean
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ReplayError
+from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import Materials, load_materials
 from megatron_async_rlhf.jobs.lifecycle import begin_reinforcement, export_policy, run_learner_alone
 from megatron_async_rlhf.learner.client import LearnerClient
@@ -82,25 +78,11 @@ def _report(rollout: RecordedRollout, answer: Answer, recorder: Recorder, before
                 )
 
 
-async def run_job(run_dir: Path, recorded: Path, learner_address: str) -> int:
+async def run_job(run_dir: Path, addresses: Addresses, recorded: Path) -> int:
     """Run all stages; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
     materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
     recorder = Recorder(config, run_dir, EventStream())
-    learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
+    learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
     stages = run_stages(config, run_dir, recorded, materials, learner, recorder)
     return await run_learner_alone(stages, learner, recorder)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--recorded", type=Path, required=True, help="the run to do again")
-    parser.add_argument("--learner", required=True, help="ZeroMQ address of learner rank 0")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    raise SystemExit(asyncio.run(run_job(arguments.run_dir, arguments.recorded, arguments.learner)))
-
-
-if __name__ == "__main__":
-    main()

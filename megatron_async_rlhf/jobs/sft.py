@@ -2,21 +2,17 @@
 
     start learner ─> warm start ─> export
 
-The same learner, data and stage as in a run (`app`), without generators, so that many runs can start from one policy:
+The same learner, data and stage as in a run (`train`), without generators, so that many runs can start from one policy:
 `model.hf: <run>/checkpoints/final`. An interrupted one exports nothing.
-
-    python -m megatron_async_rlhf.jobs.sft --run-dir runs/x --learner tcp://...
 """
 
-import argparse
-import asyncio
-import logging
 import time
 from pathlib import Path
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
+from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import Materials, load_materials
 from megatron_async_rlhf.jobs.lifecycle import export_policy, run_learner_alone
 from megatron_async_rlhf.learner.client import LearnerClient
@@ -54,25 +50,12 @@ async def run_stages(
     await learner.execute(Stop())
 
 
-async def run_job(run_dir: Path, learner_address: str) -> int:
+async def run_job(run_dir: Path, addresses: Addresses) -> int:
     """Run all stages; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
     materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
     totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0)
     recorder = Recorder(config, run_dir, EventStream(), totals=totals)
-    learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
+    learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
     stages = run_stages(config, run_dir, materials, learner, recorder)
     return await run_learner_alone(stages, learner, recorder)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--learner", required=True, help="ZeroMQ address of learner rank 0")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    raise SystemExit(asyncio.run(run_job(arguments.run_dir, arguments.learner)))
-
-
-if __name__ == "__main__":
-    main()

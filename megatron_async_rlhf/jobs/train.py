@@ -7,14 +7,9 @@
 A run that goes on from a checkpoint loads it instead of the warm start, pushes its version and is not evaluated before.
 An interrupted run saves a checkpoint, and gives up an evaluation that is not over. In the warm start there is nothing to
 save yet: it ends at once.
-
-Started by the supervisor (`launch.supervisor`):
-`python -m megatron_async_rlhf.jobs.train --run-dir runs/x --learner tcp://... --generator http://... --transfer host:port`.
 """
 
-import argparse
 import asyncio
-import logging
 import signal
 import time
 from contextlib import asynccontextmanager
@@ -36,6 +31,7 @@ from megatron_async_rlhf.errors import (
 from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
 from megatron_async_rlhf.generator.places import places
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
+from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import Materials, load_materials
 from megatron_async_rlhf.jobs.lifecycle import (
     END_AT_ONCE,
@@ -235,8 +231,8 @@ class Job:
 
 
 @asynccontextmanager
-async def _connected(config: RunConfig, materials: Materials, learner_address: str, urls: list[str]):
-    learner = LearnerClient(learner_address, timeout_s=config.learner.timeout_s)
+async def _connected(config: RunConfig, materials: Materials, addresses: Addresses):
+    learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
     generators = [
         VLLMGenerator(
             f"generator.{i}",
@@ -247,7 +243,7 @@ async def _connected(config: RunConfig, materials: Materials, learner_address: s
             probe_timeout_s=config.generator.probe_timeout_s,
             places=places(config),
         )
-        for i, url in enumerate(urls)
+        for i, url in enumerate(addresses.generators)
     ]
     try:
         yield learner, generators
@@ -257,15 +253,13 @@ async def _connected(config: RunConfig, materials: Materials, learner_address: s
             await generator.close()
 
 
-async def run_job(
-    run_dir: Path, learner_address: str, urls: list[str], transfer: tuple[str, int], resume_from: int | None
-) -> int:
+async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None) -> int:
     """Run the whole job; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
     materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
     resumed = None if resume_from is None else read_run_state(RunCheckpoints(run_dir).path(resume_from))
-    async with _connected(config, materials, learner_address, urls) as (learner, generators):
-        job = Job(config, run_dir, materials, learner, generators, transfer, resumed)
+    async with _connected(config, materials, addresses) as (learner, generators):
+        job = Job(config, run_dir, materials, learner, generators, addresses.transfer, resumed)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, lambda: loop.create_task(job.interrupt()))
@@ -300,21 +294,3 @@ def _first_cause(group: BaseExceptionGroup) -> BaseException:
         else:
             leaves.append(error)
     return next((error for error in leaves if isinstance(error, AsyncRLHFError)), leaves[0])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--learner", required=True, help="ZeroMQ address of learner rank 0")
-    parser.add_argument("--generator", action="append", required=True, help="URL of a generator; repeat for more")
-    parser.add_argument("--transfer", required=True, help="host:port learner rank 0 meets the generators on")
-    parser.add_argument("--resume-from", type=int, help="policy version of the checkpoint to go on from")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    host, _, port = arguments.transfer.rpartition(":")
-    job = run_job(arguments.run_dir, arguments.learner, arguments.generator, (host, int(port)), arguments.resume_from)
-    raise SystemExit(asyncio.run(job))
-
-
-if __name__ == "__main__":
-    main()

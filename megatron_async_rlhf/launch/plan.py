@@ -101,28 +101,26 @@ def plan_processes(
     return ProcessPlan(
         learners=_learners(config, run_dir, layout.learners, nodes),
         generators=generators,
-        controller=_controller(config, run_dir, nodes, [*addresses, *resume]),
+        controller=_controller(config, run_dir, nodes, [*addresses, *resume], "train"),
         restarts=config.generator.restarts if records_versions() else 0,
     )
 
 
 def plan_learner_alone(
-    config: RunConfig, run_dir: Path, nodes: Sequence[Node], module: str, arguments: Sequence[str] = ()
+    config: RunConfig, run_dir: Path, nodes: Sequence[Node], job: str, arguments: Sequence[str] = ()
 ) -> ProcessPlan:
-    """The same without generators: learner ranks on all cores or GPUs, and the module as their controller."""
+    """The same without generators: learner ranks on all cores or GPUs, and that job as their controller."""
     slots = lay_out(config, nodes, replicas=0).learners
     addresses = ["--learner", _commands_at(slots, nodes), *arguments]
     return ProcessPlan(
         learners=_learners(config, run_dir, slots, nodes),
         generators=[],
-        controller=_controller(config, run_dir, nodes, addresses, module=module),
+        controller=_controller(config, run_dir, nodes, addresses, job),
     )
 
 
-def _controller(
-    config: RunConfig, run_dir: Path, nodes: Sequence[Node], arguments: list[str], module: str = "app"
-) -> ProcessSpec:
-    command = [sys.executable, "-m", f"megatron_async_rlhf.{module}", "--run-dir", str(run_dir), *arguments]
+def _controller(config: RunConfig, run_dir: Path, nodes: Sequence[Node], arguments: list[str], job: str) -> ProcessSpec:
+    command = [sys.executable, "-m", "megatron_async_rlhf.jobs", job, "--run-dir", str(run_dir), *arguments]
     return ProcessSpec(
         name="controller",
         arguments=command,

@@ -1,0 +1,37 @@
+"""The controller process of a run, whatever its job is. Started by the supervisor (`launch.supervisor`):
+
+python -m megatron_async_rlhf.jobs train --run-dir runs/x --learner tcp://... --generator http://... --transfer host:port
+python -m megatron_async_rlhf.jobs sft --run-dir runs/x --learner tcp://...
+python -m megatron_async_rlhf.jobs replay --run-dir runs/x.replay --learner tcp://... --recorded runs/x
+"""
+
+import argparse
+import asyncio
+import logging
+from importlib import import_module
+from pathlib import Path
+
+from megatron_async_rlhf.jobs.addresses import Addresses
+
+JOBS = ("train", "sft", "replay")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", choices=JOBS)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--learner", required=True, help="ZeroMQ address of learner rank 0")
+    parser.add_argument("--generator", action="append", default=[], help="URL of a generator; repeat for more")
+    parser.add_argument("--transfer", help="host:port learner rank 0 meets the generators on")
+    parser.add_argument("--resume-from", type=int, help="policy version of the checkpoint to go on from")
+    parser.add_argument("--recorded", type=Path, help="the run to do again")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    addresses = Addresses.of(given.learner, given.generator, given.transfer)
+    job = import_module(f"megatron_async_rlhf.jobs.{given.job}")
+    own = {"train": {"resume_from": given.resume_from}, "replay": {"recorded": given.recorded}}.get(given.job, {})
+    raise SystemExit(asyncio.run(job.run_job(given.run_dir, addresses, **own)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Where a controller process finds the others of its run."""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+
+class Addresses(Struct, frozen=True, kw_only=True):
+    """
+    Attributes:
+        learner: ZeroMQ address of learner rank 0.
+        generators: URLs; empty for a job that has none.
+        transfer: host and port on which learner rank 0 meets the generators; None without generators.
+    """
+
+    learner: str
+    generators: list[str] = []
+    transfer: tuple[str, int] | None = None
+
+    @classmethod
+    def of(cls, learner: str, generators: Sequence[str], transfer: str | None) -> "Addresses":
+        """As they stand on a command line."""
+        host, _, port = (transfer or "").rpartition(":")
+        return cls(learner=learner, generators=list(generators), transfer=(host, int(port)) if transfer else None)
