@@ -26,7 +26,7 @@ def count_gpus(config: RunConfig) -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         path = Path(scratch) / "config.yaml"
         path.write_text(dump_config(config), encoding="utf-8")
-        asked = [sys.executable, "-W", "ignore", "-m", "megatron_async_rlhf.doctor", str(path)]
+        asked = [sys.executable, "-W", "ignore", "-m", "megatron_async_rlhf.doctor.checks", str(path)]
         try:
             told = subprocess.run(
                 asked,

@@ -1,137 +1,210 @@
-"""`async-rlhf launch`: from the command line to jobs, and what became of them. NeMo-Run itself is behind `launch.nemo`."""
+"""`async-rlhf train`, `sft` and `replay`: from the command line to what is started; `launch.start` does that."""
 
-import importlib.util
-import os
-import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_async_rlhf.config.advice import advice
-from megatron_async_rlhf.config.cluster import SlurmKeys
-from megatron_async_rlhf.config.load import check_tree, read_tree, set_key
+from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.converter.command import compare_holders
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.launch.stages import Stage, expand_stages, parse_stages
+from megatron_async_rlhf.generator.places import places_problem, threads_problem
+from megatron_async_rlhf.installed import check_installed
+from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption, warn
+from megatron_async_rlhf.telemetry.files import (
+    EXPORT_DIR,
+    METRICS,
+    POLICY_TEMPLATE_DIR,
+    RESOLVED_CONFIG,
+    ROLLOUT_DIR,
+    read_lines,
+)
 
-_SET_UP = "bash tools/setup_launch_env.sh"
-_TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names a directory and jobs
-_PANEL = "Slurm, instead of launch.slurm in the configuration"
+if TYPE_CHECKING:
+    from megatron_async_rlhf.launch.fleet import Fleet
+    from megatron_async_rlhf.launch.resume import Resumption
+    from megatron_async_rlhf.launch.start import Start
 
 
-def launch(
-    config: Annotated[Path, typer.Argument(help="YAML configuration, such as examples/quickstart.yaml.")],
-    executor: Annotated[Literal["local", "slurm"], typer.Option(help="This machine, or a Slurm cluster.")],
-    set: Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value.")] = [],
-    stages: Annotated[str, typer.Option(help="Of sft, train and export, separated by commas.")] = "train",
-    name: Annotated[str | None, typer.Option(help="Of the experiment; default: run.name.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an earlier launch has left.")] = False,
-    export_to: Annotated[Path | None, typer.Option(help="What export writes; default: <run.dir>-hf.")] = None,
-    python: Annotated[str | None, typer.Option(help="Of the environment that trains; default: .venv's.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print all that would be submitted.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for jobs of Slurm too, and exit as they did.")] = False,
-    account: Annotated[str | None, typer.Option(rich_help_panel=_PANEL)] = None,
-    partition: Annotated[str | None, typer.Option(rich_help_panel=_PANEL)] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="launch.nodes", rich_help_panel=_PANEL)] = None,
-    time: Annotated[
-        str | None, typer.Option(help="Of each stage: hours:minutes:seconds", rich_help_panel=_PANEL)
-    ] = None,
-    tunnel: Annotated[Literal["local", "ssh"] | None, typer.Option(rich_help_panel=_PANEL)] = None,
-    host: Annotated[str | None, typer.Option(help="Login node.", rich_help_panel=_PANEL)] = None,
-    user: Annotated[str | None, typer.Option(help="There.", rich_help_panel=_PANEL)] = None,
-    job_dir: Annotated[str | None, typer.Option(help="For scripts and logs.", rich_help_panel=_PANEL)] = None,
-    project_dir: Annotated[str | None, typer.Option(help="Where stages run.", rich_help_panel=_PANEL)] = None,
-    container: Annotated[str | None, typer.Option(help="Image, for Pyxis.", rich_help_panel=_PANEL)] = None,
+def train(
+    config: ConfigArgument,
+    set: SetOption = [],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print plan and estimate, start nothing.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the last checkpoint in run.dir; from the beginning if there is none."
+        ),
+    ] = False,
+    node_rank: NodeRankOption = 0,
 ) -> None:
-    """Run stages through NeMo-Run: here, or as jobs of a Slurm cluster, each when the one before has succeeded.
+    """Run the whole RLHF job, on this machine or, started once on each, on launch.nodes of them.
 
-    Exit code 0: all stages succeeded, or are queued; 1: one failed; 130: interrupted.
-
-    Example: async-rlhf launch examples/quickstart.yaml --executor slurm --account team --stages sft,train --dry-run
+    Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
-    tree = read_tree(config, set)
-    options = dict(account=account, partition=partition, time=time, tunnel=tunnel, host=host, user=user)
-    options |= dict(job_dir=job_dir, project_dir=project_dir, container=container)
-    given = {key: value for key, value in options.items() if value is not None}
-    for key, value in given.items():
-        set_key(tree, f"launch.slurm.{key}", value)
-    if nodes is not None:
-        set_key(tree, "launch.nodes", nodes)
-    resolved = check_tree(tree)
-    _check_executor(executor, resolved, list(given))
-    title = _checked_title(name or resolved.run.name)
-    for line in advice(resolved):
-        typer.echo(f"warning: {line}", err=True)
-    slurm = (resolved.launch.slurm or SlurmKeys()) if executor == "slurm" else None
-    parts = expand_stages(
-        tree,
-        parse_stages(stages),
-        resume=resume,
-        export_to=export_to,
-        directory=(slurm and slurm.project_dir) or Path.cwd(),
-        seconds=slurm and slurm.time_s,
-    )
-    _find_nemo_run(slurm)
-    if slurm is None:
-        raise typer.Exit(_run_here(title, parts, python, dry_run))
-    raise typer.Exit(_run_on_slurm(title, parts, resolved, python, dry_run, wait))
+    from megatron_async_rlhf.launch.resume import load_for_run
+    from megatron_async_rlhf.launch.run_directory import check_writable
+    from megatron_async_rlhf.launch.start import prepare_machine, run
 
-
-def _checked_title(title: str) -> str:
-    if not _TITLE.fullmatch(title):
-        raise ConfigError(f"--name {title}: letters, digits and ._- can be part of it")
-    return title
-
-
-def _check_executor(executor: str, config: RunConfig, slurm_options: list[str]) -> None:
-    if executor == "local":
-        if config.launch.nodes > 1:
-            raise ConfigError(
-                f"launch.nodes = {config.launch.nodes} with --executor local: it is one machine; use slurm"
-            )
-        if slurm_options:
-            raise ConfigError(f"--{slurm_options[0].replace('_', '-')} is for --executor slurm")
-
-
-def _find_nemo_run(slurm: SlurmKeys | None) -> None:
-    """Look for it, and say where its home is, which it reads when it is imported."""
-    if importlib.util.find_spec("nemo_run") is None:
-        raise ConfigError(
-            f"NeMo-Run is not installed here, and its pins clash with vLLM's: `{_SET_UP}` makes an environment for it; "
-            "then call .venv-launch/bin/async-rlhf launch"
-        )
-    if slurm is not None and slurm.tunnel == "local" and slurm.job_dir is not None:
-        os.environ["NEMORUN_HOME"] = str(slurm.job_dir.absolute())
-
-
-def _run_here(title: str, stages: list[Stage], python: str | None, dry_run: bool) -> int:
-    from megatron_async_rlhf.launch.nemo import submission
-    from megatron_async_rlhf.launch.nemo.recipes import local_jobs
-
-    jobs = local_jobs(stages, python)
+    resolved = load_for_run(config, set, resume)
+    if not dry_run:
+        check_installed("torch", "megatron", "vllm")
+        prepare_machine(resolved, node_rank, places_problem(resolved), threads_problem(resolved))
+    warn(advice(resolved))
     if dry_run:
-        submission.dry_run(title, jobs, typer.echo)
-        return submission.EXIT_COMPLETED
-    return submission.run_here(title, jobs, typer.echo)
+        check_writable(resolved)
+        return _plan_only(resolved, resume)
+    raise typer.Exit(run(resolved, lambda fleet, scratch: _decide_training(resolved, resume, fleet, scratch)))
 
 
-def _run_on_slurm(
-    title: str, stages: list[Stage], config: RunConfig, python: str | None, dry_run: bool, wait: bool
-) -> int:
-    from megatron_async_rlhf.launch.nemo import slurm_states, submission
-    from megatron_async_rlhf.launch.nemo.recipes import slurm_jobs
+def sft(
+    config: ConfigArgument,
+    set: SetOption = [],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+    ] = False,
+    node_rank: NodeRankOption = 0,
+) -> None:
+    """Run the warm start alone, `warm_start` and `data` of a configuration, and export the policy.
 
-    jobs = slurm_jobs(title, stages, config, python)
-    submission.check_paths(jobs)
+    RL runs then start from it with model.hf=<run>/checkpoints/final and warm_start.steps=0.
+
+    Example: async-rlhf sft examples/quickstart.yaml -s run.name=sft
+    """
+    from megatron_async_rlhf.jobs.inputs import check_inputs, make_model_template
+    from megatron_async_rlhf.launch.dry_run import print_sft_plan
+    from megatron_async_rlhf.launch.plan import plan_learner_alone
+    from megatron_async_rlhf.launch.resume import load_for_run
+    from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
+    from megatron_async_rlhf.launch.start import Start, prepare_machine, run
+
+    resolved = load_for_run(config, set, resume=False)
+    if not resolved.warm_start.steps:
+        raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
     if dry_run:
-        submission.dry_run(title, jobs, typer.echo)
-        return submission.EXIT_COMPLETED
-    queued = submission.submit(title, jobs)
-    for job in queued:
+        check_writable(resolved)
+        check_inputs_apart(resolved)
+        return print_sft_plan(resolved)
+    check_installed("torch", "megatron")
+    prepare_machine(resolved, node_rank)
+
+    def decide(fleet: "Fleet", scratch: Path) -> Start:
+        check_inputs_apart(resolved)
+        template = scratch / "model"
+        make_model_template(resolved, template)
+        check_inputs(resolved, template)
+        plan = plan_learner_alone(resolved, resolved.run.path.absolute(), fleet.nodes, "sft")
+        return Start(plan=plan, template=template)
+
+    raise typer.Exit(run(resolved, decide))
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run with schedule.record = true.")],
+    out: Annotated[Path | None, typer.Option(help="Directory of the new run; default: <run>.replay beside it.")] = None,
+    node_rank: NodeRankOption = 0,
+) -> None:
+    """Train again on what a run has recorded, without generators, and prove that the same bits come out.
+
+    Losses and gradient norms are compared at every step, the weights at the end.
+
+    Example: async-rlhf replay runs/quickstart
+    """
+    from megatron_async_rlhf.converter.sources import open_holders
+    from megatron_async_rlhf.launch import start
+
+    recorded = run.absolute()
+    if not (recorded / RESOLVED_CONFIG).is_file():
+        raise ConfigError(f"{recorded} is no run: it has no {RESOLVED_CONFIG}")
+    earlier = load_config(recorded / RESOLVED_CONFIG)
+    section = earlier.run.model_copy(update={"dir": out or recorded.with_name(f"{recorded.name}.replay")})
+    config = earlier.model_copy(update={"run": section})
+    start.prepare_machine(config, node_rank)
+    if code := start.run(config, lambda fleet, _: _decide_replay(config, earlier, recorded, out, fleet)):
+        raise typer.Exit(code)
+    rollouts = _recorded_rollouts(recorded)
+    if rollouts < earlier.schedule.rollouts or not (recorded / EXPORT_DIR).is_dir():
         typer.echo(
-            f"{job.name}: job {job.job_id} on {job.nodes} {'node' if job.nodes == 1 else 'nodes'}, log {job.log}"
+            f"{rollouts} rollouts came out the same; {recorded} was not completed, so there are no weights to compare"
         )
-    ids = [job.job_id for job in queued]
-    typer.echo(f"how they are: squeue -j {','.join(ids)}; end them: scancel {' '.join(ids)}")
-    return int(not slurm_states.follow(queued, typer.echo)) if wait else submission.EXIT_COMPLETED
+        return
+    compare_holders(*open_holders(str(recorded), str(config.run.path.absolute()), None), None)
+
+
+def _plan_only(config: RunConfig, resume: bool) -> None:
+    """Of a dry run; what a resumed run reads is compared too."""
+    from megatron_async_rlhf.launch.dry_run import print_plan
+    from megatron_async_rlhf.launch.inputs import check_resumed_inputs
+
+    found = _find_resumption(config, resume)
+    if found.version is not None:
+        warn(check_resumed_inputs(config)[1])
+    if not found.finished:
+        print_plan(config)
+
+
+def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "Start | None":
+    """All that can be checked of a run is, before anything of it is there."""
+    from megatron_async_rlhf.estimate.fitting import gpu_budget
+    from megatron_async_rlhf.estimate.report import refuse_too_large
+    from megatron_async_rlhf.jobs.inputs import check_inputs, doubts, make_model_template
+    from megatron_async_rlhf.launch.inputs import check_resumed_inputs
+    from megatron_async_rlhf.launch.plan import plan_processes
+    from megatron_async_rlhf.launch.start import Start
+
+    found = _find_resumption(config, resume)
+    if found.finished:
+        return None
+    run_dir, version = config.run.path.absolute(), found.version
+    template = scratch / "model" if version is None else run_dir / POLICY_TEMPLATE_DIR
+    if version is None:
+        make_model_template(config, template)
+    materials = check_inputs(config, template)
+    refuse_too_large(config, materials.architecture)
+    warn(doubts(config, materials))
+    inputs, warnings = check_resumed_inputs(config, materials, is_new=version is None)
+    warn(warnings)
+    budget, context = gpu_budget(config, materials.architecture), materials.architecture.context_length
+    plan = plan_processes(config, run_dir, context, fleet.nodes, version, budget=budget)
+    return Start(plan=plan, template=template, version=version, inputs=inputs)
+
+
+def _find_resumption(config: RunConfig, resume: bool) -> "Resumption":
+    """What a run goes on from, told to the user; a new one must not take the place of what it reads."""
+    from megatron_async_rlhf.launch.resume import Resumption, find_resumption
+    from megatron_async_rlhf.launch.run_directory import check_inputs_apart
+
+    found = find_resumption(config) if resume else Resumption()
+    if found.note:
+        typer.echo(found.note)
+    if found.version is None and not found.finished:
+        check_inputs_apart(config)
+    return found
+
+
+def _decide_replay(config: RunConfig, earlier: RunConfig, recorded: Path, out: Path | None, fleet: "Fleet") -> "Start":
+    from megatron_async_rlhf.launch.inputs import check_resumed_inputs
+    from megatron_async_rlhf.launch.plan import plan_learner_alone
+    from megatron_async_rlhf.launch.run_directory import check_inputs_apart
+    from megatron_async_rlhf.launch.start import Start
+
+    check_inputs_apart(config)
+    if recorded.resolve().is_relative_to(config.run.path.resolve()):
+        raise ConfigError(f"--out {out} would take the place of {recorded} itself; choose another")
+    if not _recorded_rollouts(recorded):
+        raise ConfigError(f"{recorded} has recorded nothing; it must be run with schedule.record = true")
+    warn(check_resumed_inputs(earlier, run_dir=recorded, starts_over=True)[1])
+    arguments = ["--recorded", str(recorded)]
+    plan = plan_learner_alone(config, config.run.path.absolute(), fleet.nodes, "replay", arguments)
+    return Start(plan=plan, template=recorded / POLICY_TEMPLATE_DIR)
+
+
+def _recorded_rollouts(run: Path) -> int:
+    """How many there are of steps that were made."""
+    from megatron_async_rlhf.scheduler.recording import RolloutLog
+
+    return sum(1 for _ in RolloutLog(run / ROLLOUT_DIR).read(end=len(read_lines(run / METRICS))))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_async_rlhf.config.load import load_config
-from megatron_async_rlhf.doctor import examine, problems
+from megatron_async_rlhf.doctor.checks import examine, problems
 from megatron_async_rlhf.generator.vllm import server
 from megatron_async_rlhf.learner.megatron.layers.fp8 import fp8_problem, possible_recipes
 

@@ -1,6 +1,6 @@
 """What this machine can run, and how to get what is missing. Looks, changes nothing, starts nothing.
 
-With a configuration it also says what of it this machine cannot do. `python -m megatron_async_rlhf.doctor CONFIG` says
+With a configuration it also says what of it this machine cannot do. `python -m megatron_async_rlhf.doctor.checks CONFIG` says
 only that and how many GPUs there are, as JSON: `async-rlhf train` asks it before it starts anything on GPUs, in a process
 of its own because asking takes torch and CUDA.
 """

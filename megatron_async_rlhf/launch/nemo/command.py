@@ -1,0 +1,137 @@
+"""`async-rlhf launch`: from the command line to jobs, and what became of them. NeMo-Run itself is behind `launch.nemo`."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from megatron_async_rlhf.config.advice import advice
+from megatron_async_rlhf.config.cluster import SlurmKeys
+from megatron_async_rlhf.config.load import check_tree, read_tree, set_key
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.launch.stages import Stage, expand_stages, parse_stages
+
+_SET_UP = "bash tools/setup_launch_env.sh"
+_TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names a directory and jobs
+_PANEL = "Slurm, instead of launch.slurm in the configuration"
+
+
+def launch(
+    config: Annotated[Path, typer.Argument(help="YAML configuration, such as examples/quickstart.yaml.")],
+    executor: Annotated[Literal["local", "slurm"], typer.Option(help="This machine, or a Slurm cluster.")],
+    set: Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value.")] = [],
+    stages: Annotated[str, typer.Option(help="Of sft, train and export, separated by commas.")] = "train",
+    name: Annotated[str | None, typer.Option(help="Of the experiment; default: run.name.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an earlier launch has left.")] = False,
+    export_to: Annotated[Path | None, typer.Option(help="What export writes; default: <run.dir>-hf.")] = None,
+    python: Annotated[str | None, typer.Option(help="Of the environment that trains; default: .venv's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print all that would be submitted.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for jobs of Slurm too, and exit as they did.")] = False,
+    account: Annotated[str | None, typer.Option(rich_help_panel=_PANEL)] = None,
+    partition: Annotated[str | None, typer.Option(rich_help_panel=_PANEL)] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="launch.nodes", rich_help_panel=_PANEL)] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Of each stage: hours:minutes:seconds", rich_help_panel=_PANEL)
+    ] = None,
+    tunnel: Annotated[Literal["local", "ssh"] | None, typer.Option(rich_help_panel=_PANEL)] = None,
+    host: Annotated[str | None, typer.Option(help="Login node.", rich_help_panel=_PANEL)] = None,
+    user: Annotated[str | None, typer.Option(help="There.", rich_help_panel=_PANEL)] = None,
+    job_dir: Annotated[str | None, typer.Option(help="For scripts and logs.", rich_help_panel=_PANEL)] = None,
+    project_dir: Annotated[str | None, typer.Option(help="Where stages run.", rich_help_panel=_PANEL)] = None,
+    container: Annotated[str | None, typer.Option(help="Image, for Pyxis.", rich_help_panel=_PANEL)] = None,
+) -> None:
+    """Run stages through NeMo-Run: here, or as jobs of a Slurm cluster, each when the one before has succeeded.
+
+    Exit code 0: all stages succeeded, or are queued; 1: one failed; 130: interrupted.
+
+    Example: async-rlhf launch examples/quickstart.yaml --executor slurm --account team --stages sft,train --dry-run
+    """
+    tree = read_tree(config, set)
+    options = dict(account=account, partition=partition, time=time, tunnel=tunnel, host=host, user=user)
+    options |= dict(job_dir=job_dir, project_dir=project_dir, container=container)
+    given = {key: value for key, value in options.items() if value is not None}
+    for key, value in given.items():
+        set_key(tree, f"launch.slurm.{key}", value)
+    if nodes is not None:
+        set_key(tree, "launch.nodes", nodes)
+    resolved = check_tree(tree)
+    _check_executor(executor, resolved, list(given))
+    title = _checked_title(name or resolved.run.name)
+    for line in advice(resolved):
+        typer.echo(f"warning: {line}", err=True)
+    slurm = (resolved.launch.slurm or SlurmKeys()) if executor == "slurm" else None
+    parts = expand_stages(
+        tree,
+        parse_stages(stages),
+        resume=resume,
+        export_to=export_to,
+        directory=(slurm and slurm.project_dir) or Path.cwd(),
+        seconds=slurm and slurm.time_s,
+    )
+    _find_nemo_run(slurm)
+    if slurm is None:
+        raise typer.Exit(_run_here(title, parts, python, dry_run))
+    raise typer.Exit(_run_on_slurm(title, parts, resolved, python, dry_run, wait))
+
+
+def _checked_title(title: str) -> str:
+    if not _TITLE.fullmatch(title):
+        raise ConfigError(f"--name {title}: letters, digits and ._- can be part of it")
+    return title
+
+
+def _check_executor(executor: str, config: RunConfig, slurm_options: list[str]) -> None:
+    if executor == "local":
+        if config.launch.nodes > 1:
+            raise ConfigError(
+                f"launch.nodes = {config.launch.nodes} with --executor local: it is one machine; use slurm"
+            )
+        if slurm_options:
+            raise ConfigError(f"--{slurm_options[0].replace('_', '-')} is for --executor slurm")
+
+
+def _find_nemo_run(slurm: SlurmKeys | None) -> None:
+    """Look for it, and say where its home is, which it reads when it is imported."""
+    if importlib.util.find_spec("nemo_run") is None:
+        raise ConfigError(
+            f"NeMo-Run is not installed here, and its pins clash with vLLM's: `{_SET_UP}` makes an environment for it; "
+            "then call .venv-launch/bin/async-rlhf launch"
+        )
+    if slurm is not None and slurm.tunnel == "local" and slurm.job_dir is not None:
+        os.environ["NEMORUN_HOME"] = str(slurm.job_dir.absolute())
+
+
+def _run_here(title: str, stages: list[Stage], python: str | None, dry_run: bool) -> int:
+    from megatron_async_rlhf.launch.nemo import submission
+    from megatron_async_rlhf.launch.nemo.recipes import local_jobs
+
+    jobs = local_jobs(stages, python)
+    if dry_run:
+        submission.dry_run(title, jobs, typer.echo)
+        return submission.EXIT_COMPLETED
+    return submission.run_here(title, jobs, typer.echo)
+
+
+def _run_on_slurm(
+    title: str, stages: list[Stage], config: RunConfig, python: str | None, dry_run: bool, wait: bool
+) -> int:
+    from megatron_async_rlhf.launch.nemo import slurm_states, submission
+    from megatron_async_rlhf.launch.nemo.recipes import slurm_jobs
+
+    jobs = slurm_jobs(title, stages, config, python)
+    submission.check_paths(jobs)
+    if dry_run:
+        submission.dry_run(title, jobs, typer.echo)
+        return submission.EXIT_COMPLETED
+    queued = submission.submit(title, jobs)
+    for job in queued:
+        typer.echo(
+            f"{job.name}: job {job.job_id} on {job.nodes} {'node' if job.nodes == 1 else 'nodes'}, log {job.log}"
+        )
+    ids = [job.job_id for job in queued]
+    typer.echo(f"how they are: squeue -j {','.join(ids)}; end them: scancel {' '.join(ids)}")
+    return int(not slurm_states.follow(queued, typer.echo)) if wait else submission.EXIT_COMPLETED

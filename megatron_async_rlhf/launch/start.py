@@ -1,0 +1,92 @@
+"""What `train`, `sft` and `replay` have in common: from a configuration to processes that are supervised until they end.
+
+this machine ─> the other machines ─> run directory is ours ─> inputs, plan (the command's own) ─> directory ─> supervise
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+from msgspec import Struct
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.launch.agent import serve
+from megatron_async_rlhf.launch.display import Display
+from megatron_async_rlhf.launch.fleet import Fleet, gather
+from megatron_async_rlhf.launch.inputs import Inputs, write_inputs
+from megatron_async_rlhf.launch.nodes import check_node_rank
+from megatron_async_rlhf.launch.owner import owning
+from megatron_async_rlhf.launch.plan import ProcessPlan
+from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory, reopen_run_directory
+from megatron_async_rlhf.launch.supervisor import Supervisor
+from megatron_async_rlhf.launch.surroundings import check_surroundings
+from megatron_async_rlhf.launch.terminal import outlive_readers
+from megatron_async_rlhf.options import warn
+from megatron_async_rlhf.telemetry.files import INPUTS
+
+
+class Start(Struct, frozen=True, kw_only=True):
+    """What is to be started.
+
+    Attributes:
+        template: model template of a new run; None for one that goes on, which has it.
+        version: of the checkpoint that a run goes on from.
+        inputs: what the run reads, to be remembered if it is not yet.
+    """
+
+    plan: ProcessPlan
+    template: Path | None = None
+    version: int | None = None
+    inputs: Inputs | None = None
+
+
+def prepare_machine(config: RunConfig, node_rank: int, *limits: str | None) -> None:
+    """Check shell, container and limits. On every machine but the first this does as that one says, then exits.
+
+    Args:
+        limits: problems with them that the caller has found.
+
+    Raises:
+        ConfigError: a line for each thing that a run can neither work with nor ignore.
+    """
+    warn(check_surroundings(*limits))
+    check_node_rank(config, node_rank)
+    if node_rank:
+        outlive_readers()
+        raise typer.Exit(serve(config, node_rank))
+
+
+def run(config: RunConfig, decide: Callable[[Fleet, Path], Start | None]) -> int:
+    """Gather the machines, have the command decide what to start there, and supervise it; the exit code.
+
+    Args:
+        decide: checks everything, given the machines and a directory for temporary files; None: there is nothing to do.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line; nothing was started.
+    """
+    check_writable(config)
+    with (
+        gather(config) as fleet,
+        owning(config),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+    ):
+        start = decide(fleet, Path(scratch))
+        if start is None:
+            return 0
+        run_dir = _open_directory(config, start)
+        if start.inputs is not None and not (run_dir / INPUTS).is_file():  # of a resumed run what it began with counts
+            write_inputs(run_dir, start.inputs)
+        outlive_readers()
+        return Supervisor(config, start.plan, run_dir, Display(), fleet).run()
+
+
+def _open_directory(config: RunConfig, start: Start) -> Path:
+    """A new one says where an earlier run went."""
+    if start.version is not None:
+        return reopen_run_directory(config, start.version)
+    run_dir, aside = create_run_directory(config, start.template)
+    if aside is not None:
+        typer.echo(f"an earlier run is now in {aside}")
+    return run_dir

@@ -1,0 +1,24 @@
+"""Options and arguments that several commands have, and how a command warns."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigArgument = Annotated[
+    Path,
+    typer.Argument(help="YAML configuration, such as examples/quickstart.yaml; to resume, also a run's directory."),
+]
+SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value. Repeatable.")]
+NodeRankOption = Annotated[
+    int,
+    typer.Option(
+        envvar="SLURM_NODEID", min=0, help="Which of launch.nodes machines this is; the first one supervises."
+    ),
+]
+
+
+def warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(f"warning: {line}", err=True)
