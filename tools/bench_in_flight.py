@@ -36,7 +36,7 @@ WAYS = {"wait": ("wait", True), "keep": ("keep", False), "recompute": ("keep", T
 
 def requests_of(options: argparse.Namespace, rig: PushRig) -> list[SamplingRequest]:
     rng = random.Random(0)
-    prompts = rig.materials.train
+    prompts = rig.run_inputs.train
     return [
         SamplingRequest(
             prompt=prompts[i % len(prompts)],

@@ -406,15 +406,15 @@ def supervised_batches(steps: int):
     """The quickstart's warm start: its sequences, and the size of its vocabulary."""
     from megatron_async_rlhf.config.load import load_config
     from megatron_async_rlhf.data.prompts import PromptOrder
-    from megatron_async_rlhf.jobs.inputs import load_materials, make_model_template
+    from megatron_async_rlhf.jobs.inputs import load_run_inputs, make_model_template
 
     config = load_config(ROOT / "examples" / "quickstart.yaml")
     with tempfile.TemporaryDirectory() as directory:
         make_model_template(config, Path(directory))
-        materials = load_materials(config, Path(directory))
-    order = PromptOrder([p for p in materials.train if p.index in materials.solved], seed=0)
-    batches = [[materials.solved[p.index] for p in order.batch(step, 256)] for step in range(steps)]
-    return batches, materials.architecture.vocab_size
+        run_inputs = load_run_inputs(config, Path(directory))
+    order = PromptOrder([p for p in run_inputs.train if p.index in run_inputs.solved], seed=0)
+    batches = [[run_inputs.solved[p.index] for p in order.batch(step, 256)] for step in range(steps)]
+    return batches, run_inputs.architecture.vocab_size
 
 
 def part_push(device: str, found: Findings) -> None:

@@ -38,7 +38,7 @@ def cispo_loss(
     logprobs_T: torch.Tensor,
     base_T: torch.Tensor,
     advantages_T: torch.Tensor,
-    share_T: torch.Tensor,
+    token_weights_T: torch.Tensor,
     segments: Segments,
     weight_T: torch.Tensor | None = None,
     *,
@@ -53,13 +53,13 @@ def cispo_loss(
 
     Args:
         ratio_low, ratio_high: bounds of the ratio itself, not distances from 1.
-        logprobs_T, base_T, advantages_T, share_T, weight_T, num_tokens: see `ppo.clipped_policy_loss`.
+        logprobs_T, base_T, advantages_T, token_weights_T, weight_T, num_tokens: see `ppo.clipped_policy_loss`.
     """
     ratio_T = bounded_exp(policy_log_ratio(logprobs_T.detach(), base_T, segments, "token"))
     coefficient_T = segments.keep(advantages_T.detach()) * ratio_T.clamp(ratio_low, ratio_high)
     if weight_T is not None:
         coefficient_T = coefficient_T * segments.keep(weight_T.detach())
-    total = -(coefficient_T * segments.keep(logprobs_T) * share_T).sum()
+    total = -(coefficient_T * segments.keep(logprobs_T) * token_weights_T).sum()
 
     def mean(values_T: torch.Tensor) -> torch.Tensor:
         return segments.keep(values_T).sum() / num_tokens

@@ -47,7 +47,7 @@ def kl_penalty(
 def kl_loss(
     logprobs_T: torch.Tensor,
     reference_T: torch.Tensor,
-    share_T: torch.Tensor,
+    token_weights_T: torch.Tensor,
     mask_T: torch.Tensor,
     weight_T: torch.Tensor | None = None,
     *,
@@ -63,7 +63,7 @@ def kl_loss(
 
     Args:
         reference_T: constant, [T].
-        share_T: see `normalisation.token_shares`, [T].
+        token_weights_T: see `normalisation.token_weights`, [T].
         mask_T: True on completion tokens, bool, [T].
         weight_T: constant; None for 1. For tokens of another policy, `pi / pi_sampler` keeps the estimate and, with
             `gradient="policy"`, the gradient unbiased (the KL term of DeepSeek-V3.2, arXiv 2512.02556), [T].
@@ -85,5 +85,5 @@ def kl_loss(
             assert_never(gradient)
     if weight_T is not None:
         estimates_T = estimates_T * weight_T.detach().where(mask_T, 0)
-    total = (estimates_T * share_T).sum()
+    total = (estimates_T * token_weights_T).sum()
     return total, {"kl_loss": total.detach(), "kl/per_token": mean}

@@ -14,7 +14,7 @@ from megatron_async_rlhf.algorithms.segments import Segments
 Normalisation = Literal["token", "sequence", "constant"]
 
 
-def token_shares(
+def token_weights(
     segments: Segments,
     normalisation: Normalisation,
     *,

@@ -45,7 +45,7 @@ def clipped_policy_loss(
     logprobs_T: torch.Tensor,
     base_T: torch.Tensor,
     advantages_T: torch.Tensor,
-    share_T: torch.Tensor,
+    token_weights_T: torch.Tensor,
     segments: Segments,
     weight_T: torch.Tensor | None = None,
     *,
@@ -63,7 +63,7 @@ def clipped_policy_loss(
             recomputes it just before the update, so that the ratio starts at 1) and decoupled PPO's; the sampler makes
             it PPO around the behaviour policy.
         advantages_T: constant, [T].
-        share_T: see `normalisation.token_shares`, [T].
+        token_weights_T: see `normalisation.token_weights`, [T].
         weight_T: off-policy correction of each token, constant, see `corrections`; None for 1, [T].
         clip_low, clip_high: 0.2 and 0.2 in the paper; DAPO raises the upper one (0.28) so that rare tokens can grow.
         num_tokens: completion tokens of the whole optimizer step, for the metrics.
@@ -73,7 +73,7 @@ def clipped_policy_loss(
     losses_T = clipped_surrogate(ratio_T, advantages_T, clip_low=clip_low, clip_high=clip_high, ratio_cap=ratio_cap)
     if weight_T is not None:
         losses_T = losses_T * segments.keep(weight_T.detach())
-    total = (losses_T * share_T).sum()
+    total = (losses_T * token_weights_T).sum()
     metrics = clip_metrics(
         ratio_T, advantages_T, segments.mask_T, clip_low=clip_low, clip_high=clip_high, count=num_tokens
     )

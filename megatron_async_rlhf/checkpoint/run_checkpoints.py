@@ -29,7 +29,7 @@ def has_own_reference(config: RunConfig) -> bool:
 
 
 class RunCheckpoints:
-    """Those of one run."""
+    """The checkpoints of one run: where they are, and which there are."""
 
     def __init__(self, run_dir: Path) -> None:
         self._directory = run_dir / CHECKPOINT_DIR

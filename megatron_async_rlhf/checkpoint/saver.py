@@ -46,7 +46,7 @@ class CheckpointSaver:
         self._template = run_dir / POLICY_TEMPLATE_DIR
         self._learner = learner
         self._recorder = recorder
-        self._places = RunCheckpoints(run_dir)
+        self._checkpoints = RunCheckpoints(run_dir)
         self._under_way: _Save | None = None
         self._seen: list[float] = []  # of `keep_best`, since the last checkpoint
         same_metric = resumed is not None and resumed.metric == config.checkpoint.keep_best
@@ -77,7 +77,7 @@ class CheckpointSaver:
         return every is not None and version % every == 0 and not self.is_saved(version)
 
     def is_saved(self, version: int) -> bool:
-        return version in self._places.versions()
+        return version in self._checkpoints.versions()
 
     async def start(self, state: ControllerState) -> None:
         """As `Checkpoints.start`.
@@ -89,12 +89,12 @@ class CheckpointSaver:
         if self._seen:
             self._scores[version] = fmean(self._seen)
             self._seen = []
-        directories = [self._places.path(version)]
-        if has_own_reference(self._config) and not self._places.reference.exists():
-            directories.append(self._places.reference)
+        directories = [self._checkpoints.path(version)]
+        if has_own_reference(self._config) and not self._checkpoints.reference.exists():
+            directories.append(self._checkpoints.reference)
         frozen = RunState(controller=state, totals=self._recorder.totals, metric=metric, scores=self._scores)
         self._under_way = _Save(version, encode_run_state(frozen), directories, time.time())
-        checkpoint, *reference = (str(self._places.partial(path)) for path in directories)
+        checkpoint, *reference = (str(self._checkpoints.partial(path)) for path in directories)
         command = SaveCheckpoint(
             checkpoint=checkpoint,
             reference=reference[0] if reference else None,
@@ -134,21 +134,21 @@ class CheckpointSaver:
             yield
         except (WriteError, OSError) as error:
             for directory in save.directories:
-                self._places.discard_partial(directory)
+                self._checkpoints.discard_partial(directory)
             if isinstance(error, OSError):
                 raise CheckpointError(unwritten(save.directories[0], error)) from None
             raise
 
     def _put_in_place(self, save: _Save) -> None:
         checkpoint = save.directories[0]
-        (self._places.partial(checkpoint) / RUN_STATE).write_bytes(save.state)
+        (self._checkpoints.partial(checkpoint) / RUN_STATE).write_bytes(save.state)
         for directory in reversed(save.directories):  # a checkpoint is no use without the reference
             dtype = self._config.learner.weights_dtype
-            describe_weights(self._template, self._places.partial(directory) / HF_DIR, dtype)
-            self._places.put_in_place(directory)
+            describe_weights(self._template, self._checkpoints.partial(directory) / HF_DIR, dtype)
+            self._checkpoints.put_in_place(directory)
 
     def _prune(self) -> None:
         keys = self._config.checkpoint
-        complete = self._places.versions()
+        complete = self._checkpoints.versions()
         scores = {version: score for version, score in self._scores.items() if version in complete}
-        self._places.prune(keys.keep_last, best_version(scores, keys.best))
+        self._checkpoints.prune(keys.keep_last, best_version(scores, keys.best))

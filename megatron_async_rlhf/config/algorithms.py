@@ -99,7 +99,7 @@ class KLKeys(Section):
             )
         if self.gradient == "estimator" and self.estimator == "k1":
             raise ValueError(
-                "algorithm.kl.estimator = k1 differentiated as it is pushes nowhere on average: set algorithm.kl.gradient "
+                "algorithm.kl.estimator = k1: its own gradient is zero in expectation: set algorithm.kl.gradient "
                 "= policy, or algorithm.kl.estimator = k2 or k3"
             )
         return self

@@ -23,7 +23,7 @@ def check_same_run(earlier: RunConfig, now: RunConfig, *, contents_are_compared:
     """Refuse to go on under another configuration.
 
     Args:
-        contents_are_compared: by digests of what is read (`launch.inputs`), so that its path does not matter.
+        contents_are_compared: by digests of what is read (`launch.input_digests`), so that its path does not matter.
 
     Raises:
         ConfigError: one line naming the first key that differs, and both values.

@@ -38,7 +38,7 @@ class ModelSection(Section):
     """The policy: a Hugging Face directory, a checkpoint that `import-hf` made of one, or a fresh Llama."""
 
     hf: LocalPath | None = (
-        None  # directory with weights, config and tokenizer; of the keys below only context_length goes
+        None  # directory with weights, config and tokenizer; with hf set, only context_length may also be set
     )
     layers: PositiveInt | None = None
     hidden_size: PositiveInt | None = None
@@ -229,7 +229,7 @@ class ScheduleSection(Section):
     # and the old cache | recompute: with a new cache | resubmit: they are cut off and go on wherever there is room
     in_flight_updates: Literal["none", "keep", "recompute", "resubmit"] = "none"
     # Which complete groups are trained first: in the order of prompts | any of the oldest `window` groups | of the
-    # newest policy. Groups that would be too old in the next step always are.
+    # newest policy. Groups that would be too old in the next step are always trained first.
     order: Literal["fifo", "windowed", "freshest"] = "fifo"
     window: PositiveInt | None = None  # groups; default: twice a rollout's
     max_groups: PositiveInt | None = None  # under way or waiting for the learner; null: what max_staleness allows
@@ -330,7 +330,7 @@ class WeightsSection(Section):
     verify: Literal["every", "first", "off"] = "every"  # pushes with both sides' digests compared
     staging_mib: PositiveInt = 64  # a staging buffer; a rank has two (generators on CPU: one, see docs/weights.md)
     snapshot: bool = False  # send from a copy, so that not even the optimizer's step waits; costs the copy's memory
-    timeout_s: PositiveFloat = 120.0  # how long nothing may move: rendezvous, each message, each verdict
+    timeout_s: PositiveFloat = 120.0  # abort when no data arrives for this long (rendezvous, message, digest check)
 
     @property
     def staging_bytes(self) -> int:
@@ -344,7 +344,7 @@ class CheckpointSection(Section):
     keep_last: PositiveInt | None = 2  # so many of the newest; null keeps all
     # A metric of metrics.jsonl: also keep the checkpoint whose steps, since the one before, had the best mean of it.
     keep_best: str | None = None
-    best: Literal["highest", "lowest"] = "highest"  # which value of keep_best is
+    best: Literal["highest", "lowest"] = "highest"  # whether the highest or the lowest value counts as best
     async_save: bool = True  # write from a copy in host memory while training goes on
     max_run_seconds: PositiveFloat | None = None  # of wall clock: then finish the step, save and end as interrupted
     timeout_s: PositiveFloat = 600.0  # from the copy to the last file

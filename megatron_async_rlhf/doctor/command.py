@@ -32,8 +32,8 @@ def doctor(
             cannot = str(error).splitlines()
     broken = False
     for finding in examine():
-        advice = f"  ({finding.advice})" if finding.advice and finding.state != "ok" else ""
-        typer.echo(f"{finding.state:8}{finding.what}: {finding.detail}{advice}")
+        remedy = f"  ({finding.remedy})" if finding.remedy and finding.state != "ok" else ""
+        typer.echo(f"{finding.state:8}{finding.what}: {finding.detail}{remedy}")
         broken |= finding.state == "broken"
     if resolved is not None:
         cannot += filter(None, [places_problem(resolved), threads_problem(resolved)])

@@ -22,7 +22,7 @@ FIXED_CONTROL_CPU = 110 * MIB  # controller and supervisor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Advice:
+class MemoryChange:
     """A change of the config, and what is needed after it and all changes before, in bytes."""
 
     change: str
@@ -90,22 +90,22 @@ def gpu_budget(config: RunConfig, arch: Architecture) -> GpuBudget | None:
     return GpuBudget(share=min(round(share, 3) or 0.001, config.generator.gpu_memory_share), cache=cache)
 
 
-def advise(config: RunConfig, arch: Architecture, room: int) -> list[Advice]:
+def advise(config: RunConfig, arch: Architecture, room: int) -> list[MemoryChange]:
     """Changes of the learner until what is needed fits `room` bytes, cheapest in speed first, each on top of those
     before; changes that save nothing are left out. The last may still not be enough."""
-    advice: list[Advice] = []
+    changes: list[MemoryChange] = []
     lowest = needed(config, run_memory(config, arch))
     for change, keys in _changes(config, arch):
         changed = _with_learner(config, arch, keys)
         if changed is None or (bytes_needed := needed(changed, run_memory(changed, arch))) >= lowest:
             continue
         config, lowest = changed, bytes_needed
-        if advice and advice[-1].change.split(" = ")[0] == change.split(" = ")[0]:
-            advice.pop()  # more of the same
-        advice.append(Advice(change=change, needed=lowest))
+        if changes and changes[-1].change.split(" = ")[0] == change.split(" = ")[0]:
+            changes.pop()  # more of the same
+        changes.append(MemoryChange(change=change, needed=lowest))
         if lowest <= room:
             break
-    return advice
+    return changes
 
 
 def _changes(config: RunConfig, arch: Architecture) -> Iterator[tuple[str, dict]]:

@@ -9,7 +9,7 @@ from megatron_async_rlhf.errors import GeneratorGoneError, GeneratorSilentError
 T = TypeVar("T")
 
 
-class Silence:
+class StallDetector:
     """Of one server: how long it has worked on requests without answering any.
 
     A request that waits behind a thousand others is in good hands as long as those are answered. While the server is

@@ -39,7 +39,7 @@ from megatron_async_rlhf.types import Prompt, Sequence
 from megatron_async_rlhf.weights.plan import TransferPlan, configured_transfer
 
 
-class Materials(Struct, frozen=True, kw_only=True):
+class RunInputs(Struct, frozen=True, kw_only=True):
     """What a run works with, as its config describes it.
 
     Attributes:
@@ -80,7 +80,7 @@ def make_model_template(config: RunConfig, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(hf, indent=1) + "\n", encoding="utf-8")
 
 
-def outline(config: RunConfig, template: Path) -> tuple[Architecture, TransferPlan]:
+def resolve_architecture(config: RunConfig, template: Path) -> tuple[Architecture, TransferPlan]:
     """What follows from the model's shape alone: needs no more than the `config.json` in `template`.
 
     Raises:
@@ -98,16 +98,16 @@ def value_source(config: RunConfig) -> Path | None:
     return config.algorithm.value_hf if config.algorithm.has_value_model else None
 
 
-def check_inputs(config: RunConfig, template: Path) -> Materials:
+def check_inputs(config: RunConfig, template: Path) -> RunInputs:
     """All that a run reads, from the tokenizer to the weights, in the order in which every command checks it.
 
     Raises:
         ConfigError, DataError, CheckpointError: one line.
     """
-    materials = load_materials(config, template)
-    check_policy_weights(config, materials.architecture)
-    check_value_weights(config, materials.architecture)
-    return materials
+    run_inputs = load_run_inputs(config, template)
+    check_policy_weights(config, run_inputs.architecture)
+    check_value_weights(config, run_inputs.architecture)
+    return run_inputs
 
 
 def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
@@ -118,7 +118,7 @@ def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
     """
     described = hf_files_of(config.model.hf)
     check_causal_model(described)
-    architecture, transfer = outline(config, described)
+    architecture, transfer = resolve_architecture(config, described)
     if (described / "tokenizer.json").is_file():
         _check_vocabulary(config, _read_tokenizer(config, described), architecture)
     return architecture, transfer
@@ -177,14 +177,14 @@ def missing_inputs(config: RunConfig) -> list[str]:
     return missing
 
 
-def load_materials(config: RunConfig, template: Path) -> Materials:
+def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
     """Read the model template, load and check all data, check the layouts.
 
     Raises:
         ConfigError, DataError: one line.
     """
     tokenizer = _read_tokenizer(config, template)
-    architecture, transfer = outline(config, template)
+    architecture, transfer = resolve_architecture(config, template)
     _check_vocabulary(config, tokenizer, architecture)
     room = architecture.context_length - config.generator.max_new_tokens
     limit = config.data.max_prompt_tokens or room
@@ -203,14 +203,14 @@ def load_materials(config: RunConfig, template: Path) -> Materials:
     solved = {}
     if config.warm_start.steps:
         solved = solved_prompts(splits["train"], tokenizer, architecture.context_length)
-    return Materials(
+    return RunInputs(
         architecture=architecture, tokenizer=tokenizer, reward=reward, solved=solved, transfer=transfer, **splits
     )
 
 
-def doubts(config: RunConfig, materials: Materials) -> list[str]:
+def data_warnings(config: RunConfig, run_inputs: RunInputs) -> list[str]:
     """What is possible and yet hardly meant, a line each."""
-    return [*_too_few_prompts(config, len(materials.train)), *_too_short_completions(config, materials)]
+    return [*_too_few_prompts(config, len(run_inputs.train)), *_too_short_completions(config, run_inputs)]
 
 
 def _too_few_prompts(config: RunConfig, prompts: int) -> list[str]:
@@ -223,9 +223,9 @@ def _too_few_prompts(config: RunConfig, prompts: int) -> list[str]:
     ]
 
 
-def _too_short_completions(config: RunConfig, materials: Materials) -> list[str]:
+def _too_short_completions(config: RunConfig, run_inputs: RunInputs) -> list[str]:
     limit = config.generator.max_new_tokens
-    lengths = [len(row.token_ids) - row.prompt_length for row in materials.solved.values()]
+    lengths = [len(row.token_ids) - row.prompt_length for row in run_inputs.solved.values()]
     longer = sum(length > limit for length in lengths)
     if 2 * longer <= len(lengths):
         return []

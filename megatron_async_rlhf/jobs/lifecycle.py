@@ -15,7 +15,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, LearnerSilentError, WriteError
 from megatron_async_rlhf.formats.directory import describe_weights
-from megatron_async_rlhf.jobs.inputs import Materials
+from megatron_async_rlhf.jobs.inputs import RunInputs
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, Learner, StartReinforcement
 from megatron_async_rlhf.scheduler.stages import warm_start
@@ -28,13 +28,13 @@ EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 END_AT_ONCE = signal.SIGUSR1  # to a controller: write down what there is and end, for the others are gone
 
 
-async def begin_reinforcement(config: RunConfig, learner: Learner, materials: Materials, recorder: Recorder) -> None:
+async def begin_reinforcement(config: RunConfig, learner: Learner, run_inputs: RunInputs, recorder: Recorder) -> None:
     """The warm start, if there is one, and the reference policy."""
-    solvable = [prompt for prompt in materials.train if prompt.index in materials.solved]
+    solvable = [prompt for prompt in run_inputs.train if prompt.index in run_inputs.solved]
     if solvable:
         recorder.stage("warm start", steps=config.warm_start.steps)
         order = PromptOrder(solvable, config.run.seed)
-        await warm_start(config, learner, order, materials.solved, recorder)
+        await warm_start(config, learner, order, run_inputs.solved, recorder)
     await learner.execute(StartReinforcement())
 
 

@@ -15,10 +15,10 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ReplayError
 from megatron_async_rlhf.jobs.addresses import Addresses
-from megatron_async_rlhf.jobs.inputs import Materials, load_materials
+from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs
 from megatron_async_rlhf.jobs.lifecycle import begin_reinforcement, export_policy, run_learner_alone
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import Answer, Hello, Learner, Stop, rollout_span
+from megatron_async_rlhf.learner.protocol import Answer, Learner, Stop, WaitUntilReady, rollout_span
 from megatron_async_rlhf.scheduler.recording import RecordedRollout, RolloutLog
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR, read_steps
@@ -29,7 +29,7 @@ _SAME = ("loss", "grad_norm")
 
 
 async def run_stages(
-    config: RunConfig, run_dir: Path, recorded: Path, materials: Materials, learner: Learner, recorder: Recorder
+    config: RunConfig, run_dir: Path, recorded: Path, run_inputs: RunInputs, learner: Learner, recorder: Recorder
 ) -> None:
     """
     Raises:
@@ -37,8 +37,8 @@ async def run_stages(
     """
     began = time.time()
     recorder.stage("start")
-    await learner.execute(Hello())
-    await begin_reinforcement(config, learner, materials, recorder)
+    await learner.execute(WaitUntilReady())
+    await begin_reinforcement(config, learner, run_inputs, recorder)
     before = {line["step"]: line for line in read_steps(recorded / METRICS)}
     recorder.stage("train", steps=config.schedule.steps)
     recorder.loop_started(startup_s=time.time() - began)
@@ -81,8 +81,8 @@ def _report(rollout: RecordedRollout, answer: Answer, recorder: Recorder, before
 async def run_job(run_dir: Path, addresses: Addresses, recorded: Path) -> int:
     """Run all stages; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
-    materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
+    run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     recorder = Recorder(config, run_dir, EventStream())
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
-    stages = run_stages(config, run_dir, recorded, materials, learner, recorder)
+    stages = run_stages(config, run_dir, recorded, run_inputs, learner, recorder)
     return await run_learner_alone(stages, learner, recorder)

@@ -13,10 +13,10 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.jobs.addresses import Addresses
-from megatron_async_rlhf.jobs.inputs import Materials, load_materials
+from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs
 from megatron_async_rlhf.jobs.lifecycle import export_policy, run_learner_alone
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import Hello, Learner, Stop
+from megatron_async_rlhf.learner.protocol import Learner, Stop, WaitUntilReady
 from megatron_async_rlhf.scheduler.stages import warm_start
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
@@ -25,7 +25,7 @@ from megatron_async_rlhf.telemetry.summary import RunTotals
 
 
 async def run_stages(
-    config: RunConfig, run_dir: Path, materials: Materials, learner: Learner, recorder: Recorder
+    config: RunConfig, run_dir: Path, run_inputs: RunInputs, learner: Learner, recorder: Recorder
 ) -> None:
     """
     Raises:
@@ -34,14 +34,14 @@ async def run_stages(
     steps, size = config.warm_start.steps, config.warm_start.batch_size
     began = time.time()
     recorder.stage("start")
-    solvable = [prompt for prompt in materials.train if prompt.index in materials.solved]
-    await learner.execute(Hello())
+    solvable = [prompt for prompt in run_inputs.train if prompt.index in run_inputs.solved]
+    await learner.execute(WaitUntilReady())
     recorder.stage("warm start", steps=steps)
     recorder.loop_started(startup_s=time.time() - began)
     order = PromptOrder(solvable, config.run.seed)
-    await warm_start(config, learner, order, materials.solved, recorder)
+    await warm_start(config, learner, order, run_inputs.solved, recorder)
     recorder.loop_ended()
-    trained = [materials.solved[prompt.index] for step in range(steps) for prompt in order.batch(step, size)]
+    trained = [run_inputs.solved[prompt.index] for step in range(steps) for prompt in order.batch(step, size)]
     recorder.totals.steps = steps
     recorder.totals.train_busy_s = recorder.totals.wall_s
     recorder.totals.samples_trained = len(trained)
@@ -53,9 +53,9 @@ async def run_stages(
 async def run_job(run_dir: Path, addresses: Addresses) -> int:
     """Run all stages; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
-    materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
+    run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0)
     recorder = Recorder(config, run_dir, EventStream(), totals=totals)
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
-    stages = run_stages(config, run_dir, materials, learner, recorder)
+    stages = run_stages(config, run_dir, run_inputs, learner, recorder)
     return await run_learner_alone(stages, learner, recorder)

@@ -32,7 +32,7 @@ from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
 from megatron_async_rlhf.generator.places import places
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.jobs.addresses import Addresses
-from megatron_async_rlhf.jobs.inputs import Materials, load_materials
+from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs
 from megatron_async_rlhf.jobs.lifecycle import (
     END_AT_ONCE,
     begin_reinforcement,
@@ -41,7 +41,7 @@ from megatron_async_rlhf.jobs.lifecycle import (
     export_policy,
 )
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import Hello, ResumeReinforcement, Stop
+from megatron_async_rlhf.learner.protocol import ResumeReinforcement, Stop, WaitUntilReady
 from megatron_async_rlhf.models.hf_mapping import elements_held
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
@@ -65,7 +65,7 @@ class Job:
         self,
         config: RunConfig,
         run_dir: Path,
-        materials: Materials,
+        run_inputs: RunInputs,
         learner: LearnerClient,
         generators: list[VLLMGenerator],
         transfer: tuple[str, int],
@@ -74,10 +74,10 @@ class Job:
         self._config = config
         self._resumed = resumed
         self._run_dir = run_dir
-        self._materials = materials
+        self._run_inputs = run_inputs
         self._learner = learner
         self._generators = generators
-        elements = elements_held(materials.architecture, config.generator.tensor_parallel)
+        elements = elements_held(run_inputs.architecture, config.generator.tensor_parallel)
         held = elements * ITEM_BYTES[config.generator.dtype]
         self.recorder = Recorder(
             config, run_dir, EventStream(), generator_bytes=held, totals=resumed.totals if resumed else None
@@ -91,8 +91,8 @@ class Job:
             on_lost=self._lost,
             on_silent=self._silent,
         )
-        prompts = PromptOrder(materials.train, config.run.seed)
-        evaluation = Evaluation(config, materials.eval, materials.reward, self.recorder)
+        prompts = PromptOrder(run_inputs.train, config.run.seed)
+        evaluation = Evaluation(config, run_inputs.eval, run_inputs.reward, self.recorder)
         self._weight_sync = WeightSync(learner, generators, config, transfer)
         self._saver = CheckpointSaver(config, run_dir, learner, self.recorder, resumed)
         self._controller = Controller(
@@ -100,7 +100,7 @@ class Job:
             learner=learner,
             pool=self._pool,
             weight_sync=self._weight_sync,
-            reward=materials.reward,
+            reward=run_inputs.reward,
             prompts=prompts,
             recorder=self.recorder,
             checkpoints=self._saver,
@@ -160,13 +160,13 @@ class Job:
         await self._controller.stop()
 
     async def _start_learner(self) -> None:
-        await self._learner.execute(Hello())
+        await self._learner.execute(WaitUntilReady())
         if self._resumed is not None:
             await self._load(self._resumed.controller.version)
             return
         if self._gives_up:
             raise _GivenUp
-        starting = begin_reinforcement(self._config, self._learner, self._materials, self.recorder)
+        starting = begin_reinforcement(self._config, self._learner, self._run_inputs, self.recorder)
         self._warm_start = asyncio.create_task(starting)
         await asyncio.wait([self._warm_start])
         if self._warm_start.cancelled():
@@ -175,9 +175,9 @@ class Job:
 
     async def _load(self, version: int) -> None:
         self.recorder.stage(f"load checkpoint of step {version}")
-        places = RunCheckpoints(self._run_dir)
-        reference = str(places.reference) if has_own_reference(self._config) else None
-        await self._learner.execute(ResumeReinforcement(checkpoint=str(places.path(version)), reference=reference))
+        checkpoints = RunCheckpoints(self._run_dir)
+        reference = str(checkpoints.reference) if has_own_reference(self._config) else None
+        await self._learner.execute(ResumeReinforcement(checkpoint=str(checkpoints.path(version)), reference=reference))
 
     async def _save(self) -> None:
         state = self._controller.state
@@ -218,7 +218,7 @@ class Job:
                 start,
                 time.time(),
                 version=self._controller.version,
-                samples=len(self._materials.eval),
+                samples=len(self._run_inputs.eval),
             )
 
     def _lost(self, generator: VLLMGenerator, samples: int) -> None:
@@ -231,13 +231,13 @@ class Job:
 
 
 @asynccontextmanager
-async def _connected(config: RunConfig, materials: Materials, addresses: Addresses):
+async def _connected(config: RunConfig, run_inputs: RunInputs, addresses: Addresses):
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
     generators = [
         VLLMGenerator(
             f"generator.{i}",
             url,
-            tokenizer=materials.tokenizer,
+            tokenizer=run_inputs.tokenizer,
             tensor_parallel=config.generator.tensor_parallel,
             request_timeout_s=config.generator.request_timeout_s,
             probe_timeout_s=config.generator.probe_timeout_s,
@@ -256,10 +256,10 @@ async def _connected(config: RunConfig, materials: Materials, addresses: Address
 async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None) -> int:
     """Run the whole job; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
-    materials = load_materials(config, run_dir / POLICY_TEMPLATE_DIR)
+    run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     resumed = None if resume_from is None else read_run_state(RunCheckpoints(run_dir).path(resume_from))
-    async with _connected(config, materials, addresses) as (learner, generators):
-        job = Job(config, run_dir, materials, learner, generators, addresses.transfer, resumed)
+    async with _connected(config, run_inputs, addresses) as (learner, generators):
+        job = Job(config, run_dir, run_inputs, learner, generators, addresses.transfer, resumed)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, lambda: loop.create_task(job.interrupt()))

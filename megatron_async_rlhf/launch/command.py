@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_async_rlhf.config.advice import advice
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.warnings import config_warnings
 from megatron_async_rlhf.converter.command import compare_holders
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.generator.places import places_problem, threads_problem
@@ -54,7 +54,7 @@ def train(
     if not dry_run:
         check_installed("torch", "megatron", "vllm")
         prepare_machine(resolved, node_rank, places_problem(resolved), threads_problem(resolved))
-    warn(advice(resolved))
+    warn(config_warnings(resolved))
     if dry_run:
         check_writable(resolved)
         return _plan_only(resolved, resume)
@@ -138,7 +138,7 @@ def replay(
 def _plan_only(config: RunConfig, resume: bool) -> None:
     """Of a dry run; what a resumed run reads is compared too."""
     from megatron_async_rlhf.launch.dry_run import print_plan
-    from megatron_async_rlhf.launch.inputs import check_resumed_inputs
+    from megatron_async_rlhf.launch.input_digests import check_resumed_inputs
 
     found = _find_resumption(config, resume)
     if found.version is not None:
@@ -151,8 +151,8 @@ def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: P
     """All that can be checked of a run is, before anything of it is there."""
     from megatron_async_rlhf.estimate.fitting import gpu_budget
     from megatron_async_rlhf.estimate.report import refuse_too_large
-    from megatron_async_rlhf.jobs.inputs import check_inputs, doubts, make_model_template
-    from megatron_async_rlhf.launch.inputs import check_resumed_inputs
+    from megatron_async_rlhf.jobs.inputs import check_inputs, data_warnings, make_model_template
+    from megatron_async_rlhf.launch.input_digests import check_resumed_inputs
     from megatron_async_rlhf.launch.plan import plan_processes
     from megatron_async_rlhf.launch.start import Start
 
@@ -163,12 +163,12 @@ def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: P
     template = scratch / "model" if version is None else run_dir / POLICY_TEMPLATE_DIR
     if version is None:
         make_model_template(config, template)
-    materials = check_inputs(config, template)
-    refuse_too_large(config, materials.architecture)
-    warn(doubts(config, materials))
-    inputs, warnings = check_resumed_inputs(config, materials, is_new=version is None)
+    run_inputs = check_inputs(config, template)
+    refuse_too_large(config, run_inputs.architecture)
+    warn(data_warnings(config, run_inputs))
+    inputs, warnings = check_resumed_inputs(config, run_inputs, is_new=version is None)
     warn(warnings)
-    budget, context = gpu_budget(config, materials.architecture), materials.architecture.context_length
+    budget, context = gpu_budget(config, run_inputs.architecture), run_inputs.architecture.context_length
     plan = plan_processes(config, run_dir, context, fleet.nodes, version, budget=budget)
     return Start(plan=plan, template=template, version=version, inputs=inputs)
 
@@ -187,7 +187,7 @@ def _find_resumption(config: RunConfig, resume: bool) -> "Resumption":
 
 
 def _decide_replay(config: RunConfig, earlier: RunConfig, recorded: Path, out: Path | None, fleet: "Fleet") -> "Start":
-    from megatron_async_rlhf.launch.inputs import check_resumed_inputs
+    from megatron_async_rlhf.launch.input_digests import check_resumed_inputs
     from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart
     from megatron_async_rlhf.launch.start import Start

@@ -24,9 +24,9 @@ def print_plan(config: RunConfig) -> None:
     else:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             make_model_template(config, Path(scratch))
-            materials = check_inputs(config, Path(scratch))
-        architecture, transfer = materials.architecture, materials.transfer
-        prompts = f"# prompts: {len(materials.train)} to train on, {len(materials.eval)} held out"
+            run_inputs = check_inputs(config, Path(scratch))
+        architecture, transfer = run_inputs.architecture, run_inputs.transfer
+        prompts = f"# prompts: {len(run_inputs.train)} to train on, {len(run_inputs.eval)} held out"
     typer.echo(dump_config(config))
     typer.echo(f"# policy: {architecture.num_parameters / 1e6:.2f} M parameters")
     typer.echo(prompts)
@@ -51,12 +51,14 @@ def print_sft_plan(config: RunConfig) -> None:
     """Of a warm start alone: what it learns from, and its processes."""
     with tempfile.TemporaryDirectory() as scratch:
         make_model_template(config, Path(scratch))
-        materials = check_inputs(config, Path(scratch))
+        run_inputs = check_inputs(config, Path(scratch))
     steps, size = config.warm_start.steps, config.warm_start.batch_size
     typer.echo(dump_config(config))
-    typer.echo(f"# policy: {materials.architecture.num_parameters / 1e6:.2f} M parameters")
-    typer.echo(f"# solutions: {len(materials.solved)} of {len(materials.train)} prompts to train on have one that fits")
-    typer.echo(f"# {steps} steps of {size} sequences: {steps * size / len(materials.solved):.1f} epochs")
+    typer.echo(f"# policy: {run_inputs.architecture.num_parameters / 1e6:.2f} M parameters")
+    typer.echo(
+        f"# solutions: {len(run_inputs.solved)} of {len(run_inputs.train)} prompts to train on have one that fits"
+    )
+    typer.echo(f"# {steps} steps of {size} sequences: {steps * size / len(run_inputs.solved):.1f} epochs")
     nodes = planned_nodes(config)
     for process in plan_learner_alone(config, config.run.path.absolute(), nodes, "sft").processes:
         typer.echo(f"# {process.name}: {nodes[process.node].name}: {' '.join(process.arguments)}")

@@ -58,9 +58,9 @@ def find_resumption(config: RunConfig) -> Resumption:
     run_dir, steps = config.run.path.absolute(), config.schedule.steps
     if not (run_dir / RESOLVED_CONFIG).is_file():
         return Resumption(note=f"{run_dir} holds no run yet: starting from the beginning")
-    summary, places = read_summary(run_dir), RunCheckpoints(run_dir)
+    summary, checkpoints = read_summary(run_dir), RunCheckpoints(run_dir)
     completed, made = summary.get("status") == "completed", summary.get("steps", 0)
-    finished, versions = completed and made >= steps, places.versions()
+    finished, versions = completed and made >= steps, checkpoints.versions()
     if completed and not (finished or versions):
         raise ConfigError(
             f"schedule.steps = {steps}: {run_dir} is completed after {made} steps and has no checkpoint to go on from, "
@@ -74,12 +74,14 @@ def find_resumption(config: RunConfig) -> Resumption:
         return Resumption(note=f"{run_dir} is completed: all {made} steps are made", finished=True)
     version = versions[-1]
     if version > steps:
-        raise ConfigError(f"schedule.steps = {steps} is below the {version} steps of {places.path(version)}; raise it")
-    _check(config, places, version, versions[:-1])
-    return Resumption(note=f"going on from {places.path(version)}", version=version)
+        raise ConfigError(
+            f"schedule.steps = {steps} is below the {version} steps of {checkpoints.path(version)}; raise it"
+        )
+    _check(config, checkpoints, version, versions[:-1])
+    return Resumption(note=f"going on from {checkpoints.path(version)}", version=version)
 
 
-def _check(config: RunConfig, places: RunCheckpoints, version: int, older: list[int]) -> None:
+def _check(config: RunConfig, checkpoints: RunCheckpoints, version: int, older: list[int]) -> None:
     from megatron_async_rlhf.checkpoint.integrity import (
         check_reference,
         check_run_checkpoint,
@@ -88,9 +90,9 @@ def _check(config: RunConfig, places: RunCheckpoints, version: int, older: list[
     way_out = "run without --resume"
     try:
         if has_own_reference(config):
-            check_reference(places.reference)
+            check_reference(checkpoints.reference)
         if older:
-            way_out = f"delete {places.path(version)} to go on from step {older[-1]}"
-        check_run_checkpoint(places.path(version))
+            way_out = f"delete {checkpoints.path(version)} to go on from step {older[-1]}"
+        check_run_checkpoint(checkpoints.path(version))
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {way_out}") from None

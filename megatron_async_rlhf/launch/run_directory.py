@@ -52,8 +52,8 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
         DataError: a line of its files is broken, other than the last one, which a kill cuts off. Nothing is changed.
     """
     directory = config.run.path.absolute()
-    places = RunCheckpoints(directory)
-    evaluated = read_run_state(places.path(version)).totals.evaluation.keys() - {"after"}
+    checkpoints = RunCheckpoints(directory)
+    evaluated = read_run_state(checkpoints.path(version)).totals.evaluation.keys() - {"after"}
     try:
         # All are read before anything is changed: one may have a line that nobody wrote like that.
         kept = {
@@ -61,7 +61,7 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
             SAMPLES: _lines_to_keep(directory / SAMPLES, lambda line: line["step"] <= version),
             EVALUATIONS: _lines_to_keep(directory / EVALUATIONS, lambda line: line["when"] in evaluated),
         }
-        places.remove_leftovers()
+        checkpoints.remove_leftovers()
         RolloutLog(directory / ROLLOUT_DIR).cut(version)
         for name, lines in kept.items():
             if (directory / name).exists():

@@ -14,7 +14,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.launch.agent import serve
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet, gather
-from megatron_async_rlhf.launch.inputs import Inputs, write_inputs
+from megatron_async_rlhf.launch.input_digests import InputDigests, write_input_digests
 from megatron_async_rlhf.launch.nodes import check_node_rank
 from megatron_async_rlhf.launch.owner import owning
 from megatron_async_rlhf.launch.plan import ProcessPlan
@@ -38,7 +38,7 @@ class Start(Struct, frozen=True, kw_only=True):
     plan: ProcessPlan
     template: Path | None = None
     version: int | None = None
-    inputs: Inputs | None = None
+    inputs: InputDigests | None = None
 
 
 def prepare_machine(config: RunConfig, node_rank: int, *limits: str | None) -> None:
@@ -77,7 +77,7 @@ def run(config: RunConfig, decide: Callable[[Fleet, Path], Start | None]) -> int
             return 0
         run_dir = _open_directory(config, start)
         if start.inputs is not None and not (run_dir / INPUTS).is_file():  # of a resumed run what it began with counts
-            write_inputs(run_dir, start.inputs)
+            write_input_digests(run_dir, start.inputs)
         outlive_readers()
         return Supervisor(config, start.plan, run_dir, Display(), fleet).run()
 

@@ -152,7 +152,7 @@ class Supervisor:
                 asked = self._interrupts
                 if asked > 1:
                     return "interrupted", "interrupted twice: ended without saving", []
-                self._display.note("interrupted: finishing the step under way (once more to end at once)")
+                self._display.note("interrupted: finishing the step under way (interrupt again to stop immediately)")
                 self._controller.signal(signal.SIGTERM)
                 deadline = time.monotonic() + self._config.launch.interrupt_grace_s
             if lost := self._fleet.lost():

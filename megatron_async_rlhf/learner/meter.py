@@ -20,7 +20,7 @@ _ONLY_IF_MADE = ("time/proximal_s", "time/values_s")
 
 
 class Meter:
-    """Of one rank; spans are kept until `take`."""
+    """Collects one rank's timing spans until `take` returns them."""
 
     def __init__(self, process: str, synchronize: Callable[[], None]) -> None:
         """`synchronize` waits for a device that works asynchronously, so that a span ends when its work does."""

@@ -21,7 +21,7 @@ class Command(Struct, frozen=True, kw_only=True, tag=True):
     id: int = 0
 
 
-class Hello(Command, frozen=True, kw_only=True, tag=True):
+class WaitUntilReady(Command, frozen=True, kw_only=True, tag=True):
     """Answers as soon as the model is built on every rank."""
 
 
@@ -123,7 +123,7 @@ class Stop(Command, frozen=True, kw_only=True, tag=True):
 
 
 AnyCommand = (
-    Hello
+    WaitUntilReady
     | TrainSupervised
     | StartReinforcement
     | ResumeReinforcement

@@ -37,7 +37,7 @@ from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_facts
 from megatron_async_rlhf.scheduler.signal import Signal
 from megatron_async_rlhf.scheduler.stages import evaluate
 from megatron_async_rlhf.scheduler.state import BEGINNING, Checkpoints, ControllerState, ReadyGroup
-from megatron_async_rlhf.scheduler.training_batch import MiniBatch, make_mini_batch
+from megatron_async_rlhf.scheduler.training_batch import TrainingBatch, select_training_samples
 from megatron_async_rlhf.scheduler.weight_sync import PushError, WeightSync
 from megatron_async_rlhf.telemetry.files import FAILED_BATCH
 from megatron_async_rlhf.telemetry.recorder import Recorder
@@ -156,13 +156,13 @@ class Controller:
 
     @property
     def version(self) -> int:
-        return self._pacer.trained
+        return self._pacer.trained_version
 
     @property
     def state(self) -> ControllerState:
         """What another controller can go on from; between rollouts, or after `run`."""
         return ControllerState(
-            version=self._pacer.trained,
+            version=self._pacer.trained_version,
             admitted=self._pacer.admitted,
             ready=[self._generation.ready[index] for index in self._pacer.ready],
             unfinished=self._pacer.unfinished,
@@ -191,7 +191,7 @@ class Controller:
     def _is_over(self) -> bool:
         if self._pacer.pushing:
             return False
-        return self._stopping or self._pacer.trained == self._pacer.pushed == self._schedule.steps
+        return self._stopping or self._pacer.trained_version == self._pacer.pushed_version == self._schedule.steps
 
     def _may_push(self) -> bool:
         serving, waiting = bool(self._pool.serving), self._pool.without_weights
@@ -200,7 +200,7 @@ class Controller:
 
     async def _train(self, rollout: list[ReadyGroup], arrivals: list[int]) -> None:
         """One rollout, chosen when the groups of `arrivals` were complete."""
-        version, schedule = self._pacer.trained, self._schedule
+        version, schedule = self._pacer.trained_version, self._schedule
         size = schedule.prompts_per_step
         parts = [rollout[i : i + size] for i in range(0, len(rollout), size)]
         batches = [self._mini_batch(part) for part in parts]
@@ -224,7 +224,7 @@ class Controller:
         self._recorder.activity("learner", "idle")
         # Generators get the version before this one first, however the two race: schedules do not depend on speed.
         await self._changed.wait_until(lambda: not self._pacer.pushing)
-        self._pacer.trained = version + schedule.updates_per_rollout
+        self._pacer.trained_version = version + schedule.updates_per_rollout
         self._recorder.learner_was_busy(rollout_span(command, start, end), answer.spans)
         gaps = logprob_gaps(batches[0].completions, answer.logprobs, version)
         self._recorder.logprob_gaps(gaps)
@@ -245,7 +245,7 @@ class Controller:
             return str(error)
 
     def _report(
-        self, version: int, groups: list[ReadyGroup], batch: MiniBatch, ages: Counter[int], values: dict[str, float]
+        self, version: int, groups: list[ReadyGroup], batch: TrainingBatch, ages: Counter[int], values: dict[str, float]
     ) -> None:
         """The optimizer step that took the learner to `version`."""
         self._recorder.stepped(ages, batch.tokens)
@@ -263,9 +263,9 @@ class Controller:
         self._recorder.samples(version, [group.scored.group for group in groups])
         self._checkpoints.observe(metrics)
 
-    def _mini_batch(self, groups: list[ReadyGroup]) -> MiniBatch:
+    def _mini_batch(self, groups: list[ReadyGroup]) -> TrainingBatch:
         rollouts = [group.scored.group for group in groups]
-        batch, self._rewards = make_mini_batch(rollouts, self._config.algorithm, self._rewards)
+        batch, self._rewards = select_training_samples(rollouts, self._config.algorithm, self._rewards)
         return batch
 
     async def _start_save(self) -> None:
@@ -283,7 +283,7 @@ class Controller:
         if self._push is not None and not self._push.done():
             await self._push  # the learner gives its account of one push before it begins another
             return  # to look again who there is to push to
-        version, how = self._pacer.trained, self._schedule.in_flight_updates
+        version, how = self._pacer.trained_version, self._schedule.in_flight_updates
         receivers = self._pool.alive
         try:
             await self._weight_sync.connect(receivers, newcomers=self._pool.returned)
@@ -311,7 +311,7 @@ class Controller:
             await self._push_failed(error)
             return
         await self._pool.mark_updated(self._weight_sync.receivers)
-        self._pacer.pushed = version
+        self._pacer.pushed_version = version
         self._generation.weights_arrived()
         # A batch resumes its engines itself, once all its requests are there; one that waits for a generator does not yet.
         if self._schedule.generation == "streaming" or self._pacer.running or self._pacer.evaluating:

@@ -105,7 +105,7 @@ class Generation:
         That is the first version they get after each `eval_every` steps, or the next if a generator was lost then; the
         last one is evaluated after the loop.
         """
-        every, version = self._schedule.eval_every, self._pacer.pushed
+        every, version = self._schedule.eval_every, self._pacer.pushed_version
         if self._evaluation is None or every is None or version == self._schedule.steps:
             return
         if self._evaluating is None and version // every > self.evaluated // every:

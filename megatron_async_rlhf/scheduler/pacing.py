@@ -5,7 +5,7 @@ A group is one prompt with its samples; a rollout is the `schedule.groups_per_ro
 hands between rollouts only. With `admitted` groups so far, another may start if it belongs to a rollout that is at most
 `bound` steps ahead of the weights the generators hold:
 
-    admitted < (pushed + bound + updates) / updates x groups
+    admitted < (pushed_version + bound + updates) / updates x groups
 
 A group is sampled by the version it was admitted at or a later one, so it must be trained in a rollout that starts at
 most `bound` steps after that: its deadline. Admission leaves no more groups with a deadline than rollouts up to it have
@@ -45,8 +45,8 @@ class Pacer:
     """State of the schedule.
 
     Attributes:
-        trained: policy version the learner is at.
-        pushed: policy version the generators hold.
+        trained_version: policy version the learner is at.
+        pushed_version: policy version the generators hold.
         admitted: groups that were ever started.
         running: groups under way, by index, oldest number first.
         ready: complete groups the learner has not had, by index, in order of arrival.
@@ -59,7 +59,7 @@ class Pacer:
         self._updates, self._groups = schedule.updates_per_rollout, schedule.groups_per_rollout
         self._numbers = 0
         self._again: deque[tuple[int, int]] = deque()  # index and attempt of groups to start once more
-        self.trained = self.pushed = version
+        self.trained_version = self.pushed_version = version
         self.admitted = admitted
         self.running: dict[int, Ticket] = {}
         self.ready: dict[int, Ticket] = {}
@@ -74,16 +74,18 @@ class Pacer:
         """How many groups may start now, if there is room for so many."""
         limit = self._schedule.rollouts * self._groups
         if self._bound is not None:
-            limit = min(limit, (self.pushed + self._bound + self._updates) // self._updates * self._groups)
+            limit = min(limit, (self.pushed_version + self._bound + self._updates) // self._updates * self._groups)
         allowed = len(self._again) + limit - self.admitted
         if self._schedule.generation == "batch":
-            push_is_next = self.trained > self.pushed and not self.learner_busy and not self.evaluating
+            push_is_next = self.trained_version > self.pushed_version and not self.learner_busy and not self.evaluating
             closed = self.running or self.pushing or push_is_next
             return self._groups if allowed >= self._groups and room and not closed else 0
         if self._schedule.max_groups is not None:
             allowed = min(allowed, self._schedule.max_groups - len(self.running) - len(self.ready))
         # Without updates in flight the generators have to come to an end for a push.
-        closed = self.pushing or (self.trained > self.pushed and not self._in_flight and not self.evaluating)
+        closed = self.pushing or (
+            self.trained_version > self.pushed_version and not self._in_flight and not self.evaluating
+        )
         return 0 if closed else max(0, min(allowed, room))
 
     def admit(self, count: int) -> list[Ticket]:
@@ -95,7 +97,7 @@ class Pacer:
             else:
                 index, attempt = self.admitted, 0
                 self.admitted += 1
-            ticket = Ticket(index=index, number=self._numbers, attempt=attempt, version=self.pushed)
+            ticket = Ticket(index=index, number=self._numbers, attempt=attempt, version=self.pushed_version)
             self._numbers += 1
             self.running[index] = ticket
             self._begin(ticket)
@@ -167,7 +169,7 @@ class Pacer:
         `abandoned`: no generator is at it any more. Then one that is `waiting` for any weights gets them at once;
         otherwise it waits for the next version, because a push stops all others for as long as it takes.
         """
-        if self.pushing or not (self.trained > self.pushed or (waiting and abandoned)):
+        if self.pushing or not (self.trained_version > self.pushed_version or (waiting and abandoned)):
             return False
         return abandoned or not (self.evaluating or (self.running and not self._in_flight))
 
@@ -180,7 +182,7 @@ class Pacer:
         Raises:
             StaleSampleError: a token breaks the bound, or is from the future.
         """
-        now = self.trained + update
+        now = self.trained_version + update
         ages = Counter({now - version: tokens for version, tokens in versions.items()})
         largest = float("inf") if self._bound is None else self._bound + update
         if ages and not 0 <= min(ages) <= max(ages) <= largest:
@@ -225,7 +227,7 @@ class Pacer:
         for version, count in self._of_version.items():
             seen += count
             deadline = version + self._bound  # the last version at which a rollout with these groups may start
-            later = (deadline - self.trained) // self._updates  # rollouts after this one, up to the deadline
+            later = (deadline - self.trained_version) // self._updates  # rollouts after this one, up to the deadline
             if seen > later * self._groups:
                 needed.append((version, seen - later * self._groups))
         return needed

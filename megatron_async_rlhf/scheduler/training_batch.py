@@ -11,7 +11,7 @@ from megatron_async_rlhf.config.algorithms import AlgorithmKeys
 from megatron_async_rlhf.types import Completion, Prompt, RolloutGroup, Sequence, TrainingGroup
 
 
-class MiniBatch(Struct, frozen=True, kw_only=True):
+class TrainingBatch(Struct, frozen=True, kw_only=True):
     """What one optimizer step is made of.
 
     Attributes:
@@ -32,9 +32,9 @@ class MiniBatch(Struct, frozen=True, kw_only=True):
         return sum(len(completion.token_ids) for completion in self.completions)
 
 
-def make_mini_batch(
+def select_training_samples(
     groups: Seq[RolloutGroup], algorithm: AlgorithmKeys, before: RewardMoments
-) -> tuple[MiniBatch, RewardMoments]:
+) -> tuple[TrainingBatch, RewardMoments]:
     """Choose samples as the algorithm does, and scale rewards; also the moments of all rewards so far.
 
     Args:
@@ -61,7 +61,7 @@ def make_mini_batch(
         )
         completions += samples
         margins.append(max(group.rewards) - min(group.rewards))
-    batch = MiniBatch(
+    batch = TrainingBatch(
         groups=training,
         completions=completions,
         skipped=len(groups) - len(training),

@@ -10,32 +10,43 @@ from msgspec.structs import replace
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.options import SetOption
 from megatron_async_rlhf.simulate.lengths import parse_lengths
 from megatron_async_rlhf.simulate.scenario import Scenario
 
 
 def simulate(
     config: Annotated[Path, typer.Argument(help="YAML configuration; its model and data need not be there.")],
-    set: Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value.")] = [],
-    generators: Annotated[int | None, typer.Option(min=1, help="Default: generator.replicas.")] = None,
+    set: SetOption = [],
+    generators: Annotated[
+        int | None, typer.Option(min=1, help="How many generators; default: generator.replicas.")
+    ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Completions in all; default: of the first rollouts.")
+        int | None, typer.Option(min=1, help="Completions in all; default: those of the first rollouts.")
     ] = None,
     from_run: Annotated[
         Path | None, typer.Option(help="A finished run: lengths and times are as they were there, unless given.")
     ] = None,
-    lengths: Annotated[str | None, typer.Option(help="constant:TOKENS or lognormal:MEAN:SIGMA.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of a completion: constant:TOKENS or lognormal:MEAN:SIGMA.")
+    ] = None,
     token_s: Annotated[float | None, typer.Option(min=0, help="Seconds of a decoding step, whatever is in it.")] = None,
-    sequence_s: Annotated[float | None, typer.Option(min=0, help="And for each sequence in it.")] = None,
+    sequence_s: Annotated[
+        float | None, typer.Option(min=0, help="Extra seconds per sequence in a decoding step.")
+    ] = None,
     train_s: Annotated[float | None, typer.Option(min=0, help="Seconds of an optimizer step.")] = None,
-    train_token_s: Annotated[float | None, typer.Option(min=0, help="And for each token in it.")] = None,
+    train_token_s: Annotated[
+        float | None, typer.Option(min=0, help="Extra seconds per token in an optimizer step.")
+    ] = None,
     push_s: Annotated[float | None, typer.Option(min=0, help="Seconds the engines are paused for new weights.")] = None,
-    crashes_per_hour: Annotated[float, typer.Option(min=0, help="Of each generator.")] = 0.0,
-    back_s: Annotated[float, typer.Option(min=0.1, help="Seconds until it is back, on average.")] = 60.0,
-    slow: Annotated[int, typer.Option(min=0, help="So many generators are three times as slow.")] = 0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    trace: Annotated[Path | None, typer.Option(help="Write the timeline, for Perfetto.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    crashes_per_hour: Annotated[float, typer.Option(min=0, help="Expected crashes per generator per hour.")] = 0.0,
+    back_s: Annotated[
+        float, typer.Option(min=0.1, help="Seconds until a crashed generator is back, on average.")
+    ] = 60.0,
+    slow: Annotated[int, typer.Option(min=0, help="How many generators are three times as slow as the others.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of lengths, crashes and jitter.")] = 0,
+    trace: Annotated[Path | None, typer.Option(help="Write the timeline to this file, for Perfetto.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Run the scheduler on imaginary machines, in virtual time, next to the synchronous schedule.
 

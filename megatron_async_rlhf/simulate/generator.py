@@ -14,7 +14,7 @@ from typing import Any
 from megatron_async_rlhf.config.sections import GeneratorSection
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError, InvariantError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
-from megatron_async_rlhf.generator.silence import Silence
+from megatron_async_rlhf.generator.silence import StallDetector
 from megatron_async_rlhf.simulate.engine import Engine, EngineSequence
 from megatron_async_rlhf.simulate.exchange import Exchange
 from megatron_async_rlhf.simulate.invariants import Ledger
@@ -74,7 +74,7 @@ class SimulatedGenerator:
         self._scenario, self._ledger, self._exchange = scenario, ledger, exchange
         self._places, self._slowness = limits.max_concurrent, slowness
         self._timeout_s, self._probe_timeout_s = limits.request_timeout_s, limits.probe_timeout_s
-        self._silence = Silence(name, self._timeout_s)
+        self._silence = StallDetector(name, self._timeout_s)
         self._random = Random(f"{scenario.seed}/{name}")
         self._loop = asyncio.get_running_loop()
         self._requests: dict[int, _Request] = {}

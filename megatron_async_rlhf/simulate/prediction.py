@@ -13,7 +13,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError
 from megatron_async_rlhf.estimate.fitting import run_memory
 from megatron_async_rlhf.estimate.speed import Speed, estimate_speed
-from megatron_async_rlhf.jobs.inputs import make_model_template, missing_inputs, outline
+from megatron_async_rlhf.jobs.inputs import make_model_template, missing_inputs, resolve_architecture
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.simulate.lengths import LognormalLengths
 from megatron_async_rlhf.simulate.scenario import Scenario, Speeds
@@ -121,10 +121,10 @@ def shape_of(config: RunConfig) -> Architecture:
         ConfigError: `model.hf` has no `config.json`.
     """
     if config.model.hf is not None and missing_inputs(config):
-        return outline(config, config.model.hf)[0]
+        return resolve_architecture(config, config.model.hf)[0]
     with tempfile.TemporaryDirectory() as scratch:
         make_model_template(config, Path(scratch))
-        return outline(config, Path(scratch))[0]
+        return resolve_architecture(config, Path(scratch))[0]
 
 
 def estimated_scenario(config: RunConfig, arch: Architecture) -> tuple[Scenario, Speed]:

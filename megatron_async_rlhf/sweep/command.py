@@ -8,11 +8,12 @@ import typer
 from megatron_async_rlhf.config.load import read_tree
 from megatron_async_rlhf.launch.surroundings import check_surroundings
 from megatron_async_rlhf.launch.terminal import outlive_readers
+from megatron_async_rlhf.options import SetOption, warn
 
 
 def sweep(
     config: Annotated[Path, typer.Argument(help="Configuration with a sweep section, such as examples/sweep.yaml.")],
-    set: Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value.")] = [],
+    set: SetOption = [],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list all runs, start nothing.")] = False,
     only: Annotated[
         list[str], typer.Option(help="Only these points: axis=label or axis=label,label. Repeatable.")
@@ -54,8 +55,7 @@ def sweep(
     if dry_run:
         print_points(console, whole, points)
         return
-    for line in check_surroundings():
-        typer.echo(f"warning: {line}", err=True)
+    warn(check_surroundings())
     outlive_readers()
     driver = Driver(
         whole,

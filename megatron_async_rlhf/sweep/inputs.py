@@ -1,7 +1,7 @@
 """Points of one sweep that were run at different times must have had the same data and the same start."""
 
-from megatron_async_rlhf.jobs.inputs import load_materials
-from megatron_async_rlhf.launch.inputs import Inputs, check_same_inputs, describe_inputs
+from megatron_async_rlhf.jobs.inputs import load_run_inputs
+from megatron_async_rlhf.launch.input_digests import InputDigests, check_same_inputs, digest_inputs
 from megatron_async_rlhf.sweep.points import Sweep
 from megatron_async_rlhf.telemetry.files import INPUTS, POLICY_TEMPLATE_DIR
 
@@ -12,7 +12,7 @@ def check_inputs_of_earlier_points(sweep: Sweep) -> None:
     Raises:
         ConfigError: one line naming the first run with other prompts or weights.
     """
-    seen: list[tuple[dict, Inputs]] = []  # points that differ in nothing that is read here are looked at once
+    seen: list[tuple[dict, InputDigests]] = []  # points that differ in nothing that is read here are looked at once
     for point in sweep.points:
         config, run_dir = point.config, point.config.run.path
         if not (run_dir / INPUTS).is_file():
@@ -20,6 +20,6 @@ def check_inputs_of_earlier_points(sweep: Sweep) -> None:
         reads = config.model_dump(include={"model", "data", "reward", "generator"}) | {"seed": config.run.seed}
         now = next((inputs for read, inputs in seen if read == reads), None)
         if now is None:
-            now = describe_inputs(config, load_materials(config, run_dir / POLICY_TEMPLATE_DIR))
+            now = digest_inputs(config, load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR))
             seen.append((reads, now))
         check_same_inputs(run_dir, config, now, starts_over=True)

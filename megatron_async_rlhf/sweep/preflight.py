@@ -9,7 +9,7 @@ from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError
 from megatron_async_rlhf.jobs.inputs import (
     check_policy_weights,
     check_value_weights,
-    load_materials,
+    load_run_inputs,
     make_model_template,
 )
 from megatron_async_rlhf.launch.run_directory import check_writable
@@ -35,7 +35,7 @@ def check_points(sweep: Sweep, points: Sequence[Point]) -> None:
                 template = Path(scratch) / str(len(checked))
                 start = sweep.warm_start or point.config
                 make_model_template(start, template)
-                architecture = load_materials(point.config, template).architecture
+                architecture = load_run_inputs(point.config, template).architecture
                 check_policy_weights(start, architecture)
                 check_value_weights(point.config, architecture)
             except (CheckpointError, ConfigError, DataError) as error:

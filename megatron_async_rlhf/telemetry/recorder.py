@@ -123,10 +123,10 @@ class Recorder:
         self.totals.train_busy_s += rollout.end - rollout.start
         self._spans += (rollout, *parts)
 
-    def trained(self, samples: int, of: int, skipped: int) -> None:
-        """The learner has had `samples` of the `of` completions of a mini-batch; `skipped` groups taught nothing."""
+    def trained(self, samples: int, total: int, skipped: int) -> None:
+        """The learner has had `samples` of the `total` completions of a mini-batch; `skipped` groups taught nothing."""
         self.totals.samples_trained += samples
-        self.totals.samples_not_selected += of - samples
+        self.totals.samples_not_selected += total - samples
         self.totals.pairs_skipped += skipped
 
     def stepped(self, ages: Counter[int], tokens: int) -> None:

@@ -11,7 +11,7 @@ from megatron_async_rlhf.algorithms.corrections import (
     effective_sample_share,
     sampler_divergence,
 )
-from megatron_async_rlhf.algorithms.normalisation import token_shares
+from megatron_async_rlhf.algorithms.normalisation import token_weights
 from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss
 
 ROW = PackedRow(LENGTHS)
@@ -71,10 +71,12 @@ def test_a_sequence_that_only_keeps_ranks_in_step_weighs_nothing():
 
 
 def weighted_loss(policy_SL: torch.Tensor, base_SL: torch.Tensor, weight_T: torch.Tensor | None, clip: float):
-    share_T = token_shares(ROW.segments, "token", num_tokens=COUNT, num_sequences=len(LENGTHS), dtype=torch.float64)
+    token_weights_T = token_weights(
+        ROW.segments, "token", num_tokens=COUNT, num_sequences=len(LENGTHS), dtype=torch.float64
+    )
     advantages_T = ROW.segments.spread(random_values(LENGTHS, 9, -2, 2)[:, 0])
     return clipped_policy_loss(
-        ROW.lay(policy_SL), ROW.lay(base_SL), advantages_T, share_T, ROW.segments, weight_T,
+        ROW.lay(policy_SL), ROW.lay(base_SL), advantages_T, token_weights_T, ROW.segments, weight_T,
         clip_low=clip, clip_high=clip, num_tokens=COUNT,
     )[0]  # fmt: skip
 

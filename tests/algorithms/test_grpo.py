@@ -9,7 +9,7 @@ from trl_trainers import float64_default, grpo_trainer, loss_inputs, scored
 from megatron_async_rlhf.algorithms.corrections import correction_weights
 from megatron_async_rlhf.algorithms.grpo import cispo_loss, group_advantages
 from megatron_async_rlhf.algorithms.kl import kl_loss
-from megatron_async_rlhf.algorithms.normalisation import token_shares
+from megatron_async_rlhf.algorithms.normalisation import token_weights
 from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss
 from megatron_async_rlhf.algorithms.ratios import bounded_exp, policy_log_ratio
 
@@ -21,7 +21,7 @@ OF_TRL = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "cispo": "token"
 
 
 def shares(row: PackedRow, normalisation: str, num_tokens: int = sum(LENGTHS), num_sequences: int = len(LENGTHS)):
-    return token_shares(
+    return token_weights(
         row.segments, normalisation, num_tokens=num_tokens, num_sequences=num_sequences, length=MAX_LENGTH,
         dtype=torch.float64,
     )  # fmt: skip
@@ -141,14 +141,14 @@ def test_with_kl_in_the_loss_equals_trl(loss_type: str, bias_correction: bool):
         trainer.model,
         loss_inputs(ROW.mask_SL, ADVANTAGES_S, old_per_token_logps=proximal_SL, ref_per_token_logps=reference_SL),
     )
-    share_T = shares(ROW, OF_TRL[loss_type])
+    token_weights_T = shares(ROW, OF_TRL[loss_type])
     policy_loss, _ = clipped_policy_loss(
-        ROW.lay(policy_SL), ROW.lay(proximal_SL), ROW.segments.spread(ADVANTAGES_S), share_T, ROW.segments,
+        ROW.lay(policy_SL), ROW.lay(proximal_SL), ROW.segments.spread(ADVANTAGES_S), token_weights_T, ROW.segments,
         clip_low=0.2, clip_high=0.2, num_tokens=ROW.num_tokens,
     )  # fmt: skip
     ratio_T = bounded_exp(policy_log_ratio(ROW.lay(policy_SL), ROW.lay(proximal_SL), ROW.segments, "token"))
     kl, metrics = kl_loss(
-        ROW.lay(policy_SL), ROW.lay(reference_SL), share_T, ROW.segments.mask_T,
+        ROW.lay(policy_SL), ROW.lay(reference_SL), token_weights_T, ROW.segments.mask_T,
         ratio_T if bias_correction else None,
         estimator="k3", gradient="policy" if bias_correction else "estimator", num_tokens=ROW.num_tokens,
     )  # fmt: skip
@@ -227,11 +227,13 @@ def test_micro_batches_with_the_step_s_counts_add_up(normalisation: str, loss: s
         row = PackedRow([LENGTHS[s] for s in rows])
         width = max(row.lengths)
         lay = lambda values_SL: row.lay(values_SL[rows, :width])  # noqa: E731
-        share_T = shares(row, normalisation)
+        token_weights_T = shares(row, normalisation)
         weight_T = lay((proximal_SL - sampler_SL).exp())
         if loss == "kl":
             mask_T = row.segments.mask_T
-            return kl_loss(lay(policy_SL), lay(reference_SL), share_T, mask_T, weight_T, num_tokens=sum(LENGTHS))
+            return kl_loss(
+                lay(policy_SL), lay(reference_SL), token_weights_T, mask_T, weight_T, num_tokens=sum(LENGTHS)
+            )
         clip = partial(clipped_policy_loss, clip_low=0.2, clip_high=0.2)
         function = {
             "clip": clip,
@@ -240,7 +242,13 @@ def test_micro_batches_with_the_step_s_counts_add_up(normalisation: str, loss: s
         }[loss]
         advantages_T = row.segments.spread(ADVANTAGES_S[rows])
         return function(
-            lay(policy_SL), lay(proximal_SL), advantages_T, share_T, row.segments, weight_T, num_tokens=sum(LENGTHS)
+            lay(policy_SL),
+            lay(proximal_SL),
+            advantages_T,
+            token_weights_T,
+            row.segments,
+            weight_T,
+            num_tokens=sum(LENGTHS),
         )
 
     whole, metrics = of(list(range(len(LENGTHS))))

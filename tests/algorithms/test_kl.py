@@ -5,11 +5,11 @@ import torch
 from packed_rows import LENGTHS, PackedRow, policies
 
 from megatron_async_rlhf.algorithms.kl import kl_estimate, kl_loss, kl_penalty
-from megatron_async_rlhf.algorithms.normalisation import token_shares
+from megatron_async_rlhf.algorithms.normalisation import token_weights
 
 ROW = PackedRow(LENGTHS)
 COUNT = sum(LENGTHS)
-SHARE_T = token_shares(ROW.segments, "token", num_tokens=COUNT, num_sequences=len(LENGTHS), dtype=torch.float64)
+SHARE_T = token_weights(ROW.segments, "token", num_tokens=COUNT, num_sequences=len(LENGTHS), dtype=torch.float64)
 # of d = log pi - log pi_ref: the estimate, and what differentiating it gives per unit of log pi
 BY_HAND = {
     "k1": (lambda d: d, lambda d: 1.0),
@@ -122,11 +122,11 @@ def test_penalty_per_token_and_per_sequence_by_loops(estimator: str):
 def test_the_loss_with_length_one_sums_over_each_sequence():
     """As the RLOO code of the paper's second branch does: mean over sequences of the summed k3."""
     policy_SL, _, _, reference_SL = policies(LENGTHS)
-    share_T = token_shares(
+    token_weights_T = token_weights(
         ROW.segments, "constant", num_tokens=COUNT, num_sequences=len(LENGTHS), length=1, dtype=torch.float64
     )
     ours, _ = kl_loss(
-        ROW.lay(policy_SL), ROW.lay(reference_SL), share_T, ROW.segments.mask_T,
+        ROW.lay(policy_SL), ROW.lay(reference_SL), token_weights_T, ROW.segments.mask_T,
         estimator="k3", gradient="estimator", num_tokens=COUNT,
     )  # fmt: skip
     d_SL = (reference_SL - policy_SL) * ROW.mask_SL

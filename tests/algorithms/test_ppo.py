@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_rows import GARBAGE, LENGTHS, PackedRow, assert_same_loss, policies, random_values
 
-from megatron_async_rlhf.algorithms.normalisation import token_shares
+from megatron_async_rlhf.algorithms.normalisation import token_weights
 from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
 
 ROW = PackedRow(LENGTHS)
@@ -15,7 +15,7 @@ POLICY = {"clip_low": 0.2, "clip_high": 0.2, "num_tokens": COUNT}
 
 
 def token_mean(row: PackedRow) -> torch.Tensor:
-    return token_shares(row.segments, "token", num_tokens=COUNT, num_sequences=len(LENGTHS), dtype=torch.float64)
+    return token_weights(row.segments, "token", num_tokens=COUNT, num_sequences=len(LENGTHS), dtype=torch.float64)
 
 
 def policy_loss(row: PackedRow, policy_SL, proximal_SL, advantages_SL, weight_SL=None, **keys):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_rows import LENGTHS, PackedRow, random_values
 
-from megatron_async_rlhf.algorithms.normalisation import token_shares
+from megatron_async_rlhf.algorithms.normalisation import token_weights
 
 ROW = PackedRow(LENGTHS)
 
@@ -46,7 +46,7 @@ def test_shares_of_a_step_add_up(lengths: list[int]):
     counts = {"num_tokens": sum(lengths), "num_sequences": len(lengths), "dtype": torch.float64}
     empty = lengths.count(0)
     total = {
-        name: token_shares(row.segments, name, length=9, **counts).sum().item()
+        name: token_weights(row.segments, name, length=9, **counts).sum().item()
         for name in ("token", "sequence", "constant")
     }
     assert total["token"] == pytest.approx(1)

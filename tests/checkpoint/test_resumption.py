@@ -20,8 +20,8 @@ from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.converter.convert import import_hf
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError
-from megatron_async_rlhf.jobs.inputs import load_materials, make_model_template
-from megatron_async_rlhf.launch.inputs import describe_inputs, write_inputs
+from megatron_async_rlhf.jobs.inputs import load_run_inputs, make_model_template
+from megatron_async_rlhf.launch.input_digests import digest_inputs, write_input_digests
 from megatron_async_rlhf.launch.resume import find_resumption
 from megatron_async_rlhf.launch.run_directory import reopen_run_directory
 from megatron_async_rlhf.scheduler.scoring import ScoredGroup
@@ -295,7 +295,7 @@ def test_a_refusal_changes_nothing(found: Found):
 def test_other_prompts_than_it_was_started_with_are_refused(found: Found, flags: list[str], capsys):
     make_model_template(found.earlier, found.run / "model")
     other = found.config("data.train_prompts=31")
-    write_inputs(found.run, describe_inputs(other, load_materials(other, found.run / "model")))
+    write_input_digests(found.run, digest_inputs(other, load_run_inputs(other, found.run / "model")))
     before = contents(found.run)
     assert run_command_line(app, ["train", str(found.file), "-s", f"run.dir={found.run}", *flags]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]

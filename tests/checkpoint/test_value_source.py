@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
 from megatron_async_rlhf.formats.value_source import open_value_source
-from megatron_async_rlhf.jobs.inputs import check_value_weights, outline
+from megatron_async_rlhf.jobs.inputs import check_value_weights, resolve_architecture
 from megatron_async_rlhf.models.architecture import architecture_of_hf
 
 POLICY = {
@@ -43,7 +43,7 @@ def policy(tmp_path: Path) -> Path:
 
 def check(policy: Path, source: Path) -> None:
     config = config_with(policy, source)
-    architecture, _ = outline(config, policy)
+    architecture, _ = resolve_architecture(config, policy)
     check_value_weights(config, architecture)
 
 
@@ -65,14 +65,14 @@ def test_a_reward_model_of_the_policys_shape_is_taken(policy: Path, tmp_path: Pa
 def test_another_shape_is_refused_by_its_description(policy: Path, tmp_path: Path, changed: dict, message: str):
     source = write_reward_model(tmp_path / "reward", **changed)
     with pytest.raises(ConfigError) as refused:
-        outline(config_with(policy, source), policy)
+        resolve_architecture(config_with(policy, source), policy)
     assert str(refused.value).startswith(f"algorithm.value_hf = {source}: {message}")
     assert "\n" not in str(refused.value)
 
 
 def test_a_directory_that_is_no_model_is_refused_by_its_key(policy: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=rf"^algorithm.value_hf = {tmp_path}/nothing: no config.json"):
-        outline(config_with(policy, tmp_path / "nothing"), policy)
+        resolve_architecture(config_with(policy, tmp_path / "nothing"), policy)
 
 
 def test_a_longer_context_and_tied_embeddings_do_not_matter(policy: Path, tmp_path: Path):

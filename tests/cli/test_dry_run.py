@@ -14,7 +14,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.fitting import advise, run_memory
 from megatron_async_rlhf.estimate.generator_memory import GIB
 from megatron_async_rlhf.estimate.report import describe, refuse_too_large
-from megatron_async_rlhf.jobs.inputs import outline
+from megatron_async_rlhf.jobs.inputs import resolve_architecture
 
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 # Torch must not be loaded, which the command itself cannot say.
@@ -89,7 +89,7 @@ def test_a_70b_model_does_not_fit(tmp_path: Path, root: Path):
 def test_long_micro_batches_do_not_fit_and_shorter_ones_do(root: Path):
     overrides = ("learner.micro_batch_tokens=1000000", "schedule.prompts_per_step=1024")
     config = load_config(root / "examples/llama8b_async.yaml", overrides)
-    arch, _ = outline(config, config.model.hf)
+    arch, _ = resolve_architecture(config, config.model.hf)
     lines = describe(config, arch)
     (advice,) = advise(config, arch, 80 * GIB)
     assert any("does not fit" in line for line in lines)
@@ -112,7 +112,7 @@ def test_long_micro_batches_do_not_fit_and_shorter_ones_do(root: Path):
 )
 def test_advice_begins_with_what_costs_least(root: Path, overrides: list[str], change: str):
     config = load_config(root / "examples/llama8b_async.yaml", overrides)
-    arch, _ = outline(config, config.model.hf)
+    arch, _ = resolve_architecture(config, config.model.hf)
     room = run_memory(config, arch).largest_rank - 1
     assert advise(config, arch, room)[0].change == change
 
@@ -120,10 +120,10 @@ def test_advice_begins_with_what_costs_least(root: Path, overrides: list[str], c
 def test_a_start_is_refused_only_far_above_the_memory(root: Path):
     def check(*overrides: str) -> None:
         config = load_config(root / "examples/llama8b_async.yaml", overrides)
-        refuse_too_large(config, outline(config, config.model.hf)[0])
+        refuse_too_large(config, resolve_architecture(config, config.model.hf)[0])
 
     config = load_config(root / "examples/llama8b_async.yaml")
-    needed = run_memory(config, outline(config, config.model.hf)[0]).largest_rank / GIB
+    needed = run_memory(config, resolve_architecture(config, config.model.hf)[0]).largest_rank / GIB
     check(f"launch.gpu_memory_gib={needed / 1.14}")
     too_little = f"launch.gpu_memory_gib={needed / 1.16}"
     with pytest.raises(ConfigError, match=r"estimated to need .* GiB a GPU.*try learner\.micro_batch_tokens = 3072"):
@@ -140,7 +140,7 @@ def test_learner_and_generator_on_one_gpu_are_weighed_together(root: Path):
             "generator.replicas=1", f"launch.gpu_memory_gib={gib}",
         )  # fmt: skip
         config = load_config(root / "examples/llama8b_async.yaml", overrides)
-        refuse_too_large(config, outline(config, config.model.hf)[0])
+        refuse_too_large(config, resolve_architecture(config, config.model.hf)[0])
 
     check(230)
     with pytest.raises(

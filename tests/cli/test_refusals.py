@@ -293,14 +293,14 @@ def test_there_are_enough_of_them():
 def test_too_few_prompts_for_a_step_are_said(capsys: pytest.CaptureFixture[str]):
     """They are drawn several times a step, which somebody may mean."""
     from megatron_async_rlhf.config.load import load_config
-    from megatron_async_rlhf.jobs.inputs import doubts, load_materials, make_model_template
+    from megatron_async_rlhf.jobs.inputs import data_warnings, load_run_inputs, make_model_template
 
     Path("c.yaml").write_text(BUILTIN)
 
     def lines(*overrides: str) -> list[str]:
         config = load_config(Path("c.yaml"), overrides)
         make_model_template(config, Path("template"))
-        return doubts(config, load_materials(config, Path("template")))
+        return data_warnings(config, load_run_inputs(config, Path("template")))
 
     assert lines() == []
     (line,) = lines("data.train_prompts=5")

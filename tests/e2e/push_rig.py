@@ -17,13 +17,13 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.formats.directory import describe_weights
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
-from megatron_async_rlhf.jobs.inputs import Materials, load_materials, make_model_template
+from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs, make_model_template
 from megatron_async_rlhf.launch.nodes import this_node
 from megatron_async_rlhf.launch.plan import ProcessSpec, plan_processes
 from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.launch.run_directory import create_run_directory
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import ExportWeights, Hello, StartReinforcement, TrainRollout
+from megatron_async_rlhf.learner.protocol import ExportWeights, StartReinforcement, TrainRollout, WaitUntilReady
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.types import Completion, TrainingGroup
 
@@ -60,8 +60,8 @@ class Receiver:
 class PushRig:
     """A running learner and generators; `weights` pushes between them."""
 
-    def __init__(self, run_dir: Path, materials: Materials, learner, generators, weights, processes) -> None:
-        self.run_dir, self.materials = run_dir, materials
+    def __init__(self, run_dir: Path, run_inputs: RunInputs, learner, generators, weights, processes) -> None:
+        self.run_dir, self.run_inputs = run_dir, run_inputs
         self.learner, self.generators, self.weights = learner, generators, weights
         self.processes: dict[str, Process] = processes
         self.urls: list[str] = []
@@ -69,7 +69,7 @@ class PushRig:
 
     async def change_weights(self) -> None:
         """An optimizer step big enough to matter: one prompt's solution preferred to another's."""
-        solved = list(self.materials.solved.values())
+        solved = list(self.run_inputs.solved.values())
         chosen = [solved[(self.version * 8 + i) % len(solved)] for i in range(8)]
         groups = [
             TrainingGroup(sequences=chosen[i : i + 2], rewards=[1.0, 0.0], sampler_logprobs=[[], []])
@@ -80,7 +80,7 @@ class PushRig:
 
     async def sample(self, generator: VLLMGenerator, prompts: int = 4) -> list[tuple[list[int], Completion]]:
         """A few completions at temperature 1 with the sampler's log-probabilities."""
-        chosen = self.materials.train[:prompts]
+        chosen = self.run_inputs.train[:prompts]
         tasks = [
             generator.sample(
                 SamplingRequest(prompt=p, samples=1, seed=self.version * 100 + i, temperature=1.0, max_new_tokens=8)
@@ -163,9 +163,9 @@ async def push_rig(
     config = load_config(CONFIG, [f"run.dir={directory / 'run'}", "generator.temperature=1.0", *overrides])
     template = directory / "template"
     make_model_template(config, template)
-    materials = load_materials(config, template)
+    run_inputs = load_run_inputs(config, template)
     plan = plan_processes(
-        config, config.run.path.absolute(), materials.architecture.context_length, [this_node(config, gpus=0)]
+        config, config.run.path.absolute(), run_inputs.architecture.context_length, [this_node(config, gpus=0)]
     )
     run_dir, _ = create_run_directory(config, template)
     (run_dir / "logs").mkdir(exist_ok=True)
@@ -184,7 +184,7 @@ async def push_rig(
         VLLMGenerator(
             f"generator.{i}",
             url,
-            tokenizer=materials.tokenizer,
+            tokenizer=run_inputs.tokenizer,
             tensor_parallel=config.generator.tensor_parallel,
             request_timeout_s=240,
             probe_timeout_s=config.generator.probe_timeout_s,
@@ -194,7 +194,7 @@ async def push_rig(
     weights = WeightSync(learner, generators, config, (host, int(port)))
     try:
         await _started(processes, learner, generators)
-        rig = PushRig(run_dir, materials, learner, generators, weights, processes)
+        rig = PushRig(run_dir, run_inputs, learner, generators, weights, processes)
         rig.urls = values["--generator"]
         yield rig
     finally:
@@ -221,7 +221,7 @@ def _altered(spec: ProcessSpec, run_dir: Path, changes: dict | None) -> ProcessS
 
 async def _started(processes: dict[str, Process], learner: LearnerClient, generators: list[VLLMGenerator]) -> None:
     deadline = time.monotonic() + START_S
-    hello = asyncio.create_task(learner.execute(Hello()))
+    hello = asyncio.create_task(learner.execute(WaitUntilReady()))
     for generator in generators:
         while not await generator.is_ready():
             dead = [p for p in processes.values() if p.returncode is not None]

@@ -42,7 +42,7 @@ class InFlightRig:
         self.keeping, self.other = rig.generators[0], rig.generators[-1]
         self.models: dict[int, torch.nn.Module] = {}
         # Longer than a block of the cache, so that it could be shared.
-        token_ids = [token for prompt in rig.materials.train for token in prompt.token_ids][: BLOCK + 30]
+        token_ids = [token for prompt in rig.run_inputs.train for token in prompt.token_ids][: BLOCK + 30]
         self.prompt = Prompt(index=0, text="", token_ids=token_ids, reference={})
 
     async def push(self, *receivers: Receiver) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.jobs.inputs import load_materials
+from megatron_async_rlhf.jobs.inputs import load_run_inputs
 
 CONFIG = Path(__file__).with_name("tiny.yaml")
 STEPS = 4
@@ -35,12 +35,12 @@ def test_the_exported_policy_is_the_one_it_went_on_from(tmp_path: Path):
     shorter, longer = sft(tmp_path / "shorter", STEPS), sft(tmp_path / "longer", STEPS + 1)
     assert longer[:STEPS] == shorter
     config = load_config(tmp_path / "longer" / "config.yaml")
-    materials = load_materials(config, tmp_path / "longer" / "model")
-    batch = PromptOrder(materials.train, config.run.seed).batch(STEPS, config.warm_start.batch_size)
+    run_inputs = load_run_inputs(config, tmp_path / "longer" / "model")
+    batch = PromptOrder(run_inputs.train, config.run.seed).batch(STEPS, config.warm_start.batch_size)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "shorter" / "checkpoints/final")
     losses = []
     for prompt in batch:
-        row = materials.solved[prompt.index]
+        row = run_inputs.solved[prompt.index]
         ids = torch.tensor([row.token_ids])
         logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
         losses.append(-logprobs[row.prompt_length - 1 :])

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_async_rlhf.data.tokenizer import make_byte_tokenizer
 from megatron_async_rlhf.errors import TransferError
-from megatron_async_rlhf.learner.protocol import Hello
+from megatron_async_rlhf.learner.protocol import WaitUntilReady
 from megatron_async_rlhf.models.hf_mapping import elements_held
 
 PUSHES = int(os.environ.get("ASYNC_RLHF_TEST_PUSHES", "5"))
@@ -50,7 +50,7 @@ def test_generators_hold_the_learners_weights_after_every_push(tmp_path, learner
             tmp_path, *overrides(learner, generator), "learner.learning_rate=0.003", "schedule.steps=100"
         ) as rig:
             previous = None
-            minimum = 4 * generator[1] * elements_held(rig.materials.architecture, generator[0])
+            minimum = 4 * generator[1] * elements_held(rig.run_inputs.architecture, generator[0])
             for version in range(PUSHES):
                 report, _ = await rig.weights.push(version)
                 assert report.mismatches == []
@@ -127,7 +127,7 @@ def test_training_during_a_push_does_not_change_what_arrives(tmp_path, snapshot)
     async def run():
         settings = [*shape, *overrides((2, 1, 2), (1, 1)), "weights.staging_mib=1", f"weights.snapshot={snapshot}"]
         async with push_rig(tmp_path, *settings) as rig:
-            assert 4 * rig.materials.architecture.num_parameters > 8 * 2**20  # several rounds
+            assert 4 * rig.run_inputs.architecture.num_parameters > 8 * 2**20  # several rounds
             await rig.weights.push(0)
             await rig.change_weights()
             exported = await rig.export()
@@ -199,7 +199,7 @@ def test_a_generator_lost_in_a_push_costs_that_push_only(tmp_path):
         rig.generators = [generator for generator in rig.generators if generator.name != name]
         assert [receiver.name for receiver in rig.weights.receivers] == [g.name for g in rig.generators]
 
-        await rig.learner.execute(Hello())
+        await rig.learner.execute(WaitUntilReady())
         await rig.change_weights()
         report, _ = await rig.weights.push(rig.version)
         assert report.mismatches == [] and report.compared > 0
@@ -267,7 +267,7 @@ def test_a_push_takes_two_staging_buffers_of_memory_and_no_more(tmp_path, learne
     async def run():
         settings = [*shape, *vocabulary, f"weights.staging_mib={staging_mib}", *overrides(learner, generator)]
         async with push_rig(tmp_path, *settings) as rig:
-            assert 4 * rig.materials.architecture.num_parameters > 280e6
+            assert 4 * rig.run_inputs.architecture.num_parameters > 280e6
             before = rig.reset_memory_peaks()
             for _ in range(3):
                 report, _ = await rig.weights.push(0)

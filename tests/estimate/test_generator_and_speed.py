@@ -17,7 +17,7 @@ from megatron_async_rlhf.estimate.generator_memory import (
 from megatron_async_rlhf.estimate.holdings import generator_holding
 from megatron_async_rlhf.estimate.speed import estimate_speed, trained_token_flops
 from megatron_async_rlhf.generator.vllm.server import server_command
-from megatron_async_rlhf.jobs.inputs import outline
+from megatron_async_rlhf.jobs.inputs import resolve_architecture
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.models.flops import token_flops
 
@@ -31,7 +31,7 @@ def llama8b(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
     def load(*overrides: str) -> tuple[RunConfig, Architecture]:
         config = load_config(request.config.rootpath / EXAMPLE, overrides)
-        return config, outline(config, config.model.hf)[0]
+        return config, resolve_architecture(config, config.model.hf)[0]
 
     return load
 

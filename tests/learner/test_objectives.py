@@ -5,7 +5,7 @@ import torch
 
 from megatron_async_rlhf.algorithms.corrections import correction_weights
 from megatron_async_rlhf.algorithms.kl import kl_estimate, kl_loss
-from megatron_async_rlhf.algorithms.normalisation import token_shares
+from megatron_async_rlhf.algorithms.normalisation import token_weights
 from megatron_async_rlhf.algorithms.online_dpo import online_dpo_loss
 from megatron_async_rlhf.algorithms.ratios import policy_log_ratio
 from megatron_async_rlhf.algorithms.segments import Segments
@@ -35,7 +35,7 @@ CHOICES = {
     "kl.estimator": lambda: kl_estimate(ROW, "k4"),
     "kl.gradient": lambda: kl_loss(ROW, ROW, ROW, MASK, None, estimator="k1", gradient="new", num_tokens=4),
     "correction.type": lambda: correction_weights(ROW, MASK, kind="new", count=4),
-    "normalisation": lambda: token_shares(SPANS, "new", num_tokens=4, num_sequences=1),
+    "normalisation": lambda: token_weights(SPANS, "new", num_tokens=4, num_sequences=1),
     "ratio": lambda: policy_log_ratio(ROW, ROW, SPANS, "new"),
     "loss": lambda: online_dpo_loss(ROW, ROW, ROW, ROW, ROW, beta=0.1, loss="new", num_pairs=4),
 }

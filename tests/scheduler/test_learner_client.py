@@ -9,7 +9,7 @@ import zmq.asyncio
 
 from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import Answer, FinishPush, Hello, Stop, decode_command, encode_answer
+from megatron_async_rlhf.learner.protocol import Answer, FinishPush, Stop, WaitUntilReady, decode_command, encode_answer
 
 
 def with_learner(body, timeout_s: float = 10.0) -> None:
@@ -33,10 +33,10 @@ def test_an_answer_that_nobody_waits_for_any_more_is_not_the_next_commands():
         given_up.cancel()
         await asyncio.wait([given_up])
         assert given_up.cancelled()
-        following = asyncio.create_task(client.execute(Hello()))
+        following = asyncio.create_task(client.execute(WaitUntilReady()))
         await socket.send(encode_answer(Answer(id=first.id, saved=True)))
         second = decode_command(await socket.recv())
-        assert (type(first), type(second)) == (FinishPush, Hello)
+        assert (type(first), type(second)) == (FinishPush, WaitUntilReady)
         await socket.send(encode_answer(Answer(id=second.id)))
         assert await following == Answer(id=second.id)
 
@@ -45,7 +45,7 @@ def test_an_answer_that_nobody_waits_for_any_more_is_not_the_next_commands():
 
 def test_errors_and_silence_are_told():
     async def body(client: LearnerClient, socket: zmq.asyncio.Socket) -> None:
-        failing = asyncio.create_task(client.execute(Hello()))
+        failing = asyncio.create_task(client.execute(WaitUntilReady()))
         command = decode_command(await socket.recv())
         await socket.send(
             encode_answer(msgspec.structs.replace(Answer(id=command.id), error="rank 1: no", error_kind=""))

@@ -29,9 +29,9 @@ def train(pacer: Pacer, updates: int = 1, push: bool = True) -> list[int]:
     """The groups of the next rollout, which is then trained and, unless told otherwise, pushed."""
     tickets = pacer.next_rollout()
     pacer.trained_on(tickets)
-    pacer.trained += updates
+    pacer.trained_version += updates
     if push:
-        pacer.pushed = pacer.trained
+        pacer.pushed_version = pacer.trained_version
     return [ticket.index for ticket in tickets]
 
 
@@ -59,7 +59,7 @@ def test_a_push_makes_room_for_one_rollout_and_training_alone_for_none():
     arrive(pacer, *admit(pacer))
     assert train(pacer, push=False) == [0, 1]
     assert pacer.admissible(PLENTY) == 0
-    pacer.pushed = 1
+    pacer.pushed_version = 1
     assert admit(pacer) == [4, 5]
 
 
@@ -75,7 +75,7 @@ def test_a_batch_starts_whole_and_alone():
     assert pacer.admissible(PLENTY) == 0
     arrive(pacer, 0, 1)
     assert pacer.admissible(1) == 2, "a batch needs no room for all of it"
-    pacer.trained = 1
+    pacer.trained_version = 1
     assert pacer.admissible(PLENTY) == 0, "newer weights come first"
     pacer.learner_busy = True
     assert pacer.admissible(PLENTY) == 2, "but not while the learner is at the next step"
@@ -242,7 +242,7 @@ def test_restored_groups_keep_their_deadlines_and_unfinished_ones_start_first():
 def test_pushes_wait_for_what_must_not_meet_two_versions():
     pacer = make(max_staleness=2)
     admit(pacer)
-    pacer.trained = 1
+    pacer.trained_version = 1
     assert not pacer.may_push()
     assert pacer.admissible(PLENTY) == 0, "the generators come to an end first"
     assert pacer.may_push(abandoned=True)
@@ -254,5 +254,5 @@ def test_pushes_wait_for_what_must_not_meet_two_versions():
     admit(in_flight)
     assert not in_flight.may_push(waiting=True), "a push for one would stop the others"
     assert in_flight.may_push(waiting=True, abandoned=True)
-    in_flight.trained = 1
+    in_flight.trained_version = 1
     assert in_flight.may_push()

@@ -4,7 +4,7 @@ from megatron_async_rlhf.algorithms.reward_shaping import RewardMoments
 from megatron_async_rlhf.config.algorithms import OnlineDPOSection
 from megatron_async_rlhf.rewards.base import Score
 from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_facts, score_group
-from megatron_async_rlhf.scheduler.training_batch import make_mini_batch
+from megatron_async_rlhf.scheduler.training_batch import select_training_samples
 from megatron_async_rlhf.types import Completion, Prompt
 
 PROMPT = Prompt(index=0, text="p", token_ids=[5, 6], reference={})
@@ -35,7 +35,7 @@ def scored(samples, missing_eos_reward=None):
 
 def pairs_of(*groups):
     algorithm = OnlineDPOSection()
-    return make_mini_batch([scored(samples).group for samples in groups], algorithm, RewardMoments())[0]
+    return select_training_samples([scored(samples).group for samples in groups], algorithm, RewardMoments())[0]
 
 
 def test_a_completion_without_an_end_earns_the_penalty_instead():

@@ -17,7 +17,7 @@ from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
-from megatron_async_rlhf.generator.silence import Silence
+from megatron_async_rlhf.generator.silence import StallDetector
 from megatron_async_rlhf.generator.vllm.connection import NO_LIMIT, Connection
 from megatron_async_rlhf.types import Completion
 
@@ -84,7 +84,7 @@ class VLLMGenerator:
         self._timeout_s = request_timeout_s
         self._probe_timeout_s = probe_timeout_s
         self._under_way = 0  # requests
-        self._silence = Silence(name, request_timeout_s)
+        self._silence = StallDetector(name, request_timeout_s)
         self._server = Connection(name, url, request_timeout_s, places)
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:

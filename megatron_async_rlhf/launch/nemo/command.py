@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_async_rlhf.config.advice import advice
 from megatron_async_rlhf.config.cluster import SlurmKeys
 from megatron_async_rlhf.config.load import check_tree, read_tree, set_key
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.warnings import config_warnings
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.stages import Stage, expand_stages, parse_stages
+from megatron_async_rlhf.options import SetOption, warn
 
 _SET_UP = "bash tools/setup_launch_env.sh"
 _TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names a directory and jobs
@@ -22,27 +23,40 @@ _PANEL = "Slurm, instead of launch.slurm in the configuration"
 
 def launch(
     config: Annotated[Path, typer.Argument(help="YAML configuration, such as examples/quickstart.yaml.")],
-    executor: Annotated[Literal["local", "slurm"], typer.Option(help="This machine, or a Slurm cluster.")],
-    set: Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value.")] = [],
-    stages: Annotated[str, typer.Option(help="Of sft, train and export, separated by commas.")] = "train",
-    name: Annotated[str | None, typer.Option(help="Of the experiment; default: run.name.")] = None,
+    executor: Annotated[
+        Literal["local", "slurm"], typer.Option(help="Where the stages run: this machine, or a Slurm cluster.")
+    ],
+    set: SetOption = [],
+    stages: Annotated[str, typer.Option(help="Comma-separated stages to run: sft, train, export.")] = "train",
+    name: Annotated[str | None, typer.Option(help="Name of the experiment; default: run.name.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what an earlier launch has left.")] = False,
     export_to: Annotated[Path | None, typer.Option(help="What export writes; default: <run.dir>-hf.")] = None,
-    python: Annotated[str | None, typer.Option(help="Of the environment that trains; default: .venv's.")] = None,
+    python: Annotated[
+        str | None, typer.Option(help="Python of the environment that trains; default: that of .venv.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print all that would be submitted.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for jobs of Slurm too, and exit as they did.")] = False,
-    account: Annotated[str | None, typer.Option(rich_help_panel=_PANEL)] = None,
-    partition: Annotated[str | None, typer.Option(rich_help_panel=_PANEL)] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="launch.nodes", rich_help_panel=_PANEL)] = None,
-    time: Annotated[
-        str | None, typer.Option(help="Of each stage: hours:minutes:seconds", rich_help_panel=_PANEL)
+    account: Annotated[str | None, typer.Option(help="Account to charge.", rich_help_panel=_PANEL)] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition to submit to.", rich_help_panel=_PANEL)] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines; default: launch.nodes.", rich_help_panel=_PANEL)
     ] = None,
-    tunnel: Annotated[Literal["local", "ssh"] | None, typer.Option(rich_help_panel=_PANEL)] = None,
-    host: Annotated[str | None, typer.Option(help="Login node.", rich_help_panel=_PANEL)] = None,
-    user: Annotated[str | None, typer.Option(help="There.", rich_help_panel=_PANEL)] = None,
-    job_dir: Annotated[str | None, typer.Option(help="For scripts and logs.", rich_help_panel=_PANEL)] = None,
-    project_dir: Annotated[str | None, typer.Option(help="Where stages run.", rich_help_panel=_PANEL)] = None,
-    container: Annotated[str | None, typer.Option(help="Image, for Pyxis.", rich_help_panel=_PANEL)] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Time limit of each stage: hours:minutes:seconds", rich_help_panel=_PANEL)
+    ] = None,
+    tunnel: Annotated[
+        Literal["local", "ssh"] | None,
+        typer.Option(help="How Slurm is reached: from this machine, or by ssh.", rich_help_panel=_PANEL),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Host name of the login node.", rich_help_panel=_PANEL)] = None,
+    user: Annotated[str | None, typer.Option(help="User name on the login node.", rich_help_panel=_PANEL)] = None,
+    job_dir: Annotated[
+        str | None, typer.Option(help="Directory on the cluster for scripts and logs.", rich_help_panel=_PANEL)
+    ] = None,
+    project_dir: Annotated[
+        str | None, typer.Option(help="Directory on the cluster in which stages run.", rich_help_panel=_PANEL)
+    ] = None,
+    container: Annotated[str | None, typer.Option(help="Container image, for Pyxis.", rich_help_panel=_PANEL)] = None,
 ) -> None:
     """Run stages through NeMo-Run: here, or as jobs of a Slurm cluster, each when the one before has succeeded.
 
@@ -61,8 +75,7 @@ def launch(
     resolved = check_tree(tree)
     _check_executor(executor, resolved, list(given))
     title = _checked_title(name or resolved.run.name)
-    for line in advice(resolved):
-        typer.echo(f"warning: {line}", err=True)
+    warn(config_warnings(resolved))
     slurm = (resolved.launch.slurm or SlurmKeys()) if executor == "slurm" else None
     parts = expand_stages(
         tree,

@@ -26,7 +26,7 @@ from megatron_async_rlhf.learner.megatron.state.training_state import weights_st
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch, cut_micro_batches
 from megatron_async_rlhf.learner.megatron.training.reinforcement import Reinforcement
 from megatron_async_rlhf.learner.megatron.training.steps import Passes, gather_policy_logprobs, read_logprobs
-from megatron_async_rlhf.learner.megatron.training.trained_model import Lesson, TrainedModel, training_step
+from megatron_async_rlhf.learner.megatron.training.trained_model import ModelStep, TrainedModel, training_step
 from megatron_async_rlhf.learner.megatron.transfer.weight_push import WeightPush
 from megatron_async_rlhf.learner.megatron.transfer.weights import (
     RandomWeights,
@@ -88,7 +88,7 @@ class MegatronLearner:
         def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
             return supervised_loss(logprobs_T, batch.mask_T, num_tokens=num_tokens)
 
-        lesson = Lesson(model=self.policy, passes=self._warm_start_passes, loss=loss)
+        lesson = ModelStep(model=self.policy, passes=self._warm_start_passes, loss=loss)
         (metrics,) = training_step([lesson], batches, self._wait_for_push, f"warm start step {command.step}")
         lengths, outputs = _sizes(command.sequences)
         flops = 3 * forward_flops(self.arch, lengths, outputs)  # backward counts as two

@@ -34,7 +34,6 @@ from megatron_async_rlhf.learner.protocol import (
     ExportWeights,
     FinishCheckpoint,
     FinishPush,
-    Hello,
     JoinTransfer,
     PushWeights,
     ResumeReinforcement,
@@ -44,6 +43,7 @@ from megatron_async_rlhf.learner.protocol import (
     Stop,
     TrainRollout,
     TrainSupervised,
+    WaitUntilReady,
     decode_command,
     encode_answer,
 )
@@ -119,7 +119,7 @@ def serve(learner: MegatronLearner, channel: CommandChannel) -> None:
 
 def _execute(learner: MegatronLearner, command: AnyCommand) -> Answer:
     match command:
-        case Hello():
+        case WaitUntilReady():
             return Answer(id=command.id)
         case TrainSupervised():
             return learner.train_supervised(command)

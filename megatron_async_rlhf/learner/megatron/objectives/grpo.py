@@ -3,7 +3,7 @@
 import torch
 
 from megatron_async_rlhf.algorithms.grpo import cispo_loss, group_advantages
-from megatron_async_rlhf.algorithms.normalisation import token_shares
+from megatron_async_rlhf.algorithms.normalisation import token_weights
 from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss
 from megatron_async_rlhf.config.algorithms import GRPOSection
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
@@ -38,7 +38,7 @@ class GRPO:
         def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
             spans = batch.completions
             correction = correct(section, mini_batch, batch, logprobs_T)
-            share_T = token_shares(
+            token_weights_T = token_weights(
                 spans,
                 section.normalisation,
                 num_tokens=num_tokens,
@@ -46,7 +46,7 @@ class GRPO:
                 length=self._longest,
             )
             base_T = ratio_base(section, batch, logprobs_T)
-            common = (logprobs_T, base_T, batch.advantages_T, share_T, spans, correction.token_T)
+            common = (logprobs_T, base_T, batch.advantages_T, token_weights_T, spans, correction.token_T)
             if section.loss == "cispo":
                 total, metrics = cispo_loss(*common, ratio_high=section.cispo_high, num_tokens=num_tokens)
             else:
@@ -59,6 +59,6 @@ class GRPO:
                     num_tokens=num_tokens,
                 )
             policy = total, metrics | correction.metrics
-            return with_kl_loss(section.kl, mini_batch, batch, logprobs_T, share_T, correction.token_T, policy)
+            return with_kl_loss(section.kl, mini_batch, batch, logprobs_T, token_weights_T, correction.token_T, policy)
 
         return loss

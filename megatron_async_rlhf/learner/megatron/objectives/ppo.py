@@ -3,7 +3,7 @@
 import torch
 
 from megatron_async_rlhf.algorithms.gae import generalised_advantages, whiten, whitening_sums
-from megatron_async_rlhf.algorithms.normalisation import token_shares
+from megatron_async_rlhf.algorithms.normalisation import token_weights
 from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
 from megatron_async_rlhf.config.algorithms import PPOSection
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
@@ -49,12 +49,14 @@ class PPO:
         def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
             spans = batch.completions
             correction = correct(section, mini_batch, batch, logprobs_T)
-            share_T = token_shares(spans, "token", num_tokens=num_tokens, num_sequences=mini_batch.num_sequences)
+            token_weights_T = token_weights(
+                spans, "token", num_tokens=num_tokens, num_sequences=mini_batch.num_sequences
+            )
             total, metrics = clipped_policy_loss(
                 logprobs_T,
                 ratio_base(section, batch, logprobs_T),
                 batch.advantages_T,
-                share_T,
+                token_weights_T,
                 spans,
                 correction.token_T,
                 clip_low=section.clip_low,
@@ -63,7 +65,7 @@ class PPO:
                 num_tokens=num_tokens,
             )
             policy = total, metrics | correction.metrics
-            return with_kl_loss(section.kl, mini_batch, batch, logprobs_T, share_T, correction.token_T, policy)
+            return with_kl_loss(section.kl, mini_batch, batch, logprobs_T, token_weights_T, correction.token_T, policy)
 
         return loss
 

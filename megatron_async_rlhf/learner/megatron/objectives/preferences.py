@@ -11,7 +11,7 @@ from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
 
 
 class OnlineDPO:
-    """Of pairs: chosen and rejected take turns."""
+    """A loss of preference pairs, whose chosen and rejected completions take turns in the batch."""
 
     def __init__(self, section: OnlineDPOSection) -> None:
         self._section = section

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_async_rlhf.algorithms.normalisation import token_shares
+from megatron_async_rlhf.algorithms.normalisation import token_weights
 from megatron_async_rlhf.algorithms.rloo import leave_one_out_advantages, proximal_rloo_loss, rloo_loss
 from megatron_async_rlhf.config.algorithms import ProximalRLOOSection, RLOOSection
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
@@ -47,10 +47,10 @@ class RLOO:
             else:
                 total, metrics = rloo_loss(spans.sum(logprobs_T), *common, num_sequences=num_sequences)
             # A sum over each completion, as the policy's loss is of its whole probability.
-            share_T = token_shares(
+            token_weights_T = token_weights(
                 spans, "constant", num_tokens=mini_batch.num_tokens, num_sequences=num_sequences, length=1
             )
             policy = total, metrics | correction.metrics
-            return with_kl_loss(section.kl, mini_batch, batch, logprobs_T, share_T, correction.token_T, policy)
+            return with_kl_loss(section.kl, mini_batch, batch, logprobs_T, token_weights_T, correction.token_T, policy)
 
         return loss

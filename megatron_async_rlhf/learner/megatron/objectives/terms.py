@@ -85,14 +85,14 @@ def with_kl_loss(
     mini_batch: MiniBatch,
     batch: MicroBatch,
     logprobs_T: torch.Tensor,
-    share_T: torch.Tensor,
+    token_weights_T: torch.Tensor,
     weight_T: torch.Tensor | None,
     policy: tuple[torch.Tensor, Metrics],
 ) -> tuple[torch.Tensor, Metrics]:
     """The policy's loss and metrics with the KL's term, if the loss is its place, and the total as `loss`.
 
     Args:
-        share_T: what a token's KL counts for, see `normalisation.token_shares`.
+        token_weights_T: what a token's KL counts for, see `normalisation.token_weights`.
         weight_T: the off-policy correction: the KL is a mean over the samples as the policy's loss is.
     """
     total, metrics = policy
@@ -100,7 +100,7 @@ def with_kl_loss(
         term, of_kl = kl_loss(
             logprobs_T,
             batch.reference_T,
-            share_T,
+            token_weights_T,
             batch.mask_T,
             weight_T,
             estimator=keys.estimator,

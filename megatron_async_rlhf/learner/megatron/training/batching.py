@@ -30,7 +30,7 @@ class MicroBatch:
         targets_T: the next token of the same sequence at each position, [T].
         mask_T: True where the target is a completion token, [T].
         segments_T: which sequence of the micro-batch each position belongs to; S for padding, [T].
-        share_T: positions that this rank computes, all unless context-parallel ranks divide them, [T / ranks].
+        local_positions_T: positions that this rank computes, all unless context-parallel ranks divide them, [T / ranks].
         packed: where each sequence, and the padding, ends.
         indices: which sequence of the command each one is, the parts of a unit in order; -1 for a sequence that only
             keeps ranks in step, [S].
@@ -50,7 +50,7 @@ class MicroBatch:
     targets_T: torch.Tensor
     mask_T: torch.Tensor
     segments_T: torch.Tensor
-    share_T: torch.Tensor
+    local_positions_T: torch.Tensor
     packed: PackedSeqParams
     indices: list[int]
     num_tokens: int
@@ -165,7 +165,7 @@ def _lay(sequences: Seq[Sequence], indices: list[int], width: int, placement: Pl
         targets_T=torch.tensor(targets + [0] * padding),
         mask_T=torch.tensor(mask + [False] * padding),
         segments_T=torch.tensor(segments),
-        share_T=share_of_rank(ends, placement.context_rank, placement.context_parallel),
+        local_positions_T=share_of_rank(ends, placement.context_rank, placement.context_parallel),
         packed=_packed(ends, longest=max(in_row)),
         indices=indices,
         num_tokens=sum(1 for s in segments if s != nowhere and indices[s] >= 0),

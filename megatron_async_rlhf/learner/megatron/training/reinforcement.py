@@ -27,7 +27,7 @@ from megatron_async_rlhf.learner.megatron.state.training_state import load_train
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
 from megatron_async_rlhf.learner.megatron.training.reference import Reference, ResidentReference, SwappedReference
 from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss, Passes, gather_policy_logprobs, read_values
-from megatron_async_rlhf.learner.megatron.training.trained_model import Lesson, TrainedModel, training_step
+from megatron_async_rlhf.learner.megatron.training.trained_model import ModelStep, TrainedModel, training_step
 from megatron_async_rlhf.learner.megatron.training.value_model import build_value_model, copy_policy, read_value_model
 from megatron_async_rlhf.learner.megatron.transfer.weight_push import WeightPush
 from megatron_async_rlhf.learner.meter import Meter
@@ -165,11 +165,11 @@ class Reinforcement:
                 setattr(batch, name, read_T)
 
     def _update(self, mini_batch: MiniBatch, what: str) -> dict[str, float]:
-        lessons = [Lesson(model=self._policy, passes=self._passes, loss=self._policy_loss(mini_batch))]
+        steps = [ModelStep(model=self._policy, passes=self._passes, loss=self._policy_loss(mini_batch))]
         if self.value_model is not None:
             loss = self._objective.value_loss(mini_batch)
-            lessons.append(Lesson(whose="value model", model=self.value_model, passes=self._value_passes, loss=loss))
-        metrics, *others = training_step(lessons, mini_batch.batches, self._wait_for_push, what)
+            steps.append(ModelStep(label="value model", model=self.value_model, passes=self._value_passes, loss=loss))
+        metrics, *others = training_step(steps, mini_batch.batches, self._wait_for_push, what)
         for of_values in others:
             metrics["loss"] += of_values["loss"]
             metrics["value/grad_norm"] = of_values["grad_norm"]

@@ -87,8 +87,8 @@ class Passes:
 
     def _per_token(self, batch: MicroBatch, model: torch.nn.Module, output_1TX: torch.Tensor) -> torch.Tensor:
         """[T]; 0 where the target is no completion token: no loss reads those, so nothing is computed for them."""
-        mine_N = batch.mask_T[batch.share_T].nonzero().squeeze(1)
-        positions_N = batch.share_T[mine_N]
+        mine_N = batch.mask_T[batch.local_positions_T].nonzero().squeeze(1)
+        positions_N = batch.local_positions_T[mine_N]
         read_N = self._read(model, output_1TX.squeeze(0).index_select(0, mine_N), batch.targets_T[positions_N])
         read_T = read_N.new_zeros(len(batch.mask_T)).index_put((positions_N,), read_N)
         return sum_over_context(read_T)
@@ -131,7 +131,7 @@ def sum_over_replicas(totals: torch.Tensor, placement: Placement) -> torch.Tenso
 def _forward(batches: Iterator[MicroBatch], model: torch.nn.Module, *, on_output: Callable):
     batch = next(batches)
     output = model(
-        input_ids=batch.tokens_T[batch.share_T].unsqueeze(0),
+        input_ids=batch.tokens_T[batch.local_positions_T].unsqueeze(0),
         position_ids=None,  # rotary angles come from `packed`
         attention_mask=None,
         packed_seq_params=batch.packed,

@@ -73,19 +73,19 @@ class TrainedModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
-    """What one model learns in a step; `whose` names it in an error, if it is not the policy."""
+class ModelStep:
+    """What one model learns in a step; `label` names it in an error, if it is not the policy."""
 
-    whose: str = ""
+    label: str = ""
     model: TrainedModel
     passes: Passes
     loss: MicroLoss
 
 
 def training_step(
-    lessons: Sequence[Lesson], batches: list[MicroBatch], before_change: Callable[[], None], what: str
+    steps: Sequence[ModelStep], batches: list[MicroBatch], before_change: Callable[[], None], what: str
 ) -> list[dict[str, float]]:
-    """One optimizer step of each lesson's model on the same micro-batches; the metrics of each.
+    """One optimizer step of each step's model on the same micro-batches; the metrics of each.
 
     Args:
         before_change: called when all gradients are there, before any weight changes.
@@ -94,13 +94,13 @@ def training_step(
     Raises:
         NonFiniteLossError: on every rank alike, before any weight changes.
     """
-    learned = [lesson.model.accumulate(lesson.passes, batches, lesson.loss) for lesson in lessons]
-    for lesson, metrics in zip(lessons, learned, strict=True):
+    learned = [step.model.accumulate(step.passes, batches, step.loss) for step in steps]
+    for step, metrics in zip(steps, learned, strict=True):
         loss, norm = metrics["loss"], metrics["grad_norm"]
         if not torch.tensor([loss, norm]).isfinite().all():
-            where = what + (f", {lesson.whose}" if lesson.whose else "")
+            where = what + (f", {step.label}" if step.label else "")
             raise NonFiniteLossError(f"{where}: loss {loss}, gradient norm {norm}; lower the learning rate")
     before_change()
-    for lesson in lessons:
-        lesson.model.step()
+    for step in steps:
+        step.model.step()
     return learned

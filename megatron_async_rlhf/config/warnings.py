@@ -4,7 +4,7 @@ from megatron_async_rlhf.config.algorithms import PolicyGradientKeys
 from megatron_async_rlhf.config.root import RunConfig
 
 
-def advice(config: RunConfig) -> list[str]:
+def config_warnings(config: RunConfig) -> list[str]:
     """One line each, naming the keys."""
     lines = []
     algorithm, bound = config.algorithm, config.schedule.staleness_bound

@@ -12,9 +12,9 @@ from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.config.resume import check_same_run
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.jobs.inputs import Materials, load_materials, make_model_template
+from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs, make_model_template
 from megatron_async_rlhf.launch import inputs
-from megatron_async_rlhf.launch.inputs import Inputs, check_same_inputs, describe_inputs, write_inputs
+from megatron_async_rlhf.launch.input_digests import InputDigests, check_same_inputs, digest_inputs, write_input_digests
 from megatron_async_rlhf.usage import run_command_line
 
 CONFIG = """
@@ -44,16 +44,16 @@ class Run:
         self.directory = Path("runs/run")
         make_model_template(self.config(), self.directory / "model")
         (self.directory / "config.yaml").write_text(dump_config(self.config()))
-        write_inputs(self.directory, self.now())
+        write_input_digests(self.directory, self.now())
 
     def config(self, *overrides: str) -> RunConfig:
         return load_config(Path("c.yaml"), overrides)
 
-    def materials(self) -> Materials:
-        return load_materials(self.config(), self.directory / "model")
+    def run_inputs(self) -> RunInputs:
+        return load_run_inputs(self.config(), self.directory / "model")
 
-    def now(self) -> Inputs:
-        return describe_inputs(self.config(), self.materials())
+    def now(self) -> InputDigests:
+        return digest_inputs(self.config(), self.run_inputs())
 
     def check(self, **keywords: bool) -> list[str]:
         return check_same_inputs(self.directory, self.config(), self.now(), **keywords)
@@ -115,7 +115,7 @@ def test_the_same_data_may_lie_elsewhere(run: Run):
     now = run.config("data.train=moved/t.jsonl", "data.eval=moved/e.jsonl")
     check_same_run(earlier, now, contents_are_compared=True)
     assert (
-        check_same_inputs(run.directory, now, describe_inputs(now, load_materials(now, run.directory / "model"))) == []
+        check_same_inputs(run.directory, now, digest_inputs(now, load_run_inputs(now, run.directory / "model"))) == []
     )
     with pytest.raises(ConfigError, match="data.train = moved/t.jsonl: the run in runs/run was started with t.jsonl"):
         check_same_run(earlier, now)  # of an earlier version
@@ -127,7 +127,7 @@ def test_the_same_data_may_lie_elsewhere(run: Run):
 
 def test_other_code_of_the_reward_is_said(run: Run):
     before = msgspec.structs.replace(run.now(), reward="another")
-    write_inputs(run.directory, before)
+    write_input_digests(run.directory, before)
     assert run.check() == [f"reward.type = gsm8k: its code has changed since the run in {run.directory} was started"]
 
 
@@ -139,13 +139,13 @@ def test_weights_that_are_read_again_must_be_the_same(run: Run):
     (model / "model.safetensors").write_bytes(weights)
     config = run.config()
     from_hf = config.model_copy(update={"model": config.model.model_copy(update={"hf": model})})
-    materials = run.materials()
-    write_inputs(run.directory, describe_inputs(from_hf, materials))
-    assert check_same_inputs(run.directory, from_hf, describe_inputs(from_hf, materials)) == []
+    run_inputs = run.run_inputs()
+    write_input_digests(run.directory, digest_inputs(from_hf, run_inputs))
+    assert check_same_inputs(run.directory, from_hf, digest_inputs(from_hf, run_inputs)) == []
     changed = bytes(byte ^ 1 for byte in weights)
     assert len(changed) == len(weights)
     (model / "model.safetensors").write_bytes(changed)
-    now = describe_inputs(from_hf, materials)
+    now = digest_inputs(from_hf, run_inputs)
     with pytest.raises(ConfigError, match="model.hf = hf: its weights are not those that the run"):
         check_same_inputs(run.directory, from_hf, now)
     own = config.model_copy(update={"warm_start": config.warm_start.model_copy(update={"steps": 5})})
@@ -170,16 +170,16 @@ def test_a_sweep_goes_on_with_the_same_data_only(run: Run, capsys: pytest.Captur
     assert run_command_line(app, ["sweep", "sweep.yaml", "--dry-run"]) == 0
     point = load_config(Path("c.yaml"), ["run.dir=runs/sweep/seed0"])
     make_model_template(point, Path("runs/sweep/seed0/model"))
-    write_inputs(Path("runs/sweep/seed0"), run.now())
+    write_input_digests(Path("runs/sweep/seed0"), run.now())
     held_out = ["sweep", "sweep.yaml", "--dry-run", "-s", "data.eval=null", "-s", "data.train_prompts=null"]
     for seed in (0, 1):  # each draws others
         own = load_config(Path("c.yaml"), ["data.eval=null", "data.train_prompts=null", f"run.seed={seed}"])
         directory = Path(f"runs/sweep/seed{seed}")
         make_model_template(own, directory / "model")
-        write_inputs(directory, describe_inputs(own, load_materials(own, directory / "model")))
+        write_input_digests(directory, digest_inputs(own, load_run_inputs(own, directory / "model")))
     assert run_command_line(app, held_out) == 0, capsys.readouterr().err
     (Path("runs/sweep/seed1") / "inputs.json").unlink()
-    write_inputs(Path("runs/sweep/seed0"), run.now())
+    write_input_digests(Path("runs/sweep/seed0"), run.now())
     assert run_command_line(app, ["sweep", "sweep.yaml", "--dry-run"]) == 0
     write("e.jsonl", rows(60, 2))
     capsys.readouterr()

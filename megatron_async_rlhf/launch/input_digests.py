@@ -16,7 +16,7 @@ from msgspec import Struct
 from megatron_async_rlhf.checkpoint.run_checkpoints import has_own_reference
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.jobs.inputs import Materials, load_materials
+from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs
 from megatron_async_rlhf.telemetry.files import INPUTS, POLICY_TEMPLATE_DIR, replace_file
 from megatron_async_rlhf.types import Prompt
 
@@ -34,7 +34,7 @@ class PromptSet(Struct, frozen=True, kw_only=True):
     tokens: str
 
 
-class Inputs(Struct, frozen=True, kw_only=True):
+class InputDigests(Struct, frozen=True, kw_only=True):
     """Digests of all that a run reads from elsewhere.
 
     Attributes:
@@ -49,15 +49,15 @@ class Inputs(Struct, frozen=True, kw_only=True):
     format: int = _FORMAT
 
 
-def describe_inputs(config: RunConfig, materials: Materials) -> Inputs:
+def digest_inputs(config: RunConfig, run_inputs: RunInputs) -> InputDigests:
     """
     Raises:
         ConfigError: the weights of `model.hf` cannot be read.
     """
-    source = inspect.getsourcefile(type(materials.reward))
-    return Inputs(
-        train=_prompts(materials.train),
-        eval=_prompts(materials.eval),
+    source = inspect.getsourcefile(type(run_inputs.reward))
+    return InputDigests(
+        train=_prompts(run_inputs.train),
+        eval=_prompts(run_inputs.eval),
         weights=None if config.model.hf is None else _weights(config.model.hf),
         reward=None if source is None else _digest([Path(source).read_bytes()]),
     )
@@ -65,16 +65,16 @@ def describe_inputs(config: RunConfig, materials: Materials) -> Inputs:
 
 def check_resumed_inputs(
     config: RunConfig,
-    materials: Materials | None = None,
+    run_inputs: RunInputs | None = None,
     *,
     run_dir: Path | None = None,
     is_new: bool = False,
     starts_over: bool = False,
-) -> tuple[Inputs, list[str]]:
+) -> tuple[InputDigests, list[str]]:
     """What is read now, and warnings; data and weights must still be those of the run that is resumed or done again.
 
     Args:
-        materials: what was loaded, if it was.
+        run_inputs: what was loaded, if it was.
         run_dir: of that run; default: the one of `config`.
         is_new: there is no such run: nothing to compare with.
         starts_over: as in `check_same_inputs`.
@@ -83,11 +83,11 @@ def check_resumed_inputs(
         ConfigError, DataError: one line.
     """
     directory = run_dir or config.run.path.absolute()
-    now = describe_inputs(config, materials or load_materials(config, directory / POLICY_TEMPLATE_DIR))
+    now = digest_inputs(config, run_inputs or load_run_inputs(config, directory / POLICY_TEMPLATE_DIR))
     return now, [] if is_new else check_same_inputs(directory, config, now, starts_over=starts_over)
 
 
-def write_inputs(run_dir: Path, inputs: Inputs) -> None:
+def write_input_digests(run_dir: Path, inputs: InputDigests) -> None:
     """
     Raises:
         ConfigError: the file cannot be written.
@@ -98,7 +98,7 @@ def write_inputs(run_dir: Path, inputs: Inputs) -> None:
         raise ConfigError(f"{run_dir / INPUTS} cannot be written ({error.strerror or error})") from None
 
 
-def check_same_inputs(run_dir: Path, config: RunConfig, now: Inputs, *, starts_over: bool = False) -> list[str]:
+def check_same_inputs(run_dir: Path, config: RunConfig, now: InputDigests, *, starts_over: bool = False) -> list[str]:
     """That what is read `now` is what the run in `run_dir` was started with; warnings about what can do no harm.
 
     Args:
@@ -109,7 +109,7 @@ def check_same_inputs(run_dir: Path, config: RunConfig, now: Inputs, *, starts_o
     """
     path = run_dir / INPUTS
     try:
-        before = msgspec.json.decode(path.read_bytes(), type=Inputs)
+        before = msgspec.json.decode(path.read_bytes(), type=InputDigests)
     except FileNotFoundError:
         return [
             f"{run_dir} has no {INPUTS}, so it was started by an earlier version: whether data and model.hf are still the "
