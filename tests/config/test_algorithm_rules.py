@@ -24,7 +24,7 @@ from megatron_async_rlhf.errors import ConfigError
         ({"type": "grpo", "loss": "cispo", "clip_high": 0.28}, "algorithm.clip_high = 0.28 has no meaning with"),
         ({"type": "grpo", "loss": "cispo", "dual_clip": 4}, "algorithm.dual_clip = 4.0 has no meaning with"),
         ({"type": "grpo", "loss": "cispo", "ratio": "sequence"}, "algorithm.ratio = sequence has no meaning with"),
-        ({"type": "grpo", "kl": {"estimator": "k1"}}, "algorithm.kl.estimator = k1 differentiated as it is"),
+        ({"type": "grpo", "kl": {"estimator": "k1"}}, "algorithm.kl.estimator = k1: its own gradient is zero"),
         (
             {"type": "ppo", "kl": {"gradient": "estimator", "estimator": "k3"}},
             "algorithm.kl.gradient = estimator is of a term of the loss: set algorithm.kl.place = loss",

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +19,11 @@ from megatron_async_rlhf.options import SetOption, warn
 _SET_UP = "bash tools/setup_launch_env.sh"
 _TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names a directory and jobs
 _PANEL = "Slurm, instead of launch.slurm in the configuration"
+
+
+def _slurm(help: str, kind: Any = str) -> Any:
+    """The type of an option that takes the place of a key of launch.slurm."""
+    return Annotated[kind | None, typer.Option(help=help, rich_help_panel=_PANEL)]
 
 
 def launch(
@@ -36,27 +41,18 @@ def launch(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print all that would be submitted.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for jobs of Slurm too, and exit as they did.")] = False,
-    account: Annotated[str | None, typer.Option(help="Account to charge.", rich_help_panel=_PANEL)] = None,
-    partition: Annotated[str | None, typer.Option(help="Partition to submit to.", rich_help_panel=_PANEL)] = None,
+    account: _slurm("Account to charge.") = None,
+    partition: _slurm("Partition to submit to.") = None,
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Machines; default: launch.nodes.", rich_help_panel=_PANEL)
     ] = None,
-    time: Annotated[
-        str | None, typer.Option(help="Time limit of each stage: hours:minutes:seconds", rich_help_panel=_PANEL)
-    ] = None,
-    tunnel: Annotated[
-        Literal["local", "ssh"] | None,
-        typer.Option(help="How Slurm is reached: from this machine, or by ssh.", rich_help_panel=_PANEL),
-    ] = None,
-    host: Annotated[str | None, typer.Option(help="Host name of the login node.", rich_help_panel=_PANEL)] = None,
-    user: Annotated[str | None, typer.Option(help="User name on the login node.", rich_help_panel=_PANEL)] = None,
-    job_dir: Annotated[
-        str | None, typer.Option(help="Directory on the cluster for scripts and logs.", rich_help_panel=_PANEL)
-    ] = None,
-    project_dir: Annotated[
-        str | None, typer.Option(help="Directory on the cluster in which stages run.", rich_help_panel=_PANEL)
-    ] = None,
-    container: Annotated[str | None, typer.Option(help="Container image, for Pyxis.", rich_help_panel=_PANEL)] = None,
+    time: _slurm("Time limit of each stage: hours:minutes:seconds.") = None,
+    tunnel: _slurm("How Slurm is reached: from this machine, or by ssh.", Literal["local", "ssh"]) = None,
+    host: _slurm("Host name of the login node.") = None,
+    user: _slurm("User name on the login node.") = None,
+    job_dir: _slurm("Directory on the cluster for scripts and logs.") = None,
+    project_dir: _slurm("Directory on the cluster in which stages run.") = None,
+    container: _slurm("Container image, for Pyxis.") = None,
 ) -> None:
     """Run stages through NeMo-Run: here, or as jobs of a Slurm cluster, each when the one before has succeeded.
 
