@@ -136,9 +136,9 @@ class Controller:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             beside = [tasks.create_task(self._pool.watch(self._returned)), tasks.create_task(self._restore())]
-            self._pacer.evaluating = True
+            self._pacer.begin_evaluation()
             metrics = await evaluate(self._evaluation, self._config, self._pool, self._learner, self._recorder, when)
-            self._pacer.evaluating = False
+            self._pacer.end_evaluation()
             for task in beside:
                 task.cancel()
         return metrics
@@ -179,13 +179,12 @@ class Controller:
             if self._may_push():
                 await self._start_push()
                 continue
-            self._pacer.learner_busy = True
             tickets, arrivals = self._pacer.next_rollout(), list(self._pacer.ready)
-            self._pacer.trained_on(tickets)
+            self._pacer.begin_training(tickets)
             await self._train([self._generation.ready.pop(ticket.index) for ticket in tickets], arrivals)
             if self._checkpoints.is_due(self.version):
                 await self._start_save()
-            self._pacer.learner_busy = False
+            self._pacer.end_training()
             await self._changed.notify()
 
     def _is_over(self) -> bool:
@@ -224,7 +223,7 @@ class Controller:
         self._recorder.activity("learner", "idle")
         # Generators get the version before this one first, however the two race: schedules do not depend on speed.
         await self._changed.wait_until(lambda: not self._pacer.pushing)
-        self._pacer.trained_version = version + schedule.updates_per_rollout
+        self._pacer.trained()
         self._recorder.learner_was_busy(rollout_span(command, start, end), answer.spans)
         gaps = logprob_gaps(batches[0].completions, answer.logprobs, version)
         self._recorder.logprob_gaps(gaps)
@@ -292,7 +291,7 @@ class Controller:
             return
         if receivers != self._pool.alive or not self._may_push():
             return  # things have changed meanwhile
-        self._pacer.pushing = True
+        self._pacer.begin_push()
         self._pool.hold()
         self._recorder.activity("learner", f"push {version}")
         try:
@@ -311,14 +310,14 @@ class Controller:
             await self._push_failed(error)
             return
         await self._pool.mark_updated(self._weight_sync.receivers)
-        self._pacer.pushed_version = version
+        self._pacer.push_arrived(version)
         self._generation.weights_arrived()
         # A batch resumes its engines itself, once all its requests are there; one that waits for a generator does not yet.
         if self._schedule.generation == "streaming" or self._pacer.running or self._pacer.evaluating:
             await self._pool.resume()
         else:
             await self._pool.release()
-        self._pacer.pushing = False  # not before: nobody may pause engines that are about to be told to go on
+        self._pacer.end_push()  # not before: nobody may pause engines that are about to be told to go on
         self._generation.busy.thaw()
         await self._changed.notify()
         self._recorder.pushed(*await self._weight_sync.report())
@@ -340,7 +339,7 @@ class Controller:
         elif self._pacer.pushing:
             await self._pool.resume()
             self._generation.busy.thaw()
-        self._pacer.pushing = False
+        self._pacer.end_push()
         await self._changed.notify()
 
     def _returned(self, generator: object) -> None:

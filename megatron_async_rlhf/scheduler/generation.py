@@ -110,7 +110,8 @@ class Generation:
             return
         if self._evaluating is None and version // every > self.evaluated // every:
             self._evaluating = version
-            self._pacer.evaluating = self._evaluation_waits = True
+            self._pacer.begin_evaluation()
+            self._evaluation_waits = True
 
     def _may_evaluate(self) -> bool:
         waits_for_rollout = self._schedule.generation == "batch" and bool(self._pacer.running)
@@ -141,7 +142,7 @@ class Generation:
 
     def _evaluation_ended(self, completions: Sequence[list[Completion]], start: float) -> None:
         version, self._evaluating = self._evaluating, None
-        self._pacer.evaluating = False
+        self._pacer.end_evaluation()
         name = f"step {version}"
         versions = {version for (completion,) in completions for version in completion.versions}
         if versions - {version}:  # a generator died with its part, and what was left met newer weights

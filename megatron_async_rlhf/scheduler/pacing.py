@@ -42,11 +42,14 @@ class Ticket(Struct, frozen=True, kw_only=True):
 
 
 class Pacer:
-    """State of the schedule.
+    """State of the schedule. Only its methods change it; others read.
 
     Attributes:
         trained_version: policy version the learner is at.
         pushed_version: policy version the generators hold.
+        pushing: from the pause of the engines until they have been told to go on.
+        learner_busy: a rollout is being trained on, or saved.
+        evaluating: pushes wait, so that an evaluation sees one version.
         admitted: groups that were ever started.
         running: groups under way, by index, oldest number first.
         ready: complete groups the learner has not had, by index, in order of arrival.
@@ -66,9 +69,7 @@ class Pacer:
         # Both, by number, which is the order of their versions and deadlines too; and how many there are of each version.
         self._outstanding: dict[int, Ticket] = {}
         self._of_version: dict[int, int] = {}
-        self.pushing = False
-        self.learner_busy = False
-        self.evaluating = False  # pushes wait, so that an evaluation sees one version
+        self.pushing = self.learner_busy = self.evaluating = False
 
     def admissible(self, room: int) -> int:
         """How many groups may start now, if there is room for so many."""
@@ -151,10 +152,37 @@ class Pacer:
             chosen[ticket.index] = ticket
         return _by_index(chosen.values()) if len(chosen) == self._groups else None
 
-    def trained_on(self, tickets: Sequence[Ticket]) -> None:
-        """The learner has had these."""
-        for ticket in tickets:
+    def begin_training(self, rollout: Sequence[Ticket]) -> None:
+        """The learner takes these groups."""
+        self.learner_busy = True
+        for ticket in rollout:
             self._end(self.ready.pop(ticket.index))
+
+    def trained(self) -> None:
+        """It has made all optimizer steps of a rollout."""
+        self.trained_version += self._updates
+
+    def end_training(self) -> None:
+        """It may take the next one."""
+        self.learner_busy = False
+
+    def begin_push(self) -> None:
+        """Engines are paused from now on, and nobody else may pause or resume them."""
+        self.pushing = True
+
+    def push_arrived(self, version: int) -> None:
+        """The generators hold this version; engines are still paused."""
+        self.pushed_version = version
+
+    def end_push(self) -> None:
+        """Engines have been told to go on, or the push has failed."""
+        self.pushing = False
+
+    def begin_evaluation(self) -> None:
+        self.evaluating = True
+
+    def end_evaluation(self) -> None:
+        self.evaluating = False
 
     def stragglers(self) -> set[int]:
         """Running groups without which the learner cannot go on, although enough others are complete."""

@@ -102,8 +102,7 @@ def test_a_batch_that_cannot_be_kept_does_not_hide_the_loss(tmp_path):
 
 
 def test_tokens_outside_the_bound_are_a_bug():
-    pacer = Pacer(ScheduleSection(max_staleness=1))
-    pacer.trained_version = 5
+    pacer = Pacer(ScheduleSection(max_staleness=1), version=5)
     assert pacer.staleness(Counter([5, 4, 4])) == {0: 1, 1: 2}
     assert pacer.staleness(Counter()) == {}
     for versions in ([3], [6], [5, 3]):

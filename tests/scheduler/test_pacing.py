@@ -25,13 +25,14 @@ def arrive(pacer: Pacer, *indices: int) -> None:
         pacer.arrived(index)
 
 
-def train(pacer: Pacer, updates: int = 1, push: bool = True) -> list[int]:
+def train(pacer: Pacer, push: bool = True) -> list[int]:
     """The groups of the next rollout, which is then trained and, unless told otherwise, pushed."""
     tickets = pacer.next_rollout()
-    pacer.trained_on(tickets)
-    pacer.trained_version += updates
+    pacer.begin_training(tickets)
+    pacer.trained()
+    pacer.end_training()
     if push:
-        pacer.pushed_version = pacer.trained_version
+        pacer.push_arrived(pacer.trained_version)
     return [ticket.index for ticket in tickets]
 
 
@@ -59,7 +60,7 @@ def test_a_push_makes_room_for_one_rollout_and_training_alone_for_none():
     arrive(pacer, *admit(pacer))
     assert train(pacer, push=False) == [0, 1]
     assert pacer.admissible(PLENTY) == 0
-    pacer.pushed_version = 1
+    pacer.push_arrived(1)
     assert admit(pacer) == [4, 5]
 
 
@@ -75,9 +76,9 @@ def test_a_batch_starts_whole_and_alone():
     assert pacer.admissible(PLENTY) == 0
     arrive(pacer, 0, 1)
     assert pacer.admissible(1) == 2, "a batch needs no room for all of it"
-    pacer.trained_version = 1
+    pacer.trained()
     assert pacer.admissible(PLENTY) == 0, "newer weights come first"
-    pacer.learner_busy = True
+    pacer.begin_training([])
     assert pacer.admissible(PLENTY) == 2, "but not while the learner is at the next step"
 
 
@@ -211,7 +212,7 @@ def test_stragglers_are_those_the_next_rollout_waits_for():
     assert pacer.stragglers() == set(), "no two groups are complete"
     arrive(pacer, 4)
     assert pacer.stragglers() == {0}
-    pacer.learner_busy = True
+    pacer.begin_training([])
     assert pacer.stragglers() == set(), "nobody waits"
 
 
@@ -242,17 +243,17 @@ def test_restored_groups_keep_their_deadlines_and_unfinished_ones_start_first():
 def test_pushes_wait_for_what_must_not_meet_two_versions():
     pacer = make(max_staleness=2)
     admit(pacer)
-    pacer.trained_version = 1
+    pacer.trained()
     assert not pacer.may_push()
     assert pacer.admissible(PLENTY) == 0, "the generators come to an end first"
     assert pacer.may_push(abandoned=True)
     arrive(pacer, *list(pacer.running))
     assert pacer.may_push()
-    pacer.evaluating = True
+    pacer.begin_evaluation()
     assert not pacer.may_push()
     in_flight = make(max_staleness=2, in_flight_updates="keep")
     admit(in_flight)
     assert not in_flight.may_push(waiting=True), "a push for one would stop the others"
     assert in_flight.may_push(waiting=True, abandoned=True)
-    in_flight.trained_version = 1
+    in_flight.trained()
     assert in_flight.may_push()
