@@ -63,6 +63,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
+        "ruff>=0.12",
         "trl==1.16.0",  # tests compare our losses with its
     ],
 }
