@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from learner_ranks import LAYOUTS, Layout, LayoutRun, models, run_layout
+from learner_ranks import LAYOUTS, THOROUGH, Layout, LayoutRun, models, run_layout
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,11 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, sources: dict[str, dict]):
     return get
 
 
-@pytest.fixture(scope="session", params=LAYOUTS, ids=str)
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(each, marks=[pytest.mark.thorough] * (each in THOROUGH)) for each in LAYOUTS],
+    ids=str,
+)
 def run(request: pytest.FixtureRequest, run_of) -> LayoutRun:
     return run_of(request.param)
 

@@ -117,6 +117,8 @@ LAYOUTS = [
         data=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, reference="swapped"
     ),
 ]
+# Each alone what others have together.
+THOROUGH = [Layout(tensor=2), Layout(pipeline=2), Layout(data=2), Layout(recompute="full")]
 
 
 def models(root: Path) -> dict[str, dict]:

@@ -5,10 +5,10 @@ import torch
 from learner_ranks import Layout, LayoutRun, run_layout, write_hf_model
 
 LAYOUTS = [
-    Layout(pipeline=2, virtual_stages=2),
+    pytest.param(Layout(pipeline=2, virtual_stages=2), marks=pytest.mark.thorough),
     Layout(pipeline=2, data=2, virtual_stages=2, overlap_grad_reduce=True),
     Layout(tensor=2, pipeline=2, virtual_stages=2, sequence_parallel=True, recompute="full", reference="swapped"),
-    Layout(context=2),
+    pytest.param(Layout(context=2), marks=pytest.mark.thorough),
     Layout(context=2, tensor=2, sequence_parallel=True, recompute="selective"),
     Layout(context=2, data=2, distributed_optimizer=True),
 ]
