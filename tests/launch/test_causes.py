@@ -195,8 +195,9 @@ def terminal(tmp_path: Path):
         def prepare() -> None:
             os.setsid()
             os.close(os.open(os.ttyname(theirs), os.O_RDWR))  # makes it the controlling terminal
-            if keys.get("nohup"):
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.signal(
+                signal.SIGHUP, signal.SIG_IGN if keys.get("nohup") else signal.SIG_DFL
+            )  # however we were started
 
         command = [sys.executable, "-c", UNDER_A_TERMINAL, str(tmp_path), str(Path(__file__).parent)]
         started.append(subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=prepare))
