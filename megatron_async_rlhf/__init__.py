@@ -1,3 +1,3 @@
 """Asynchronous RLHF: Megatron-core learns while vLLM generates, with bounded staleness."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -41,7 +41,7 @@ def read_run_state(checkpoint: Path) -> RunState:
     """
     path = checkpoint / RUN_STATE
     try:
-        state = msgspec.msgpack.decode(path.read_bytes(), type=RunState, dec_hook=_decode)
+        state = msgspec.convert(_upgraded(msgspec.msgpack.decode(path.read_bytes())), RunState, dec_hook=_decode)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from None
     except msgspec.MsgspecError as error:
@@ -52,6 +52,15 @@ def read_run_state(checkpoint: Path) -> RunState:
     groups = [*(group.index for group in controller.ready), *controller.unfinished]
     if len(set(groups)) < len(groups) or any(not 0 <= index < controller.admitted for index in groups):
         raise CheckpointError(f"{path} is broken: its groups do not add up")
+    return state
+
+
+def _upgraded(state: Any) -> Any:
+    """What version 0.1.0 wrote, format 2, in today's names."""
+    if isinstance(state, dict) and state.get("format") == 2:
+        totals = dict(state["totals"])
+        totals["samples_not_selected"] = totals.pop("samples_dropped")
+        return state | {"totals": totals, "format": _FORMAT}
     return state
 
 

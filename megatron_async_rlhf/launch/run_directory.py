@@ -1,5 +1,6 @@
 """Makes the directory of a run; an earlier run found there is set aside, never overwritten, or gone on with."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -57,8 +58,8 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
     try:
         # All are read before anything is changed: one may have a line that nobody wrote like that.
         kept = {
-            METRICS: _lines_to_keep(directory / METRICS, lambda line: line["step"] <= version),
-            SAMPLES: _lines_to_keep(directory / SAMPLES, lambda line: line["step"] <= version),
+            METRICS: _lines_to_keep(directory / METRICS, lambda line: line["step"] <= version, numbered=True),
+            SAMPLES: _lines_to_keep(directory / SAMPLES, lambda line: line["step"] <= version, numbered=True),
             EVALUATIONS: _lines_to_keep(directory / EVALUATIONS, lambda line: line["when"] in evaluated),
         }
         checkpoints.remove_leftovers()
@@ -106,15 +107,21 @@ def check_inputs_apart(config: RunConfig) -> None:
             )
 
 
-def _lines_to_keep(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> bytes:
-    """As they were written."""
+def _lines_to_keep(path: Path, is_kept: Callable[[dict[str, Any]], bool], *, numbered: bool = False) -> bytes:
+    """As they were written; but steps that version 0.1.0 numbered from 0 are numbered from 1."""
     if not path.exists():
         return b""
-    kept = []
+    kept, from_0 = [], None
     for line in read_json_lines(path, may_be_cut=True):
         try:
-            if is_kept(line.record):
-                kept.append(line.raw + b"\n")
+            record, raw = line.record, line.raw
+            if numbered and from_0 is None:
+                from_0 = record["step"] == 0
+            if from_0:
+                record = record | {"step": record["step"] + 1}
+                raw = json.dumps(record, ensure_ascii=False).encode()
+            if is_kept(record):
+                kept.append(raw + b"\n")
         except (KeyError, TypeError):
             raise DataError(f"{path}:{line.number}: this run did not write it; remove the line to resume") from None
     return b"".join(kept)
