@@ -77,6 +77,7 @@ def test_async_without_staleness_is_sync_bit_for_bit(start, name: str):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # test_hangs.py has one that is killed and comes back
 def test_a_killed_generator_comes_back_and_nothing_is_lost(start):
     """Synchronous, with seeds per request: but for float noise between batches, what is learned is the same."""
     settings = ("schedule.mode=sync", "generator.replicas=2", "schedule.steps=30")
