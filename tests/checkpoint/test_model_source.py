@@ -9,7 +9,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.converter.convert import import_hf
 from megatron_async_rlhf.data.tokenizer import DATE
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
-from megatron_async_rlhf.jobs import inputs as prepare
+from megatron_async_rlhf.jobs import inputs
 from megatron_async_rlhf.jobs.inputs import make_model_template, missing_inputs
 
 
@@ -44,7 +44,7 @@ def test_a_checkpoint_can_be_planned_with_where_torch_is_not_installed(make_mode
     import_hf(make_model().directory, tmp_path / "checkpoint", tensor_parallel=1, pipeline_parallel=1, dtype=None)
     config = RunConfig.model_validate({"model": {"hf": str(tmp_path / "checkpoint")}})
     assert missing_inputs(config) == []
-    monkeypatch.setattr(prepare, "find_spec", lambda name: None)
+    monkeypatch.setattr(inputs, "find_spec", lambda name: None)
     assert [line.split(": ")[0] for line in missing_inputs(config)] == ["weights"]
 
 

@@ -13,7 +13,7 @@ from megatron_async_rlhf.config.resume import check_same_run
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs, make_model_template
-from megatron_async_rlhf.launch import inputs
+from megatron_async_rlhf.launch import input_digests
 from megatron_async_rlhf.launch.input_digests import InputDigests, check_same_inputs, digest_inputs, write_input_digests
 from megatron_async_rlhf.usage import run_command_line
 
@@ -160,7 +160,7 @@ def test_a_small_file_is_read_whole(tmp_path: Path):
         content = bytearray(40)
         content[number] = 1
         (tmp_path / "a.safetensors").write_bytes(content)
-        (tmp_path / f"{inputs._weights(tmp_path)}.seen").touch()
+        (tmp_path / f"{input_digests._weights(tmp_path)}.seen").touch()
     assert len(list(tmp_path.glob("*.seen"))) == 40
 
 
