@@ -26,15 +26,13 @@ def descendants(pid: int) -> list[int]:
 
 
 def stop(run, name: str, part: str) -> None:
-    """Stop the process of `name` whose command starts with `part`; empty: the first one."""
+    """Stop the process of `name` whose command has `part` in it; empty: the first one."""
     pid = json.loads((run.directory / "logs/processes.json").read_text())[name]
-    (found, *_) = [
-        each for each in descendants(pid) if Path(f"/proc/{each}/comm").read_text().startswith(part) or not part
-    ]
+    (found, *_) = [each for each in descendants(pid) if part in Path(f"/proc/{each}/cmdline").read_text()]
     os.kill(found, signal.SIGSTOP)
 
 
-PARTS = {"engine": ("VLLM::EngineCor", 1), "worker": ("VLLM::Worker_TP1", 2), "api server": ("", 1)}
+PARTS = {"engine": ("VLLM::EngineCore", 1), "worker": ("VLLM::Worker_TP1", 2), "api server": ("", 1)}
 
 
 @pytest.mark.slow
