@@ -57,9 +57,12 @@ def read_run_state(checkpoint: Path) -> RunState:
 
 def _upgraded(state: Any) -> Any:
     """What version 0.1.0 wrote, format 2, in today's names."""
-    if isinstance(state, dict) and state.get("format") == 2:
-        totals = dict(state["totals"])
-        totals["samples_not_selected"] = totals.pop("samples_dropped")
+    if (
+        isinstance(state, dict)
+        and state.get("format") == 2
+        and "samples_dropped" in (totals := state.get("totals", {}))
+    ):
+        totals = totals | {"samples_not_selected": totals["samples_dropped"]}
         return state | {"totals": totals, "format": _FORMAT}
     return state
 

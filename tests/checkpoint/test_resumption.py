@@ -338,8 +338,17 @@ def test_what_came_after_the_checkpoint_is_cut_off(found: Found):
 TEXT = "a\u2028b\u2029c\x85d\ve\ff\x1cg\x1dh\x1ei"  # at each of which `str.splitlines` would cut
 
 
+def test_steps_of_version_0_1_0_are_numbered_from_1(found: Found):
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = [json.dumps({"step": step, "prompt": TEXT}, ensure_ascii=False) + "\n" for step in range(6)]
+        (found.run / name).write_text("".join(lines), encoding="utf-8")
+    reopen_run_directory(found.config(), 4)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert read_lines(found.run / name) == [{"step": step, "prompt": TEXT} for step in (1, 2, 3, 4)]
+
+
 def test_text_with_any_separator_is_kept(found: Found):
-    samples = [{"step": step, "prompt": TEXT} for step in (0, 3, 5)]
+    samples = [{"step": step, "prompt": TEXT} for step in (1, 3, 5)]
     evaluations = [{"when": when, "completion": TEXT} for when in ("before", "after")]
     for name, lines in (("samples.jsonl", samples), ("evaluations.jsonl", evaluations)):
         (found.run / name).write_text(

@@ -52,7 +52,7 @@ def test_all_settings_together(tmp_path: Path, clean: dict[str, object]):
     subprocess.run(command, capture_output=True, timeout=60, check=False)
     variables = {name: value for setting in SETTINGS.values() for name, value in setting.variables.items()}
     variables |= {"LC_ALL": "x.ISO-8859-1", "LOCPATH": str(tmp_path)}
-    run_dir = tmp_path / "a b %s:é 目录 #1 $HOME" / ("long" * 30) / "run"
+    run_dir = tmp_path / "a b %s:é 目录 #1 $ {}" / ("long" * 30) / "run"
     told = start(train(run_dir), here, variables, prepare=limits)
     assert told.returncode == 0, told.stdout
     assert results(run_dir) == clean
