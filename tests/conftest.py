@@ -31,7 +31,15 @@ SLOW_FILES = {
     "learner/test_deep_layouts.py",
     "learner/test_layouts.py",
     "simulate/test_random_schedules.py",
+    "environment/test_child_environment.py",
     "environment/test_interpreter.py",
+    "launch/test_causes.py",
+    "launch/test_supervisor.py",
+    "model_directories/test_model_directories.py",
+    "simulate/test_command.py",
+    "sweep/test_driver.py",
+    "tools/test_gpu_check.py",
+    "weights/test_transfer.py",
     "launch/test_fleet.py",
 }
 # Where several processes share the tests, those of a file stay together, because they share what is slow; and these files.
