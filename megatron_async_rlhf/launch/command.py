@@ -116,6 +116,10 @@ def replay(
     """
     from megatron_async_rlhf.converter.sources import open_holders
     from megatron_async_rlhf.launch import start
+    from megatron_async_rlhf.launch.input_digests import check_resumed_inputs
+    from megatron_async_rlhf.launch.plan import plan_learner_alone
+    from megatron_async_rlhf.launch.run_directory import check_inputs_apart
+    from megatron_async_rlhf.scheduler.recording import RolloutLog
 
     recorded = run.absolute()
     if not (recorded / RESOLVED_CONFIG).is_file():
@@ -124,9 +128,23 @@ def replay(
     section = earlier.run.model_copy(update={"dir": out or recorded.with_name(f"{recorded.name}.replay")})
     config = earlier.model_copy(update={"run": section})
     start.prepare_machine(config, node_rank)
-    if code := start.run(config, lambda fleet, _: _decide_replay(config, earlier, recorded, out, fleet)):
+    rollouts = 0
+
+    def decide(fleet: "Fleet", _: Path) -> start.Start:
+        nonlocal rollouts
+        check_inputs_apart(config)
+        if recorded.resolve().is_relative_to(config.run.path.resolve()):
+            raise ConfigError(f"--out {out} would take the place of {recorded} itself; choose another")
+        rollouts = sum(1 for _ in RolloutLog(recorded / ROLLOUT_DIR).read(end=len(read_lines(recorded / METRICS))))
+        if not rollouts:
+            raise ConfigError(f"{recorded} has recorded nothing; it must be run with schedule.record = true")
+        warn(check_resumed_inputs(earlier, run_dir=recorded, starts_over=True)[1])
+        arguments = ["--recorded", str(recorded)]
+        plan = plan_learner_alone(config, config.run.path.absolute(), fleet.nodes, "replay", arguments)
+        return start.Start(plan=plan, template=recorded / POLICY_TEMPLATE_DIR)
+
+    if code := start.run(config, decide):
         raise typer.Exit(code)
-    rollouts = _recorded_rollouts(recorded)
     if rollouts < earlier.schedule.rollouts or not (recorded / EXPORT_DIR).is_dir():
         typer.echo(
             f"{rollouts} rollouts came out the same; {recorded} was not completed, so there are no weights to compare"
@@ -166,11 +184,11 @@ def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: P
     run_inputs = check_inputs(config, template)
     refuse_too_large(config, run_inputs.architecture)
     warn(data_warnings(config, run_inputs))
-    inputs, warnings = check_resumed_inputs(config, run_inputs, is_new=version is None)
+    digests, warnings = check_resumed_inputs(config, run_inputs, is_new=version is None)
     warn(warnings)
     budget, context = gpu_budget(config, run_inputs.architecture), run_inputs.architecture.context_length
     plan = plan_processes(config, run_dir, context, fleet.nodes, version, budget=budget)
-    return Start(plan=plan, template=template, version=version, inputs=inputs)
+    return Start(plan=plan, template=template, version=version, digests=digests)
 
 
 def _find_resumption(config: RunConfig, resume: bool) -> "Resumption":
@@ -184,27 +202,3 @@ def _find_resumption(config: RunConfig, resume: bool) -> "Resumption":
     if found.version is None and not found.finished:
         check_inputs_apart(config)
     return found
-
-
-def _decide_replay(config: RunConfig, earlier: RunConfig, recorded: Path, out: Path | None, fleet: "Fleet") -> "Start":
-    from megatron_async_rlhf.launch.input_digests import check_resumed_inputs
-    from megatron_async_rlhf.launch.plan import plan_learner_alone
-    from megatron_async_rlhf.launch.run_directory import check_inputs_apart
-    from megatron_async_rlhf.launch.start import Start
-
-    check_inputs_apart(config)
-    if recorded.resolve().is_relative_to(config.run.path.resolve()):
-        raise ConfigError(f"--out {out} would take the place of {recorded} itself; choose another")
-    if not _recorded_rollouts(recorded):
-        raise ConfigError(f"{recorded} has recorded nothing; it must be run with schedule.record = true")
-    warn(check_resumed_inputs(earlier, run_dir=recorded, starts_over=True)[1])
-    arguments = ["--recorded", str(recorded)]
-    plan = plan_learner_alone(config, config.run.path.absolute(), fleet.nodes, "replay", arguments)
-    return Start(plan=plan, template=recorded / POLICY_TEMPLATE_DIR)
-
-
-def _recorded_rollouts(run: Path) -> int:
-    """How many there are of steps that were made."""
-    from megatron_async_rlhf.scheduler.recording import RolloutLog
-
-    return sum(1 for _ in RolloutLog(run / ROLLOUT_DIR).read(end=len(read_lines(run / METRICS))))

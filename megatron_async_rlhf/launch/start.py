@@ -30,15 +30,15 @@ class Start(Struct, frozen=True, kw_only=True):
     """What is to be started.
 
     Attributes:
-        template: model template of a new run; None for one that goes on, which has it.
+        template: the policy without its weights; a new run's directory gets a copy.
         version: of the checkpoint that a run goes on from.
-        inputs: what the run reads, to be remembered if it is not yet.
+        digests: of what the run reads, to be remembered if they are not yet.
     """
 
     plan: ProcessPlan
-    template: Path | None = None
+    template: Path
     version: int | None = None
-    inputs: InputDigests | None = None
+    digests: InputDigests | None = None
 
 
 def prepare_machine(config: RunConfig, node_rank: int, *limits: str | None) -> None:
@@ -76,8 +76,8 @@ def run(config: RunConfig, decide: Callable[[Fleet, Path], Start | None]) -> int
         if start is None:
             return 0
         run_dir = _open_directory(config, start)
-        if start.inputs is not None and not (run_dir / INPUTS).is_file():  # of a resumed run what it began with counts
-            write_input_digests(run_dir, start.inputs)
+        if start.digests is not None and not (run_dir / INPUTS).is_file():  # of a resumed run what it began with counts
+            write_input_digests(run_dir, start.digests)
         outlive_readers()
         return Supervisor(config, start.plan, run_dir, Display(), fleet).run()
 

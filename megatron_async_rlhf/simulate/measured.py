@@ -81,13 +81,13 @@ def measure(run_dir: Path) -> Measured:
     Raises:
         ConfigError: the run has no summary or metrics of RL steps.
     """
-    lines = read_steps(run_dir / METRICS)
+    lines, nothing = read_steps(run_dir / METRICS), f"--from-run {run_dir}: has no finished RL steps"
     try:
         summary = convert(read_summary(run_dir), _Figures)
     except ValidationError as error:
-        raise ConfigError(f"--from-run {run_dir}: its {SUMMARY} is not that of a run: {error}") from None
+        raise ConfigError(f"{nothing} ({SUMMARY}: {error}); give the directory of a completed run") from None
     if not (summary.tokens_generated and summary.weight_sync.count and lines):
-        raise ConfigError(f"--from-run {run_dir}: has no finished RL steps; give the directory of a completed run")
+        raise ConfigError(f"{nothing}; give the directory of a completed run")
     config = load_config(run_dir / RESOLVED_CONFIG)
     # Every sequence takes a decoding step for each token, and one for its prompt.
     sequence_steps = (summary.tokens_generated + summary.samples_generated) / config.generator.replicas

@@ -122,10 +122,12 @@ def test_a_resumed_run_counts_all_its_starts(tmp_path):
 
 
 def test_what_cannot_be_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match="--from-run .*: its summary.json is not that of a run: .* field `max_stale"):
+    with pytest.raises(ConfigError, match="--from-run .*: has no finished RL steps"):
         measure(tmp_path)
     (tmp_path / "summary.json").write_text('{"status": "completed", "steps": "ten"}', encoding="utf-8")
-    with pytest.raises(ConfigError, match="--from-run .*: its summary.json is not that of a run"):
+    with pytest.raises(
+        ConfigError, match="--from-run .*: has no finished RL steps .summary.json: .*; give the directory"
+    ):
         measure(tmp_path)
     for text in ("lognormal:0:1", "constant", "normal:3:1", "constant:x"):
         with pytest.raises(ConfigError, match=f"--lengths {text}: must be constant:TOKENS or lognormal:MEAN:SIGMA"):
