@@ -24,7 +24,6 @@ SLOW_FILES = {
     "estimate/test_activations.py",
     "estimate/test_learner_memory.py",
     "launch/test_fleet.py",
-    "launch/test_fleet.py",
     "learner/test_against_transformers.py",
     "learner/test_algorithms.py",
     "learner/test_commands.py",
@@ -40,12 +39,14 @@ SLOW_FILES = {
     "sweep/test_driver.py",
     "tools/test_gpu_check.py",
     "weights/test_transfer.py",
-    "launch/test_fleet.py",
 }
 # Where several processes share the tests, those of a file stay together, because they share what is slow; and these files.
 WITH = {"tests/learner/test_against_transformers.py": "tests/learner/test_layouts.py"}
 # Slow tests that are quick ones all the same, because nothing else shows what they do.
-ONE_OF_ITS_KIND = {"e2e/test_runs.py::test_a_run_in_every_layout[tp1-generator-tp1]"}
+ONE_OF_ITS_KIND = {
+    "e2e/test_runs.py::test_a_run_in_every_layout[tp1-generator-tp1]",
+    "model_directories/test_model_directories.py::test_a_description_without_weights_can_be_planned_with_and_not_started",
+}
 
 
 def is_quick(item: pytest.Item) -> bool:

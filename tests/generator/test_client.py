@@ -197,6 +197,28 @@ def test_a_probe_asks_engine_and_workers_not_the_front(tokenizer):
     asyncio.run(go())
 
 
+def test_a_server_that_was_told_to_end_is_gone(tokenizer):
+    """Who ends a whole job tells every process of it to end; until its API server has ended the engine refuses all work."""
+
+    async def go() -> None:
+        async def refuse(request: web.Request) -> web.Response:
+            error = {"message": "Server shutting down", "type": "InternalServerError", "param": None, "code": 500}
+            return web.json_response({"error": error}, status=500)
+
+        async def healthy(request: web.Request) -> web.Response:
+            return web.Response()
+
+        application = web.Application()
+        application.router.add_get("/health", healthy)
+        application.router.add_post("/{path:.*}", refuse)
+        async with serving(application, tokenizer) as client:
+            with pytest.raises(GeneratorGoneError, match="generator.0: /start_weight_update failed, the server was told"):
+                await client.receive_weights(version=1, verify=True)
+            assert client.version == -1
+
+    asyncio.run(go())
+
+
 def test_nobody_waits_for_requests_at_a_server_that_was_given_up(tokenizer):
     async def go() -> None:
         async def load(request: web.Request) -> web.Response:

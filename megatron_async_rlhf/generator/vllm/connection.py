@@ -13,6 +13,7 @@ from megatron_async_rlhf.limits import open_files
 
 NO_LIMIT = 0.0
 _SAMPLE = "/inference/v1/generate"
+_ENDING = b"Server shutting down"  # what vLLM's engine says to whatever it is asked after it was told to end
 # Of a connection that this machine does not even try to make: the server has nothing to do with it.
 _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
 
@@ -49,7 +50,7 @@ class Connection:
                 times as fast as a tree of dictionaries.
 
         Raises:
-            GeneratorGoneError: it ended, or its engine did.
+            GeneratorGoneError: it ended or is about to, or its engine did.
             GeneratorSilentError: it did not answer in time.
             GeneratorError: it refused.
         """
@@ -96,6 +97,8 @@ class Connection:
             raise GeneratorGoneError(f"{name}: {path} failed, the server is gone ({type(error).__name__})") from None
         if status == 200:
             return self._decoded(path, content, answer) if content else {}
+        if status >= 500 and _ENDING in content:
+            raise GeneratorGoneError(f"{name}: {path} failed, the server was told to end")
         if status >= 500 and not await self.has_engine():  # a server outlives its engine by a moment
             raise GeneratorGoneError(f"{name}: {path} failed, its engine died; see its log")
         detail = " ".join(content.decode(errors="replace").split())[:300]
