@@ -64,7 +64,7 @@ class Job:
 def test_jobs_over_two_nodes(slurm):
     """Three jobs of one user on the same nodes at once: one completes; one is asked to save and goes back into the queue,
     with the first one's result in the end; one is cancelled."""
-    steps = ("schedule.mode=sync", "schedule.steps=80", "checkpoint.every_steps=30")
+    steps = ("schedule.mode=sync", "schedule.steps=40", "checkpoint.every_steps=15")
     cut, whole = Job(slurm, "cut", *steps), Job(slurm, "whole", *steps)
     cancelled = Job(slurm, "cancelled", "schedule.steps=100000")
 
@@ -83,9 +83,9 @@ def test_jobs_over_two_nodes(slurm):
     assert "back into the queue" in cut.log() and "start 2" in cut.log() and "going on from" in cut.log()
     summaries = [job.summary() for job in (whole, cut)]
     for job, summary in zip((whole, cut), summaries, strict=True):
-        assert (summary["status"], summary["steps"]) == ("completed", 80), job.log()
+        assert (summary["status"], summary["steps"]) == ("completed", 40), job.log()
         assert summary["weight_sync"]["mismatches"] == 0 < summary["weight_sync"]["verified"]
-        assert [line["step"] for line in job.lines()] == list(range(1, 81))
+        assert [line["step"] for line in job.lines()] == list(range(1, 41))
     assert summaries[0]["eval"] == summaries[1]["eval"]
     for one, other in zip(whole.lines(), cut.lines(), strict=True):
         assert {k: v for k, v in one.items() if not k.startswith(MEASURED)} == {

@@ -50,7 +50,7 @@ PARTS = {"engine": ("VLLM::EngineCore", 1), "worker": ("VLLM::Worker_TP1", 2), "
 )
 def test_a_stopped_part_of_a_generator_costs_a_restart(start, part, replicas):
     process, tensor_parallel = PARTS[part]
-    steps = 60
+    steps = 20
     run = start(
         *LIMITS,
         f"generator.replicas={replicas}",

@@ -74,7 +74,10 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 FAMILIES = [
-    pytest.param("qwen2", {"tie_word_embeddings": True}, (2, 1, 2), (2, 1), id="qwen2-tied"),
+    pytest.param("qwen2", {"tie_word_embeddings": True}, (1, 1, 1), (1, 1), id="qwen2-tied"),
+    pytest.param(
+        "qwen2", {"tie_word_embeddings": True}, (2, 1, 2), (2, 1), id="qwen2-tied-tp2", marks=pytest.mark.thorough
+    ),
     pytest.param("qwen3", {"head_dim": 64}, (1, 2, 2), (1, 1), id="qwen3", marks=pytest.mark.thorough),
     pytest.param(
         "llama",

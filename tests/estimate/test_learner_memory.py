@@ -41,7 +41,11 @@ CASES = {
     "recompute, long rows": {"recompute": "full", "micro_batch_tokens": 4096},
 }
 # Their parts are in other cases too.
-REPEATING = ("tensor parallel", "pipeline", "bf16") if os.environ.get("ASYNC_RLHF_TEST_THOROUGH") != "1" else ()
+REPEATING = (
+    ("tensor parallel", "pipeline", "bf16", "context parallel", "distributed optimizer")
+    if os.environ.get("ASYNC_RLHF_TEST_THOROUGH") != "1"
+    else ()
+)
 MEASURED = [case for case in CASES if case not in REPEATING]
 SAVED = [case for case in MEASURED if case in ("one rank", "bf16") or case.startswith("distributed optimizer")]
 
