@@ -212,7 +212,9 @@ def test_a_server_that_was_told_to_end_is_gone(tokenizer):
         application.router.add_get("/health", healthy)
         application.router.add_post("/{path:.*}", refuse)
         async with serving(application, tokenizer) as client:
-            with pytest.raises(GeneratorGoneError, match="generator.0: /start_weight_update failed, the server was told"):
+            with pytest.raises(
+                GeneratorGoneError, match="generator.0: /start_weight_update failed, the server was told"
+            ):
                 await client.receive_weights(version=1, verify=True)
             assert client.version == -1
 
