@@ -28,6 +28,8 @@ class ProcessSpec(Struct, frozen=True, kw_only=True):
     Attributes:
         node: which machine, counted from the first, which supervises.
         end_signal: ends it at once, when nothing is left to be saved.
+        blocks_terminate: neither it nor what it starts ever gets a SIGTERM: a scheduler sends that to all of a job, which
+            still needs it to finish its step and save.
     """
 
     name: str
@@ -37,6 +39,7 @@ class ProcessSpec(Struct, frozen=True, kw_only=True):
     gpus: list[int] = []
     node: int = 0
     end_signal: int = signal.SIGTERM
+    blocks_terminate: bool = False
 
 
 class ProcessPlan(Struct, frozen=True, kw_only=True):
@@ -146,6 +149,8 @@ def _generator(config: RunConfig, name: str, slots: Sequence[Slot], node: Node, 
         cores=[],  # vLLM binds its workers itself; its front end may run wherever there is room
         gpus=devices if on_gpus else [],
         node=slots[0].node,
+        end_signal=signal.SIGINT,  # which vLLM takes as it takes a SIGTERM
+        blocks_terminate=True,
     )
 
 

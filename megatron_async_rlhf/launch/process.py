@@ -169,6 +169,8 @@ def _before_exec(spec: ProcessSpec):
         if os.getppid() != parent:
             os._exit(1)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what becomes of a terminal is its parent's affair
+        if spec.blocks_terminate:  # blocked, not ignored: what it runs would set a handler of its own
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         if spec.cores:
             os.sched_setaffinity(0, spec.cores)
 

@@ -42,7 +42,7 @@ CASES = {
 }
 # Their parts are in other cases too.
 REPEATING = (
-    ("tensor parallel", "pipeline", "bf16", "context parallel", "distributed optimizer")
+    ("tensor parallel", "pipeline", "bf16", "context parallel", "distributed optimizer, bf16")
     if os.environ.get("ASYNC_RLHF_TEST_THOROUGH") != "1"
     else ()
 )

@@ -158,3 +158,37 @@ def test_compiled_code_is_kept(monkeypatch):
 def remove_own() -> None:
     for path in Path(tempfile.gettempdir()).glob(f"rlhf-*-{os.getpid()}-*"):
         path.rmdir()
+
+
+# A process and a child of it, both with a handler for what they would end on.
+ENDS_ON_SIGNALS = """
+import os, signal, sys, time
+child = os.fork()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+signal.signal(signal.SIGINT, lambda *_: sys.exit(6))
+if child:
+    print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("blocks", "code"), [(True, 6), (False, 5)])
+def test_a_generator_and_what_it_starts_get_no_sigterm(tmp_path: Path, blocks: bool, code: int):
+    """Whoever ends a whole job sends it to every process, while the step under way still needs the generators."""
+    arguments = [sys.executable, "-c", ENDS_ON_SIGNALS]
+    spec = ProcessSpec(name="server", arguments=arguments, environment={}, cores=[], blocks_terminate=blocks)
+    process = LocalProcess(spec, tmp_path, pipe_stdout=True)
+    try:
+        process.stdout.readline()
+        process.kill_group(signal.SIGTERM)
+        time.sleep(0.3)
+        assert len(list(_group(process.pid))) == (2 if blocks else 0)
+        process.kill_group(signal.SIGINT)
+        deadline = time.monotonic() + LIMIT_S
+        while process.returncode is None or list(_group(process.pid)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert process.returncode == code
+    finally:
+        process.kill_group(signal.SIGKILL)
+        process.clean_up()
