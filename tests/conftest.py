@@ -41,7 +41,10 @@ SLOW_FILES = {
     "weights/test_transfer.py",
 }
 # Where several processes share the tests, those of a file stay together, because they share what is slow; and these files.
-WITH = {"tests/learner/test_against_transformers.py": "tests/learner/test_layouts.py"}
+WITH = {
+    f"tests/learner/{file}.py": "tests/learner/test_layouts.py"
+    for file in ("test_against_transformers", "test_commands")
+}
 # Slow tests that are quick ones all the same, because nothing else shows what they do.
 ONE_OF_ITS_KIND = {
     "e2e/test_runs.py::test_a_run_in_every_layout[tp1-generator-tp1]",

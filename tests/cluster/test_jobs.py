@@ -61,23 +61,47 @@ class Job:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_jobs_over_two_nodes(slurm):
-    """Three jobs of one user on the same nodes at once: one completes; one is asked to save and goes back into the queue,
-    with the first one's result in the end; one is cancelled."""
+def test_a_job_over_two_nodes(slurm):
+    """Asked to save, as --signal does when the time limit is near, it goes back into the queue and on; then it is cancelled,
+    which tells every process of it to end: the step under way is finished and saved all the same."""
+    job = Job(slurm, "one", "schedule.mode=sync", "schedule.steps=100000", "checkpoint.every_steps=1000")
+    job.wait_for_step(1)
+    slurm.run("scancel", "--batch", "--signal=TERM", str(job.id))
+    job.wait("PENDING")
+    made = len(job.lines())
+    job.wait_for_step(made + 3)
+    assert "back into the queue" in job.log() and "start 2" in job.log() and "going on from" in job.log()
+    slurm.run("scancel", str(job.id))
+    assert job.seconds_until_gone() < 30
+    job.wait("CANCELLED", "COMPLETING")
+    assert_interrupted_and_saved(job)
+    assert [line["step"] for line in job.lines()] == list(range(1, job.summary()["steps"] + 1))
+
+
+def assert_interrupted_and_saved(job: Job) -> None:
+    summary = job.summary()
+    assert (summary["status"], summary["error"]) == ("interrupted", None)
+    assert (job.directory / f"checkpoints/step_{summary['steps']:06d}/metadata.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.timeout(900)
+def test_jobs_at_once(slurm):
+    """Three of one user on the same nodes: one completes; one is asked to save and goes back into the queue, with the
+    first one's result in the end; one is cancelled."""
     steps = ("schedule.mode=sync", "schedule.steps=40", "checkpoint.every_steps=15")
     cut, whole = Job(slurm, "cut", *steps), Job(slurm, "whole", *steps)
     cancelled = Job(slurm, "cancelled", "schedule.steps=100000")
 
     cut.wait_for_step(1)  # at once: it has few steps
-    slurm.run("scancel", "--batch", "--signal=TERM", str(cut.id))  # as --signal does when the time limit is near
+    slurm.run("scancel", "--batch", "--signal=TERM", str(cut.id))
 
     cancelled.wait_for_step(3)
     slurm.run("scancel", str(cancelled.id))
     assert cancelled.seconds_until_gone() < 30
     cancelled.wait("CANCELLED", "COMPLETING")
-    summary = cancelled.summary()  # although every process was told to end: the step under way is finished and saved
-    assert (summary["status"], summary["error"]) == ("interrupted", None)
-    assert (cancelled.directory / f"checkpoints/step_{summary['steps']:06d}/metadata.json").is_file()
+    assert_interrupted_and_saved(cancelled)
     whole.wait("COMPLETED")
     cut.wait("COMPLETED")
     assert "back into the queue" in cut.log() and "start 2" in cut.log() and "going on from" in cut.log()

@@ -5,10 +5,15 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "victim", ["learner.1", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("generator.0", "controller"))]
+    "victim",
+    [
+        "learner.0",
+        *(pytest.param(each, marks=pytest.mark.thorough) for each in ("learner.1", "generator.0", "controller")),
+    ],
 )
 def test_a_killed_process_ends_the_run_and_is_named(start, victim):
-    run = start("schedule.steps=500", "learner.tensor_parallel=2", "generator.restarts=0")
+    ranks = 2 if victim == "learner.1" else 1
+    run = start("schedule.steps=500", f"learner.tensor_parallel={ranks}", "generator.restarts=0")
     run.wait_for_step(1)
     run.kill(victim)
     killed = time.monotonic()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 LIMITS = (
-    "generator.request_timeout_s=40",
+    "generator.request_timeout_s=25",
     "generator.probe_timeout_s=5",
     "weights.timeout_s=8",
     "learner.timeout_s=25",

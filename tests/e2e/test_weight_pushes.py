@@ -24,7 +24,8 @@ PUSHES = int(os.environ.get("ASYNC_RLHF_TEST_PUSHES", "5"))
 # Each start of real servers takes half a minute; what others cover too is thorough.
 
 LAYOUTS = [
-    pytest.param((2, 2, 4), (2, 1), id="tp2-pp2-to-tp2"),
+    pytest.param((1, 1, 1), (2, 1), id="tp1-to-tp2"),
+    pytest.param((2, 2, 4), (2, 1), id="tp2-pp2-to-tp2", marks=pytest.mark.thorough),  # test_runs.py has a whole run
     pytest.param((2, 1, 2), (1, 1), id="tp2-to-tp1", marks=pytest.mark.thorough),
     pytest.param((1, 2, 2), (2, 1), id="pp2-to-tp2", marks=pytest.mark.thorough),
     pytest.param((1, 1, 2), (1, 2), id="dp2-to-two-replicas", marks=pytest.mark.thorough),

@@ -7,7 +7,10 @@ from learner_ranks import Layout, LayoutRun, run_layout, write_hf_model
 LAYOUTS = [
     pytest.param(Layout(pipeline=2, virtual_stages=2), marks=pytest.mark.thorough),
     Layout(pipeline=2, data=2, virtual_stages=2, overlap_grad_reduce=True),
-    Layout(tensor=2, pipeline=2, virtual_stages=2, sequence_parallel=True, recompute="full", reference="swapped"),
+    pytest.param(
+        Layout(tensor=2, pipeline=2, virtual_stages=2, sequence_parallel=True, recompute="full", reference="swapped"),
+        marks=pytest.mark.thorough,
+    ),
     pytest.param(Layout(context=2), marks=pytest.mark.thorough),
     Layout(context=2, tensor=2, sequence_parallel=True, recompute="selective"),
     Layout(context=2, data=2, distributed_optimizer=True),
