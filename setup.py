@@ -16,6 +16,7 @@ CORE = [
     "jinja2>=3.1",
     "msgspec>=0.18",
     "numpy>=1.26",
+    "pebble>=5",
     "psutil>=5.9",
     "pydantic>=2.5",
     "pyyaml>=6",

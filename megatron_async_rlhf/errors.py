@@ -82,6 +82,10 @@ class NonFiniteLossError(LearnerError):
     """A loss or gradient norm that is not finite: names the step and the file the batch was saved to."""
 
 
+class RewardError(AsyncRLHFError, RuntimeError):
+    """A reward that gave no usable scores: names it, the prompt, and what it did instead."""
+
+
 class StaleSampleError(AsyncRLHFError, AssertionError):
     """A sample older than `schedule.max_staleness` reached the learner: a bug in pacing, never a setting."""
 

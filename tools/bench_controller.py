@@ -158,7 +158,7 @@ async def run(config: RunConfig, directory: Path, url: str) -> tuple[float, floa
         learner=learner,
         pool=GeneratorPool(generators, max_concurrent=32, return_timeout_s=60.0, silence_limit_s=60.0),
         weight_sync=WeightSync(learner, generators, config, ("127.0.0.1", 1)),
-        reward=make_reward(config.reward),
+        reward=make_reward(config.rewards),
         prompts=PromptOrder(build_prompts(examples, tokenizer, 512), 0),
         recorder=recorder,
         checkpoints=NoCheckpoints(),

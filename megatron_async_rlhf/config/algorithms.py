@@ -347,5 +347,5 @@ AlgorithmSection = Annotated[
     | Annotated[ProximalRLOOSection, Tag("proximal_rloo")]
     | Annotated[BestOfNSection, Tag("best_of_n")]
     | Annotated[GRPOSection, Tag("grpo")],
-    Discriminator(_type_of, custom_error_type="algorithm_type", custom_error_message="unknown"),
+    Discriminator(_type_of, custom_error_type="type_of_section", custom_error_message="unknown"),
 ]

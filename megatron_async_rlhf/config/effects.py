@@ -24,7 +24,6 @@ class _Needs(NamedTuple):
 
 
 _NEEDS = (
-    _Needs(("reward.format_reward",), "reward.type", ("gsm8k",)),
     _Needs(("learner.min_learning_rate",), "learner.lr_decay", ("linear", "cosine")),
     _Needs(("warm_start.min_learning_rate",), "warm_start.lr_decay", ("cosine", "linear")),
     _Needs(("generator.kv_cache_gib", "launch.pin_cores"), "run.device", ("cpu",)),
@@ -34,7 +33,7 @@ _NEEDS = (
     _Needs(("algorithm.cispo_high",), "algorithm.loss", ("cispo",)),
     _Needs(("launch.slurm.user", "launch.slurm.port", "launch.slurm.identity"), "launch.slurm.tunnel", ("ssh",)),
 )
-_COLUMNS = ("data.prompt_field", "data.solution_field")
+_COLUMNS = ("data.prompt_field", "data.solution_field", "data.reference_fields")
 
 
 def check_effects(config: RunConfig) -> None:

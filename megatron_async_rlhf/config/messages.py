@@ -6,9 +6,17 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from megatron_async_rlhf.config.algorithms import SECTIONS
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.config.schema import Location, choices, has_algorithm_type, places_of, section_at, types_at
+from megatron_async_rlhf.config.schema import (
+    TYPED,
+    Location,
+    as_written,
+    choices,
+    places_of,
+    section_at,
+    type_tag,
+    types_at,
+)
 from megatron_async_rlhf.config.section import Section, shown
 from megatron_async_rlhf.suggestions import closest
 
@@ -51,7 +59,7 @@ def lines_of(error: ValidationError) -> list[str]:
 
 def dotted(location: Location) -> str:
     """As the key is written."""
-    return ".".join(map(str, _as_written(location)))
+    return ".".join(map(str, as_written(location)))
 
 
 def _line(key: str, location: Location, kind: str, item: Any) -> str:
@@ -60,8 +68,8 @@ def _line(key: str, location: Location, kind: str, item: Any) -> str:
     match kind:
         case "extra_forbidden":
             return f"{given}: no such key; {_which_key(location, value)}"
-        case "algorithm_type":
-            return _algorithm_type(value)
+        case "type_of_section":
+            return _type_of_section(location, value)
         case "missing":
             return f"{key}: missing{_example_of(location, introduced='; for example')}"
         case "value_error":
@@ -79,7 +87,7 @@ def _rule(kind: str, location: Location, value: Any, context: dict[str, Any]) ->
     if kind not in _RULES:
         return None
     rule = _RULES[kind].format_map({name: _plain(limit) for name, limit in context.items()})
-    if NoneType in types_at(_as_written(location)):
+    if NoneType in types_at(as_written(location)):
         rule += ", or null"
     if kind == "string_type" and isinstance(value, bool | int | float):
         rule += f"; in quotes it is: '{shown(value)}'"
@@ -111,30 +119,26 @@ def _broken_rule(key: str, location: Location, value: Any, rule: str) -> str:
 
 
 def _which_choice(location: Location, value: Any, expected: str) -> str:
-    names = [str(choice) for choice in choices(types_at(_as_written(location)))]
+    names = [str(choice) for choice in choices(types_at(as_written(location)))]
     meant = closest(str(value), names)
     rule = f"must be {expected}"
-    if NoneType in types_at(_as_written(location)):
+    if NoneType in types_at(as_written(location)):
         rule += ", or null"
     return rule if meant is None else f"{rule}; did you mean {meant}?"
 
 
-def _algorithm_type(value: Any) -> str:
+def _type_of_section(location: Location, value: Any) -> str:
+    """An algorithm, or a reward, that does not exist, or a value in the place of the section."""
+    key, types = dotted(location), TYPED[str(location[0])]
     if not isinstance(value, dict):
-        return (
-            f"algorithm = {shown(value)}: must be a section of keys; write -s 'algorithm={{type: {_nearest(value)}}}'"
-        )
+        nearest = closest(str(value), types) or next(iter(types))
+        section = f"{{type: {nearest}}}"
+        example = f"-s '{key}={section}'" if "." not in key else section
+        return f"{key} = {shown(value)}: must be a section of keys; write {example}"
     given = value["type"]
-    return f"algorithm.type = {shown(given)}: must be one of {', '.join(SECTIONS)}{_meant(given)}"
-
-
-def _nearest(value: Any) -> str:
-    return closest(str(value), SECTIONS) or "online_dpo"
-
-
-def _meant(given: Any) -> str:
-    meant = closest(str(given), SECTIONS)
-    return "" if meant is None else f"; did you mean {meant}?"
+    meant = closest(str(given), types)
+    rule = f"{key}.type = {shown(given)}: must be one of {', '.join(types)}"
+    return rule if meant is None else f"{rule}; did you mean {meant}?"
 
 
 def _which_key(location: Location, value: Any) -> str:
@@ -146,20 +150,25 @@ def _which_key(location: Location, value: Any) -> str:
         return f"write it into its section, {first}: {{{rest}: {shown(value)}}}, or on the command line -s {name}={shown(value)}"
     if (meant := closest(name, section.model_fields)) is not None:
         return f"did you mean {here + '.' if here else ''}{meant}?"
-    if section in SECTIONS.values():
-        return _key_of_another_algorithm(name, location)
+    if (advice := _key_of_another_type(name, location)) is not None:
+        return advice
     if elsewhere := places_of(name):
         return f"did you mean {' or '.join(elsewhere[:3])}?"
     return f"known here: {', '.join(section.model_fields)}"
 
 
-def _key_of_another_algorithm(name: str, location: Location) -> str:
-    own = str(location[1])
-    others = [kind for kind, section in SECTIONS.items() if name in section.model_fields]
-    whose = f"it goes with algorithm.type = {' or '.join(others)}, not {own}" if others else (
-        f"known here with algorithm.type = {own}: {', '.join(SECTIONS[own].model_fields)}"
+def _key_of_another_type(name: str, location: Location) -> str | None:
+    """For a key directly in a section with a type; None below that."""
+    tag = type_tag(location)
+    if tag is None or tag != len(location) - 2:
+        return None
+    own, key, types = str(location[tag]), dotted(location[:tag]), TYPED[str(location[0])]
+    others = [kind for kind, section in types.items() if name in section.model_fields]
+    whose = f"it goes with {key}.type = {' or '.join(others)}, not {own}" if others else (
+        f"known here with {key}.type = {own}: {', '.join(types[own].model_fields)}"
     )  # fmt: skip
-    return f"{whose}; to replace all of the section: -s 'algorithm={{type: {own}}}'"
+    whole = f"; to replace all of the section: -s '{key}={{type: {own}}}'"
+    return whose if "." in key else whose + whole
 
 
 def _example_of(location: Location, given: Any = None, introduced: str = ", such as") -> str:
@@ -168,7 +177,7 @@ def _example_of(location: Location, given: Any = None, introduced: str = ", such
     if section is None:
         return ""
     name, value = _example_key(section, given)
-    off = ", or null to do without it" if NoneType in types_at(_as_written(location)) else ""
+    off = ", or null to do without it" if NoneType in types_at(as_written(location)) else ""
     return f"{introduced} {key}: {{{name}: {value}}}, on the command line -s {key}.{name}={value}{off}"
 
 
@@ -181,11 +190,6 @@ def _example_key(section: type[Section], given: Any) -> tuple[str, str]:
         if isinstance(default, str | int | float) and not isinstance(default, bool):
             return name, shown(default)
     return next(iter(section.model_fields)), "..."
-
-
-def _as_written(location: Location) -> tuple:
-    """Without the type of algorithm, which pydantic adds."""
-    return (location[0], *location[2:]) if has_algorithm_type(location) else tuple(location)
 
 
 def _first_small(text: str) -> str:

@@ -1,13 +1,17 @@
 """The whole configuration of a run and the rules that cross its sections."""
 
-from pathlib import Path
-
 from pydantic import Field, model_validator
 
 from megatron_async_rlhf.config.algorithms import AlgorithmSection, OnlineDPOSection
 from megatron_async_rlhf.config.effects import check_effects
 from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
 from megatron_async_rlhf.config.metrics import metric_names
+from megatron_async_rlhf.config.rewards import (
+    BuiltinRewardSection,
+    RewardKeys,
+    RewardSection,
+    check_reward_fits_data,
+)
 from megatron_async_rlhf.config.section import Section
 from megatron_async_rlhf.config.sections import (
     CheckpointSection,
@@ -16,7 +20,6 @@ from megatron_async_rlhf.config.sections import (
     LaunchSection,
     LearnerSection,
     ModelSection,
-    RewardSection,
     RunSection,
     ScheduleSection,
     TelemetrySection,
@@ -38,7 +41,7 @@ class RunConfig(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     algorithm: AlgorithmSection = Field(default_factory=OnlineDPOSection)
     data: DataSection = Field(default_factory=DataSection)
-    reward: RewardSection = Field(default_factory=RewardSection)
+    reward: RewardSection = Field(default_factory=BuiltinRewardSection)
     weights: WeightsSection = Field(default_factory=WeightsSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
@@ -51,26 +54,26 @@ class RunConfig(Section):
         own = 0 if self.weights.transport == "ipc" else self.generator.workers
         return self.learner.world_size + own
 
+    @property
+    def rewards(self) -> list[RewardKeys]:
+        """The entries of `reward`, also where it is one section and no list."""
+        return self.reward if isinstance(self.reward, list) else [self.reward]
+
     @model_validator(mode="after")
-    def check_reward_fits_data(self) -> "RunConfig":
-        train, reward = self.data.train, self.reward.type
-        if reward == "builtin" and train != "builtin":
-            nowhere = "" if train.startswith("hf:") or Path(train).exists() else " (and there is no such file here)"
-            raise ValueError(
-                f"reward.type = builtin scores the built-in prompts alone, not those of data.train = {train}{nowhere}: set "
-                "reward.type = gsm8k if the solutions in data.solution_field end in a line `#### <number>`; nothing else is "
-                "scored yet"
-            )
-        if reward == "gsm8k" and (train == "builtin" or self.data.solution_field is None):
-            raise ValueError(
-                "reward.type = gsm8k needs data.train and data.solution_field, the field with solutions that end in a line "
-                "`#### <number>`"
-            )
+    def check_rewards(self) -> "RunConfig":
+        for reward in self.rewards:
+            check_reward_fits_data(reward, self.data)
+        titles = [reward.title for reward in self.rewards]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(
+                    f"reward: {titles.count(title)} entries are called {title}; give each a name of its own (name: ...)"
+                )
         return self
 
     @model_validator(mode="after")
     def check_best_metric(self) -> "RunConfig":
-        metric, names = self.checkpoint.keep_best, metric_names(self.algorithm, self.reward.type)
+        metric, names = self.checkpoint.keep_best, metric_names(self.algorithm, self.rewards)
         if metric is not None and metric not in names:
             raise ValueError(
                 f"checkpoint.keep_best = {metric}: this run's steps have no such metric; "

@@ -1,15 +1,18 @@
 """What the configuration's classes expect at a key: the types of its values, the names beside it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from megatron_async_rlhf.config.algorithms import SECTIONS
+from megatron_async_rlhf.config.rewards import REWARDS
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.section import Section
 
 Location = Sequence[str | int]  # names of keys and places in lists, from the root
+# Sections whose keys depend on their `type`, and the class of each type.
+TYPED: dict[str, Mapping[str, type[Section]]] = {"algorithm": SECTIONS, "reward": REWARDS}
 
 
 def types_at(location: Location) -> list[Any]:
@@ -25,17 +28,30 @@ def types_at(location: Location) -> list[Any]:
 
 
 def section_at(location: Location) -> type[Section] | None:
-    """The class of the section there; an algorithm's is chosen by its type, which pydantic adds to the location."""
-    if has_algorithm_type(location):
-        types = _nested(SECTIONS[str(location[1])], location[2:])
+    """The class of the section there; an algorithm's or a reward's is chosen by its type, which pydantic adds to the
+    location."""
+    tag = type_tag(location)
+    if tag is None:
+        types = types_at(as_written(location))
     else:
-        types = types_at(location)
+        types = _nested(TYPED[str(location[0])][str(location[tag])], location[tag + 1 :])
     return next((kind for kind in types if is_section(kind)), None)
 
 
-def has_algorithm_type(location: Location) -> bool:
-    """Whether it is one of pydantic's, with the type of algorithm behind `algorithm`."""
-    return len(location) > 1 and location[0] == "algorithm" and location[1] in SECTIONS
+def type_tag(location: Location) -> int | None:
+    """Where a location of pydantic's has the type of the section that it is in, if that is one of those with a type."""
+    tag = 3 if _is_in_list(location) else 1
+    return tag if len(location) > tag and location[tag] in TYPED.get(str(location[0]), ()) else None
+
+
+def as_written(location: Location) -> tuple[str | int, ...]:
+    """Without what pydantic adds: the type of an algorithm or a reward, and the word `list`."""
+    added = {type_tag(location), 1 if _is_in_list(location) else None}
+    return tuple(part for place, part in enumerate(location) if place not in added)
+
+
+def _is_in_list(location: Location) -> bool:
+    return tuple(location[:2]) == ("reward", "list")
 
 
 def is_section(kind: Any) -> bool:

@@ -311,16 +311,9 @@ class DataSection(Section):
     eval_prompts: PositiveInt = 256
     prompt_field: str = "prompt"
     solution_field: str | None = None  # column with a good answer: warm start and verifier read it
+    reference_fields: list[str] = Field(default_factory=list)  # other columns that a reward of one's own is given
     max_prompt_tokens: PositiveInt | None = None  # default: what the context leaves after max_new_tokens
     long_prompts: Literal["refuse", "drop"] = "refuse"  # what happens to prompts longer than that
-
-
-class RewardSection(Section):
-    """What scores a completion."""
-
-    type: Literal["builtin", "gsm8k"] = "builtin"
-    # gsm8k: 1 for the right number, this much for a well-formed `#### <number>` that is wrong, 0 otherwise
-    format_reward: float = Field(0.1, ge=0, le=1)
 
 
 class WeightsSection(Section):

@@ -4,14 +4,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_async_rlhf.config.sections import DataSection
 from megatron_async_rlhf.data.example import Example
-from megatron_async_rlhf.data.record import example_of
+from megatron_async_rlhf.data.record import example_of, fields_of
 from megatron_async_rlhf.errors import DataError
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
-def read_hub(source: str, key: str, prompt_field: str, solution_field: str | None) -> list[Example]:
+def read_hub(source: str, key: str, data: DataSection) -> list[Example]:
     """All examples of `hf:<dataset>[:<config>]:<split>`; the dataset may be a local directory or file.
 
     Raises:
@@ -24,12 +25,10 @@ def read_hub(source: str, key: str, prompt_field: str, solution_field: str | Non
             f"{key} = {source}: the form is hf:<dataset>[:<config>]:<split>, e.g. hf:openai/gsm8k:main:train"
         )
     dataset = _load(source, key, fields[0], fields[1] if len(fields) == 3 else None, fields[-1])
-    wanted = [field for field in (prompt_field, solution_field) if field in dataset.column_names]
+    wanted = fields_of(data)
     # Without a wanted column the first row is read whole, for the message to name what there is.
-    rows = dataset.select_columns(wanted) if len(wanted) == 1 + (solution_field is not None) else dataset
-    examples = [
-        example_of(row, f"{source} row {number}", prompt_field, solution_field) for number, row in enumerate(rows)
-    ]
+    rows = dataset.select_columns(wanted) if set(wanted) <= set(dataset.column_names) else dataset
+    examples = [example_of(row, f"{source} row {number}", data) for number, row in enumerate(rows)]
     if not examples:
         raise DataError(f"{key} = {source}: has no prompts; give a split with at least one row")
     return examples

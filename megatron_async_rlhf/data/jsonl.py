@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron_async_rlhf.config.sections import DataSection
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.data.record import example_of
 from megatron_async_rlhf.errors import DataError
@@ -37,17 +38,14 @@ def find_jsonl(source: str, key: str, beside: str | None) -> Path:
     raise DataError(f"{key} = {source}: no such file ({tried}); correct the path")
 
 
-def read_jsonl(path: Path, key: str, prompt_field: str, solution_field: str | None) -> list[Example]:
+def read_jsonl(path: Path, key: str, data: DataSection) -> list[Example]:
     """All examples of a file; blank lines are skipped, other fields ignored.
 
     Raises:
         DataError: the file cannot be read, has no prompts, or a line is wrong (named as file:line).
     """
     try:
-        examples = [
-            example_of(line.record, f"{path}:{line.number}", prompt_field, solution_field)
-            for line in read_json_lines(path)
-        ]
+        examples = [example_of(line.record, f"{path}:{line.number}", data) for line in read_json_lines(path)]
     except OSError as error:
         raise DataError(f"{key} = {path}: cannot be read ({error.strerror}); check its permissions") from None
     if not examples:

@@ -67,9 +67,9 @@ def _read(data: DataSection, split: Literal["train", "eval"], seed: int) -> list
         return make_examples(seed, count, split)
     key = f"data.{split}"
     if source.startswith("hf:"):
-        return read_hub(source, key, data.prompt_field, data.solution_field)
+        return read_hub(source, key, data)
     path = find_jsonl(source, key, beside=data.train if split == "eval" else None)
-    return read_jsonl(path, key, data.prompt_field, data.solution_field)
+    return read_jsonl(path, key, data)
 
 
 def _key(example: Example) -> str:

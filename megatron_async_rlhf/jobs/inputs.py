@@ -11,6 +11,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from megatron_async_rlhf.config.rewards import FunctionRewardSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.data.jsonl import find_jsonl
@@ -34,6 +35,7 @@ from megatron_async_rlhf.models.architecture import (
 from megatron_async_rlhf.models.hf_mapping import check_shapes
 from megatron_async_rlhf.models.layout_rules import check_layouts
 from megatron_async_rlhf.rewards.base import Reward
+from megatron_async_rlhf.rewards.function import check_function
 from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.types import Prompt, Sequence
 from megatron_async_rlhf.weights.plan import TransferPlan, configured_transfer
@@ -107,7 +109,18 @@ def check_inputs(config: RunConfig, template: Path) -> RunInputs:
     run_inputs = load_run_inputs(config, template)
     check_policy_weights(config, run_inputs.architecture)
     check_value_weights(config, run_inputs.architecture)
+    check_functions(config, run_inputs)
     return run_inputs
+
+
+def check_functions(config: RunConfig, run_inputs: RunInputs) -> None:
+    """
+    Raises:
+        ConfigError: a reward function cannot be imported, or cannot be called with what the prompts have.
+    """
+    for entry in config.rewards:
+        if isinstance(entry, FunctionRewardSection):
+            check_function(entry, [prompt.reference for prompt in (*run_inputs.train, *run_inputs.eval)])
 
 
 def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
@@ -193,7 +206,7 @@ def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
             f"data.max_prompt_tokens = {limit} and generator.max_new_tokens = {config.generator.max_new_tokens} "
             f"together exceed the context of {architecture.context_length} tokens"
         )
-    reward = make_reward(config.reward)
+    reward = make_reward(config.rewards)
     splits = {}
     for split in ("train", "eval"):
         examples = load_examples(config.data, split, config.run.seed)

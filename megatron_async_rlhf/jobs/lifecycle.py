@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, LearnerSilentError, WriteError
+from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, LearnerSilentError, RewardError, WriteError
 from megatron_async_rlhf.formats.directory import describe_weights
 from megatron_async_rlhf.jobs.inputs import RunInputs
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, Learner, StartReinforcement
-from megatron_async_rlhf.scheduler.stages import warm_start
+from megatron_async_rlhf.scheduler.warm_start import warm_start
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, writing
 from megatron_async_rlhf.telemetry.recorder import Recorder
 
@@ -76,7 +76,7 @@ def close_well(recorder: Recorder, status: Literal["completed", "interrupted"]) 
 def close_failed(recorder: Recorder, error: BaseException) -> int:
     """Say what ended the run; its exit code."""
     line = str(error) if isinstance(error, AsyncRLHFError) else f"{type(error).__name__}: {error}"
-    explained = isinstance(error, WriteError | CheckpointError)  # the cause is outside the program
+    explained = isinstance(error, WriteError | CheckpointError | RewardError)  # the cause is outside the program
     _log.error("run failed: %s", line, exc_info=None if explained else error)
     if isinstance(error, LearnerSilentError):
         recorder.unresponsive("learner", since=time.time() - error.silent_s, why=line)

@@ -17,7 +17,7 @@ from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs
 from megatron_async_rlhf.jobs.lifecycle import export_policy, run_learner_alone
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import Learner, Stop, WaitUntilReady
-from megatron_async_rlhf.scheduler.stages import warm_start
+from megatron_async_rlhf.scheduler.warm_start import warm_start
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
 from megatron_async_rlhf.telemetry.recorder import Recorder

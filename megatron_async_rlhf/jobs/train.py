@@ -27,6 +27,7 @@ from megatron_async_rlhf.errors import (
     GeneratorSilentError,
     MismatchError,
     ProcessDiedError,
+    RewardError,
 )
 from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
 from megatron_async_rlhf.generator.places import places
@@ -130,7 +131,11 @@ class Job:
             await self._evaluate("before")
         self.recorder.stage("train", steps=self._config.schedule.steps)
         self.recorder.loop_started(startup_s=time.time() - self._began)
-        await self._controller.run()
+        try:
+            await self._controller.run()
+        except RewardError:
+            await self._save()  # of what is trained nothing is lost
+            raise
         self.recorder.loop_ended()
         if self._interrupted:
             await self._save()
@@ -205,21 +210,13 @@ class Job:
         if self._interrupted:
             return
         self.recorder.stage(f"evaluate {when}")
-        start = time.time()
         self._evaluating = asyncio.create_task(self._controller.evaluate(when))
         try:
             await asyncio.wait([self._evaluating])
         finally:
             self._evaluating.cancel()
         if not self._evaluating.cancelled():
-            self.recorder.evaluated(
-                when,
-                self._evaluating.result(),
-                start,
-                time.time(),
-                version=self._controller.version,
-                samples=len(self._run_inputs.eval),
-            )
+            self._evaluating.result()
 
     def _lost(self, generator: VLLMGenerator, samples: int) -> None:
         self.recorder.cancelled(samples)
@@ -248,6 +245,7 @@ async def _connected(config: RunConfig, run_inputs: RunInputs, addresses: Addres
     try:
         yield learner, generators
     finally:
+        run_inputs.reward.close()
         learner.close()
         for generator in generators:
             await generator.close()

@@ -5,7 +5,6 @@ nothing else does. Weights are compared by samples of their files.
 """
 
 import hashlib
-import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,12 +53,11 @@ def digest_inputs(config: RunConfig, run_inputs: RunInputs) -> InputDigests:
     Raises:
         ConfigError: the weights of `model.hf` cannot be read.
     """
-    source = inspect.getsourcefile(type(run_inputs.reward))
     return InputDigests(
         train=_prompts(run_inputs.train),
         eval=_prompts(run_inputs.eval),
         weights=None if config.model.hf is None else _weights(config.model.hf),
-        reward=None if source is None else _digest([Path(source).read_bytes()]),
+        reward=_digest(path.read_bytes() for path in run_inputs.reward.sources()),
     )
 
 
@@ -132,7 +130,8 @@ def check_same_inputs(run_dir: Path, config: RunConfig, now: InputDigests, *, st
             f"model.hf = {config.model.hf}: its weights are not those that the run in {run_dir} was started with{way_out}"
         )
     if before.reward != now.reward:
-        return [f"reward.type = {config.reward.type}: its code has changed since the run in {run_dir} was started"]
+        types = ", ".join(reward.type for reward in config.rewards)
+        return [f"reward.type = {types}: its code has changed since the run in {run_dir} was started"]
     return []
 
 

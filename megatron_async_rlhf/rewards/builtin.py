@@ -4,7 +4,7 @@ import re
 
 from megatron_async_rlhf.data.builtin_task import KINDS
 from megatron_async_rlhf.errors import DataError
-from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.rewards.base import Score, Verifier
 from megatron_async_rlhf.types import Completion, Prompt
 
 # The gap to 1.0 keeps "nearly right" from ever competing with "right".
@@ -20,7 +20,7 @@ _OPEN_KINDS = {
 _MAX_LETTERS = 24  # of a word the model makes up, in characters
 
 
-class BuiltinReward:
+class BuiltinReward(Verifier):
     """1 for a right answer, up to 0.6 for how much a wrong one resembles it, 0 for an empty one.
 
     An answer is right as a whole: a second line after a right first line makes it wrong.
@@ -35,7 +35,7 @@ class BuiltinReward:
                 f"{prompt.name} is not of the built-in task; set data.train = builtin or another reward.type"
             )
 
-    def score(self, prompt: Prompt, completion: Completion) -> Score:
+    def judge(self, prompt: Prompt, completion: Completion) -> Score:
         """Metrics: `exact`, 1 if the answer is right."""
         reference = prompt.reference
         answer = completion.text.strip()

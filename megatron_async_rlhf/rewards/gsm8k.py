@@ -4,7 +4,7 @@ import re
 from decimal import Decimal
 
 from megatron_async_rlhf.errors import DataError
-from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.rewards.base import Score, Verifier
 from megatron_async_rlhf.types import Completion, Prompt
 
 # One amount: sign (also a typographic minus) and dollar in either order, thousands separators, decimals, a per cent sign,
@@ -21,7 +21,7 @@ _ANSWER_LINE = re.compile(rf"^[^\S\n]*####[^\S\n]*({_NUMBER})[^\S\n]*$", re.MULT
 _WELL_FORMED = re.compile(rf"#### {_NUMBER}")
 
 
-class Gsm8kReward:
+class Gsm8kReward(Verifier):
     """1 for the right number, `format_reward` for a well-formed answer that is wrong, 0 otherwise.
 
     The answer is the last line `#### <number>`; well-formed means that nothing follows it.
@@ -35,7 +35,7 @@ class Gsm8kReward:
         if find_answer(prompt.reference.get("solution", "")) is None:
             raise DataError(f"{prompt.name}: its solution has no line `#### <number>`; check data.solution_field")
 
-    def score(self, prompt: Prompt, completion: Completion) -> Score:
+    def judge(self, prompt: Prompt, completion: Completion) -> Score:
         """Metrics: `exact`, 1 if the number is right; `well_formed`, 1 if the last line is an answer line.
 
         Raises:

@@ -25,7 +25,7 @@ from statistics import fmean
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import NonFiniteLossError, WriteError
+from megatron_async_rlhf.errors import NonFiniteLossError, RewardError, WriteError
 from megatron_async_rlhf.learner.protocol import Learner, TrainRollout, rollout_span
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
@@ -35,7 +35,6 @@ from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.recording import RolloutSink
 from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_facts
 from megatron_async_rlhf.scheduler.signal import Signal
-from megatron_async_rlhf.scheduler.stages import evaluate
 from megatron_async_rlhf.scheduler.state import BEGINNING, Checkpoints, ControllerState, ReadyGroup
 from megatron_async_rlhf.scheduler.training_batch import TrainingBatch, select_training_samples
 from megatron_async_rlhf.scheduler.weight_sync import PushError, WeightSync
@@ -95,6 +94,7 @@ class Controller:
             ready=state.ready,
             evaluation=evaluation,
             evaluated=state.version if state.evaluated is None else state.evaluated,
+            on_failure=self._give_up,
             clock=clock,
         )
         pool.busy = self._generation.busy
@@ -103,12 +103,14 @@ class Controller:
         self._push: asyncio.Task | None = None
         self._save: asyncio.Task | None = None
         self._stopping = False
+        self._failure: RewardError | None = None
 
     async def run(self) -> None:
         """Until the last step is trained and pushed, or `stop` was called.
 
         Raises:
-            ExceptionGroup: of whatever learner, generators, rewards or pacing raised first.
+            RewardError: a reward failed. The rollout under way was finished first, so that `state` can be saved.
+            ExceptionGroup: of whatever learner, generators or pacing raised first.
         """
         if self._stopping:
             return
@@ -126,9 +128,11 @@ class Controller:
             for task in beside:
                 task.cancel()
             self._generation.cancel()
+        if self._failure is not None:
+            raise self._failure
 
-    async def evaluate(self, when: str) -> dict[str, float]:
-        """Held-out metrics of the version that learner and generators are at, before or after `run`.
+    async def evaluate(self, when: str) -> None:
+        """Record held-out metrics of the version that learner and generators are at, before or after `run`.
 
         Raises:
             ExceptionGroup: of whatever learner, generators or rewards raised first.
@@ -137,11 +141,12 @@ class Controller:
             self._tasks = tasks
             beside = [tasks.create_task(self._pool.watch(self._returned)), tasks.create_task(self._restore())]
             self._pacer.begin_evaluation()
-            metrics = await evaluate(self._evaluation, self._config, self._pool, self._learner, self._recorder, when)
+            start = self._clock()
+            completions = await self._pool.sample_together(self._evaluation.requests())
+            await self._evaluation.finish(when, completions, start, version=self.version, learner=self._learner)
             self._pacer.end_evaluation()
             for task in beside:
                 task.cancel()
-        return metrics
 
     async def _restore(self) -> None:
         """Give the version once more to generators that came back, whenever no other is left."""
@@ -153,6 +158,10 @@ class Controller:
         """Finish the rollout and push under way, then let `run` return."""
         self._stopping = True
         await self._changed.notify()
+
+    def _give_up(self, error: RewardError) -> None:
+        """End as `stop` does, and say why. Whoever calls it notifies."""
+        self._stopping, self._failure = True, self._failure or error
 
     @property
     def version(self) -> int:

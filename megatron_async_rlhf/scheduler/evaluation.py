@@ -1,12 +1,17 @@
 """Held-out evaluation: one completion per prompt, the same seeds every time."""
 
-from collections.abc import Sequence
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
+from megatron_async_rlhf.learner.protocol import Learner, Score
 from megatron_async_rlhf.rewards.base import Reward
-from megatron_async_rlhf.scheduler.scoring import ScoredGroup, score_group
+from megatron_async_rlhf.scheduler.scoring import ScoredGroup, logprob_gaps, mean_facts, score_group
+from megatron_async_rlhf.scheduler.training_batch import as_sequence
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Completion, Prompt
 
@@ -14,8 +19,16 @@ from megatron_async_rlhf.types import Completion, Prompt
 class Evaluation:
     """What is asked of the generators, and what becomes of their answers."""
 
-    def __init__(self, config: RunConfig, prompts: Sequence[Prompt], reward: Reward, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: Sequence[Prompt],
+        reward: Reward,
+        recorder: Recorder,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._config, self._prompts, self._reward, self._recorder = config, prompts, reward, recorder
+        self._clock = clock
 
     @property
     def temperature(self) -> float:
@@ -37,12 +50,41 @@ class Evaluation:
             for position, prompt in enumerate(self._prompts)
         ]
 
-    def score(self, completions: Sequence[list[Completion]], when: str) -> list[ScoredGroup]:
-        """Score the answers to `requests`, and keep them for a later look."""
+    async def finish(
+        self,
+        when: str,
+        completions: Sequence[list[Completion]],
+        start: float,
+        *,
+        version: int,
+        learner: Learner | None = None,
+    ) -> None:
+        """Score the answers to `requests`, which were sent at `start`, and record what came of them.
+
+        Args:
+            learner: scores the same completions, if they were sampled at the sampling temperature; what it and the
+                samplers disagree on goes into the run's log-probability gap. It must be at `version` as they were.
+
+        Raises:
+            RewardError: the reward gave no usable scores.
+        """
         algorithm, limit = self._config.algorithm, self._config.generator.max_new_tokens
-        scored = [
-            score_group(prompt, samples, self._reward, algorithm, limit)
-            for prompt, samples in zip(self._prompts, completions, strict=True)
-        ]
+        groups = zip(self._prompts, completions, strict=True)
+        scored = await asyncio.gather(
+            *(score_group(prompt, samples, self._reward, algorithm, limit) for prompt, samples in groups)
+        )
         self._recorder.evaluation_samples(when, [group.group for group in scored])
-        return scored
+        for group in scored:
+            self._recorder.rewards_failed(group.failures)
+        metrics = mean_facts(scored)
+        if learner is not None and self.temperature == self._config.generator.temperature:
+            gaps = await self._logprob_gaps(scored, learner, version)
+            metrics |= {"logprob_gap": fmean(gaps)} if gaps else {}
+        self._recorder.evaluated(when, metrics, start, self._clock(), version=version, samples=len(scored))
+
+    async def _logprob_gaps(self, scored: Sequence[ScoredGroup], learner: Learner, version: int) -> list[float]:
+        sequences = [as_sequence(one.group.prompt, one.group.completions[0]) for one in scored]
+        answer = await learner.execute(Score(sequences=sequences))
+        gaps = logprob_gaps([one.group.completions[0] for one in scored], answer.logprobs, version)
+        self._recorder.logprob_gaps(gaps)
+        return gaps

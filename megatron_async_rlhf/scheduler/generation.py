@@ -14,13 +14,14 @@ from contextlib import asynccontextmanager, suppress
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
+from megatron_async_rlhf.errors import RewardError
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
 from megatron_async_rlhf.scheduler.pacing import Pacer, Ticket
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
-from megatron_async_rlhf.scheduler.scoring import mean_facts, score_group
+from megatron_async_rlhf.scheduler.scoring import ScoredGroup, score_group
 from megatron_async_rlhf.scheduler.signal import Signal
 from megatron_async_rlhf.scheduler.state import ReadyGroup
 from megatron_async_rlhf.telemetry.busy import GeneratorsBusy
@@ -50,8 +51,13 @@ class Generation:
         ready: Sequence[ReadyGroup] = (),
         evaluation: Evaluation | None = None,
         evaluated: int = 0,
+        on_failure: Callable[[RewardError], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """
+        Args:
+            on_failure: told of a reward that failed; what it failed on is given up.
+        """
         self._config = config
         self._schedule = config.schedule
         self._pacer = pacer
@@ -65,6 +71,7 @@ class Generation:
         self._evaluating: int | None = None  # the version whose turn it is
         self._evaluation_waits = False
         self._evaluation_task: asyncio.Task | None = None
+        self._on_failure = on_failure
         self._clock = clock
         self._samplers: dict[int, asyncio.Task] = {}  # by group index; those of a rollout share one
         self.ready = {group.index: group for group in ready}
@@ -123,24 +130,31 @@ class Generation:
         requests = [self._request(ticket) for ticket in tickets]
         extra = self._evaluation.requests() if evaluating else []
         async with self._under_way(len(tickets)):
-            completions = await self._pool.sample_together([*requests, *extra])
-            for ticket, samples in zip(tickets, completions, strict=False):
-                self._arrived(ticket, samples, start)
+            with self.busy.any:
+                completions = await self._pool.sample_together([*requests, *extra])
+            took = self._clock() - start
+            scored = await asyncio.gather(*map(self._score, tickets, completions[: len(requests)]))
+            for ticket, group in zip(tickets, scored, strict=True):
+                self._arrived(ticket, group, took)
             if evaluating:
-                self._evaluation_ended(completions[len(requests) :], start)
+                await self._evaluation_ended(completions[len(requests) :], start)
 
     async def _sample_group(self, ticket: Ticket) -> None:
         start = self._clock()
         async with self._under_way(1):
-            self._arrived(ticket, await self._pool.sample(self._request(ticket)), start)
+            with self.busy.any:
+                completions = await self._pool.sample(self._request(ticket))
+            took = self._clock() - start
+            self._arrived(ticket, await self._score(ticket, completions), took)
 
     async def _evaluate(self) -> None:
         start = self._clock()
         async with self._under_way(0):
-            completions = await asyncio.gather(*(self._pool.sample(r) for r in self._evaluation.requests()))
-            self._evaluation_ended(completions, start)
+            with self.busy.any:
+                completions = await asyncio.gather(*(self._pool.sample(r) for r in self._evaluation.requests()))
+            await self._evaluation_ended(completions, start)
 
-    def _evaluation_ended(self, completions: Sequence[list[Completion]], start: float) -> None:
+    async def _evaluation_ended(self, completions: Sequence[list[Completion]], start: float) -> None:
         version, self._evaluating = self._evaluating, None
         self._pacer.end_evaluation()
         name = f"step {version}"
@@ -149,18 +163,20 @@ class Generation:
             self._recorder.stage(f"no evaluation at {name}: a generator was lost meanwhile")
             return
         self.evaluated = version
-        scored = self._evaluation.score(completions, name)
-        self._recorder.evaluated(name, mean_facts(scored), start, self._clock(), version=version, samples=len(scored))
+        await self._evaluation.finish(name, completions, start, version=version)
 
     @asynccontextmanager
     async def _under_way(self, groups: int) -> AsyncIterator[None]:
-        """Around the sampling of so many groups: keeps account of the time, and of what is cancelled."""
+        """Around the sampling and scoring of so many groups: keeps account of what is given up."""
+        samples = groups * self._config.algorithm.samples_per_prompt
         try:
-            with self.busy.any:
-                yield
+            yield
         except asyncio.CancelledError:
-            self._recorder.cancelled(groups * self._config.algorithm.samples_per_prompt)
+            self._recorder.cancelled(samples)
             raise
+        except RewardError as error:
+            self._recorder.cancelled(samples)
+            self._on_failure(error)
         finally:
             await self._changed.notify()
 
@@ -176,15 +192,18 @@ class Generation:
             order=ticket.number,
         )
 
-    def _arrived(self, ticket: Ticket, completions: list[Completion], start: float) -> None:
+    async def _score(self, ticket: Ticket, completions: list[Completion]) -> ScoredGroup:
         config, prompt = self._config, self._prompts.at(ticket.index)
-        scored = score_group(prompt, completions, self._reward, config.algorithm, config.generator.max_new_tokens)
+        return await score_group(prompt, completions, self._reward, config.algorithm, config.generator.max_new_tokens)
+
+    def _arrived(self, ticket: Ticket, scored: ScoredGroup, generate_s: float) -> None:
         self._pacer.arrived(ticket.index)
         del self._samplers[ticket.index]
         self.ready[ticket.index] = ReadyGroup(
-            index=ticket.index, version=ticket.version, scored=scored, generate_s=self._clock() - start
+            index=ticket.index, version=ticket.version, scored=scored, generate_s=generate_s
         )
-        self._recorder.generated(completions)
+        self._recorder.generated(scored.group.completions)
+        self._recorder.rewards_failed(scored.failures)
 
     async def resample_stragglers(self, limit_s: float) -> None:
         """Cancels groups the learner has waited for in vain, and has them sampled anew."""

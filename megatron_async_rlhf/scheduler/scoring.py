@@ -17,20 +17,26 @@ class ScoredGroup(Struct, frozen=True, kw_only=True):
 
     Attributes:
         group: its `rewards` have the penalties for a missing end and for length in them.
-        facts: of each completion: `reward` (the verifier's own, no penalty) and the verifier's metrics.
+        facts: of each completion: `reward` (the reward's own, no penalty) and the reward's metrics.
+        failures: of completions for which the reward failed, and gave 0: what went wrong.
     """
 
     group: RolloutGroup
     facts: list[dict[str, float]]
+    failures: list[str] = []
 
 
-def score_group(
+async def score_group(
     prompt: Prompt, completions: list[Completion], reward: Reward, algorithm: AlgorithmKeys, max_new_tokens: int
 ) -> ScoredGroup:
-    """Score every completion. One without an end-of-sequence token earns `missing_eos_reward` instead, if set."""
+    """Score every completion. One without an end-of-sequence token earns `missing_eos_reward` instead, if set.
+
+    Raises:
+        RewardError: the reward gave no usable scores.
+    """
     rewards, facts = [], []
-    for completion in completions:
-        score = reward.score(prompt, completion)
+    scores = await reward.score(prompt, completions)
+    for completion, score in zip(completions, scores, strict=True):
         value, length = score.reward, len(completion.token_ids)
         if algorithm.missing_eos_reward is not None and not completion.finished:
             value = algorithm.missing_eos_reward
@@ -46,7 +52,9 @@ def score_group(
                 **score.metrics,
             }
         )
-    return ScoredGroup(group=RolloutGroup(prompt=prompt, completions=completions, rewards=rewards), facts=facts)
+    group = RolloutGroup(prompt=prompt, completions=completions, rewards=rewards)
+    failures = [score.failure for score in scores if score.failure is not None]
+    return ScoredGroup(group=group, facts=facts, failures=failures)
 
 
 def mean_facts(scored: Iterable[ScoredGroup]) -> dict[str, float]:

@@ -7,6 +7,7 @@ and at which version from the learner's commands.
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from msgspec import Struct
 
@@ -165,9 +166,9 @@ class CheckedEvaluation(Evaluation):
 
     ledger: Ledger
 
-    def score(self, completions: list[list[Completion]], when: str) -> list:
+    async def finish(self, when: str, completions: list[list[Completion]], *args: Any, **kwargs: Any) -> None:
         records = [self.ledger.samples[completion.token_ids[0]] for (completion,) in completions]
         versions = {version for record in records for version, _ in record.versions}
         if len(versions) != 1:
             raise InvariantError(f"the evaluation at {when} met versions {sorted(versions)}")
-        return super().score(completions, when)
+        await super().finish(when, completions, *args, **kwargs)

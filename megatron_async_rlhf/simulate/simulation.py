@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.rewards.base import Score, Verifier
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.state import BEGINNING, ControllerState
@@ -50,13 +50,13 @@ class Outcome(Struct, frozen=True, kw_only=True):
     step_s: float
 
 
-class HashReward:
+class HashReward(Verifier):
     """No two samples are alike."""
 
     def check(self, prompt: Prompt) -> None:
         pass
 
-    def score(self, prompt: Prompt, completion: Completion) -> Score:
+    def judge(self, prompt: Prompt, completion: Completion) -> Score:
         number = completion.token_ids[0] if completion.token_ids else 0
         return Score(reward=(number * 2654435761 % 2**32) / 2**32, metrics={})
 
@@ -164,7 +164,9 @@ class Simulation:
             return None
         size = self.scenario.prompt_tokens
         prompts = [_prompt(HELD_OUT + i, size) for i in range(self.config.data.eval_prompts)]
-        evaluation = CheckedEvaluation(self.config, prompts, HashReward(), self.recorder)
+        evaluation = CheckedEvaluation(
+            self.config, prompts, HashReward(), self.recorder, asyncio.get_running_loop().time
+        )
         evaluation.ledger = self.ledger
         return evaluation
 

@@ -110,6 +110,12 @@ class Recorder:
         self.totals.samples_generated += samples
         self.totals.samples_cancelled += samples
 
+    def rewards_failed(self, failures: Sequence[str]) -> None:
+        """So many completions earned 0 because a reward failed, which said this."""
+        if failures and not self.totals.rewards_failed:
+            self.stage(f"a reward failed, and its completions earn 0 (the first of such failures): {failures[0]}")
+        self.totals.rewards_failed += len(failures)
+
     def generators_were_busy(self, span: Span) -> None:
         """At least one completion was being sampled."""
         self.totals.generate_busy_s += span.end - span.start

@@ -64,6 +64,7 @@ class RunTotals(Struct):
     samples_trained: int = 0
     samples_not_selected: int = 0
     samples_cancelled: int = 0
+    rewards_failed: int = 0
     tokens_generated: int = 0
     tokens_trained: int = 0
     pairs_skipped: int = 0
@@ -110,6 +111,7 @@ class RunTotals(Struct):
             "samples_cancelled": self.samples_cancelled,
             "samples_dropped": left if status == "completed" else 0,
             "samples_waiting": 0 if status == "completed" else left,
+            "rewards_failed": self.rewards_failed,
             "tokens_generated": self.tokens_generated,
             "tokens_trained": self.tokens_trained,
             "pairs_skipped": self.pairs_skipped,

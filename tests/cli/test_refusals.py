@@ -77,7 +77,7 @@ OVERRIDES = [
     ),
     ("telemetry.wandb=true", ["telemetry.wandb = true", "telemetry.wandb: {project: megatron-async-rlhf}", "null"]),
     ("learner.fp8=true", ["learner.fp8 = true", "learner.fp8: {recipe: tensorwise}"]),
-    ("reward=gsm8k", ["reward = gsm8k", "-s reward.type=gsm8k"]),
+    ("reward=gsm8k", ["reward = gsm8k", "-s 'reward={type: gsm8k}'"]),
     ("schedule=sync", ["schedule = sync", "-s schedule.mode=sync"]),
     ("learner=[]", ["learner = []", "must be a section"]),
     ("schedule.mode=asinc", ["schedule.mode = asinc", "'sync' or 'async'", "did you mean async?"]),

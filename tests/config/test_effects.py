@@ -16,7 +16,7 @@ GSM8K = {"data": {"train": "train.jsonl", "solution_field": "answer"}, "reward":
 IN_VAIN = [
     (
         {"reward": {"format_reward": 0.3}},
-        "reward.format_reward = 0.3 has no effect with reward.type = builtin: remove it, or set reward.type = gsm8k",
+        "reward.format_reward = 0.3: no such key; it goes with reward.type = gsm8k, not builtin",
     ),
     (
         {"learner": {"min_learning_rate": 1e-7, "lr_decay": "constant"}},
@@ -75,8 +75,8 @@ def test_a_key_set_in_vain_is_refused(load, sections: dict, line: str):
 
 
 def test_an_override_in_vain_is_refused_too(load):
-    with pytest.raises(ConfigError, match="reward.format_reward = 0.3 has no effect"):
-        load("reward.format_reward=0.3")
+    with pytest.raises(ConfigError, match="learner.min_learning_rate = 1e-07 has no effect"):
+        load("learner.min_learning_rate=1e-7", "learner.lr_decay=constant")
 
 
 @pytest.mark.parametrize("sections", IN_USE, ids=str)
@@ -93,7 +93,7 @@ def test_what_a_run_writes_down_loads_again(example: Path, tmp_path: Path):
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "again.yaml") == config
     written = yaml.safe_load((tmp_path / "again.yaml").read_text())
-    assert "format_reward" in written["reward"]
+    assert "min_learning_rate" in written["learner"]
 
 
 def test_the_table_names_keys_that_exist(load):

@@ -56,7 +56,7 @@ def test_a_run_in_every_layout(start, layout, mode, bound):
     assert set(summary["eval"]) == {"before", "after"}
     assert [line["step"] for line in run.lines("metrics.jsonl")] == [1, 2, 3, 4]
     config = load_config(run.directory / "config.yaml")
-    known = {"step", "time", *metric_names(config.algorithm, config.reward.type)}
+    known = {"step", "time", *metric_names(config.algorithm, config.rewards)}
     assert {name for line in run.lines("metrics.jsonl") for name in line} <= known
     assert_names_are_documented(run)
     trace = json.loads((run.directory / "trace.json").read_text())

@@ -18,7 +18,7 @@ def completion(text: str) -> Completion:
 
 
 def reward(text: str, **reference) -> float:
-    score = BuiltinReward().score(prompt(**reference), completion(text))
+    score = BuiltinReward().judge(prompt(**reference), completion(text))
     assert score.metrics == {"exact": float(score.reward == 1.0)}
     return score.reward
 
@@ -28,10 +28,10 @@ def test_every_solution_earns_one_and_nothing_earns_nothing():
     for index, example in enumerate(make_examples(0, 50 * len(KINDS), "train")):
         item = Prompt(index=index, text=example.text, token_ids=[1], reference=example.reference)
         scorer.check(item)
-        right = scorer.score(item, completion(example.solution))
+        right = scorer.judge(item, completion(example.solution))
         assert (right.reward, right.metrics) == (1.0, {"exact": 1.0}), example
         for nothing in ("", " \n\t"):
-            empty = scorer.score(item, completion(nothing))
+            empty = scorer.judge(item, completion(nothing))
             assert (empty.reward, empty.metrics) == (0.0, {"exact": 0.0}), example
 
 

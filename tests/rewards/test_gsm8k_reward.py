@@ -22,7 +22,7 @@ def prompt(solution: str, index: int = 0) -> Prompt:
 def score(text: str, solution: str = "1 + 1 = 2\n#### 2") -> tuple[float, float, float]:
     """Reward, exact, well_formed."""
     completion = Completion(token_ids=[1], logprobs=[-1.0], versions=[0], finished=True, text=text)
-    scored = Gsm8kReward(FORMAT_REWARD).score(prompt(solution), completion)
+    scored = Gsm8kReward(FORMAT_REWARD).judge(prompt(solution), completion)
     assert scored.metrics.keys() == {"exact", "well_formed"}
     return scored.reward, scored.metrics["exact"], scored.metrics["well_formed"]
 
@@ -114,8 +114,8 @@ def test_decimals_are_compared_exactly():
 
 def test_format_reward_is_the_configured_one():
     completion = Completion(token_ids=[], logprobs=[], versions=[], finished=False, text="#### 9")
-    assert Gsm8kReward(0.0).score(prompt("#### 2"), completion).reward == 0.0
-    assert Gsm8kReward(0.1).score(prompt("#### 2"), completion).reward == 0.1
+    assert Gsm8kReward(0.0).judge(prompt("#### 2"), completion).reward == 0.0
+    assert Gsm8kReward(0.1).judge(prompt("#### 2"), completion).reward == 0.1
 
 
 @pytest.mark.parametrize("solution", ["", "the answer is 2", "#### two"])

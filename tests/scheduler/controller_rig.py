@@ -11,7 +11,7 @@ from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.learner.protocol import PushWeights, TrainRollout
-from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.rewards.base import Reward, Score, Verifier
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
@@ -24,13 +24,13 @@ from megatron_async_rlhf.types import Prompt
 SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
 
 
-class LengthReward:
+class LengthReward(Verifier):
     """The longer the better."""
 
     def check(self, prompt):
         pass
 
-    def score(self, prompt, completion):
+    def judge(self, prompt, completion):
         return Score(reward=float(len(completion.token_ids)), metrics={})
 
 
@@ -47,9 +47,11 @@ class Rig:
         checkpoint={},
         resumed: RunState | None = None,
         held_out=0,
+        reward: Reward | None = None,
         **schedule,
     ):
         rng = random.Random(seed)
+        reward = reward or LengthReward()
         schedule = {"steps": 6, "prompts_per_step": 3, **schedule}
         self.config = RunConfig.model_validate(
             {"model": SHAPE, "schedule": schedule, "run": {"seed": seed}, "checkpoint": checkpoint}
@@ -74,11 +76,11 @@ class Rig:
             learner=self.learner,
             pool=GeneratorPool(self.generators, max_concurrent=8, return_timeout_s=5, silence_limit_s=5),
             weight_sync=WeightSync(self.learner, self.generators, self.config, ("127.0.0.1", 1)),
-            reward=LengthReward(),
+            reward=reward,
             prompts=self.prompts,
             recorder=self.recorder,
             checkpoints=self.saver,
-            evaluation=Evaluation(self.config, prompts[:held_out], LengthReward(), self.recorder),
+            evaluation=Evaluation(self.config, prompts[:held_out], reward, self.recorder),
             state=state,
         )
 

@@ -1,8 +1,10 @@
+import asyncio
+
 import pytest
 
 from megatron_async_rlhf.algorithms.reward_shaping import RewardMoments
 from megatron_async_rlhf.config.algorithms import OnlineDPOSection
-from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.rewards.base import Score, Verifier
 from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_facts, score_group
 from megatron_async_rlhf.scheduler.training_batch import select_training_samples
 from megatron_async_rlhf.types import Completion, Prompt
@@ -10,11 +12,11 @@ from megatron_async_rlhf.types import Completion, Prompt
 PROMPT = Prompt(index=0, text="p", token_ids=[5, 6], reference={})
 
 
-class First:
+class First(Verifier):
     def check(self, prompt):
         pass
 
-    def score(self, prompt, completion):
+    def judge(self, prompt, completion):
         return Score(reward=completion.token_ids[0] / 10 if completion.token_ids else 0.0, metrics={"seen": 1.0})
 
 
@@ -30,7 +32,7 @@ def completion(*token_ids, finished=True):
 
 def scored(samples, missing_eos_reward=None):
     algorithm = OnlineDPOSection(missing_eos_reward=missing_eos_reward)
-    return score_group(PROMPT, samples, First(), algorithm, max_new_tokens=8)
+    return asyncio.run(score_group(PROMPT, samples, First(), algorithm, max_new_tokens=8))
 
 
 def pairs_of(*groups):

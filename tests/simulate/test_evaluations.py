@@ -73,7 +73,8 @@ def evaluate_while(tmp_path: Path, scenario: Scenario, befall, **sections) -> di
         await simulation.run()
         for seconds, what, number in befall:
             asyncio.get_running_loop().call_later(seconds, getattr(simulation.generators[number], what))
-        return await simulation.controller.evaluate("after")
+        await simulation.controller.evaluate("after")
+        return simulation.recorder.totals.evaluation["after"]
 
     return run_in_virtual_time(whole(), patience_s=1e5)
 

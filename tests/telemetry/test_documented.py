@@ -3,6 +3,7 @@
 Those of the learner are in tests/learner/test_algorithms.py, which trains all algorithms.
 """
 
+import asyncio
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from trace_nesting import slices
 
 from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.config.rewards import FunctionRewardSection
 from megatron_async_rlhf.rewards.builtin import BuiltinReward
+from megatron_async_rlhf.rewards.function import FunctionReward
 from megatron_async_rlhf.rewards.gsm8k import Gsm8kReward
 from megatron_async_rlhf.simulate.scenario import Scenario
 from megatron_async_rlhf.simulate.simulation import Simulation
@@ -81,9 +84,11 @@ def test_metrics_of_the_rewards():
     prompt = Prompt(index=0, text="", token_ids=[1], reference={"kind": "copy", "answer": "1", "solution": "#### 1"})
     completion = Completion(token_ids=[1], logprobs=[0.0], versions=[0], finished=True, text="#### 1")
     reported = {
-        name for reward in (BuiltinReward(), Gsm8kReward(0.0)) for name in reward.score(prompt, completion).metrics
+        name for reward in (BuiltinReward(), Gsm8kReward(0.0)) for name in reward.judge(prompt, completion).metrics
     }
-    assert reported == names(METRICS, "reward")
+    section = FunctionRewardSection(function="nowhere.py:score", on_error="zero")
+    (score,) = asyncio.run(FunctionReward(section).score(prompt, [completion]))
+    assert reported | set(score.metrics) == names(METRICS, "reward")
 
 
 def test_summary(run):

@@ -1,0 +1,155 @@
+"""A user's own function as a reward: called in worker processes, each call with a time limit.
+
+    score ──> a free worker calls the function ──> scores, or one line on what is wrong with them
+                     │
+                     └── it takes too long, or the worker dies: the worker is replaced
+
+The event loop only waits. A function that fails ends the run, or earns its completions 0 (`reward.on_error`).
+"""
+
+import asyncio
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from megatron_async_rlhf.config.rewards import FunctionRewardSection
+from megatron_async_rlhf.errors import ConfigError, RewardError
+from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.rewards.function_worker import Parameters, begin, call, parameters_of
+from megatron_async_rlhf.types import Completion, Prompt
+
+_log = logging.getLogger(__name__)
+
+# A worker may be ended by whoever ends a whole job, which tells every process of it.
+_ATTEMPTS = 2
+
+
+class FunctionReward:
+    """Scores that a function gives to all completions of a prompt at once.
+
+    It gets `prompt` (the text without template), `completions` (their texts), the columns of the prompt's record by
+    their names, and `reward.kwargs`, each only if it has a parameter for it. The workers start with the first prompt.
+    """
+
+    def __init__(self, section: FunctionRewardSection) -> None:
+        self._section = section
+        self._name = f"reward function {section.function}"
+        self._pool: ProcessPool | None = None
+
+    def check(self, prompt: Prompt) -> None:
+        """Every prompt will do: only the function knows what it needs."""
+
+    async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
+        """Metrics: with `reward.on_error = zero` `reward_failed`, 1 if the function failed."""
+        given = {
+            **prompt.reference,
+            **self._section.kwargs,
+            "prompt": prompt.text,
+            "completions": [completion.text for completion in completions],
+        }
+        may_fail = self._section.on_error == "zero"
+        try:
+            scores = await self._call(given)
+        except RewardError as error:
+            failure = f"{self._name} {error}; the prompt is {prompt.name}"
+            if not may_fail:
+                raise RewardError(f"{failure}. Correct the function, or set reward.on_error = zero") from None
+            _log.error("%s", failure)
+            return [Score(reward=0.0, metrics={"reward_failed": 1.0}, failure=failure) for _ in completions]
+        return [Score(reward=score, metrics={"reward_failed": 0.0} if may_fail else {}) for score in scores]
+
+    def sources(self) -> list[Path]:
+        """The file of the function, if it is one of the user's; what is installed is known by its version."""
+        source = self._section.place[0]
+        path = Path(source) if source.endswith(".py") else Path(*source.split(".")).with_suffix(".py")
+        return [path] if path.is_file() else []
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+    async def _call(self, given: Mapping[str, Any]) -> list[float]:
+        """Raises RewardError: what went wrong, to follow the function's name."""
+        if self._pool is None:
+            self._pool = await asyncio.to_thread(_started_pool, self._section.workers)
+        answer = await _outcome(
+            lambda: asyncio.wrap_future(
+                self._pool.schedule(call, (*self._section.place, given), timeout=self._section.timeout_s)
+            ),
+            self._section.timeout_s,
+        )
+        if isinstance(answer, str):
+            raise RewardError(answer)
+        return answer
+
+
+def check_function(section: FunctionRewardSection, references: Iterable[Mapping[str, Any]]) -> None:
+    """Import the function, in a process of its own, and see whether it can be called.
+
+    Args:
+        references: of the prompts it is to score.
+
+    Raises:
+        ConfigError: one line.
+    """
+    name = f"reward.function = {section.function}"
+    pool = _started_pool(1)
+    try:
+        answer = asyncio.run(_parameters(pool, section))
+    except RewardError as error:
+        raise ConfigError(f"{name} {error}") from None
+    finally:
+        pool.stop()
+        pool.join()
+    if isinstance(answer, str):
+        raise ConfigError(f"{name} {answer}")
+    columns = set.intersection(*map(set, references))
+    offered = {"prompt", "completions", *columns, *section.kwargs}
+    if missing := [parameter for parameter in answer.required if parameter not in offered]:
+        raise ConfigError(
+            f"{name} needs {', '.join(missing)}, and is given {', '.join(sorted(offered))}; give columns of the data with "
+            "data.reference_fields, other values with reward.kwargs"
+        )
+    if unknown := [key for key in section.kwargs if not answer.takes(key)]:
+        takes = f"it has {', '.join(answer.names)}"
+        raise ConfigError(f"reward.kwargs.{unknown[0]}: {section.function} has no such parameter; {takes}")
+    if not answer.takes("completions"):
+        raise ConfigError(f"{name} has no parameter `completions`, the texts to score, only {', '.join(answer.names)}")
+
+
+async def _parameters(pool: ProcessPool, section: FunctionRewardSection) -> Parameters | str:
+    def ask() -> asyncio.Future:
+        return asyncio.wrap_future(pool.schedule(parameters_of, section.place, timeout=section.timeout_s))
+
+    return await _outcome(ask, section.timeout_s)
+
+
+async def _outcome(ask: Callable[[], asyncio.Future], limit_s: float) -> Any:
+    """What a worker answers.
+
+    Raises:
+        RewardError: it did not.
+    """
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return await ask()
+        except TimeoutError:
+            raise RewardError(f"did not return within reward.timeout_s = {limit_s:g}") from None
+        except ProcessExpired as error:
+            if attempt == _ATTEMPTS:
+                raise RewardError(f"ended its process {attempt} times, with exit code {error.exitcode}") from None
+        except BrokenProcessPool as error:
+            raise RewardError(f"has no processes to run in: {error}") from None
+    raise AssertionError("unreachable")
+
+
+def _started_pool(workers: int) -> ProcessPool:
+    """In processes made anew: a copy of this one would have its sockets."""
+    return ProcessPool(max_workers=workers, initializer=begin, context=multiprocessing.get_context("spawn"))
