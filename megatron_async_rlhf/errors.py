@@ -82,6 +82,10 @@ class NonFiniteLossError(LearnerError):
     """A loss or gradient norm that is not finite: names the step and the file the batch was saved to."""
 
 
+class UserFunctionError(AsyncRLHFError, RuntimeError):
+    """A function of the user's that cannot be imported or called. The message follows the function's name."""
+
+
 class RewardError(AsyncRLHFError, RuntimeError):
     """A reward that gave no usable scores: names it, the prompt, and what it did instead."""
 

@@ -17,6 +17,7 @@ Shape legend: G prompts, K samples of each, T tokens of a micro-batch's row.
 import torch
 
 from megatron_async_rlhf.algorithms.ratios import bounded_exp, policy_log_ratio
+from megatron_async_rlhf.algorithms.reductions import Metrics, largest
 from megatron_async_rlhf.algorithms.segments import Segments
 
 
@@ -45,7 +46,7 @@ def cispo_loss(
     ratio_low: float = 0.0,
     ratio_high: float,
     num_tokens: int,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, Metrics]:
     """Sum of `-share w clip(r, ratio_low, ratio_high) A log pi` with no gradient through the ratio `r = pi / pi_base`.
 
     MiniMax-M1 (arXiv 2506.13585): every token keeps a gradient; only its importance is bounded. ScaleRL (arXiv
@@ -67,6 +68,7 @@ def cispo_loss(
     return total, {
         "policy_loss": total.detach(),
         "ratio/mean": mean(ratio_T),
+        "ratio/max": largest(ratio_T, segments.mask_T),
         "ratio/clipped_low": mean((ratio_T < ratio_low).to(ratio_T)),
         "ratio/clipped_high": mean((ratio_T > ratio_high).to(ratio_T)),
     }

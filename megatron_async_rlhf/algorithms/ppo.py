@@ -8,6 +8,7 @@ Shape legend: T tokens of a micro-batch's row.
 import torch
 
 from megatron_async_rlhf.algorithms.ratios import RatioLevel, bounded_exp, policy_log_ratio
+from megatron_async_rlhf.algorithms.reductions import Metrics, largest
 from megatron_async_rlhf.algorithms.segments import Segments
 
 
@@ -33,12 +34,13 @@ def clipped_surrogate(
 
 def clip_metrics(
     ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *, clip_low: float, clip_high: float, count: int
-) -> dict[str, torch.Tensor]:
-    """Mean ratio, and shares of the `count` items of the step whose gradient the clip takes away on either side."""
+) -> Metrics:
+    """Mean and largest ratio, and shares of the `count` items of the step whose gradient the clip takes away on either side."""
     low = (ratio < 1 - clip_low) & (advantages < 0)
     high = (ratio > 1 + clip_high) & (advantages > 0)
     values = {"ratio/mean": ratio, "ratio/clipped_low": low.to(ratio), "ratio/clipped_high": high.to(ratio)}
-    return {name: value.detach().where(mask, 0).sum() / count for name, value in values.items()}
+    shares: Metrics = {name: value.detach().where(mask, 0).sum() / count for name, value in values.items()}
+    return shares | {"ratio/max": largest(ratio, mask)}
 
 
 def clipped_policy_loss(
@@ -54,7 +56,7 @@ def clipped_policy_loss(
     clip_high: float,
     ratio_cap: float | None = None,
     num_tokens: int,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, Metrics]:
     """Sum of `share w max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))` with `r = pi / pi_base`; PPO and GRPO.
 
     Args:

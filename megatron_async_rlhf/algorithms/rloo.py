@@ -9,6 +9,7 @@ import torch
 
 from megatron_async_rlhf.algorithms.ppo import clip_metrics, clipped_surrogate
 from megatron_async_rlhf.algorithms.ratios import bounded_exp
+from megatron_async_rlhf.algorithms.reductions import Metrics
 
 
 def leave_one_out_advantages(rewards_GK: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,7 @@ def proximal_rloo_loss(
     clip_low: float,
     clip_high: float,
     num_sequences: int,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, Metrics]:
     """Sum of `w max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))` over `num_sequences`, `r = exp(log_ratio)`.
 
     Args:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megatron_async_rlhf.config.algorithm_keys import AlgorithmKeys, PolicyGradientKeys
+from megatron_async_rlhf.config.algorithms import SECTIONS, OnlineDPOSection
 from megatron_async_rlhf.config.section import shown
 
 if TYPE_CHECKING:
@@ -23,13 +25,17 @@ class _Needs(NamedTuple):
     values: tuple[Any, ...]
 
 
+def _algorithms(*kinds: type[AlgorithmKeys]) -> tuple[str, ...]:
+    return tuple(name for name, section in SECTIONS.items() if issubclass(section, kinds))
+
+
 _NEEDS = (
     _Needs(("learner.min_learning_rate",), "learner.lr_decay", ("linear", "cosine")),
     _Needs(("warm_start.min_learning_rate",), "warm_start.lr_decay", ("cosine", "linear")),
     _Needs(("generator.kv_cache_gib", "launch.pin_cores"), "run.device", ("cpu",)),
     _Needs(("generator.gpu_memory_share", "generator.cuda_graphs"), "run.device", ("cuda",)),
-    _Needs(("learner.reference",), "algorithm.type", ("online_dpo", "ppo", "rloo", "proximal_rloo", "grpo")),
-    _Needs(("algorithm.reward_scale",), "algorithm.type", ("ppo", "rloo", "proximal_rloo", "grpo")),
+    _Needs(("learner.reference",), "algorithm.type", _algorithms(OnlineDPOSection, PolicyGradientKeys)),
+    _Needs(("algorithm.reward_scale",), "algorithm.type", _algorithms(PolicyGradientKeys)),
     _Needs(("algorithm.cispo_high",), "algorithm.loss", ("cispo",)),
     _Needs(("launch.slurm.user", "launch.slurm.port", "launch.slurm.identity"), "launch.slurm.tunnel", ("ssh",)),
 )

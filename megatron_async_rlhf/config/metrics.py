@@ -1,58 +1,69 @@
-"""Which metrics the steps of a run have, as its configuration says: what `checkpoint.keep_best` can be.
+"""The metrics of an optimizer step: those that every run has, and those that its algorithm and rewards add.
 
-Not every step has all of them: one without sequences lacks the learner's, a stale one the log-probability gap.
+`metrics.jsonl`, docs/run_directory.md and `checkpoint.keep_best` know these and no others. Not every step has all of them:
+one without sequences lacks the learner's, a stale one the log-probability gap.
 """
 
 from collections.abc import Sequence
 
-from megatron_async_rlhf.config.algorithms import (
-    AlgorithmKeys,
-    OnlineDPOSection,
-    PolicyGradientKeys,
-    PPOSection,
-    RatioKeys,
-)
-from megatron_async_rlhf.config.rewards import FunctionRewardSection, RewardKeys
+from megatron_async_rlhf.config.algorithm_keys import AlgorithmKeys
+from megatron_async_rlhf.config.algorithms import SECTIONS
+from megatron_async_rlhf.config.rewards import REWARDS, RewardKeys
+from megatron_async_rlhf.config.written_key import Key
 
-_OF_EVERY_STEP = (
-    "reward", "reward_penalised", "reward_margin", "response_length", "finished", "pairs_skipped_share", "num_sequences",
-    "staleness/mean", "staleness/max", "loss", "grad_norm", "learning_rate", "tokens", "padding", "tokens_per_s",
-    "sampler/kl_k1", "sampler/kl_k3", "logprob_gap/mean_abs", "logprob_gap/max_abs", "time/train_s", "time/generate_s", "time/reference_s",
-    "time/forward_backward_s", "time/gradient_reduction_s", "time/optimizer_s", "model_flops_utilisation",
+_OF_EVERY_RUN = (
+    Key("step", "-", "the N-th optimizer step has N, from 1; the checkpoint and the policy version of step N are those after it"),
+    Key("time", "s", "Unix time at which the step was recorded"),
+    Key("reward", "reward", "mean of what `reward` gave to all completions of the step's prompts"),
+    Key("reward_penalised", "reward", "the same with the penalties of `algorithm.missing_eos_reward` and `algorithm.overlong_buffer`: what is trained on"),
+    Key("reward_margin", "reward", "best minus worst completion of a prompt, penalised; mean over the prompts that are trained on"),
+    Key("response_length", "tokens", "mean length of a completion"),
+    Key("finished", "share", "of completions that ended by themselves, before `generator.max_new_tokens`"),
+    Key("pairs_skipped_share", "share", "of prompts that taught nothing, because all their completions earned the same (online DPO)"),
+    Key("staleness/mean", "steps", "version that was trained minus version that sampled, mean over the tokens of all completions"),
+    Key("staleness/max", "steps", "the largest"),
+    Key("logprob_gap/mean_abs", "nats", "difference of learner and sampler log-probability, mean over tokens sampled by the very version that is trained; absent without such tokens"),
+    Key("logprob_gap/max_abs", "nats", "the largest"),
+    Key("time/generate_s", "s", "from submission to last completion of the slowest prompt"),
+    Key("time/train_s", "s", "from the command to the learner to its answer, over the steps of the rollout"),
+    Key("num_sequences", "sequences", "that the step trained on, on all ranks", "learner"),
+    Key("loss", "-", "the whole loss, of the value model too", "learner"),
+    Key("sampler/kl_k1", "nats", "estimate k1 of KL(sampler \\|\\| policy) per token", "learner"),
+    Key("sampler/kl_k3", "nats", "estimate k3 of the same, never negative", "learner"),
+    Key("grad_norm", "-", "of the policy, before clipping", "learner"),
+    Key("learning_rate", "-", "the policy's, of this step", "learner"),
+    Key("tokens", "tokens", "positions of the step with a token, prompts included, on all ranks", "learner"),
+    Key("padding", "share", "of computed positions without a token", "learner"),
+    Key("tokens_per_s", "tokens/s", "over the time the learner works, waiting for a push left out", "learner"),
+    Key("model_flops_utilisation", "share", "of what all ranks' devices could do; only if their peak is known", "learner"),
+    Key("time/reference_s", "s", "forward pass of the reference", "learner"),
+    Key("time/forward_backward_s", "s", "of all micro-batches, communication included", "learner"),
+    Key("time/gradient_reduction_s", "s", "the part of it after the last micro-batch: summing gradients over ranks", "learner"),
+    Key("time/optimizer_s", "s", "gradient norm, clipping, Adam", "learner"),
 )  # fmt: skip
-_OF_REWARDS = {"builtin": ("exact",), "gsm8k": ("exact", "well_formed"), "function": ()}
-_OF_DPO = ("num_pairs", "dpo/margin", "dpo/accuracy", "dpo/chosen_ratio", "dpo/rejected_ratio")
-_OF_RATIOS = ("ratio/mean", "ratio/clipped_low", "ratio/clipped_high")
-_OF_CORRECTION = ("sampler/ratio", "sampler/ratio_outside", "correction/weight", "correction/effective_sample_share")
-_OF_VALUES = (
-    "value_loss", "value/error", "value/clipped", "value/mean", "value/grad_norm", "value/learning_rate", "time/values_s",
-)  # fmt: skip
+
+
+def possible_metrics() -> list[Key]:
+    """All that any run has, by source, each once."""
+    declared = [*_OF_EVERY_RUN]
+    for section in (*REWARDS.values(), *SECTIONS.values()):
+        declared += section.possible_metrics()
+    by_name = {metric.name: metric for metric in reversed(declared)}
+    order = list(dict.fromkeys(metric.name for metric in declared))
+    return [
+        by_name[name]
+        for source in ("controller", "reward", "learner")
+        for name in order
+        if by_name[name].source == source
+    ]
 
 
 def metric_names(algorithm: AlgorithmKeys, rewards: Sequence[RewardKeys]) -> list[str]:
-    """Of the lines of metrics.jsonl."""
-    names = [*_OF_EVERY_STEP]
+    """Those of a run."""
+    names = [metric.name for metric in _OF_EVERY_RUN] + algorithm.metrics
     for reward in rewards:
-        own = [*_OF_REWARDS[reward.type]]
-        if isinstance(reward, FunctionRewardSection) and reward.on_error == "zero":
-            own.append("reward_failed")
-        if len(rewards) > 1:
-            own = [f"reward/{reward.title}", *(f"{reward.title}/{name}" for name in own)]
-        names += own
-    if algorithm.has_reference:
-        names.append("kl_to_reference")
-    if algorithm.scores_policy_first(1) or algorithm.scores_policy_first(2):
-        names.append("time/proximal_s")
-    if isinstance(algorithm, OnlineDPOSection):
-        names += _OF_DPO
-    if isinstance(algorithm, PolicyGradientKeys):
-        names.append("policy_loss")
-        if algorithm.kl.in_loss:
-            names += ["kl_loss", "kl/per_token"]
-        if algorithm.correction.type != "none":
-            names += _OF_CORRECTION
-    if isinstance(algorithm, RatioKeys):
-        names += _OF_RATIOS
-    if isinstance(algorithm, PPOSection):
-        names += _OF_VALUES
+        if len(rewards) == 1:
+            names += reward.metrics
+        else:
+            names += [f"reward/{reward.title}", *(f"{reward.title}/{name}" for name in reward.metrics)]
     return names

@@ -1,20 +1,26 @@
 """The `reward` section: what scores completions. One entry, or a list of entries whose weighted scores are summed."""
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
-from megatron_async_rlhf.config.section import LocalSource, Section
+from megatron_async_rlhf.config.section import FunctionName, Section
 from megatron_async_rlhf.config.sections import DataSection
+from megatron_async_rlhf.config.written_key import Key
+from megatron_async_rlhf.user_functions import split_name
 
-# FILE.py:NAME, or a dotted path with the name last, behind a dot or a colon.
-_FUNCTION = re.compile(r"(?P<source>.+\.py(?=:)|[A-Za-z_][\w.]*)[.:](?P<name>[A-Za-z_]\w*)")
+_EXACT = Key("exact", "share", "of completions with the right answer (`builtin`, `gsm8k`)", "reward")
 
 
 class RewardKeys(Section):
-    """What all types of rewards have."""
+    """What all types of rewards have.
+
+    Attributes:
+        own_metrics: that the reward reports of each completion.
+    """
+
+    own_metrics: ClassVar[tuple[Key, ...]] = ()
 
     name: str | None = Field(None, pattern=r"^[A-Za-z_][\w.-]*$")  # of its metrics in a list; default: its type
     weight: float = 1.0  # of its scores, in the sum that is trained on
@@ -22,6 +28,16 @@ class RewardKeys(Section):
     @property
     def title(self) -> str:
         return self.name or self.type
+
+    @classmethod
+    def possible_metrics(cls) -> list[Key]:
+        """Under some setting of the keys."""
+        return list(cls.own_metrics)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of those that it reports under these keys."""
+        return [metric.name for metric in self.own_metrics if metric.given(self)]
 
     @model_validator(mode="before")
     @classmethod
@@ -35,11 +51,18 @@ class RewardKeys(Section):
 class BuiltinRewardSection(RewardKeys):
     """Graded answers to the prompts of `data.train: builtin`."""
 
+    own_metrics: ClassVar[tuple[Key, ...]] = (_EXACT,)
+
     type: Literal["builtin"] = "builtin"
 
 
 class Gsm8kRewardSection(RewardKeys):
     """1 for the right number behind `####`, less for a well-formed answer that is wrong, 0 otherwise."""
+
+    own_metrics: ClassVar[tuple[Key, ...]] = (
+        _EXACT,
+        Key("well_formed", "share", "of completions with an answer in the expected form (`gsm8k`)", "reward"),
+    )
 
     type: Literal["gsm8k"] = "gsm8k"
     format_reward: float = Field(0.1, ge=0, le=1)  # for a well-formed `#### <number>` that is wrong
@@ -48,29 +71,24 @@ class Gsm8kRewardSection(RewardKeys):
 class FunctionRewardSection(RewardKeys):
     """A Python function of one's own, called in worker processes with a prompt and all its completions."""
 
+    own_metrics: ClassVar[tuple[Key, ...]] = (
+        Key(
+            "reward_failed", "share",
+            "of completions for which the function failed (`function` with `on_error: zero`)",
+            "reward", lambda keys: keys.on_error == "zero",
+        ),
+    )  # fmt: skip
+
     type: Literal["function"] = "function"
-    function: LocalSource  # FILE.py:NAME, or package.module.NAME
+    function: FunctionName  # FILE.py:NAME, or package.module.NAME
     kwargs: dict[str, Any] = Field(default_factory=dict)  # further keyword arguments of every call
     workers: PositiveInt = 2  # processes that call it, on the controller's machine
     timeout_s: PositiveFloat = 60.0  # of one call; a process's first call also imports the function
     on_error: Literal["fail", "zero"] = "fail"  # a call that fails ends the run, or earns its completions 0
 
-    @field_validator("function")
-    @classmethod
-    def check_form(cls, function: str) -> str:
-        if not _FUNCTION.fullmatch(function):
-            raise ValueError("must be FILE.py:NAME, such as rewards.py:score, or package.module.NAME")
-        return function
-
-    @property
-    def place(self) -> tuple[str, str]:
-        """A file `*.py` or a module, and the name of the function in it."""
-        form = _FUNCTION.fullmatch(self.function)
-        return form["source"], form["name"]
-
     @property
     def title(self) -> str:
-        return self.name or self.place[1]
+        return self.name or split_name(self.function)[1]
 
 
 REWARDS: dict[str, type[RewardKeys]] = {

@@ -14,6 +14,8 @@ from pydantic import (
     field_validator,
 )
 
+from megatron_async_rlhf.user_functions import split_name
+
 
 def _expand_user(path: str) -> str:
     """No shell expands the `~` of `-s run.dir=~/x`."""
@@ -21,6 +23,14 @@ def _expand_user(path: str) -> str:
 
 
 LocalPath = Annotated[Path, AfterValidator(lambda path: Path(_expand_user(str(path))))]
+
+
+def _check_function_name(function: str) -> str:
+    split_name(function)
+    return function
+
+
+FunctionName = Annotated[str, AfterValidator(_expand_user), AfterValidator(_check_function_name)]
 LocalSource = Annotated[str, AfterValidator(_expand_user)]  # a path, or what is none
 
 

@@ -1,6 +1,6 @@
 """What a configuration allows but its user should know."""
 
-from megatron_async_rlhf.config.algorithms import PolicyGradientKeys
+from megatron_async_rlhf.config.algorithm_keys import PolicyGradientKeys
 from megatron_async_rlhf.config.root import RunConfig
 
 

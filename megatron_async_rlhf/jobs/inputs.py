@@ -11,6 +11,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from megatron_async_rlhf.config.algorithms import LOSS_ARGUMENTS, GRPOSection
 from megatron_async_rlhf.config.rewards import FunctionRewardSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.example import Example
@@ -35,7 +36,7 @@ from megatron_async_rlhf.models.architecture import (
 from megatron_async_rlhf.models.hf_mapping import check_shapes
 from megatron_async_rlhf.models.layout_rules import check_layouts
 from megatron_async_rlhf.rewards.base import Reward
-from megatron_async_rlhf.rewards.function import check_function
+from megatron_async_rlhf.rewards.function import check_function, check_parameters, inspect_function
 from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.types import Prompt, Sequence
 from megatron_async_rlhf.weights.plan import TransferPlan, configured_transfer
@@ -116,11 +117,18 @@ def check_inputs(config: RunConfig, template: Path) -> RunInputs:
 def check_functions(config: RunConfig, run_inputs: RunInputs) -> None:
     """
     Raises:
-        ConfigError: a reward function cannot be imported, or cannot be called with what the prompts have.
+        ConfigError: a function of the user's cannot be imported, or cannot be called with what it is given.
     """
-    for entry in config.rewards:
+    references = [prompt.reference for prompt in (*run_inputs.train, *run_inputs.eval)]
+    for place, entry in enumerate(config.rewards):
         if isinstance(entry, FunctionRewardSection):
-            check_function(entry, [prompt.reference for prompt in (*run_inputs.train, *run_inputs.eval)])
+            key = f"reward.{place}" if isinstance(config.reward, list) else "reward"
+            check_function(key, entry, references)
+    algorithm = config.algorithm
+    if isinstance(algorithm, GRPOSection) and algorithm.loss_function is not None:
+        name, limit = f"algorithm.loss_function = {algorithm.loss_function}", config.learner.timeout_s
+        parameters = inspect_function(name, algorithm.loss_function, limit)
+        check_parameters(name, parameters, LOSS_ARGUMENTS, algorithm.loss_kwargs, "algorithm.loss_kwargs")
 
 
 def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:

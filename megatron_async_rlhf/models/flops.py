@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_async_rlhf.config.algorithms import AlgorithmKeys
+from megatron_async_rlhf.config.algorithm_keys import AlgorithmKeys
 from megatron_async_rlhf.models.architecture import Architecture
 
 

@@ -10,7 +10,7 @@ The event loop only waits. A function that fails ends the run, or earns its comp
 import asyncio
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from pebble import ProcessExpired, ProcessPool
 from megatron_async_rlhf.config.rewards import FunctionRewardSection
 from megatron_async_rlhf.errors import ConfigError, RewardError
 from megatron_async_rlhf.rewards.base import Score
-from megatron_async_rlhf.rewards.function_worker import Parameters, begin, call, parameters_of
+from megatron_async_rlhf.rewards.function_worker import begin, call, describe
 from megatron_async_rlhf.types import Completion, Prompt
+from megatron_async_rlhf.user_functions import Parameters, file_of
 
 _log = logging.getLogger(__name__)
 
@@ -64,10 +65,8 @@ class FunctionReward:
         return [Score(reward=score, metrics={"reward_failed": 0.0} if may_fail else {}) for score in scores]
 
     def sources(self) -> list[Path]:
-        """The file of the function, if it is one of the user's; what is installed is known by its version."""
-        source = self._section.place[0]
-        path = Path(source) if source.endswith(".py") else Path(*source.split(".")).with_suffix(".py")
-        return [path] if path.is_file() else []
+        path = file_of(self._section.function)
+        return [] if path is None else [path]
 
     def close(self) -> None:
         if self._pool is not None:
@@ -81,7 +80,7 @@ class FunctionReward:
             self._pool = await asyncio.to_thread(_started_pool, self._section.workers)
         answer = await _outcome(
             lambda: asyncio.wrap_future(
-                self._pool.schedule(call, (*self._section.place, given), timeout=self._section.timeout_s)
+                self._pool.schedule(call, (self._section.function, given), timeout=self._section.timeout_s)
             ),
             self._section.timeout_s,
         )
@@ -90,45 +89,69 @@ class FunctionReward:
         return answer
 
 
-def check_function(section: FunctionRewardSection, references: Iterable[Mapping[str, Any]]) -> None:
-    """Import the function, in a process of its own, and see whether it can be called.
+def check_function(key: str, section: FunctionRewardSection, references: Sequence[Mapping[str, Any]]) -> None:
+    """Import a reward function, in a process of its own, and see whether it can be called.
 
     Args:
+        key: of `section` in the configuration.
         references: of the prompts it is to score.
 
     Raises:
         ConfigError: one line.
     """
-    name = f"reward.function = {section.function}"
+    columns = set.intersection(*map(set, references))
+    name, given = f"{key}.function = {section.function}", sorted({"prompt", "completions", *columns})
+    parameters = inspect_function(name, section.function, section.timeout_s)
+    check_parameters(name, parameters, given, section.kwargs, f"{key}.kwargs")
+    if not parameters.takes("completions"):
+        names = ", ".join(parameters.names)
+        raise ConfigError(f"{name} has no parameter `completions`, the texts to score, only {names}")
+
+
+def inspect_function(name: str, function: str, limit_s: float) -> Parameters:
+    """A user's function's parameters, found out in a process of its own.
+
+    Args:
+        name: for messages.
+
+    Raises:
+        ConfigError: it cannot be imported in time.
+    """
+
+    async def ask(pool: ProcessPool) -> Parameters | str:
+        return await _outcome(
+            lambda: asyncio.wrap_future(pool.schedule(describe, (function,), timeout=limit_s)), limit_s
+        )
+
     pool = _started_pool(1)
     try:
-        answer = asyncio.run(_parameters(pool, section))
+        answer = asyncio.run(ask(pool))
     except RewardError as error:
-        raise ConfigError(f"{name} {error}") from None
+        answer = str(error)
     finally:
         pool.stop()
         pool.join()
     if isinstance(answer, str):
         raise ConfigError(f"{name} {answer}")
-    columns = set.intersection(*map(set, references))
-    offered = {"prompt", "completions", *columns, *section.kwargs}
-    if missing := [parameter for parameter in answer.required if parameter not in offered]:
+    return answer
+
+
+def check_parameters(
+    name: str, parameters: Parameters, given: Sequence[str], kwargs: Mapping[str, Any], kwargs_key: str
+) -> None:
+    """
+    Raises:
+        ConfigError: a parameter is missing in `given` and `kwargs`, or one of `kwargs` is none.
+    """
+    if missing := [each for each in parameters.required if each not in (*given, *kwargs)]:
         raise ConfigError(
-            f"{name} needs {', '.join(missing)}, and is given {', '.join(sorted(offered))}; give columns of the data with "
-            "data.reference_fields, other values with reward.kwargs"
+            f"{name} needs {', '.join(missing)}, and is given {', '.join(given)}; other values are given with {kwargs_key}, "
+            "columns of the data with data.reference_fields"
         )
-    if unknown := [key for key in section.kwargs if not answer.takes(key)]:
-        takes = f"it has {', '.join(answer.names)}"
-        raise ConfigError(f"reward.kwargs.{unknown[0]}: {section.function} has no such parameter; {takes}")
-    if not answer.takes("completions"):
-        raise ConfigError(f"{name} has no parameter `completions`, the texts to score, only {', '.join(answer.names)}")
-
-
-async def _parameters(pool: ProcessPool, section: FunctionRewardSection) -> Parameters | str:
-    def ask() -> asyncio.Future:
-        return asyncio.wrap_future(pool.schedule(parameters_of, section.place, timeout=section.timeout_s))
-
-    return await _outcome(ask, section.timeout_s)
+    if unknown := [each for each in kwargs if not parameters.takes(each)]:
+        raise ConfigError(
+            f"{kwargs_key}.{unknown[0]}: the function has no such parameter, only {', '.join(parameters.names)}"
+        )
 
 
 async def _outcome(ask: Callable[[], asyncio.Future], limit_s: float) -> Any:

@@ -7,7 +7,7 @@ from statistics import fmean
 from msgspec import Struct
 
 from megatron_async_rlhf.algorithms.reward_shaping import soft_overlong_penalty
-from megatron_async_rlhf.config.algorithms import AlgorithmKeys
+from megatron_async_rlhf.config.algorithm_keys import AlgorithmKeys
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.types import Completion, Prompt, RolloutGroup
 

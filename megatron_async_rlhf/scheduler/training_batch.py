@@ -5,9 +5,8 @@ from statistics import fmean
 
 from msgspec import Struct
 
-from megatron_async_rlhf.algorithms.preference import best_and_worst
 from megatron_async_rlhf.algorithms.reward_shaping import RewardMoments, scale_rewards
-from megatron_async_rlhf.config.algorithms import AlgorithmKeys
+from megatron_async_rlhf.config.algorithm_keys import AlgorithmKeys
 from megatron_async_rlhf.types import Completion, Prompt, RolloutGroup, Sequence, TrainingGroup
 
 
@@ -44,7 +43,7 @@ def select_training_samples(
     moments = before.including(rewards)
     training, completions, margins = [], [], []
     for group in groups:
-        chosen = chosen_samples(algorithm.type, group.rewards)
+        chosen = algorithm.chosen_samples(group.rewards)
         if not chosen:
             continue
         samples = [group.completions[i] for i in chosen]
@@ -68,25 +67,6 @@ def select_training_samples(
         margin=fmean(margins) if margins else 0.0,
     )
     return batch, moments
-
-
-def chosen_samples(algorithm: str, rewards: Seq[float]) -> list[int]:
-    """Which of a prompt's samples are trained on; none if they teach nothing.
-
-    Online DPO takes the best and the worst, and nothing where all are equal; Best-of-N the best, the first among equals
-    (as the paper's code does); all others every sample.
-    """
-    match algorithm:
-        case "online_dpo":
-            return list(best_and_worst(rewards) or ())
-        case "best_of_n":
-            return [max(range(len(rewards)), key=lambda i: rewards[i])]
-        case "ppo" | "rloo" | "proximal_rloo" | "grpo":
-            return list(range(len(rewards)))
-        case _:
-            raise NotImplementedError(
-                f"algorithm.type = {algorithm}: chosen_samples does not know which samples it trains on"
-            )
 
 
 def as_sequence(prompt: Prompt, completion: Completion) -> Sequence:

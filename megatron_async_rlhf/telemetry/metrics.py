@@ -4,92 +4,11 @@ A name is added here first. `source` says who produces it, and thereby which tes
 """
 
 from collections.abc import Iterable
-from typing import Literal
 
-from msgspec import Struct
+from megatron_async_rlhf.config.metrics import possible_metrics
+from megatron_async_rlhf.config.written_key import Key
 
-Source = Literal["controller", "learner", "reward"]
-
-
-class Key(Struct, frozen=True):
-    """One name of a file. `unit`: `share` is between 0 and 1, `-` where there is none."""
-
-    name: str
-    unit: str
-    meaning: str
-    source: Source = "controller"
-
-
-def _of(source: Source, *rows: tuple[str, str, str]) -> list[Key]:
-    return [Key(name, unit, meaning, source) for name, unit, meaning in rows]
-
-
-METRICS = [
-    *_of(
-        "controller",
-        ("step", "-", "the N-th optimizer step has N, from 1; the checkpoint and the policy version of step N are those after it"),
-        ("time", "s", "Unix time at which the step was recorded"),
-        ("reward", "reward", "mean of what `reward` gave to all completions of the step's prompts"),
-        ("reward_penalised", "reward", "the same with the penalties of `algorithm.missing_eos_reward` and `algorithm.overlong_buffer`: what is trained on"),
-        ("reward_margin", "reward", "best minus worst completion of a prompt, penalised; mean over the prompts that are trained on"),
-        ("response_length", "tokens", "mean length of a completion"),
-        ("finished", "share", "of completions that ended by themselves, before `generator.max_new_tokens`"),
-        ("pairs_skipped_share", "share", "of prompts that taught nothing, because all their completions earned the same (online DPO)"),
-        ("staleness/mean", "steps", "version that was trained minus version that sampled, mean over the tokens of all completions"),
-        ("staleness/max", "steps", "the largest"),
-        ("logprob_gap/mean_abs", "nats", "difference of learner and sampler log-probability, mean over tokens sampled by the very version that is trained; absent without such tokens"),
-        ("logprob_gap/max_abs", "nats", "the largest"),
-        ("time/generate_s", "s", "from submission to last completion of the slowest prompt"),
-        ("time/train_s", "s", "from the command to the learner to its answer, over the steps of the rollout"),
-    ),
-    *_of(
-        "reward",
-        ("exact", "share", "of completions with the right answer (`builtin`, `gsm8k`)"),
-        ("well_formed", "share", "of completions with an answer in the expected form (`gsm8k`)"),
-        ("reward_failed", "share", "of completions for which the function failed (`function` with `on_error: zero`)"),
-    ),
-    *_of(
-        "learner",
-        ("num_sequences", "sequences", "that the step trained on, on all ranks"),
-        ("num_pairs", "pairs", "of chosen and rejected completions (online DPO)"),
-        ("loss", "-", "the whole loss, of the value model too"),
-        ("policy_loss", "-", "the policy's part, without a KL term"),
-        ("kl_loss", "-", "the KL term before its coefficient, with `algorithm.kl.place: loss`"),
-        ("kl_to_reference", "nats", "`log pi - log pi_ref` summed over a completion's tokens, mean over the completions trained on; of algorithms with a reference"),
-        ("kl/per_token", "nats", "the KL term's own estimate, mean over tokens"),
-        ("dpo/margin", "nats", "`beta` times the chosen minus the rejected log-ratio to the reference, mean over pairs"),
-        ("dpo/accuracy", "share", "of pairs whose chosen completion has the larger log-ratio"),
-        ("dpo/chosen_ratio", "nats", "`beta` times the log-ratio of chosen completions"),
-        ("dpo/rejected_ratio", "nats", "`beta` times the log-ratio of rejected completions"),
-        ("ratio/mean", "-", "policy over proximal policy, mean over what it is clipped by: tokens or completions"),
-        ("ratio/clipped_low", "share", "whose gradient the lower bound takes away"),
-        ("ratio/clipped_high", "share", "whose gradient the upper bound takes away"),
-        ("sampler/kl_k1", "nats", "estimate k1 of KL(sampler \\|\\| policy) per token"),
-        ("sampler/kl_k3", "nats", "estimate k3 of the same, never negative"),
-        ("sampler/ratio", "-", "proximal policy over sampler, mean over what is corrected: tokens or completions"),
-        ("sampler/ratio_outside", "share", "of these with a ratio outside the bounds of `algorithm.correction`"),
-        ("correction/weight", "-", "mean weight of the off-policy correction"),
-        ("correction/effective_sample_share", "share", "Kish's effective sample size of these weights"),
-        ("value_loss", "-", "of the value model, before its coefficient (PPO)"),
-        ("value/mean", "reward", "mean value of a token"),
-        ("value/error", "reward²", "mean squared distance to the returns"),
-        ("value/clipped", "share", "of tokens whose value moved beyond `algorithm.value_clip`"),
-        ("value/grad_norm", "-", "the value model's gradient norm, before clipping"),
-        ("value/learning_rate", "-", "the value model's"),
-        ("grad_norm", "-", "of the policy, before clipping"),
-        ("learning_rate", "-", "the policy's, of this step"),
-        ("tokens", "tokens", "positions of the step with a token, prompts included, on all ranks"),
-        ("padding", "share", "of computed positions without a token"),
-        ("tokens_per_s", "tokens/s", "over the time the learner works, waiting for a push left out"),
-        ("model_flops_utilisation", "share", "of what all ranks' devices could do; only if their peak is known"),
-        ("time/reference_s", "s", "forward pass of the reference"),
-        ("time/proximal_s", "s", "forward pass of the policy before the rollout's updates; only if there is one"),
-        ("time/values_s", "s", "forward pass of the value model; only if there is one"),
-        ("time/forward_backward_s", "s", "of all micro-batches, communication included"),
-        ("time/gradient_reduction_s", "s", "the part of it after the last micro-batch: summing gradients over ranks"),
-        ("time/optimizer_s", "s", "gradient norm, clipping, Adam"),
-    ),
-]  # fmt: skip
+METRICS = possible_metrics()
 
 # Each line of warm_start.jsonl has some of the names above, for the warm start's own steps.
 WARM_START = (

@@ -65,7 +65,9 @@ CASES = {
 }  # fmt: skip
 # One sequence a micro-batch; data-parallel ranks then fill up with sequences that only keep them in step.
 ALONE = {"ppo_alone": "ppo", "ppo_value_hf_once_alone": "ppo_value_hf_once", "rloo_alone": "rloo"}
-IN_LAYOUTS = ["rloo", "rloo_alone", "proximal_rloo", "ppo", "ppo_value_hf_once", "grpo"]
+# The same loss from outside the package.
+OWN = {"grpo_own_loss": "grpo"}
+IN_LAYOUTS = ["grpo_own_loss", "rloo", "rloo_alone", "proximal_rloo", "ppo", "ppo_value_hf_once", "grpo"]
 SAVED = ["rloo", "ppo", "ppo_value_hf_once"]  # a checkpoint of these is resumed from
 ONE = Layout()
 LAYOUTS = [
@@ -143,6 +145,11 @@ def rollouts_of(case: dict, rollouts: list) -> list[tuple[list[list[dict]], int]
     if case.get("once"):
         return [([groups], 1) for rollout in cut for groups in rollout]
     return [(rollout, 2) for rollout in cut]
+
+
+def own_loss() -> dict:
+    """Keys of the algorithm's section."""
+    return {"loss_function": f"{Path(__file__).with_name('own_losses.py')}:clipped", "loss_kwargs": {"clip": 0.2}}
 
 
 def section_of(case: dict, models: dict[str, str]) -> dict:

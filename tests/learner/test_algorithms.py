@@ -13,9 +13,11 @@ from algorithm_cases import (
     LEARNER,
     LONGEST,
     ONE,
+    OWN,
     SAVED,
     STEPS,
     make_rollouts,
+    own_loss,
     rollouts_of,
     section_of,
     write_models,
@@ -46,7 +48,7 @@ class Trained:
         self.root = root
         self.models = write_models(root)
         self.rollouts = make_rollouts(self.models["policy"])
-        self.configs = {name: self._config(name) for name in (*CASES, *ALONE)}
+        self.configs = {name: self._config(name) for name in (*CASES, *ALONE, *OWN)}
         names = [ONE, *LAYOUTS]
         job = {
             "config": {
@@ -76,7 +78,7 @@ class Trained:
         self._results = {layout: [self._read(layout, rank) for rank in range(layout.ranks)] for layout in names}
 
     def case(self, name: str) -> dict:
-        return CASES[ALONE.get(name, name)]
+        return CASES[(ALONE | OWN).get(name, name)]
 
     def commands(self, name: str) -> list:
         return rollouts_of(self.case(name), self.rollouts)
@@ -100,7 +102,8 @@ class Trained:
         case = self.case(name)
         rollout = {} if case.get("once") else {"mini_batches": 2, "epochs": 2}
         schedule = {"mode": "sync", "steps": STEPS} | rollout
-        config = {"algorithm": section_of(case, self.models), "schedule": schedule}
+        algorithm = section_of(case, self.models) | (own_loss() if name in OWN else {})
+        config = {"algorithm": algorithm, "schedule": schedule}
         return config | ({"learner": {"micro_batch_tokens": 1}} if name in ALONE else {})
 
 
@@ -171,9 +174,9 @@ def test_the_configuration_tells_which_metrics_there_are(trained: Trained, name:
     config = RunConfig.model_validate({"model": {"hf": trained.models["policy"]}, **trained.configs[name]})
     result = trained.result(ONE, name)
     reported = {metric for step in result["steps"] for metric in step} | {m for step in result["seconds"] for m in step}
-    known = set(metric_names(config.algorithm, "builtin"))
+    known = set(metric_names(config.algorithm, config.rewards))
     assert reported - known == set()
-    others = metric_names(BestOfNSection(), "builtin")
+    others = metric_names(BestOfNSection(), config.rewards)
     assert known - reported - {*others, "time/proximal_s"} == set()
 
 
@@ -215,6 +218,23 @@ def test_every_rank_reports_the_same(trained: Trained, layout: Layout):
 def test_packed_sequences_train_as_each_does_alone(trained: Trained, alone: str):
     ours, theirs = trained.result(ONE, alone)["steps"], trained.result(ONE, ALONE[alone])["steps"]
     assert_same_steps(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=str)
+def test_a_loss_of_ones_own_trains_as_the_same_in_the_package_and_its_metrics_are_reduced_as_it_says(
+    trained: Trained, layout: Layout
+):
+    ours, theirs = trained.result(layout, "grpo_own_loss")["steps"], trained.result(layout, "grpo")["steps"]
+    for our_step, their_step in zip(ours, theirs, strict=True):
+        common = {name: value for name, value in our_step.items() if not name.startswith("own/")}
+        assert common == {name: value for name, value in their_step.items() if not name.startswith("ratio/")}
+    for step, alone in zip(ours, trained.result(ONE, "grpo_own_loss")["steps"], strict=True):
+        if "loss" in step:
+            assert step["own/mean"] == 2.0
+            assert step["own/lowest"] < step["own/highest"] < 0.0
+            for name in ("own/tokens", "own/highest", "own/lowest"):
+                assert step[name] == pytest.approx(alone[name], rel=1e-4), name
+    assert max(step.get("ratio/max", 0.0) for step in theirs) > 1.0
 
 
 @pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=str)
@@ -339,5 +359,5 @@ def test_the_models_are_far_from_each_other(trained: Trained):
 
 
 def test_every_name_of_every_algorithm_is_documented_and_reported(trained: Trained):
-    reported = {name for case in trained.configs for name in trained.result(ONE, case)["names"]}
+    reported = {name for case in trained.configs for name in trained.result(ONE, case)["names"] if case not in OWN}
     assert reported == {key.name for key in METRICS if key.source == "learner"}

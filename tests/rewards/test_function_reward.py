@@ -13,6 +13,7 @@ from megatron_async_rlhf.rewards.base import Reward, Score
 from megatron_async_rlhf.rewards.function import FunctionReward, check_function
 from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.types import Completion, Prompt
+from megatron_async_rlhf.user_functions import split_name
 
 OWN = """
 import asyncio, os, sys, time
@@ -102,10 +103,8 @@ def test_the_function_gets_what_it_has_parameters_for(own: Path, capfd: pytest.C
 def test_a_module_is_found_in_the_working_directory(own: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(own.parent)
     assert scores(FunctionReward(FunctionRewardSection(function="own.lengths", workers=1)), "abc")[0].reward == 3.0
-    assert (
-        FunctionRewardSection(function="a.b.c").place == FunctionRewardSection(function="a.b:c").place == ("a.b", "c")
-    )
-    assert FunctionRewardSection(function="x/v.1.py:c").place == ("x/v.1.py", "c")
+    assert split_name("a.b.c") == split_name("a.b:c") == ("a.b", "c")
+    assert split_name("x/v.1.py:c") == ("x/v.1.py", "c")
 
 
 WRONG = {
@@ -177,22 +176,22 @@ UNUSABLE = {
     "value": "is no function, but int",
     "positional": "cannot be given completions by name",
     "without": "has no parameter `completions`",
-    "dies_once": "needs notes, and is given answer, completions, level, prompt; give columns",
+    "dies_once": "needs notes, and is given answer, completions, level, prompt; other values",
 }
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_before_the_run_it_is_imported_and_its_parameters_are_looked_at(own: Path, name: str):
     with pytest.raises(ConfigError, match=f"reward.function = .*own.py:{name} {UNUSABLE[name]}") as refused:
-        check_function(FunctionRewardSection(function=f"{own}:{name}"), [PROMPT.reference])
+        check_function("reward", FunctionRewardSection(function=f"{own}:{name}"), [PROMPT.reference])
     assert "\n" not in str(refused.value)
 
 
 def test_a_parameter_without_default_needs_a_column_of_all_prompts(own: Path):
     section = FunctionRewardSection(function=f"{own}:told")
-    check_function(section, [{"level": 1}, {"level": 2, "answer": 3}])
+    check_function("reward", section, [{"level": 1}, {"level": 2, "answer": 3}])
     with pytest.raises(ConfigError, match="needs level"):
-        check_function(section, [{"level": 1}, {"answer": 3}])
+        check_function("reward", section, [{"level": 1}, {"answer": 3}])
 
 
 @pytest.mark.parametrize(
@@ -211,14 +210,14 @@ def test_an_import_that_fails_is_one_line(tmp_path: Path, text: str | None, says
     if text is not None:
         path.write_text(text + "\n")
     with pytest.raises(ConfigError, match=says) as refused:
-        check_function(FunctionRewardSection(function=f"{path}:score", timeout_s=2.0), [{}])
+        check_function("reward", FunctionRewardSection(function=f"{path}:score", timeout_s=2.0), [{}])
     assert "\n" not in str(refused.value)
 
 
 def test_kwargs_are_parameters(own: Path):
     section = FunctionRewardSection(function=f"{own}:lengths", kwargs={"bonus": 1})
-    with pytest.raises(ConfigError, match="reward.kwargs.bonus: .*own.py:lengths has no such parameter; it has comp"):
-        check_function(section, [{}])
+    with pytest.raises(ConfigError, match="reward.kwargs.bonus: the function has no such parameter, only completions"):
+        check_function("reward", section, [{}])
 
 
 def test_rewards_are_summed_by_weight_and_named(own: Path):

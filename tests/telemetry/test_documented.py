@@ -13,6 +13,7 @@ from trace_nesting import slices
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.rewards import FunctionRewardSection
+from megatron_async_rlhf.config.written_key import Key
 from megatron_async_rlhf.rewards.builtin import BuiltinReward
 from megatron_async_rlhf.rewards.function import FunctionReward
 from megatron_async_rlhf.rewards.gsm8k import Gsm8kReward
@@ -20,7 +21,7 @@ from megatron_async_rlhf.simulate.scenario import Scenario
 from megatron_async_rlhf.simulate.simulation import Simulation
 from megatron_async_rlhf.simulate.virtual_time import run_in_virtual_time
 from megatron_async_rlhf.telemetry import metrics
-from megatron_async_rlhf.telemetry.metrics import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE_ARGS, Key, markdown
+from megatron_async_rlhf.telemetry.metrics import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE_ARGS, markdown
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Completion, Prompt
 

@@ -3,62 +3,52 @@
 import torch
 
 from megatron_async_rlhf.algorithms.grpo import cispo_loss, group_advantages
-from megatron_async_rlhf.algorithms.normalisation import token_weights
 from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss
+from megatron_async_rlhf.algorithms.reductions import Metrics
 from megatron_async_rlhf.config.algorithms import GRPOSection
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
-from megatron_async_rlhf.learner.megatron.objectives.terms import (
-    correct,
-    ratio_base,
-    rewards_with_kl,
-    with_kl_loss,
-)
+from megatron_async_rlhf.learner.megatron.objectives.policy_gradient import PolicyGradient
+from megatron_async_rlhf.learner.megatron.objectives.terms import Correction, ratio_base, rewards_with_kl
+from megatron_async_rlhf.learner.megatron.objectives.user_loss import user_loss
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
-from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
 
 
-class GRPO:
+class GRPO(PolicyGradient):
     """Advantages of groups, on every token alike."""
 
     def __init__(self, section: GRPOSection, *, longest_completion: int) -> None:
-        self._section = section
-        self._longest = longest_completion
+        super().__init__(section, longest_completion=longest_completion)
+        self._grpo = section
+        self.normalisation, self.length = section.normalisation, longest_completion
 
     def prepare(self, mini_batch: MiniBatch) -> None:
         """Each sample's reward against its group's."""
-        groups = rewards_with_kl(self._section.kl, mini_batch)
-        scale = self._section.scale_advantages
+        groups = rewards_with_kl(self._grpo.kl, mini_batch)
+        scale = self._grpo.scale_advantages
         advantages = torch.cat([group_advantages(rewards_1K, scale=scale).squeeze(0) for rewards_1K in groups])
         for batch in mini_batch.here:
             batch.advantages_T = batch.completions.spread(batch.pick(advantages))
 
-    def policy_loss(self, mini_batch: MiniBatch) -> MicroLoss:
-        section, num_tokens = self._section, mini_batch.num_tokens
-
-        def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
-            spans = batch.completions
-            correction = correct(section, mini_batch, batch, logprobs_T)
-            token_weights_T = token_weights(
-                spans,
-                section.normalisation,
-                num_tokens=num_tokens,
-                num_sequences=mini_batch.num_sequences,
-                length=self._longest,
-            )
-            base_T = ratio_base(section, batch, logprobs_T)
-            common = (logprobs_T, base_T, batch.advantages_T, token_weights_T, spans, correction.token_T)
-            if section.loss == "cispo":
-                total, metrics = cispo_loss(*common, ratio_high=section.cispo_high, num_tokens=num_tokens)
-            else:
-                total, metrics = clipped_policy_loss(
-                    *common,
-                    level=section.ratio,
-                    clip_low=section.clip_low,
-                    clip_high=section.clip_high,
-                    ratio_cap=section.dual_clip,
-                    num_tokens=num_tokens,
-                )
-            policy = total, metrics | correction.metrics
-            return with_kl_loss(section.kl, mini_batch, batch, logprobs_T, token_weights_T, correction.token_T, policy)
-
-        return loss
+    def surrogate(
+        self,
+        mini_batch: MiniBatch,
+        batch: MicroBatch,
+        logprobs_T: torch.Tensor,
+        token_weights_T: torch.Tensor,
+        correction: Correction,
+    ) -> tuple[torch.Tensor, Metrics]:
+        keys, num_tokens = self._grpo, mini_batch.num_tokens
+        base_T = ratio_base(keys, batch, logprobs_T)
+        common = (logprobs_T, base_T, batch.advantages_T, token_weights_T, batch.completions, correction.token_T)
+        if keys.loss_function is not None:
+            return user_loss(keys.loss_function, keys.loss_kwargs)(*common, num_tokens=num_tokens)
+        if keys.loss == "cispo":
+            return cispo_loss(*common, ratio_high=keys.cispo_high, num_tokens=num_tokens)
+        return clipped_policy_loss(
+            *common,
+            level=keys.ratio,
+            clip_low=keys.clip_low,
+            clip_high=keys.clip_high,
+            ratio_cap=keys.dual_clip,
+            num_tokens=num_tokens,
+        )

@@ -6,24 +6,31 @@ section, `config.algorithms`. What the passes found is on the micro-batches; see
 Every loss reports its share of the total as `loss`, so that those of policy and value model add up.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
 from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
 
 
 class Objective(Protocol):
-    """Of one algorithm, under one configuration."""
+    """The objective of one algorithm, under one configuration."""
+
+    def __init__(self, section: Any, *, longest_completion: int) -> None:
+        """
+        Args:
+            section: the algorithm's, in the configuration.
+            longest_completion: tokens.
+        """
 
     def prepare(self, mini_batch: MiniBatch) -> None:
         """Put advantages and the like on the micro-batches. Collective; called once, before the first update."""
 
     def policy_loss(self, mini_batch: MiniBatch) -> MicroLoss:
-        """Of the policy's log-probabilities."""
+        """The loss of the policy's log-probabilities."""
 
 
 class ValueObjective(Objective, Protocol):
-    """Of an algorithm with a value model."""
+    """The objective of an algorithm with a value model."""
 
     def value_loss(self, mini_batch: MiniBatch) -> MicroLoss:
-        """Of the value model's values."""
+        """The loss of the value model's values."""

@@ -3,25 +3,22 @@
 import torch
 
 from megatron_async_rlhf.algorithms.gae import generalised_advantages, whiten, whitening_sums
-from megatron_async_rlhf.algorithms.normalisation import token_weights
 from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
+from megatron_async_rlhf.algorithms.reductions import Metrics
 from megatron_async_rlhf.config.algorithms import PPOSection
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
-from megatron_async_rlhf.learner.megatron.objectives.terms import (
-    correct,
-    penalty_in_reward,
-    ratio_base,
-    with_kl_loss,
-)
+from megatron_async_rlhf.learner.megatron.objectives.policy_gradient import PolicyGradient
+from megatron_async_rlhf.learner.megatron.objectives.terms import Correction, penalty_in_reward, ratio_base
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
 from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
 
 
-class PPO:
+class PPO(PolicyGradient):
     """Clipped losses of policy and value model."""
 
-    def __init__(self, section: PPOSection) -> None:
-        self._section = section
+    def __init__(self, section: PPOSection, *, longest_completion: int) -> None:
+        super().__init__(section, longest_completion=longest_completion)
+        self._ppo = section
 
     def prepare(self, mini_batch: MiniBatch) -> None:
         """Generalised advantages, whitened over the mini-batch, and the values' targets.
@@ -29,7 +26,7 @@ class PPO:
         Over the mini-batch and not the rollout: it is what one gradient is a mean of, so its advantages have mean 0 and
         spread 1 however many mini-batches the rollout has.
         """
-        section = self._section
+        section = self._ppo
         scores = torch.tensor([r for group in mini_batch.groups for r in group.rewards], dtype=torch.float64)
         for batch in mini_batch.here:
             rewards_T = batch.completions.place_last(batch.pick(scores))
@@ -43,31 +40,27 @@ class PPO:
             for batch in mini_batch.here:
                 batch.advantages_T = whiten(batch.advantages_T, batch.mask_T, sums_3.to(batch.advantages_T.device))
 
-    def policy_loss(self, mini_batch: MiniBatch) -> MicroLoss:
-        section, num_tokens = self._section, mini_batch.num_tokens
-
-        def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
-            spans = batch.completions
-            correction = correct(section, mini_batch, batch, logprobs_T)
-            token_weights_T = token_weights(
-                spans, "token", num_tokens=num_tokens, num_sequences=mini_batch.num_sequences
-            )
-            total, metrics = clipped_policy_loss(
-                logprobs_T,
-                ratio_base(section, batch, logprobs_T),
-                batch.advantages_T,
-                token_weights_T,
-                spans,
-                correction.token_T,
-                clip_low=section.clip_low,
-                clip_high=section.clip_high,
-                ratio_cap=section.dual_clip,
-                num_tokens=num_tokens,
-            )
-            policy = total, metrics | correction.metrics
-            return with_kl_loss(section.kl, mini_batch, batch, logprobs_T, token_weights_T, correction.token_T, policy)
-
-        return loss
+    def surrogate(
+        self,
+        mini_batch: MiniBatch,
+        batch: MicroBatch,
+        logprobs_T: torch.Tensor,
+        token_weights_T: torch.Tensor,
+        correction: Correction,
+    ) -> tuple[torch.Tensor, Metrics]:
+        keys = self._ppo
+        return clipped_policy_loss(
+            logprobs_T,
+            ratio_base(keys, batch, logprobs_T),
+            batch.advantages_T,
+            token_weights_T,
+            batch.completions,
+            correction.token_T,
+            clip_low=keys.clip_low,
+            clip_high=keys.clip_high,
+            ratio_cap=keys.dual_clip,
+            num_tokens=mini_batch.num_tokens,
+        )
 
     def value_loss(self, mini_batch: MiniBatch) -> MicroLoss:
         def loss(batch: MicroBatch, values_T: torch.Tensor):
@@ -76,10 +69,10 @@ class PPO:
                 batch.values_T,
                 batch.returns_T,
                 batch.mask_T,
-                clip=self._section.value_clip,
+                clip=self._ppo.value_clip,
                 num_tokens=mini_batch.num_tokens,
             )
-            total = self._section.value_coefficient * total
+            total = self._ppo.value_coefficient * total
             return total, metrics | {"loss": total.detach()}
 
         return loss

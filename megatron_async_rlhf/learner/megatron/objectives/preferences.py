@@ -4,7 +4,7 @@ import torch
 
 from megatron_async_rlhf.algorithms.best_of_n import best_of_n_loss
 from megatron_async_rlhf.algorithms.online_dpo import online_dpo_loss
-from megatron_async_rlhf.config.algorithms import OnlineDPOSection
+from megatron_async_rlhf.config.algorithms import BestOfNSection, OnlineDPOSection
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
 from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
@@ -13,7 +13,7 @@ from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
 class OnlineDPO:
     """A loss of preference pairs, whose chosen and rejected completions take turns in the batch."""
 
-    def __init__(self, section: OnlineDPOSection) -> None:
+    def __init__(self, section: OnlineDPOSection, *, longest_completion: int) -> None:
         self._section = section
 
     def prepare(self, mini_batch: MiniBatch) -> None:
@@ -38,7 +38,10 @@ class OnlineDPO:
 
 
 class BestOfN:
-    """Of the best samples."""
+    """The likelihood of the best samples."""
+
+    def __init__(self, section: BestOfNSection, *, longest_completion: int) -> None:
+        """Nothing of it matters."""
 
     def prepare(self, mini_batch: MiniBatch) -> None:
         """Nothing."""

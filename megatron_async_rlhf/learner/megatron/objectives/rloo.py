@@ -2,25 +2,20 @@
 
 import torch
 
-from megatron_async_rlhf.algorithms.normalisation import token_weights
+from megatron_async_rlhf.algorithms.reductions import Metrics
 from megatron_async_rlhf.algorithms.rloo import leave_one_out_advantages, proximal_rloo_loss, rloo_loss
-from megatron_async_rlhf.config.algorithms import ProximalRLOOSection, RLOOSection
+from megatron_async_rlhf.config.algorithms import ProximalRLOOSection
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
-from megatron_async_rlhf.learner.megatron.objectives.terms import (
-    correct,
-    ratio_base,
-    rewards_with_kl,
-    with_kl_loss,
-)
+from megatron_async_rlhf.learner.megatron.objectives.policy_gradient import PolicyGradient
+from megatron_async_rlhf.learner.megatron.objectives.terms import Correction, ratio_base, rewards_with_kl
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
-from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
 
 
-class RLOO:
-    """Both variants: which one is said by the section."""
+class RLOO(PolicyGradient):
+    """The plain policy gradient of whole completions."""
 
-    def __init__(self, section: RLOOSection | ProximalRLOOSection) -> None:
-        self._section = section
+    # A sum over each completion, as the policy's loss is of its whole probability.
+    normalisation, length = "constant", 1
 
     def prepare(self, mini_batch: MiniBatch) -> None:
         """Each sample's reward against the others' of its prompt."""
@@ -29,28 +24,45 @@ class RLOO:
         for batch in mini_batch.here:
             batch.advantages_S = batch.pick(advantages)
 
-    def policy_loss(self, mini_batch: MiniBatch) -> MicroLoss:
-        section, num_sequences = self._section, mini_batch.num_sequences
+    def surrogate(
+        self,
+        mini_batch: MiniBatch,
+        batch: MicroBatch,
+        logprobs_T: torch.Tensor,
+        token_weights_T: torch.Tensor,
+        correction: Correction,
+    ) -> tuple[torch.Tensor, Metrics]:
+        return rloo_loss(
+            batch.completions.sum(logprobs_T),
+            batch.advantages_S,
+            batch.is_real_S,
+            correction.sequence_S,
+            num_sequences=mini_batch.num_sequences,
+        )
 
-        def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
-            spans, mask_S = batch.completions, batch.is_real_S
-            correction = correct(section, mini_batch, batch, logprobs_T)
-            common = (batch.advantages_S, mask_S, correction.sequence_S)
-            if isinstance(section, ProximalRLOOSection):
-                total, metrics = proximal_rloo_loss(
-                    spans.sum(logprobs_T - ratio_base(section, batch, logprobs_T)),
-                    *common,
-                    clip_low=section.clip_low,
-                    clip_high=section.clip_high,
-                    num_sequences=num_sequences,
-                )
-            else:
-                total, metrics = rloo_loss(spans.sum(logprobs_T), *common, num_sequences=num_sequences)
-            # A sum over each completion, as the policy's loss is of its whole probability.
-            token_weights_T = token_weights(
-                spans, "constant", num_tokens=mini_batch.num_tokens, num_sequences=num_sequences, length=1
-            )
-            policy = total, metrics | correction.metrics
-            return with_kl_loss(section.kl, mini_batch, batch, logprobs_T, token_weights_T, correction.token_T, policy)
 
-        return loss
+class ProximalRLOO(RLOO):
+    """With the clipped ratio of whole completions."""
+
+    def __init__(self, section: ProximalRLOOSection, *, longest_completion: int) -> None:
+        super().__init__(section, longest_completion=longest_completion)
+        self._proximal = section
+
+    def surrogate(
+        self,
+        mini_batch: MiniBatch,
+        batch: MicroBatch,
+        logprobs_T: torch.Tensor,
+        token_weights_T: torch.Tensor,
+        correction: Correction,
+    ) -> tuple[torch.Tensor, Metrics]:
+        keys = self._proximal
+        return proximal_rloo_loss(
+            batch.completions.sum(logprobs_T - ratio_base(keys, batch, logprobs_T)),
+            batch.advantages_S,
+            batch.is_real_S,
+            correction.sequence_S,
+            clip_low=keys.clip_low,
+            clip_high=keys.clip_high,
+            num_sequences=mini_batch.num_sequences,
+        )

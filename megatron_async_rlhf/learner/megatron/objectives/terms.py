@@ -9,11 +9,10 @@ import torch
 
 from megatron_async_rlhf.algorithms.corrections import correction_weights, sampler_divergence
 from megatron_async_rlhf.algorithms.kl import kl_loss, kl_penalty
-from megatron_async_rlhf.config.algorithms import KLKeys, PolicyGradientKeys, RatioKeys
+from megatron_async_rlhf.algorithms.reductions import Metrics
+from megatron_async_rlhf.config.algorithm_keys import KLKeys, PolicyGradientKeys, RatioKeys
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
-
-Metrics = dict[str, torch.Tensor]
 
 
 def proximal_logprobs(batch: MicroBatch, logprobs_T: torch.Tensor) -> torch.Tensor:

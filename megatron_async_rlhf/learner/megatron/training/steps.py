@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_async_rlhf.algorithms.reductions import Metrics, joined, reductions
 from megatron_async_rlhf.learner.megatron.context import sum_over_context
 from megatron_async_rlhf.learner.megatron.layers.logprobs import vocab_parallel_logprobs
 from megatron_async_rlhf.learner.megatron.layers.output import output_matrix
@@ -20,9 +21,15 @@ from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
 
 # (micro-batch, what was read of each token [T]) -> (its share of the step's loss, its share of each metric)
-MicroLoss = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+MicroLoss = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Metrics]]
 # (last stage's model, its output at the completion tokens [N, ...], their targets [N]) -> [N]
 Reading = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+_OPERATIONS = {
+    "sum": dist.ReduceOp.SUM,
+    "mean": dist.ReduceOp.SUM,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+}
 
 
 def read_logprobs(placement: Placement, *, vocab_size: int, temperature: float) -> Reading:
@@ -54,7 +61,7 @@ class Passes:
         self._read = read
 
     def train_pass(self, chunks: list[torch.nn.Module], batches: list[MicroBatch], loss: MicroLoss) -> dict[str, float]:
-        """Gradients of the summed micro-losses, and the metrics summed over micro-batches and ranks.
+        """Gradients of the summed micro-losses, and the metrics of all micro-batches and ranks together.
 
         Metrics are those of `loss`, `tokens`, and `padding`: the share of computed positions that held no token.
         """
@@ -70,7 +77,7 @@ class Passes:
             return share * len(batches) * self._placement.data_parallel, metrics | counts
 
         reports = self._run(chunks, batches, megatron_loss, forward_only=False)
-        metrics = self._sum_over_ranks(reports)
+        metrics = self._join_over_ranks(reports)
         positions = metrics.pop("positions")
         return metrics | {"padding": 1 - metrics["tokens"] / positions}
 
@@ -108,16 +115,24 @@ class Passes:
             collect_non_loss_data=forward_only,
         )
 
-    def _sum_over_ranks(self, reports: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Sum metrics of all micro-batches and replicas onto every rank; names come from a reporting rank."""
-        names = [sorted(reports[0]) if self._placement.reports_loss and reports else None]
-        layout = self._placement.layout
+    def _join_over_ranks(self, reports: list[Metrics]) -> dict[str, float]:
+        """Metrics of all micro-batches and replicas, on every rank; which there are a reporting rank says."""
+        placement, layout = self._placement, self._placement.layout
+        mine = reports if placement.reports_loss else []
+        declared = [reductions(mine[0]) if mine else None]
         last_stage = (layout.pipeline_parallel - 1) * layout.data_parallel * layout.tensor_parallel
-        dist.broadcast_object_list(names, src=last_stage, group=self._placement.control)
-        totals = torch.zeros(len(names[0]), dtype=torch.float64)
-        for report in reports if self._placement.reports_loss else []:
-            totals += torch.stack([report[name].double().cpu() for name in names[0]])
-        return dict(zip(names[0], sum_over_replicas(totals, self._placement).tolist(), strict=True))
+        dist.broadcast_object_list(declared, src=last_stage, group=placement.control)
+        metrics: dict[str, float] = {}
+        for how in sorted(set(declared[0].values())):
+            names = [name for name, its in declared[0].items() if its == how]
+            totals = joined(mine, names, how)
+            if how == "mean":
+                totals = torch.cat([totals, totals.new_tensor([len(mine)])])
+            dist.all_reduce(totals, op=_OPERATIONS[how], group=placement.control)
+            if how == "mean":
+                totals = totals[:-1] / totals[-1]
+            metrics |= dict(zip(names, totals.tolist(), strict=True))
+        return metrics
 
 
 def sum_over_replicas(totals: torch.Tensor, placement: Placement) -> torch.Tensor:
