@@ -28,6 +28,7 @@ SLOW_FILES = {
     "learner/test_algorithms.py",
     "learner/test_commands.py",
     "learner/test_deep_layouts.py",
+    "learner/test_distribution.py",
     "learner/test_layouts.py",
     "simulate/test_random_schedules.py",
     "environment/test_child_environment.py",

@@ -41,8 +41,8 @@ from megatron_async_rlhf.learner.protocol import (
     TrainRollout,
     decode_answer,
     encode_answer,
-    encode_command,
 )
+from megatron_async_rlhf.learner.rollout import messages
 from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
@@ -121,7 +121,8 @@ class CodingLearner:
     """Takes no time but for the messages."""
 
     async def execute(self, command: Command) -> Answer:
-        encode_command(command)
+        for _ in messages(command):
+            pass
         answer = Answer(id=0, push=PushReport(wire_bytes=0) if isinstance(command, FinishPush) else None)
         if isinstance(command, TrainRollout):
             rows = [s for group in command.mini_batches[0] for s in group.sequences]

@@ -5,7 +5,9 @@ data-parallel rank; its tokens stay within a budget. All ranks get the same numb
 schedules and collectives run in step.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heapreplace
 
 
 def plan_bins(lengths: Sequence[int], budget: int, ranks: int) -> list[list[list[int]]]:
@@ -36,14 +38,14 @@ def plan_bins(lengths: Sequence[int], budget: int, ranks: int) -> list[list[list
 def _best_fit(order: list[int], lengths: Sequence[int], ceiling: int, num_bins: int) -> list[list[int]] | None:
     """Each unit into the fullest bin that has room; None if they do not all fit."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    room = [ceiling] * num_bins
+    room = [(ceiling, b) for b in range(num_bins)]  # sorted, so that the first that fits is the fullest
     for u in order:
-        fitting = [b for b in range(num_bins) if room[b] >= lengths[u]]
-        if not fitting:
+        place = bisect_left(room, (lengths[u], -1))
+        if place == num_bins:
             return None
-        b = min(fitting, key=room.__getitem__)
+        left, b = room.pop(place)
         bins[b].append(u)
-        room[b] -= lengths[u]
+        insort(room, (left - lengths[u], b))
     return bins
 
 
@@ -66,12 +68,12 @@ def _lowest_ceiling(order: list[int], lengths: Sequence[int], budget: int, num_b
 def _least_loaded(order: list[int], lengths: Sequence[int], budget: int, num_bins: int) -> list[list[int]] | None:
     """Each unit into the emptiest bin, which levels best when there are many units; None if a bin overflows."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [0] * num_bins
+    loads = [(0, b) for b in range(num_bins)]  # a heap
     for u in order:
-        b = min(range(num_bins), key=loads.__getitem__)
+        load, b = loads[0]
         bins[b].append(u)
-        loads[b] += lengths[u]
-        if loads[b] > budget:
+        heapreplace(loads, (load + lengths[u], b))
+        if load + lengths[u] > budget:
             return None
     return bins
 
@@ -113,17 +115,16 @@ def _closest_exchange(
     Only the gap counts, so of units with the same length one stands for all.
     """
     best, best_gap = None, gap
+    givers = [(give, budget - _load(give, lengths), {lengths[u]: u for u in give}) for give in heavy]
     for take in light:
         spare = budget - _load(take, lengths)
         back: dict[int, int | None] = {0: None} | {lengths[u]: u for u in take}
-        for give in heavy:
-            room = budget - _load(give, lengths)
-            for length, u in {lengths[u]: u for u in give}.items():
+        for give, room, units in givers:
+            for length, u in units.items():
                 for back_length, v in back.items():
                     moved = length - back_length
-                    left = abs(gap - 2 * moved)
-                    if left < best_gap and 0 < moved <= spare and room + moved >= 0:
-                        best, best_gap = (give, take, (u, v)), left
+                    if 0 < moved <= spare and abs(gap - 2 * moved) < best_gap and room + moved >= 0:
+                        best, best_gap = (give, take, (u, v)), abs(gap - 2 * moved)
         if best_gap <= 1:
             break
     return best

@@ -13,7 +13,8 @@ from megatron_async_rlhf.errors import (
     TransferError,
     WriteError,
 )
-from megatron_async_rlhf.learner.protocol import Answer, Command, decode_answer, encode_command
+from megatron_async_rlhf.learner.protocol import WAITING_MESSAGES, Answer, Command, decode_answer
+from megatron_async_rlhf.learner.rollout import messages
 
 _ERRORS = {"": LearnerError, "non_finite": NonFiniteLossError, "transfer": TransferError, "write": WriteError}
 
@@ -23,6 +24,7 @@ class LearnerClient:
 
     def __init__(self, address: str, *, timeout_s: float) -> None:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        self._socket.set_hwm(WAITING_MESSAGES)
         self._socket.connect(address)
         self._timeout_s = timeout_s
         self._next_id = 1
@@ -47,9 +49,10 @@ class LearnerClient:
         async with self._turn:
             numbered = msgspec.structs.replace(command, id=self._next_id)
             self._next_id += 1
-            await self._socket.send(encode_command(numbered))
             try:
                 async with asyncio.timeout(self._timeout_s):
+                    for message in messages(numbered):
+                        await self._socket.send(message)
                     answer = decode_answer(await self._socket.recv())
             except TimeoutError:
                 raise LearnerSilentError(

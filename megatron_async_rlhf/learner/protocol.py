@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from megatron_async_rlhf.types import PushReport, Sequence, Span, StepMetrics, TrainingGroup
 
+WAITING_MESSAGES = 8  # on either side of the connection: a rollout's pieces must not pile up
 DUMP_STACKS = signal.SIGUSR1  # to a rank: write where every thread is into the log
 
 
@@ -61,6 +62,24 @@ class TrainRollout(Command, frozen=True, kw_only=True, tag=True):
     version: int
     mini_batches: list[list[TrainingGroup]]
     epochs: int = 1
+
+
+class RolloutHeader(Command, frozen=True, kw_only=True, tag=True):
+    """TrainRollout on the wire: what every rank must know of it. Its samples follow in pieces, see `learner.rollout`.
+
+    Attributes:
+        groups: how many samples each group has, by mini-batch.
+        sampled: whether all samples of a mini-batch bring the sampler's log-probabilities.
+        rewards, lengths, prompt_lengths: of each sample of all mini-batches, one after the other.
+    """
+
+    version: int
+    epochs: int
+    groups: list[list[int]]
+    sampled: list[bool]
+    rewards: list[float]
+    lengths: list[int]
+    prompt_lengths: list[int]
 
 
 class Score(Command, frozen=True, kw_only=True, tag=True):
@@ -122,12 +141,13 @@ class Stop(Command, frozen=True, kw_only=True, tag=True):
     """End the learner's processes cleanly."""
 
 
+# What a learner receives.
 AnyCommand = (
     WaitUntilReady
     | TrainSupervised
     | StartReinforcement
     | ResumeReinforcement
-    | TrainRollout
+    | RolloutHeader
     | Score
     | JoinTransfer
     | PushWeights

@@ -22,6 +22,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.protocol import FinishCheckpoint, SaveCheckpoint, TrainRollout
+from megatron_async_rlhf.learner.rollout import Rollout
 from megatron_async_rlhf.models.architecture import architecture_of
 from megatron_async_rlhf.types import Sequence, TrainingGroup
 
@@ -43,7 +44,9 @@ def train(config: RunConfig, vocab_size: int, placement: Placement) -> MegatronL
     row = Sequence(token_ids=[1] * (arch.context_length + 1), prompt_length=1)  # its last token is no position
     group = TrainingGroup(sequences=[row, row], rewards=[1.0, 0.0], sampler_logprobs=[[], []])
     for version in range(STEPS):
-        learner.train_rollout(TrainRollout(version=version, mini_batches=[[group] * config.schedule.prompts_per_step]))
+        learner.train_rollout(
+            Rollout.of(TrainRollout(version=version, mini_batches=[[group] * config.schedule.prompts_per_step]))
+        )
     return learner
 
 

@@ -20,6 +20,7 @@ from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.megatron.transfer.weights import named_parameters
 from megatron_async_rlhf.learner.protocol import ExportWeights, ResumeReinforcement, TrainRollout
+from megatron_async_rlhf.learner.rollout import Rollout
 from megatron_async_rlhf.types import Sequence, TrainingGroup
 
 
@@ -28,9 +29,9 @@ def group_of(group: dict) -> TrainingGroup:
     return TrainingGroup(sequences=sequences, rewards=group["rewards"], sampler_logprobs=group["sampler"])
 
 
-def command_of(learner: MegatronLearner, rollout: list, epochs: int) -> TrainRollout:
+def command_of(learner: MegatronLearner, rollout: list, epochs: int) -> Rollout:
     mini_batches = [[group_of(group) for group in groups] for groups in rollout]
-    return TrainRollout(version=learner.version, mini_batches=mini_batches, epochs=epochs)
+    return Rollout.of(TrainRollout(version=learner.version, mini_batches=mini_batches, epochs=epochs))
 
 
 def train(learner: MegatronLearner, commands: list, result: dict) -> None:

@@ -25,6 +25,7 @@ from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learne
 from megatron_async_rlhf.learner.megatron.training.batching import cut_micro_batches
 from megatron_async_rlhf.learner.megatron.transfer.weights import named_parameters
 from megatron_async_rlhf.learner.protocol import ExportWeights, Score, TrainRollout, TrainSupervised
+from megatron_async_rlhf.learner.rollout import Rollout, Samples
 from megatron_async_rlhf.models.architecture import architecture_of, architecture_of_hf
 from megatron_async_rlhf.types import Sequence, StepMetrics, TrainingGroup
 
@@ -41,13 +42,13 @@ def sequences_of(rows: list) -> list[Sequence]:
     return [Sequence(token_ids=token_ids, prompt_length=prompt_length) for token_ids, prompt_length in rows]
 
 
-def preferences(version: int, pairs: list[Sequence]) -> TrainRollout:
+def preferences(version: int, pairs: list[Sequence]) -> Rollout:
     """One mini-batch of chosen and rejected sequences, alternating."""
     groups = [
         TrainingGroup(sequences=pairs[i : i + 2], rewards=[1.0, 0.0], sampler_logprobs=[[], []])
         for i in range(0, len(pairs), 2)
     ]
-    return TrainRollout(version=version, mini_batches=[groups])
+    return Rollout.of(TrainRollout(version=version, mini_batches=[groups]))
 
 
 def logits_of(learner: MegatronLearner, sequences: list[Sequence]) -> list[torch.Tensor]:
@@ -74,7 +75,7 @@ def logits_of(learner: MegatronLearner, sequences: list[Sequence]) -> list[torch
         # One more token, because the last one's logits are not computed otherwise.
         longer = Sequence(token_ids=[*sequence.token_ids, 0], prompt_length=1)
         everywhere = dataclasses.replace(learner.placement, data_rank=0, data_parallel=1)
-        batch, *_ = cut_micro_batches([longer], 1, 1, everywhere)
+        batch, *_ = cut_micro_batches(Samples.of_sequences([longer]), 1, 1, everywhere)
         return get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=[iter([batch] * repeats) for _ in learner.chunks],
@@ -102,7 +103,7 @@ def gradients_of(learner: MegatronLearner, sequences: list[Sequence]) -> dict[st
     def loss(batch, logprobs_T):
         return supervised_loss(logprobs_T, batch.mask_T, num_tokens=count)
 
-    learner.policy.accumulate(learner._warm_start_passes, learner._cut(sequences), loss)
+    learner.policy.accumulate(learner._warm_start_passes, learner._cut(Samples.of_sequences(sequences)), loss)
     return {name: parameter.main_grad.clone() for name, parameter in named_parameters(learner.chunks).items()}
 
 
@@ -149,7 +150,7 @@ def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
         counted(learner.train_supervised(TrainSupervised(step=step, sequences=sequences)).metrics)
         for step in range(job["supervised_steps"])
     ]
-    micro_batches = len(learner._cut(sequences)) * job["supervised_steps"]
+    micro_batches = len(learner._cut(Samples.of_sequences(sequences))) * job["supervised_steps"]
     result["runs"] = {part: number / micro_batches for part, number in runs.items()}
     learner.export_weights(ExportWeights(directory=str(directory / "warm")))
 

@@ -6,6 +6,7 @@ import torch
 from megatron_async_rlhf.learner.megatron.context import share_of_rank
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch, cut_micro_batches
+from megatron_async_rlhf.learner.rollout import Samples
 from megatron_async_rlhf.types import Sequence
 
 LENGTHS = [5, 3, 8, 2, 4, 6, 9, 7, 3, 1]
@@ -27,7 +28,7 @@ def cut(
         pipeline_rank=0, data_rank=rank, sequence_parallel=sequence_parallel > 1,
         device=torch.device("cpu"), control=None,
     )  # fmt: skip
-    return cut_micro_batches(sequences(), unit, budget, placement)
+    return cut_micro_batches(Samples.of_sequences(sequences()), unit, budget, placement)
 
 
 def spans(batch: MicroBatch) -> list[slice]:
@@ -112,7 +113,7 @@ def test_interleaved_stages_get_rows_of_one_width_and_as_many_as_go_round():
         rank=0, tensor_parallel=1, pipeline_parallel=2, virtual_stages=2, data_parallel=1, tensor_rank=0,
         pipeline_rank=0, data_rank=0, sequence_parallel=False, device=torch.device("cpu"), control=None,
     )  # fmt: skip
-    batches = cut_micro_batches(sequences(), 1, 24, placement)
+    batches = cut_micro_batches(Samples.of_sequences(sequences()), 1, 24, placement)
     assert len({len(batch.tokens_T) for batch in batches}) == 1
     assert len(batches) % 2 == 0
     assert sorted(i for batch in batches for i in batch.indices if i >= 0) == list(range(len(LENGTHS)))
@@ -124,7 +125,7 @@ def test_context_parallel_ranks_divide_every_sequence_evenly(ranks: int):
         rank=0, tensor_parallel=1, pipeline_parallel=1, data_parallel=1, context_parallel=ranks, tensor_rank=0,
         pipeline_rank=0, data_rank=0, sequence_parallel=False, device=torch.device("cpu"), control=None,
     )  # fmt: skip
-    for batch in cut_micro_batches(sequences(), 1, 24, placement):
+    for batch in cut_micro_batches(Samples.of_sequences(sequences()), 1, 24, placement):
         ends = batch.packed.cu_seqlens_q.tolist()
         assert all((end - start) % (2 * ranks) == 0 for start, end in zip(ends, ends[1:], strict=False))
         shares = [share_of_rank(ends, rank, ranks) for rank in range(ranks)]

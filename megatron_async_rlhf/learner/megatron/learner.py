@@ -45,14 +45,14 @@ from megatron_async_rlhf.learner.protocol import (
     ResumeReinforcement,
     SaveCheckpoint,
     Score,
-    TrainRollout,
     TrainSupervised,
 )
+from megatron_async_rlhf.learner.rollout import Rollout, Samples
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.models.flops import forward_flops, rollout_flops
 from megatron_async_rlhf.models.hf_mapping import hf_shapes
 from megatron_async_rlhf.telemetry.files import unwritten
-from megatron_async_rlhf.types import Sequence, StepMetrics
+from megatron_async_rlhf.types import StepMetrics
 
 
 class MegatronLearner:
@@ -80,8 +80,8 @@ class MegatronLearner:
 
     def train_supervised(self, command: TrainSupervised) -> Answer:
         """One warm-start step over `command.sequences`."""
-        batches = self._cut(command.sequences)
-        num_tokens = sum(len(s.token_ids) - s.prompt_length for s in command.sequences)
+        samples = Samples.of_sequences(command.sequences)
+        batches, num_tokens = self._cut(samples), samples.completion_tokens
         if not num_tokens:
             raise LearnerError(f"warm start step {command.step}: no sequence has a completion to learn from")
 
@@ -90,8 +90,8 @@ class MegatronLearner:
 
         lesson = ModelStep(model=self.policy, passes=self._warm_start_passes, loss=loss)
         (metrics,) = training_step([lesson], batches, self._wait_for_push, f"warm start step {command.step}")
-        lengths, outputs = _sizes(command.sequences)
-        flops = 3 * forward_flops(self.arch, lengths, outputs)  # backward counts as two
+        lengths = _positions([samples])
+        flops = 3 * forward_flops(self.arch, lengths, num_tokens)  # backward counts as two
         metrics |= self._meter.step_metrics(sum(lengths), flops, self._peak_flops)
         return self._answer(command.id, metrics)
 
@@ -128,24 +128,24 @@ class MegatronLearner:
             self._meter.add(span)
         return self._answer(command.id, saved=span is not None)
 
-    def train_rollout(self, command: TrainRollout) -> Answer:
+    def train_rollout(self, rollout: Rollout) -> Answer:
         """An optimizer step per mini-batch and epoch; one without groups advances the version and changes nothing."""
         rl = self._started("TrainRollout")
-        if command.version != self.version:
-            raise LearnerError(f"asked to train policy version {command.version}, but the learner is at {self.version}")
+        if rollout.version != self.version:
+            raise LearnerError(f"asked to train policy version {rollout.version}, but the learner is at {self.version}")
         steps: list[dict[str, float]] = []
         logprobs: list[list[float]] = []
-        for metrics, logprobs_before in rl.updates(command.mini_batches, command.epochs, self.version):
+        for metrics, logprobs_before in rl.updates(rollout.mini_batches, rollout.epochs, self.version):
             self.version += 1
             steps.append(metrics)
             logprobs = logprobs or logprobs_before
-        measured = self._measured(command)
+        measured = self._measured(rollout)
         steps = [metrics | measured if metrics["num_sequences"] else metrics for metrics in steps]
-        return self._answer(command.id, steps=[StepMetrics(values=metrics) for metrics in steps], logprobs=logprobs)
+        return self._answer(rollout.id, steps=[StepMetrics(values=metrics) for metrics in steps], logprobs=logprobs)
 
     def score(self, command: Score) -> Answer:
         """Policy log-probabilities of each sequence's completion tokens."""
-        batches = self._cut(command.sequences)
+        batches = self._cut(Samples.of_sequences(command.sequences))
         self.gather_parameters()
         with self._meter.span("score"):
             for batch, logprobs_T in zip(batches, self._passes.forward_pass(self.chunks, batches), strict=False):
@@ -226,25 +226,25 @@ class MegatronLearner:
         read = read_logprobs(self.placement, vocab_size=self.arch.vocab_size, temperature=temperature)
         return Passes(self.placement, read)
 
-    def _cut(self, sequences: list[Sequence]) -> list[MicroBatch]:
+    def _cut(self, samples: Samples) -> list[MicroBatch]:
         """For passes that take each sequence by itself."""
-        return cut_micro_batches(sequences, 1, self.config.learner.micro_batch_tokens, self.placement)
+        return cut_micro_batches(samples, 1, self.config.learner.micro_batch_tokens, self.placement)
 
     def _wait_for_push(self) -> None:
         with self._meter.span("wait for push"):
             self._push.wait_until_weights_may_change()
 
-    def _measured(self, command: TrainRollout) -> dict[str, float]:
+    def _measured(self, rollout: Rollout) -> dict[str, float]:
         """Times and rates of a rollout's steps, the same for each: passes before the first one are for all of them."""
-        trained = [groups for groups in command.mini_batches if groups]
-        updates = len(trained) * command.epochs
+        trained = [samples for samples in rollout.mini_batches if len(samples)]
+        updates = len(trained) * rollout.epochs
         if not updates:
             return {}
-        lengths, outputs = _sizes([s for groups in trained for group in groups for s in group.sequences])
+        lengths, outputs = _positions(trained), sum(samples.completion_tokens for samples in trained)
         flops = rollout_flops(
-            self.arch, self.config.algorithm, lengths, outputs, updates=updates, epochs=command.epochs
+            self.arch, self.config.algorithm, lengths, outputs, updates=updates, epochs=rollout.epochs
         )
-        return self._meter.step_metrics(command.epochs * sum(lengths), flops, self._peak_flops, steps=updates)
+        return self._meter.step_metrics(rollout.epochs * sum(lengths), flops, self._peak_flops, steps=updates)
 
     def _answer(self, command_id: int, metrics: dict[str, float] | None = None, **fields: Any) -> Answer:
         return Answer(
@@ -255,10 +255,9 @@ class MegatronLearner:
         )
 
 
-def _sizes(sequences: list[Sequence]) -> tuple[list[int], int]:
-    """Positions of each sequence, and completion tokens of all."""
-    lengths = [len(s.token_ids) - 1 for s in sequences]
-    return lengths, sum(len(s.token_ids) - s.prompt_length for s in sequences)
+def _positions(parts: list[Samples]) -> list[int]:
+    """Of each sequence: the last token predicts nothing."""
+    return [length - 1 for samples in parts for length in samples.lengths]
 
 
 def _peak_flops(config: RunConfig) -> float | None:

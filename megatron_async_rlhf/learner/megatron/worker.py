@@ -3,6 +3,8 @@
     rank 0:       receive command -> broadcast it -> execute -> answer
     other ranks:                     receive it   -> execute
 
+A rollout is too large for that: only its sizes are broadcast, and its samples go to the ranks that train on them.
+
 Started once per rank with the environment `torchrun` or `srun` gives (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT):
 `python -m megatron_async_rlhf.learner.megatron.worker --run-dir runs/x --listen tcp://127.0.0.1:5555`.
 
@@ -24,11 +26,13 @@ import zmq
 from megatron_async_rlhf.config.beats import IDLE_BEAT_S
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.errors import LearnerError, NonFiniteLossError, TransferError, WriteError
+from megatron_async_rlhf.learner.megatron.distribution import receive_rollout
 from megatron_async_rlhf.learner.megatron.layers.spec import fused_parts
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.protocol import (
     DUMP_STACKS,
+    WAITING_MESSAGES,
     Answer,
     AnyCommand,
     ExportWeights,
@@ -37,16 +41,17 @@ from megatron_async_rlhf.learner.protocol import (
     JoinTransfer,
     PushWeights,
     ResumeReinforcement,
+    RolloutHeader,
     SaveCheckpoint,
     Score,
     StartReinforcement,
     Stop,
-    TrainRollout,
     TrainSupervised,
     WaitUntilReady,
     decode_command,
     encode_answer,
 )
+from megatron_async_rlhf.learner.rollout import Rollout
 from megatron_async_rlhf.models.architecture import policy_architecture
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
 
@@ -54,13 +59,14 @@ _log = logging.getLogger(__name__)
 
 
 class CommandChannel:
-    """The controller's commands, the same on every rank."""
+    """The controller's commands, the same on every rank, and a rollout's samples, each rank its own."""
 
     def __init__(self, placement: Placement, listen: str) -> None:
         self._placement = placement
         self._socket = None
         if placement.rank == 0:
             self._socket = zmq.Context.instance().socket(zmq.PAIR)
+            self._socket.set_hwm(WAITING_MESSAGES)
             self._socket.bind(listen)
 
     def receive(self) -> AnyCommand:
@@ -70,9 +76,18 @@ class CommandChannel:
             if raw:
                 return decode_command(raw)
 
+    def receive_rollout(self, header: RolloutHeader, *, unit: int, budget: int, timeout_s: float) -> Rollout:
+        """The samples that follow a header; see `distribution.receive_rollout`."""
+        return receive_rollout(header, lambda: self._next_piece(timeout_s), self._placement, unit=unit, budget=budget)
+
     def answer(self, answer: Answer) -> None:
         if self._socket:
             self._socket.send(encode_answer(answer))
+
+    def _next_piece(self, timeout_s: float) -> bytes:
+        if not self._socket.poll(timeout_s * 1000):
+            raise TimeoutError(f"the rest of a rollout did not come within learner.timeout_s = {timeout_s:g} s")
+        return self._socket.recv()
 
     def _poll(self) -> bytes:
         return self._socket.recv() if self._socket.poll(IDLE_BEAT_S * 1000) else b""
@@ -103,7 +118,7 @@ def serve(learner: MegatronLearner, channel: CommandChannel) -> None:
             channel.answer(Answer(id=command.id))
             return
         try:
-            answer = _execute(learner, command)
+            answer = _execute(learner, channel, command)
         except NonFiniteLossError as error:
             answer = Answer(id=command.id, error=str(error), error_kind="non_finite")
         except WriteError as error:
@@ -117,7 +132,7 @@ def serve(learner: MegatronLearner, channel: CommandChannel) -> None:
         channel.answer(answer)
 
 
-def _execute(learner: MegatronLearner, command: AnyCommand) -> Answer:
+def _execute(learner: MegatronLearner, channel: CommandChannel, command: AnyCommand) -> Answer:
     match command:
         case WaitUntilReady():
             return Answer(id=command.id)
@@ -128,8 +143,14 @@ def _execute(learner: MegatronLearner, command: AnyCommand) -> Answer:
             return Answer(id=command.id)
         case ResumeReinforcement():
             return learner.resume_reinforcement(command)
-        case TrainRollout():
-            return learner.train_rollout(command)
+        case RolloutHeader():
+            rollout = channel.receive_rollout(
+                command,
+                unit=learner.config.algorithm.sequences_together,
+                budget=learner.config.learner.micro_batch_tokens,
+                timeout_s=learner.config.learner.timeout_s,
+            )
+            return learner.train_rollout(rollout)
         case Score():
             return learner.score(command)
         case JoinTransfer():

@@ -1,7 +1,6 @@
 """What one optimizer step learns from, as one rank has it."""
 
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch, cut_micro_batches
 from megatron_async_rlhf.learner.megatron.training.steps import sum_over_replicas
-from megatron_async_rlhf.types import Sequence, TrainingGroup
+from megatron_async_rlhf.learner.rollout import Samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,20 +17,21 @@ class MiniBatch:
     """The groups of one step and this rank's micro-batches of them.
 
     Attributes:
-        sequences: of all groups, one after the other; micro-batches know them by their index here.
+        rewards: of each group's samples, float64. Micro-batches know samples by their place in all of them.
+        num_sequences: over all ranks: the denominator of means over sequences.
         num_tokens: completion tokens over all ranks, at least 1: the denominator of means over tokens.
     """
 
-    groups: Seq[TrainingGroup]
-    sequences: list[Sequence]
+    rewards: list[list[float]]
+    num_sequences: int
     batches: list[MicroBatch]
     num_tokens: int
     placement: Placement
 
     @property
-    def num_sequences(self) -> int:
-        """Over all ranks: the denominator of means over sequences."""
-        return len(self.sequences)
+    def flat_rewards(self) -> torch.Tensor:
+        """Of all samples, one group after the other, float64."""
+        return torch.tensor([reward for group in self.rewards for reward in group], dtype=torch.float64)
 
     @property
     def here(self) -> list[MicroBatch]:
@@ -61,9 +61,9 @@ class MiniBatch:
 
 
 def make_mini_batch(
-    groups: Seq[TrainingGroup], placement: Placement, *, together: int, budget: int, needs_sampler: bool
+    samples: Samples, placement: Placement, *, together: int, budget: int, needs_sampler: bool
 ) -> MiniBatch:
-    """Cut the groups' sequences into micro-batches, with the sampler's log-probabilities if the groups bring them.
+    """Cut the samples into micro-batches, with the sampler's log-probabilities if all bring them.
 
     Args:
         together, budget: see `cut_micro_batches`.
@@ -71,22 +71,19 @@ def make_mini_batch(
     Raises:
         LearnerError: the sampler's log-probabilities are needed, and a sequence lacks them.
     """
-    sequences = [sequence for group in groups for sequence in group.sequences]
-    lengths = [len(sequence.token_ids) - sequence.prompt_length for sequence in sequences]
-    batches = cut_micro_batches(sequences, together, budget, placement)
-    rows = [row for group in groups for row in group.sampler_logprobs]
-    if [len(row) for row in rows] == lengths:
+    batches = cut_micro_batches(samples, together, budget, placement)
+    if samples.are_sampled:
         for batch in batches:
-            batch.sampler_T = batch.lay_completions(rows)
+            batch.sampler_T = batch.lay_completions(samples.sampler_logprobs)
     elif needs_sampler:
         raise LearnerError(
             "TrainRollout lacks the sampler's log-probabilities of some completion tokens, which algorithm.correction or "
             "algorithm.ratio_base = sampler needs"
         )
     return MiniBatch(
-        groups=groups,
-        sequences=sequences,
+        rewards=samples.rewards,
+        num_sequences=len(samples),
         batches=batches,
-        num_tokens=max(1, sum(lengths)),
+        num_tokens=max(1, samples.completion_tokens),
         placement=placement,
     )

@@ -27,7 +27,7 @@ class PPO(PolicyGradient):
         spread 1 however many mini-batches the rollout has.
         """
         section = self._ppo
-        scores = torch.tensor([r for group in mini_batch.groups for r in group.rewards], dtype=torch.float64)
+        scores = mini_batch.flat_rewards
         for batch in mini_batch.here:
             rewards_T = batch.completions.place_last(batch.pick(scores))
             if section.kl.in_reward:

@@ -73,10 +73,10 @@ def penalty_in_reward(keys: KLKeys, batch: MicroBatch) -> torch.Tensor:
 
 def rewards_with_kl(keys: KLKeys, mini_batch: MiniBatch) -> list[torch.Tensor]:
     """Each group's rewards less the KL over each completion, if that is its place, float64 [1, samples]. Collective."""
-    rewards = torch.tensor([r for group in mini_batch.groups for r in group.rewards], dtype=torch.float64)
+    rewards = mini_batch.flat_rewards
     if keys.in_reward:
         rewards = rewards + mini_batch.sum_completions(lambda batch: penalty_in_reward(keys, batch))
-    return [part.unsqueeze(0) for part in rewards.split([len(group.rewards) for group in mini_batch.groups])]
+    return [part.unsqueeze(0) for part in rewards.split([len(group) for group in mini_batch.rewards])]
 
 
 def with_kl_loss(

@@ -6,11 +6,14 @@ share a micro-batch. Attention, rotary angles and sums tell the sequences of a r
 Shape legend: T tokens, S sequences.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -18,7 +21,7 @@ from megatron_async_rlhf.algorithms.segments import Segments
 from megatron_async_rlhf.data.packing import plan_bins
 from megatron_async_rlhf.learner.megatron.context import share_of_rank
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-from megatron_async_rlhf.types import Sequence
+from megatron_async_rlhf.learner.rollout import Samples
 
 
 @dataclass(kw_only=True)
@@ -81,12 +84,12 @@ class MicroBatch:
             rows[owner].append(value)
         return {index: row for index, row in zip(self.indices, rows, strict=True) if index >= 0}
 
-    def lay_completions(self, rows: Seq[Seq[float]]) -> torch.Tensor:
-        """The inverse of `split_completions`, of all sequences of the command: 0 off completion tokens, [T]."""
+    def lay_completions(self, rows: Mapping[int, np.ndarray]) -> torch.Tensor:
+        """The inverse of `split_completions`, of float32 by the index of a sequence: 0 off completion tokens, [T]."""
         in_order = self.segments_T[self.mask_T].unique_consecutive().tolist()
-        values = [value for owner in in_order for value in rows[self.indices[owner]]]
         row_T = torch.zeros(len(self.mask_T), device=self.mask_T.device)
-        row_T[self.mask_T] = torch.tensor(values, device=self.mask_T.device)
+        if values := [rows[self.indices[owner]] for owner in in_order]:
+            row_T[self.mask_T] = torch.from_numpy(np.concatenate(values)).to(self.mask_T.device)
         return row_T
 
     def pick(self, values: torch.Tensor) -> torch.Tensor:
@@ -107,68 +110,93 @@ class MicroBatch:
         return replace(self, **moved, packed=replace(self.packed, cu_seqlens_q=ends, cu_seqlens_kv=ends))
 
 
-def cut_micro_batches(sequences: Seq[Sequence], unit: int, budget: int, placement: Placement) -> list[MicroBatch]:
+def plan_micro_batches(lengths: Seq[int], unit: int, budget: int, placement: Placement) -> list[list[list[int]]]:
+    """Which units share a micro-batch, by data-parallel rank and micro-batch.
+
+    Args:
+        lengths: tokens of each sequence.
+        unit: sequences that must stay together, neighbours.
+        budget: most tokens of a micro-batch, beside what makes them divisible over ranks; a longer unit goes alone.
+    """
+    positions = [_positions(length, placement) for length in lengths]
+    totals = [sum(positions[first : first + unit]) for first in range(0, len(positions), unit)]
+    return plan_bins(totals, budget, placement.data_parallel)
+
+
+def cut_micro_batches(samples: Samples, unit: int, budget: int, placement: Placement) -> list[MicroBatch]:
     """This rank's micro-batches: at least one and as many as every rank has, so that all collectives are met.
 
     Args:
-        unit: sequences that must stay together, adjacent in `sequences`.
-        budget: most tokens of a micro-batch, beside what makes them divisible over ranks; a longer unit goes alone.
+        unit, budget: see `plan_micro_batches`; needed again where `samples` come with their bins.
     """
-    lengths = [_positions(sequence, placement) for sequence in sequences]
-    totals = [sum(lengths[first : first + unit]) for first in range(0, len(sequences), unit)]
-    groups = [
-        [i for u in sorted(units) for i in range(u * unit, (u + 1) * unit)]
-        for units in plan_bins(totals, budget, placement.data_parallel)[placement.data_rank]
-    ]
+    bins = samples.bins
+    if bins is None:
+        bins = plan_micro_batches(samples.lengths, unit, budget, placement)[placement.data_rank]
+    groups = [[i for u in sorted(units) for i in range(u * unit, (u + 1) * unit)] for units in bins]
     groups += [[]] * (-len(groups) % placement.batch_multiple)
-    nothing = [Sequence(token_ids=[0, 0], prompt_length=2)] * unit
-    rows = [([sequences[i] for i in group] or nothing, group or [-1] * unit) for group in groups]
+    rows = [
+        ([_Row(samples.tokens[i], samples.prompt_lengths[i]) for i in group] or [_NOTHING] * unit, group or [-1] * unit)
+        for group in groups
+    ]
     width = 0
     if placement.virtual_stages > 1:  # interleaved stages exchange tensors of one shape, see `model`
-        width = max(sum(_positions(sequence, placement) for sequence in row) for row, _ in rows)
+        width = max(sum(_positions(len(row.token_ids), placement) for row in group) for group, _ in rows)
     return [_lay(row, indices, width, placement).to(placement.device) for row, indices in rows]
 
 
-def _positions(sequence: Sequence, placement: Placement) -> int:
+class _Row(NamedTuple):
+    """A sequence that is laid."""
+
+    token_ids: np.ndarray
+    prompt_length: int
+
+
+_NOTHING = _Row(np.zeros(2, np.int32), 2)  # keeps ranks in step
+
+
+def _positions(length: int, placement: Placement) -> int:
     """A position predicts the next token, so the last token of a sequence needs none. Each rank gets as many."""
-    needed = max(1, len(sequence.token_ids) - 1)
+    needed = max(1, length - 1)
     return needed + -needed % placement.sequence_multiple
 
 
-def _lay(sequences: Seq[Sequence], indices: list[int], width: int, placement: Placement) -> MicroBatch:
+def _lay(rows: Seq[_Row], indices: list[int], width: int, placement: Placement) -> MicroBatch:
     """The sequences in a row, longest first: attention takes neighbours of one length together.
 
     Args:
         width: positions the row has at least.
     """
-    lengths = [_positions(sequence, placement) for sequence in sequences]
-    order = sorted(range(len(sequences)), key=lambda s: -lengths[s])
-    tokens, targets, mask, segments = [], [], [], []
-    for s in order:
-        ids, prompt = sequences[s].token_ids, sequences[s].prompt_length
-        used = max(1, len(ids) - 1)
-        unused = lengths[s] - used
-        tokens += ids[:used] + [0] * unused
-        targets += (ids[1:] or [0]) + [0] * unused
-        mask += [position >= prompt - 1 and len(ids) > 1 for position in range(used)] + [False] * unused
-        segments += [s] * used + [len(sequences)] * unused
+    lengths = [_positions(len(row.token_ids), placement) for row in rows]
+    order = sorted(range(len(rows)), key=lambda s: -lengths[s])
     in_row = [lengths[s] for s in order]
-    padding = max(width - len(tokens), 0)
-    padding += -(len(tokens) + padding) % placement.width_multiple
+    taken = sum(in_row)
+    padding = max(width - taken, 0)
+    padding += -(taken + padding) % placement.width_multiple
     if padding:
         in_row.append(padding)
-    nowhere = len(sequences)
-    segments += [nowhere] * padding
     ends = [0, *accumulate(in_row)]
+    tokens_T, targets_T = (torch.zeros(ends[-1], dtype=torch.long) for _ in range(2))
+    mask_T = torch.zeros(ends[-1], dtype=torch.bool)
+    segments_T = torch.full((ends[-1],), len(rows))  # for padding
+    num_tokens = 0
+    for s, start in zip(order, ends, strict=False):
+        ids = torch.from_numpy(rows[s].token_ids.astype(np.int64))
+        used = max(1, len(ids) - 1)
+        tokens_T[start : start + used] = ids[:used]
+        segments_T[start : start + used] = s
+        if len(ids) > 1:
+            targets_T[start : start + used] = ids[1:]
+            mask_T[start + max(rows[s].prompt_length - 1, 0) : start + used] = True
+        num_tokens += used if indices[s] >= 0 else 0
     return MicroBatch(
-        tokens_T=torch.tensor(tokens + [0] * padding),
-        targets_T=torch.tensor(targets + [0] * padding),
-        mask_T=torch.tensor(mask + [False] * padding),
-        segments_T=torch.tensor(segments),
+        tokens_T=tokens_T,
+        targets_T=targets_T,
+        mask_T=mask_T,
+        segments_T=segments_T,
         local_positions_T=share_of_rank(ends, placement.context_rank, placement.context_parallel),
         packed=_packed(ends, longest=max(in_row)),
         indices=indices,
-        num_tokens=sum(1 for s in segments if s != nowhere and indices[s] >= 0),
+        num_tokens=num_tokens,
     )
 
 

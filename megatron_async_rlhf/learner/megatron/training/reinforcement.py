@@ -31,8 +31,8 @@ from megatron_async_rlhf.learner.megatron.training.trained_model import ModelSte
 from megatron_async_rlhf.learner.megatron.training.value_model import build_value_model, copy_policy, read_value_model
 from megatron_async_rlhf.learner.megatron.transfer.weight_push import WeightPush
 from megatron_async_rlhf.learner.meter import Meter
+from megatron_async_rlhf.learner.rollout import Samples
 from megatron_async_rlhf.models.architecture import Architecture
-from megatron_async_rlhf.types import TrainingGroup
 
 
 class Reinforcement:
@@ -70,7 +70,7 @@ class Reinforcement:
             self.value_model.restart(value_model_keys(config), steps)
 
     def updates(
-        self, mini_batches: Sequence[Sequence[TrainingGroup]], epochs: int, version: int
+        self, mini_batches: Sequence[Samples], epochs: int, version: int
     ) -> Iterator[tuple[dict[str, float], list[list[float]]]]:
         """Make the rollout's updates, one each time the next is asked for. A mini-batch without sequences changes nothing.
 
@@ -85,21 +85,21 @@ class Reinforcement:
         algorithm, budget = self._config.algorithm, self._config.learner.micro_batch_tokens
         cut = [
             make_mini_batch(
-                groups,
+                samples,
                 self._placement,
                 together=algorithm.sequences_together,
                 budget=budget,
                 needs_sampler=algorithm.is_corrected,
             )
-            for groups in mini_batches
+            for samples in mini_batches
         ]
-        self._prepare([mini_batch for mini_batch in cut if mini_batch.sequences], epochs)
+        self._prepare([mini_batch for mini_batch in cut if mini_batch.num_sequences], epochs)
         for number in range(epochs * len(cut)):
             mini_batch = cut[number % len(cut)]
             counts = {"num_sequences": float(mini_batch.num_sequences)}
             if algorithm.sequences_together == 2:
                 counts["num_pairs"] = mini_batch.num_sequences / 2
-            if not mini_batch.sequences:
+            if not mini_batch.num_sequences:
                 yield counts, []
                 continue
             step, about = version + number + 1, {"samples": mini_batch.num_sequences, "tokens": mini_batch.num_tokens}
