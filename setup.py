@@ -64,7 +64,10 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
+        "mypy>=1.15",
         "ruff>=0.12",
+        "types-PyYAML",
+        "types-psutil",
         "trl==1.16.0",  # tests compare our losses with its
     ],
 }

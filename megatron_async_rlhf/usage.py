@@ -17,7 +17,7 @@ from megatron_async_rlhf.suggestions import closest
 
 _NAME = "async-rlhf"
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-_UsageError = typer.BadParameter.__base__  # click's, of which Typer may have a copy of its own
+_UsageError: Any = typer.BadParameter.__base__  # click's, of which Typer may have a copy of its own
 _ClickException = _UsageError.__base__
 
 

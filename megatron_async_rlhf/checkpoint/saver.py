@@ -49,8 +49,9 @@ class CheckpointSaver:
         self._checkpoints = RunCheckpoints(run_dir)
         self._under_way: _Save | None = None
         self._seen: list[float] = []  # of `keep_best`, since the last checkpoint
-        same_metric = resumed is not None and resumed.metric == config.checkpoint.keep_best
-        self._scores: dict[int, float] = dict(resumed.scores) if same_metric else {}
+        self._scores: dict[int, float] = {}
+        if resumed is not None and resumed.metric == config.checkpoint.keep_best:
+            self._scores = dict(resumed.scores)
         self._metric_exists = bool(self._scores)
 
     def observe(self, metrics: dict[str, float]) -> None:
@@ -111,6 +112,7 @@ class CheckpointSaver:
                 unless it is still being written.
         """
         save, self._under_way = self._under_way, None
+        assert save is not None  # `start` came before
         limit = self._config.checkpoint.timeout_s
         with self._gives_room_back(save):
             while not (answer := await self._learner.execute(FinishCheckpoint())).saved:
@@ -121,9 +123,12 @@ class CheckpointSaver:
                 await asyncio.sleep(_POLL_S)
             await asyncio.to_thread(self._put_in_place, save)
         await asyncio.to_thread(self._prune)
-        args = {"version": save.version}
         span = Span(
-            name=f"checkpoint {save.version}", start=save.start, end=time.time(), process="checkpoints", args=args
+            name=f"checkpoint {save.version}",
+            start=save.start,
+            end=time.time(),
+            process="checkpoints",
+            args={"version": save.version},
         )
         self._recorder.saved(save.version, [span, *answer.spans])
 

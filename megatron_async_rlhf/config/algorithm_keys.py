@@ -166,13 +166,14 @@ class CorrectionKeys(Section):
     @property
     def kind(self) -> Literal["none", "truncate", "mask"]:
         """In the terms of `algorithms.corrections`."""
-        return {
+        kinds: dict[str, Literal["none", "truncate", "mask"]] = {
             "none": "none",
             "truncate": "truncate",
             "decoupled": "truncate",
             "mask": "mask",
             "mask_sequences": "mask",
-        }[self.type]
+        }
+        return kinds[self.type]
 
 
 class PolicyGradientKeys(AlgorithmKeys):

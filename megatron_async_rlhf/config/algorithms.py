@@ -194,7 +194,7 @@ def _check_dual_clip(dual_clip: float | None, clip_high: float) -> None:
         )
 
 
-def _check_whole_completions(section: PolicyGradientKeys) -> None:
+def _check_whole_completions(section: RLOOSection | ProximalRLOOSection) -> None:
     if section.correction.type == "mask":
         raise ValueError(
             f"algorithm.correction.type = mask leaves single tokens out, but the loss of algorithm.type = {section.type} "

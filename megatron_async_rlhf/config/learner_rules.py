@@ -3,7 +3,7 @@
 Pydantic turns the `ValueError`s into the one line a user sees.
 """
 
-from megatron_async_rlhf.config.sections import Device, LearnerSection
+from megatron_async_rlhf.config.sections import Device, Fp8Keys, LearnerSection
 
 
 def check_parallelism(learner: LearnerSection) -> None:
@@ -48,7 +48,7 @@ def check_device(device: Device, learner: LearnerSection) -> None:
             ("fp8", learner.fp8, None),
         ):
             if value != off:
-                what = value.recipe if key == "fp8" else value
+                what = value.recipe if isinstance(value, Fp8Keys) else value
                 raise ValueError(f"learner.{key} = {what} needs GPUs: set run.device = cuda, or remove it")
     if learner.optimizer_offload and not learner.distributed_optimizer:
         raise ValueError(

@@ -46,7 +46,8 @@ _OF_EVERY_RUN = (
 def possible_metrics() -> list[Key]:
     """All that any run has, by source, each once."""
     declared = [*_OF_EVERY_RUN]
-    for section in (*REWARDS.values(), *SECTIONS.values()):
+    sections: list[type[RewardKeys] | type[AlgorithmKeys]] = [*REWARDS.values(), *SECTIONS.values()]
+    for section in sections:
         declared += section.possible_metrics()
     by_name = {metric.name: metric for metric in reversed(declared)}
     order = list(dict.fromkeys(metric.name for metric in declared))

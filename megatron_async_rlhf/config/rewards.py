@@ -1,7 +1,7 @@
 """The `reward` section: what scores completions. One entry, or a list of entries whose weighted scores are summed."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
@@ -21,6 +21,9 @@ class RewardKeys(Section):
     """
 
     own_metrics: ClassVar[tuple[Key, ...]] = ()
+
+    if TYPE_CHECKING:
+        type: str  # each class below has its own as a field
 
     name: str | None = Field(None, pattern=r"^[A-Za-z_][\w.-]*$")  # of its metrics in a list; default: its type
     weight: float = 1.0  # of its scores, in the sum that is trained on

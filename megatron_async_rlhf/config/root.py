@@ -8,7 +8,7 @@ from megatron_async_rlhf.config.learner_rules import check_device, check_paralle
 from megatron_async_rlhf.config.metrics import metric_names
 from megatron_async_rlhf.config.rewards import (
     BuiltinRewardSection,
-    RewardKeys,
+    RewardEntry,
     RewardSection,
     check_reward_fits_data,
 )
@@ -55,7 +55,7 @@ class RunConfig(Section):
         return self.learner.world_size + own
 
     @property
-    def rewards(self) -> list[RewardKeys]:
+    def rewards(self) -> list[RewardEntry]:
         """The entries of `reward`, also where it is one section and no list."""
         return self.reward if isinstance(self.reward, list) else [self.reward]
 

@@ -63,6 +63,7 @@ class _Values:
                 return self._mapping(node, location)
             if isinstance(node, yaml.SequenceNode):
                 return [self.of(child, (*location, place)) for place, child in enumerate(node.value)]
+            assert isinstance(node, yaml.ScalarNode)
             return _scalar(node, location)
         finally:
             self._inside.pop()
@@ -161,8 +162,8 @@ def _dotted(location: tuple) -> str:
 def _syntax(error: yaml.YAMLError, text: str) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if isinstance(error, yaml.reader.ReaderError):
-        line = text.count("\n", 0, error.position) + 1
-        return f"line {line}: the character {error.character:#04x} cannot be in it"
+        number = text.count("\n", 0, error.position) + 1
+        return f"line {number}: the character {error.character:#04x} cannot be in it"
     if mark is None or problem is None:
         return " ".join(str(error).split())
     line = f"line {mark.line + 1}"

@@ -104,9 +104,11 @@ def _dtypes_of(parameters: list[Parameter], reader: WeightReader, dtype: str | N
 def _chunk_of(
     parameter: Parameter, share: Share, reader: WeightReader, arch: Architecture, ranks: int, dtype: torch.dtype
 ) -> Chunk:
-    axes = slice(0, 1) if parameter.is_vector else slice(0, 2)
-    shape = (padded_rows(parameter, ranks), parameter.cols)[axes]
-    offsets, sizes = (share.row, share.col)[axes], (share.rows, share.cols)[axes]
+    shape: tuple[int, ...] = (padded_rows(parameter, ranks), parameter.cols)
+    offsets: tuple[int, ...] = (share.row, share.col)
+    sizes: tuple[int, ...] = (share.rows, share.cols)
+    if parameter.is_vector:
+        shape, offsets, sizes = shape[:1], offsets[:1], sizes[:1]
     if parameter.layer is not None:
         shape, offsets, sizes = (arch.layers, *shape), (parameter.layer, *offsets), (1, *sizes)
 

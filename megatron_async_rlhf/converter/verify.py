@@ -4,7 +4,7 @@ A holder that reads files can digest any rectangle. One that is far away, such a
 digests of the rectangles it has, and the other side follows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -129,13 +129,17 @@ def _incomplete(
 
 def _narrow(box: Box, dtype: str, agree: _Agreement) -> Box:
     """The first element, row by row, in which a rectangle differs."""
-    for axis in ("rows", "cols"):
-        begin, end = getattr(box, axis)
-        while end - begin > 1:
-            middle = (begin + end) // 2
-            if agree(box._replace(**{axis: (begin, middle)}), dtype):
-                begin = middle
-            else:
-                end = middle
-        box = box._replace(**{axis: (begin, end)})
-    return box
+    row = box._replace(rows=_first_unlike(box.rows, lambda rows: agree(box._replace(rows=rows), dtype)))
+    return row._replace(cols=_first_unlike(row.cols, lambda cols: agree(row._replace(cols=cols), dtype)))
+
+
+def _first_unlike(extent: tuple[int, int], agrees: Callable[[tuple[int, int]], bool]) -> tuple[int, int]:
+    """The first place of a range where the sides do not agree, `[place, place + 1)`; there is one."""
+    begin, end = extent
+    while end - begin > 1:
+        middle = (begin + end) // 2
+        if agrees((begin, middle)):
+            begin = middle
+        else:
+            end = middle
+    return begin, end

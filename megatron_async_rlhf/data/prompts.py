@@ -18,7 +18,8 @@ def build_prompts(
     Raises:
         DataError: a prompt is longer and `drop_long` is off, naming the first; or every prompt is.
     """
-    prompts, too_long = [], []
+    prompts: list[Prompt] = []
+    too_long: list[Prompt] = []
     for index, example in enumerate(examples):
         prompt = Prompt(
             index=index,

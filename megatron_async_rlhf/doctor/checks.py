@@ -130,8 +130,12 @@ def _package(
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == module.partition(".")[0]:
-            state = "broken" if needed else "missing"
-            return Finding(what=what, state=state, detail="not installed", remedy=remedy or "bash tools/setup_env.sh")
+            return Finding(
+                what=what,
+                state="broken" if needed else "missing",
+                detail="not installed",
+                remedy=remedy or "bash tools/setup_env.sh",
+            )
         return _broken(what, error, needed)
     except Exception as error:  # whatever a broken installation raises
         return _broken(what, error, needed)

@@ -82,9 +82,9 @@ def _row(memory: LearnerMemory | GeneratorMemory, names: tuple[str, ...]) -> lis
 
 
 def _lines(table: Table) -> list[str]:
-    console = Console(file=io.StringIO(), width=110, color_system=None)
-    console.print(table)
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+    text = io.StringIO()
+    Console(file=text, width=110, color_system=None).print(table)
+    return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 def _verdict_on_learner(config: RunConfig, arch: Architecture, memory: RunMemory) -> list[str]:

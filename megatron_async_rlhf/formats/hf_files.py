@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -86,7 +86,7 @@ def _plan_shards(specs: Sequence[TensorSpec], limit_bytes: int) -> list[list[Ten
     return shards
 
 
-def _write_shard(file: BinaryIO, shard: Sequence[TensorSpec], stream: Iterable[tuple[str, torch.Tensor]]) -> None:
+def _write_shard(file: BinaryIO, shard: Sequence[TensorSpec], stream: Iterator[tuple[str, torch.Tensor]]) -> None:
     codes = {name: code for code, name in CODES.items()}
     offsets, end = {}, 0
     # Wider elements first, as the safetensors library does it, so that every tensor is aligned to its elements.
@@ -105,11 +105,11 @@ def _write_shard(file: BinaryIO, shard: Sequence[TensorSpec], stream: Iterable[t
         _write_tensor(file, spec, stream)
 
 
-def _write_tensor(file: BinaryIO, spec: TensorSpec, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
+def _write_tensor(file: BinaryIO, spec: TensorSpec, stream: Iterator[tuple[str, torch.Tensor]]) -> None:
     missing = spec.num_bytes
     while missing > 0:
         name, block = next(stream, (None, None))
-        if name != spec.name or block.dtype != DTYPES[spec.dtype] or block.nbytes > missing:
+        if block is None or name != spec.name or block.dtype != DTYPES[spec.dtype] or block.nbytes > missing:
             raise CheckpointError(f"expected {missing} bytes of {spec.name} {spec.shape} {spec.dtype}, {name} came")
         file.write(block.detach().contiguous().view(-1).view(torch.uint8).numpy())
         missing -= block.nbytes

@@ -40,9 +40,13 @@ class WeightHolder(Protocol):
     """
 
     label: str
-    tensors: Mapping[str, TensorSpec]
-    boxes: Sequence[Box] | None
     exact: bool
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]: ...
+
+    @property
+    def boxes(self) -> Sequence[Box] | None: ...
 
     def digest(self, box: Box, dtype: str, *, exact: bool) -> bytes:
         """xxh3-128 of the rectangle's elements in row-major order, as `dtype`; of `x + 0.0` unless `exact`."""

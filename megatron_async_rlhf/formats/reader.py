@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
@@ -136,10 +136,11 @@ class _Section(io.RawIOBase):
         self._at = origin + offset
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
+        target = memoryview(buffer)
         self._file.seek(self._offset + self._at)
-        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
-        buffer[: len(data)] = data
+        data = self._file.read(max(0, min(len(target), self._length - self._at)))
+        target[: len(data)] = data
         self._at += len(data)
         return len(data)
 

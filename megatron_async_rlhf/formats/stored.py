@@ -28,7 +28,9 @@ class WeightReader(Protocol):
     """
 
     label: str
-    tensors: Mapping[str, TensorSpec]
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]: ...
 
     def read_into(self, target: torch.Tensor, name: str, row: int, col: int) -> None:
         """Fill `target` [r, c] with the rectangle that begins at (row, col), rounding to its dtype where they differ.

@@ -1,6 +1,6 @@
 """The controller's view of a generator: tokens in, tokens out, and weights received. No torch."""
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from msgspec import Struct
 
@@ -32,32 +32,41 @@ class SamplingRequest(Struct, frozen=True, kw_only=True):
 Pause = Literal["keep", "wait", "abort"]
 
 
-class Generator(Protocol):
-    """One vLLM server, or anything that behaves like one.
+class Receiver(Protocol):
+    """A generator as a receiver of weights.
 
     Raises (all methods):
         GeneratorError: naming the generator and what was asked of it.
     """
 
     name: str
+
+    async def probe(self) -> None:
+        """Return if it can work now, whether or not it has weights or is paused."""
+        ...
+
+    async def pause(self, how: Pause = "keep") -> None:
+        """From now on requests queue until it is told to go on."""
+        ...
+
+    async def join_transfer(self, info: dict[str, Any], *, timeout_s: float) -> None: ...
+
+    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None: ...
+
+
+class Generator(Receiver, Protocol):
+    """One vLLM server, or anything that behaves like one; its methods raise what a `Receiver`'s do."""
+
     version: int
 
     async def sample(self, request: SamplingRequest) -> list[Completion]:
         """All completions of a request; being cancelled cancels it at the engine too."""
         ...
 
-    async def pause(self, how: Pause = "keep") -> None:
-        """From now on requests queue until `resume`."""
-        ...
-
     async def resume(self) -> None: ...
 
     async def wait_queued(self, count: int) -> None:
         """While paused: return once `count` requests are with the engine."""
-        ...
-
-    async def probe(self) -> None:
-        """Return if it can work now, whether or not it has weights or is paused."""
         ...
 
     def give_up(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from megatron_async_rlhf.config.algorithms import LOSS_ARGUMENTS, GRPOSection
+from megatron_async_rlhf.config.algorithms import LOSS_ARGUMENTS, GRPOSection, PPOSection
 from megatron_async_rlhf.config.rewards import FunctionRewardSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.example import Example
@@ -71,6 +71,7 @@ def make_model_template(config: RunConfig, directory: Path) -> None:
         _copy_template(config.model.hf, directory)
         return
     if config.model.tokenizer == "bpe":
+        assert config.model.vocab_size is not None  # it goes with bpe
         train_bpe_tokenizer(
             directory, _texts(load_examples(config.data, "train", config.run.seed)), config.model.vocab_size
         )
@@ -98,7 +99,7 @@ def resolve_architecture(config: RunConfig, template: Path) -> tuple[Architectur
 
 def value_source(config: RunConfig) -> Path | None:
     """What PPO's value model starts from, if not from the policy."""
-    return config.algorithm.value_hf if config.algorithm.has_value_model else None
+    return config.algorithm.value_hf if isinstance(config.algorithm, PPOSection) else None
 
 
 def check_inputs(config: RunConfig, template: Path) -> RunInputs:
@@ -137,6 +138,7 @@ def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
     Raises:
         ConfigError, DataError: one line.
     """
+    assert config.model.hf is not None
     described = hf_files_of(config.model.hf)
     check_causal_model(described)
     architecture, transfer = resolve_architecture(config, described)

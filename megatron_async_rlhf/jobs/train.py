@@ -31,6 +31,7 @@ from megatron_async_rlhf.errors import (
 )
 from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
 from megatron_async_rlhf.generator.places import places
+from megatron_async_rlhf.generator.protocol import Generator
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs
@@ -218,11 +219,11 @@ class Job:
         if not self._evaluating.cancelled():
             self._evaluating.result()
 
-    def _lost(self, generator: VLLMGenerator, samples: int) -> None:
+    def _lost(self, generator: Generator, samples: int) -> None:
         self.recorder.cancelled(samples)
         self.recorder.activity("generators", f"{generator.name} is gone")
 
-    def _silent(self, generator: VLLMGenerator, error: GeneratorSilentError) -> None:
+    def _silent(self, generator: Generator, error: GeneratorSilentError) -> None:
         """The supervisor, which owns its process, is to end that."""
         self.recorder.unresponsive(generator.name, since=time.time() - error.silent_s, why=str(error))
 
@@ -256,12 +257,14 @@ async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None) 
     config = load_config(run_dir / RESOLVED_CONFIG)
     run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     resumed = None if resume_from is None else read_run_state(RunCheckpoints(run_dir).path(resume_from))
+    assert addresses.transfer is not None  # a training job has generators
     async with _connected(config, run_inputs, addresses) as (learner, generators):
         job = Job(config, run_dir, run_inputs, learner, generators, addresses.transfer, resumed)
-        loop = asyncio.get_running_loop()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None  # a coroutine runs in one
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, lambda: loop.create_task(job.interrupt()))
-        loop.add_signal_handler(END_AT_ONCE, asyncio.current_task().cancel)
+        loop.add_signal_handler(END_AT_ONCE, task.cancel)
         if config.checkpoint.max_run_seconds is not None:
             loop.call_later(config.checkpoint.max_run_seconds, lambda: loop.create_task(job.out_of_time()))
         try:

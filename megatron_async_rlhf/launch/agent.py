@@ -65,7 +65,7 @@ class Link:
 
     def receive(self, timeout_s: float) -> ToAgent | None:
         """Nothing if nothing comes."""
-        return decode_for_agent(self._socket.recv()) if self._socket.poll(timeout_s * 1000) else None
+        return decode_for_agent(self._socket.recv()) if self._socket.poll(int(timeout_s * 1000)) else None
 
     def close(self) -> None:
         self._socket.close()
@@ -175,8 +175,11 @@ def serve(config: RunConfig, rank: int) -> int:
     found: Rendezvous | None = None
     while time.monotonic() < deadline:
         rendezvous, refused = read_rendezvous(path), ""
-        found = rendezvous or found
-        for address in rendezvous.addresses if rendezvous else []:
+        if rendezvous is None:
+            time.sleep(_POLL_S)
+            continue
+        found = rendezvous
+        for address in rendezvous.addresses:
             node = this_node(config, gpus, _own_address(config, address, rendezvous.port))
             link, listening = Link(rendezvous, address), _listen(node)
             join = Join(rank=rank, session=session, fingerprint=fingerprint(config), reached_at=address, node=node)

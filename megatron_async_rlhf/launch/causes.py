@@ -37,7 +37,7 @@ _POINTS_AWAY = re.compile(
     r"|workerproc initialization failed|failed to start|output_handler failed|ChildFailedError|BrokenPipeError"
     r"|CancelledError"
 )
-_HINTS = {
+_HINTS: dict[int, str] = {
     signal.SIGKILL: "which often means out of memory: see dmesg, or the memory limit of the job or container",
     signal.SIGBUS: "which often means that /dev/shm is full: see df /dev/shm, or the container's --shm-size",
     signal.SIGILL: "which means that it was built for another processor",
@@ -140,4 +140,5 @@ def _ends_message(text: str) -> bool:
 def _split(line: str) -> tuple[str, str, str]:
     """Process, level and text."""
     found = _PREFIX.match(line)
+    assert found is not None  # no part of it has to be there
     return found["who"] or "", found["level"] or found["ours"] or "", line[found.end() :]

@@ -67,6 +67,7 @@ class Fleet:
         """On the machine that `spec` names; `pipe_stdout` only on this one."""
         if spec.node == 0:
             return LocalProcess(spec, log_dir, pipe_stdout=pipe_stdout)
+        assert self._switchboard is not None  # without it there is one machine
         return RemoteProcess(spec, log_dir, self._switchboard)
 
     def lost(self) -> str | None:
@@ -254,7 +255,7 @@ class Switchboard:
         beat = 0.0
         while True:
             closing = self._closing  # read before the queue is emptied: what was put before it is sent
-            if self._socket.poll(_POLL_S * 1000):
+            if self._socket.poll(int(_POLL_S * 1000)):
                 self._receive()
             if time.monotonic() - beat > BEAT_S:
                 beat = time.monotonic()

@@ -60,7 +60,9 @@ def owning(config: RunConfig) -> Iterator[None]:
         ConfigError: somebody does, or no file can be written beside it.
     """
     path = owner_path(config)
-    own = Owner(host=node_name(), machine=machine(), pid=os.getpid(), started=started(os.getpid()))
+    now_running = started(os.getpid())
+    assert now_running is not None  # /proc has this process
+    own = Owner(host=node_name(), machine=machine(), pid=os.getpid(), started=now_running)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _claim(path, own, config)

@@ -92,7 +92,7 @@ class LocalProcess(Process):
             self._scratch.remove()
             raise
 
-    def _start(self, pipe_stdout: bool) -> subprocess.Popen:
+    def _start(self, pipe_stdout: bool) -> subprocess.Popen[str]:
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 self.spec.arguments,
@@ -112,6 +112,7 @@ class LocalProcess(Process):
 
     @property
     def stdout(self) -> IO[str]:
+        assert self._popen.stdout is not None  # else the log has it
         return self._popen.stdout
 
     @property

@@ -30,7 +30,7 @@ from megatron_async_rlhf.launch.causes import signal_hint
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
 from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
-from megatron_async_rlhf.launch.process import Process
+from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.launch.scratch import remove_abandoned
 from megatron_async_rlhf.launch.stacks import dump_stacks
 from megatron_async_rlhf.launch.terminal import handle_interrupts
@@ -128,6 +128,7 @@ class Supervisor:
                 replace_file(self._run_dir / PROCESSES, json.dumps(pids) + "\n")
 
     def _read_events(self) -> None:
+        assert isinstance(self._controller, LocalProcess)  # the controller is on this machine
         for line in self._controller.stdout:
             event = parse_event(line)
             if event is not None:
@@ -216,7 +217,7 @@ class Supervisor:
         dead = self._dead()
         others = [process for process in dead if process is not self._controller]
         learners = [process for process in self._processes if process.spec in self._plan.learners]
-        if self._learner_is_silent or any(process.returncode > 0 and process in learners for process in others):
+        if self._learner_is_silent or any((process.returncode or 0) > 0 and process in learners for process in others):
             if stopped := dump_stacks(learners):
                 names = ", ".join(process.name for process in stopped)
                 error = ProcessDiedError(
@@ -228,7 +229,7 @@ class Supervisor:
         if self._failure and not others:
             named = next((p for p in self._processes if self._failure.startswith(p.name)), self._controller)
             return "failed", *self._with_cause(self._failure, named)
-        culprit = min(others or dead, key=lambda process: process.returncode >= 0)
+        culprit = min(others or dead, key=lambda process: (process.returncode or 0) >= 0)
         if why := self._killed.get(culprit.name):
             return "failed", str(ProcessDiedError(why)), culprit.last_lines()
         hint = signal_hint(culprit.returncode)

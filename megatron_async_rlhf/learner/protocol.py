@@ -196,7 +196,7 @@ def rollout_span(command: TrainRollout, start: float, end: float) -> Span:
     updates = len(command.mini_batches) * command.epochs
     first, last = command.version + 1, command.version + updates
     sequences = [sequence for batch in command.mini_batches for group in batch for sequence in group.sequences]
-    args = {
+    args: dict[str, int | float] = {
         "version": last,
         "samples": len(sequences),
         "tokens": sum(len(sequence.token_ids) - sequence.prompt_length for sequence in sequences),

@@ -18,7 +18,8 @@ from megatron_async_rlhf.types import TrainingGroup
 
 # Few enough that encoding a piece does not hold up the controller's event loop, enough that their number costs nothing.
 TOKENS_IN_PIECE = 2**17
-_TOKEN, _LOGPROB = np.dtype("<i4"), np.dtype("<f4")
+_TOKEN: np.dtype = np.dtype("<i4")
+_LOGPROB: np.dtype = np.dtype("<f4")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,8 @@ def architecture_of(model: ModelSection, vocab_size: int) -> Architecture:
     Raises:
         ConfigError: heads that do not divide the hidden size.
     """
+    # Without `hf` the section has them all.
+    assert model.layers and model.hidden_size and model.ffn_size and model.heads and model.context_length
     heads = model.heads
     if model.hidden_size % heads:
         raise ConfigError(f"model.hidden_size = {model.hidden_size} must be a multiple of model.heads = {heads}")
@@ -265,7 +267,7 @@ class _Values:
             raise ConfigError(f"{self._where}: {key} = {value!r} in config.json must be true or false")
         return value
 
-    def _checked(self, key: str, kind: type | tuple[type, ...], rule: str) -> Any:
+    def _checked(self, key: str, kind: type[float] | tuple[type[float], ...], rule: str) -> Any:
         if key not in self._hf:
             raise ConfigError(f"{self._where}: config.json has no {key}")
         value = self._hf[key]

@@ -6,7 +6,7 @@ A new dense family is one more entry of `FAMILIES`; code elsewhere asks the entr
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 # A dimension of a Hugging Face tensor: `query` is heads x head size, `key_value` is key-value heads x head size.
 Size = Literal["vocabulary", "hidden", "ffn", "query", "key_value", "head"]
@@ -71,6 +71,14 @@ class Family:
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalised per head."""
         return _Q_NORM in self.layer
+
+
+class _Outer(TypedDict):
+    """The fields of a family outside its layers."""
+
+    embedding: Mapping
+    final_norm: Mapping
+    output: Mapping
 
 
 _INPUT_NORM = Mapping(
@@ -144,7 +152,7 @@ _DOWN = Mapping(
     shapes=(("hidden", "ffn"),),
     rule=Rule.ROW,
 )
-_OUTER = {
+_OUTER: _Outer = {
     "embedding": Mapping(
         megatron="embedding.word_embeddings.weight",
         vllm="model.embed_tokens.weight",

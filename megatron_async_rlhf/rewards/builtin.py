@@ -28,7 +28,7 @@ class BuiltinReward(Verifier):
 
     def check(self, prompt: Prompt) -> None:
         """Raises DataError if the prompt is not one of the built-in task's."""
-        kind = prompt.reference.get("kind")
+        kind = prompt.reference.get("kind", "")
         needed = _OPEN_KINDS.get(kind, ("answer",))
         if kind not in KINDS or any(name not in prompt.reference for name in needed):
             raise DataError(

@@ -41,6 +41,7 @@ class FunctionReward:
         self._section = section
         self._name = f"reward function {section.function}"
         self._pool: ProcessPool | None = None
+        self._starting = asyncio.Lock()
 
     def check(self, prompt: Prompt) -> None:
         """Every prompt will do: only the function knows what it needs."""
@@ -76,11 +77,13 @@ class FunctionReward:
 
     async def _call(self, given: Mapping[str, Any]) -> list[float]:
         """Raises RewardError: what went wrong, to follow the function's name."""
-        if self._pool is None:
-            self._pool = await asyncio.to_thread(_started_pool, self._section.workers)
+        async with self._starting:  # many prompts may be the first
+            if self._pool is None:
+                self._pool = await asyncio.to_thread(_started_pool, self._section.workers)
+        pool = self._pool
         answer = await _outcome(
             lambda: asyncio.wrap_future(
-                self._pool.schedule(call, (self._section.function, given), timeout=self._section.timeout_s)
+                pool.schedule(call, (self._section.function, given), timeout=self._section.timeout_s)
             ),
             self._section.timeout_s,
         )

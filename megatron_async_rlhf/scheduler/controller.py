@@ -26,6 +26,7 @@ from statistics import fmean
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import NonFiniteLossError, RewardError, WriteError
+from megatron_async_rlhf.generator.protocol import Generator, Pause
 from megatron_async_rlhf.learner.protocol import Learner, TrainRollout, rollout_span
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
@@ -42,7 +43,7 @@ from megatron_async_rlhf.telemetry.files import FAILED_BATCH
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.telemetry.summary import staleness_figures
 
-_PAUSES = {"none": "keep", "keep": "keep", "recompute": "keep", "resubmit": "abort"}
+_PAUSES: dict[str, Pause] = {"none": "keep", "keep": "keep", "recompute": "keep", "resubmit": "abort"}
 
 
 class Controller:
@@ -137,6 +138,7 @@ class Controller:
         Raises:
             ExceptionGroup: of whatever learner, generators or rewards raised first.
         """
+        assert self._evaluation is not None  # whoever calls this gave one
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             beside = [tasks.create_task(self._pool.watch(self._returned)), tasks.create_task(self._restore())]
@@ -189,6 +191,7 @@ class Controller:
                 await self._start_push()
                 continue
             tickets, arrivals = self._pacer.next_rollout(), list(self._pacer.ready)
+            assert tickets is not None  # which was waited for
             self._pacer.begin_training(tickets)
             await self._train([self._generation.ready.pop(ticket.index) for ticket in tickets], arrivals)
             if self._checkpoints.is_due(self.version):
@@ -351,7 +354,7 @@ class Controller:
         self._pacer.end_push()
         await self._changed.notify()
 
-    def _returned(self, generator: object) -> None:
+    def _returned(self, generator: Generator) -> None:
         self._weight_sync.disconnect()
         self._recorder.activity("generators", f"{generator.name} is back")
         self._tasks.create_task(self._changed.notify())

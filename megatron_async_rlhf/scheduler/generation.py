@@ -128,7 +128,7 @@ class Generation:
         """A rollout, and the held-out prompts if they are due, in one go: everything starts and ends together."""
         start = self._clock()
         requests = [self._request(ticket) for ticket in tickets]
-        extra = self._evaluation.requests() if evaluating else []
+        extra = self._held_out() if evaluating else []
         async with self._under_way(len(tickets)):
             with self.busy.any:
                 completions = await self._pool.sample_together([*requests, *extra])
@@ -151,11 +151,16 @@ class Generation:
         start = self._clock()
         async with self._under_way(0):
             with self.busy.any:
-                completions = await asyncio.gather(*(self._pool.sample(r) for r in self._evaluation.requests()))
+                completions = await asyncio.gather(*(self._pool.sample(r) for r in self._held_out()))
             await self._evaluation_ended(completions, start)
+
+    def _held_out(self) -> list[SamplingRequest]:
+        assert self._evaluation is not None  # or none would be due
+        return self._evaluation.requests()
 
     async def _evaluation_ended(self, completions: Sequence[list[Completion]], start: float) -> None:
         version, self._evaluating = self._evaluating, None
+        assert self._evaluation is not None and version is not None  # since it was due
         self._pacer.end_evaluation()
         name = f"step {version}"
         versions = {version for (completion,) in completions for version in completion.versions}
@@ -212,9 +217,12 @@ class Generation:
             late = self._pacer.stragglers()
             with suppress(TimeoutError):
                 async with asyncio.timeout(limit_s):
-                    await self._changed.wait_until(lambda late=late: not late & self._pacer.stragglers())
+                    await self._waited_for_no_more(late)
                 continue
             for index in late & self._pacer.stragglers():
                 self._samplers.pop(index).cancel()
                 self._pacer.sample_anew(index)
             await self._changed.notify()
+
+    async def _waited_for_no_more(self, late: set[int]) -> None:
+        await self._changed.wait_until(lambda: not late & self._pacer.stragglers())

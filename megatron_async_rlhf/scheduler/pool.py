@@ -22,7 +22,7 @@ from enum import Enum, auto
 import msgspec
 
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
-from megatron_async_rlhf.generator.protocol import Generator, SamplingRequest
+from megatron_async_rlhf.generator.protocol import Generator, Receiver, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
 from megatron_async_rlhf.scheduler.signal import Signal
 from megatron_async_rlhf.telemetry.busy import GeneratorsBusy
@@ -210,20 +210,22 @@ class GeneratorPool:
                 await self._stand(Standing.RETURNED, member)
                 return True
             if clock() - lost >= self._return_timeout_s:
-                error = f"{generator.name}: not ready within generator.start_timeout_s = {self._return_timeout_s:g}"
-                self._on_silent(generator, GeneratorSilentError(error, silent_s=clock() - lost - _RESTART_S))
+                why = f"{generator.name}: not ready within generator.start_timeout_s = {self._return_timeout_s:g}"
+                self._on_silent(generator, GeneratorSilentError(why, silent_s=clock() - lost - _RESTART_S))
                 lost = clock()
             await asyncio.sleep(_WATCH_S)
         return False
 
-    async def mark_lost(self, generator: Generator, error: GeneratorGoneError) -> None:
+    async def mark_lost(self, generator: Receiver, error: GeneratorGoneError) -> None:
         """A generator does not answer any more."""
         self._last_loss = str(error)
+        lost = [member for member in self.members if member.generator is generator]
         if isinstance(error, GeneratorSilentError):
-            self._on_silent(generator, error)
-        await self._stand(Standing.LOST, *(member for member in self.members if member.generator is generator))
+            for member in lost:
+                self._on_silent(member.generator, error)
+        await self._stand(Standing.LOST, *lost)
 
-    async def mark_updated(self, generators: Sequence[Generator]) -> None:
+    async def mark_updated(self, generators: Sequence[Receiver]) -> None:
         """These hold the newest weights."""
         names = {generator.name for generator in generators}
         await self._stand(Standing.SERVING, *(m for m in self.members if m.generator.name in names))
@@ -347,7 +349,7 @@ class GeneratorPool:
                 return member
             heapq.heappop(self._by_load)  # outdated: there is a newer entry
 
-    async def _everywhere(self, call: Callable[[Generator], object]) -> None:
+    async def _everywhere(self, call: Callable[[Generator], Awaitable[None]]) -> None:
         async def one(generator: Generator) -> None:
             try:
                 await call(generator)

@@ -19,4 +19,5 @@ async def warm_start(
         prompts = order.batch(step - 1, config.warm_start.batch_size)
         command = TrainSupervised(step=step, sequences=[solved[prompt.index] for prompt in prompts])
         answer = await learner.execute(command)
+        assert answer.metrics is not None  # which is what the command was for
         recorder.warm_start_step(step, answer.metrics.values, answer.spans)

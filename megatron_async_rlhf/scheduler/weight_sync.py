@@ -12,9 +12,8 @@ anew to those that are still alive.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import (
@@ -25,9 +24,8 @@ from megatron_async_rlhf.errors import (
     MismatchError,
     TransferError,
 )
-from megatron_async_rlhf.generator.protocol import Pause
+from megatron_async_rlhf.generator.protocol import Pause, Receiver
 from megatron_async_rlhf.learner.protocol import (
-    Answer,
     FinishPush,
     JoinTransfer,
     Learner,
@@ -39,20 +37,6 @@ from megatron_async_rlhf.weights.blame import root_cause
 
 # After the learner knows that a push has ended, generators hear of it at once unless they are dead.
 _GRACE_S = 5.0
-
-
-class Receiver(Protocol):
-    """A generator as a receiver of weights; all methods raise GeneratorError."""
-
-    name: str
-
-    async def probe(self) -> None: ...
-
-    async def pause(self, how: Pause = "keep") -> None: ...
-
-    async def join_transfer(self, info: dict[str, Any], *, timeout_s: float) -> None: ...
-
-    async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None: ...
 
 
 class PushError(TransferError):
@@ -93,7 +77,7 @@ class WeightSync:
         self._is_verified = False  # the connection, by a push over it
         self._receiving: asyncio.Task | None = None
         self._span: Span | None = None
-        self._answer: Answer | None = None  # of FinishPush, if it came before it was asked for
+        self._account: tuple[PushReport, list[Span]] | None = None  # the learner's, if it came before it was asked for
 
     async def connect(self, receivers: Sequence[Receiver], newcomers: Sequence[Receiver] = ()) -> None:
         """Let all that the next push goes to meet the learner, unless they have met already.
@@ -148,7 +132,7 @@ class WeightSync:
         started = self._clock()
         self._check(await _from_each(self.receivers, lambda receiver: receiver.pause(how)))
         on_paused()
-        self._answer = None
+        self._account = None
         await self._learner.execute(PushWeights(version=version, verify=verify))
         self._receiving = asyncio.create_task(self._receive(version, verify, recompute, started))
 
@@ -163,14 +147,16 @@ class WeightSync:
             MismatchError: a generator holds other bytes than the learner.
             PushError: the push failed otherwise; says where first. There is no report then.
         """
+        assert self._receiving is not None  # `start` began it
         await self._receiving
 
     async def report(self) -> tuple[PushReport, list[Span]]:
         """What the push moved and proved, and its spans, the whole first. Waits for commands the learner got earlier."""
         span = self._span
-        answer = self._answer or await self._learner.execute(FinishPush())
+        assert span is not None  # it has arrived
+        report, spans = self._account or await self._finish()
         self._is_verified = True
-        return answer.push, [span, *answer.spans]
+        return report, [span, *spans]
 
     async def push(self, version: int) -> tuple[PushReport, list[Span]]:
         """All four in one, to those that are left."""
@@ -189,8 +175,19 @@ class WeightSync:
         except AsyncRLHFError as error:
             raise await self._failure(version, error, tasks) from None
         finally:
-            args = {"version": version}
-            self._span = Span(name=f"push {version}", start=started, end=self._clock(), process="weights", args=args)
+            self._span = Span(
+                name=f"push {version}",
+                start=started,
+                end=self._clock(),
+                process="weights",
+                args={"version": version},
+            )
+
+    async def _finish(self) -> tuple[PushReport, list[Span]]:
+        """The learner's account of a push, once it has sent everything."""
+        answer = await self._learner.execute(FinishPush())
+        assert answer.push is not None  # else it would have raised
+        return answer.push, answer.spans
 
     async def _all_done(self, tasks: dict[asyncio.Task, Receiver]) -> None:
         """Raises what the first that failed raised."""
@@ -203,7 +200,7 @@ class WeightSync:
                 return
             if attempt == 0:
                 # A long push, or a generator that hangs: the learner can tell, because it would have waited in vain.
-                self._answer = await self._learner.execute(FinishPush())
+                self._account = await self._finish()
         names = ", ".join(tasks[task].name for task in pending)
         raise TransferError(f"{names} did not confirm the weights within {limit:g} s after all had been sent")
 
@@ -211,18 +208,18 @@ class WeightSync:
         """One error out of what everybody says. Afterwards nothing of this push is under way, and who is gone is out."""
         self._met = []
         told: list[AsyncRLHFError] = [first]
-        if self._answer is None and not isinstance(first, TransferError):  # else it has given its account already
+        if self._account is None and not isinstance(first, TransferError):  # else it has given its account already
             try:
-                self._answer = await self._learner.execute(FinishPush())
+                self._account = await self._finish()
             except TransferError as error:
                 told.append(error)
-        if self._answer is not None and self._answer.push.mismatches:
-            return _mismatch(version, self._answer.push)
+        if self._account is not None and self._account[0].mismatches:
+            return _mismatch(version, self._account[0])
         done, pending = await asyncio.wait(tasks, timeout=_GRACE_S)
         for task in pending:
             task.cancel()
-        told += [error for task in done if isinstance(error := task.exception(), AsyncRLHFError)]
-        gone = {tasks[task]: error for task in done if isinstance(error := task.exception(), GeneratorGoneError)}
+        told += [failure for task in done if isinstance(failure := task.exception(), AsyncRLHFError)]
+        gone = {tasks[task]: failure for task in done if isinstance(failure := task.exception(), GeneratorGoneError)}
         for receiver in (tasks[task] for task in pending):  # they may hang, or wait for somebody who does
             gone[receiver] = GeneratorGoneError(f"{receiver.name}: said nothing for {_GRACE_S:g} s after a failed push")
         self._leave_out(gone)
@@ -271,7 +268,7 @@ class WeightSync:
         self._check(dict(zip(receivers, results, strict=True)), learner)
         self._met, self._is_verified = list(receivers), False
 
-    def _check(self, results: dict[Receiver, object], learner: object = None) -> None:
+    def _check(self, results: Mapping[Receiver, object], learner: object = None) -> None:
         """Go on only if nobody raised anything.
 
         Raises:

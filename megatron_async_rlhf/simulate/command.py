@@ -16,8 +16,8 @@ from megatron_async_rlhf.simulate.scenario import Scenario
 
 
 def _seconds(help: str) -> Any:
-    """The type of an option that takes the place of an estimated time."""
-    return Annotated[float | None, typer.Option(min=0, help=help)]
+    """An option that takes the place of an estimated time."""
+    return typer.Option(min=0, help=help)
 
 
 def simulate(
@@ -35,11 +35,11 @@ def simulate(
     lengths: Annotated[
         str | None, typer.Option(help="Tokens of a completion: constant:TOKENS or lognormal:MEAN:SIGMA.")
     ] = None,
-    token_s: _seconds("Seconds of a decoding step, whatever is in it.") = None,
-    sequence_s: _seconds("Extra seconds per sequence in a decoding step.") = None,
-    train_s: _seconds("Seconds of an optimizer step.") = None,
-    train_token_s: _seconds("Extra seconds per token in an optimizer step.") = None,
-    push_s: _seconds("Seconds the engines are paused for new weights.") = None,
+    token_s: Annotated[float | None, _seconds("Seconds of a decoding step, whatever is in it.")] = None,
+    sequence_s: Annotated[float | None, _seconds("Extra seconds per sequence in a decoding step.")] = None,
+    train_s: Annotated[float | None, _seconds("Seconds of an optimizer step.")] = None,
+    train_token_s: Annotated[float | None, _seconds("Extra seconds per token in an optimizer step.")] = None,
+    push_s: Annotated[float | None, _seconds("Seconds the engines are paused for new weights.")] = None,
     crashes_per_hour: Annotated[float, typer.Option(min=0, help="Expected crashes per generator per hour.")] = 0.0,
     back_s: Annotated[
         float, typer.Option(min=0.1, help="Seconds until a crashed generator is back, on average.")

@@ -123,6 +123,7 @@ class Engine:
         """Which weights sampled its first `tokens` tokens."""
         if not tokens:
             return []
+        assert sequence.joined is not None  # it has tokens
         begun, end = sequence.joined, sequence.joined + tokens
         first = bisect_right(self._weights_since, begun + _ROUNDING) - 1
         versions: list[int] = []

@@ -84,14 +84,15 @@ class Exchange:
             self.push.fail(f"receive from {name} failed: the connection is gone")
 
     async def _meet(self, session: str, name: str) -> str:
-        if self._session != session:
+        met = self._met
+        if met is None or self._session != session:
             self._session, self._come = session, set()
             self._met = met = asyncio.get_running_loop().create_future()
             asyncio.get_running_loop().call_later(self._timeout_s, self._give_up, met)
         self._come.add(name)
-        if "learner" in self._come and self.members < self._come and not self._met.done():
-            self._met.set_result("")
-        return await asyncio.shield(self._met)
+        if "learner" in self._come and self.members < self._come and not met.done():
+            met.set_result("")
+        return await asyncio.shield(met)
 
     def _give_up(self, met: asyncio.Future) -> None:
         if not met.done():

@@ -19,6 +19,7 @@ from megatron_async_rlhf.simulate.engine import Engine, EngineSequence
 from megatron_async_rlhf.simulate.exchange import Exchange
 from megatron_async_rlhf.simulate.invariants import Ledger
 from megatron_async_rlhf.simulate.scenario import Scenario
+from megatron_async_rlhf.simulate.virtual_time import virtual_loop
 from megatron_async_rlhf.types import Completion
 
 _LEARNS_S = 0.001  # how long it takes until the whole pool knows what one request was told
@@ -30,10 +31,11 @@ class _Sample:
 
     __slots__ = ("begun", "id", "is_done", "length", "sequence")
 
+    sequence: EngineSequence  # from its start on
+
     def __init__(self, id: int, length: int, begun: Completion | None) -> None:
         self.id, self.length, self.begun = id, length, begun
         self.is_done = False
-        self.sequence: EngineSequence | None = None
 
 
 class _Request:
@@ -76,7 +78,7 @@ class SimulatedGenerator:
         self._timeout_s, self._probe_timeout_s = limits.request_timeout_s, limits.probe_timeout_s
         self._silence = StallDetector(name, self._timeout_s)
         self._random = Random(f"{scenario.seed}/{name}")
-        self._loop = asyncio.get_running_loop()
+        self._loop = virtual_loop()
         self._requests: dict[int, _Request] = {}
         self._numbers = count()
         self.started_at, self.back_s = self._loop.time(), scenario.back_s

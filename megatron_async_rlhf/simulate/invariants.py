@@ -7,14 +7,13 @@ and at which version from the learner's commands.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from msgspec import Struct
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import InvariantError
 from megatron_async_rlhf.generator.protocol import SamplingRequest
-from megatron_async_rlhf.learner.protocol import TrainRollout
+from megatron_async_rlhf.learner.protocol import Learner, TrainRollout
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
 from megatron_async_rlhf.scheduler.state import ReadyGroup
 from megatron_async_rlhf.telemetry.summary import RunTotals
@@ -50,10 +49,12 @@ class Ledger:
     def __init__(self, config: RunConfig) -> None:
         schedule = config.schedule
         self._schedule, self._bound = schedule, schedule.staleness_bound
-        self._most = schedule.max_groups
+        most = schedule.max_groups
         if self._bound is not None:
             allowed = (self._bound // schedule.updates_per_rollout + 1) * schedule.groups_per_rollout
-            self._most = min(allowed, self._most or allowed)
+            most = min(allowed, most or allowed)
+        assert most is not None  # the configuration bounds one or the other
+        self._most = most
         self._samples_per_group = config.algorithm.samples_per_prompt
         self.samples: list[SampleRecord] = []
         self.ages: Counter[int] = Counter()
@@ -166,9 +167,17 @@ class CheckedEvaluation(Evaluation):
 
     ledger: Ledger
 
-    async def finish(self, when: str, completions: list[list[Completion]], *args: Any, **kwargs: Any) -> None:
+    async def finish(
+        self,
+        when: str,
+        completions: Sequence[list[Completion]],
+        start: float,
+        *,
+        version: int,
+        learner: Learner | None = None,
+    ) -> None:
         records = [self.ledger.samples[completion.token_ids[0]] for (completion,) in completions]
         versions = {version for record in records for version, _ in record.versions}
         if len(versions) != 1:
             raise InvariantError(f"the evaluation at {when} met versions {sorted(versions)}")
-        await super().finish(when, completions, *args, **kwargs)
+        await super().finish(when, completions, start, version=version, learner=learner)

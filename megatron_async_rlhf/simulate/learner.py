@@ -15,6 +15,7 @@ from megatron_async_rlhf.learner.protocol import (
 from megatron_async_rlhf.simulate.exchange import Exchange
 from megatron_async_rlhf.simulate.invariants import Ledger
 from megatron_async_rlhf.simulate.scenario import Speeds
+from megatron_async_rlhf.simulate.virtual_time import virtual_loop
 from megatron_async_rlhf.types import PushReport, StepMetrics
 
 
@@ -66,7 +67,9 @@ class SimulatedLearner:
             raise LearnerError("FinishPush came without PushWeights")
         self._pushes = False
         await asyncio.sleep(self._speeds.answer_s / 2)
-        why = await self._exchange.push.outcome()
+        push = self._exchange.push
+        assert push is not None  # `_push` began it
+        why = await push.outcome()
         if why:
             raise TransferError(why)
         return Answer(id=0, push=PushReport(wire_bytes=0))
@@ -85,7 +88,7 @@ class SimulatedLearner:
         if self._exchange.push is not None:
             await self._exchange.push.outcome()  # weights do not change while they are being sent
         self.version += updates
-        asyncio.get_running_loop().progress()
+        virtual_loop().progress()
         first = [s for group in command.mini_batches[0] for s in group.sequences] if command.mini_batches else []
         return Answer(
             id=0,

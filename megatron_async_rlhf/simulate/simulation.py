@@ -16,6 +16,8 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
+from megatron_async_rlhf.errors import GeneratorSilentError
+from megatron_async_rlhf.generator.protocol import Generator
 from megatron_async_rlhf.rewards.base import Score, Verifier
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
@@ -119,7 +121,7 @@ class Simulation:
             return_timeout_s=config.generator.start_timeout_s,
             silence_limit_s=config.generator.probe_timeout_s + config.weights.timeout_s,
             on_lost=lambda generator, samples: self.recorder.cancelled(samples),
-            on_silent=lambda generator, error: generator.kill(since=clock() - error.silent_s),
+            on_silent=_kill,
         )
         self.controller = Controller(
             config,
@@ -209,6 +211,12 @@ def _first_of(group: BaseExceptionGroup) -> BaseException:
     return _first_of(error) if isinstance(error, BaseExceptionGroup) else error
 
 
+def _kill(generator: Generator, error: GeneratorSilentError) -> None:
+    """As the supervisor does, which owns the process."""
+    assert isinstance(generator, SimulatedGenerator)
+    generator.kill(since=asyncio.get_running_loop().time() - error.silent_s)
+
+
 class _Prompts(PromptOrder):
     """Prompts without end; the first token is the group's number."""
 
@@ -243,7 +251,7 @@ class _Recorder(Recorder):
         """Nobody looks at it while the simulation goes."""
 
 
-class _Nowhere(io.TextIOBase):
+class _Nowhere(io.StringIO):
     """Takes every line."""
 
     def write(self, text: str) -> int:

@@ -67,6 +67,13 @@ def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         loop.default_exception_handler(context)
 
 
+def virtual_loop() -> VirtualTimeLoop:
+    """The one that whoever asks runs in."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    return loop
+
+
 def run_in_virtual_time(main: Coroutine[Any, Any, Any], *, patience_s: float = math.inf) -> Any:
     """As `asyncio.run`."""
     with asyncio.Runner(loop_factory=lambda: VirtualTimeLoop(patience_s)) as runner:
@@ -75,7 +82,8 @@ def run_in_virtual_time(main: Coroutine[Any, Any, Any], *, patience_s: float = m
 
 def _place(task: asyncio.Task) -> str:
     """The task's function, and the innermost one of ours it waits in: `Controller.run waits in Signal.wait_until:16`."""
-    inner, frames = task.get_coro(), []
+    inner: Any = task.get_coro()  # then whatever that awaits
+    frames: list[tuple[str, int]] = []
     while inner is not None:
         frame = getattr(inner, "cr_frame", None) or getattr(inner, "ag_frame", None)
         if frame is not None and "asyncio" not in frame.f_code.co_filename:

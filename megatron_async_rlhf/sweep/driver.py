@@ -45,7 +45,7 @@ class Driver:
         sweep: Sweep,
         *,
         note: Callable[[str], None],
-        after_point: Callable[[], None],
+        after_point: Callable[[], object],
         command: Sequence[str] = OWN_COMMAND,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -76,8 +76,9 @@ class Driver:
     def _run(self, points: Sequence[Point], is_late: Callable[[], bool]) -> int:
         todo = [point for point in points if progress_of(point.config).status != "completed"]
         self._note(f"{len(points) - len(todo)} of {len(points)} points are completed, {len(todo)} to do")
-        if todo and not self._has_start() and not is_late():
-            code = self._one("sft", "warm start", self._sweep.warm_start)
+        start = self._sweep.warm_start
+        if todo and start is not None and not _is_made(start) and not is_late():
+            code = self._one("sft", "warm start", start)
             if code != EXIT_COMPLETED:
                 return code
         codes = set()
@@ -90,11 +91,6 @@ class Driver:
             codes.add(self._one("train", point.name, point.config))
             self._after_point()
         return next((code for code in (EXIT_FAILED, EXIT_INTERRUPTED) if code in codes), EXIT_COMPLETED)
-
-    def _has_start(self) -> bool:
-        """The directory's name says what the start was made of; keys it does not depend on may have changed."""
-        start = self._sweep.warm_start
-        return start is None or read_summary(start.run.path).get("status") == "completed"
 
     def _one(self, subcommand: str, name: str, config: RunConfig) -> int:
         """Run one and say how it ended, to whoever watches and as one of the exit codes."""
@@ -115,11 +111,11 @@ class Driver:
         )
         began = self._clock()
         with writing(logs / f"{spec.name}.log"):
-            self._process = LocalProcess(spec, logs)
-        ended_in_time = self._wait(config)
-        self._process.clean_up()
+            self._process = process = LocalProcess(spec, logs)
+        ended_in_time = self._wait(process, config)
+        process.clean_up()
         seconds = f"{self._clock() - began:.0f} s"
-        progress, returned = progress_of(config), self._process.returncode
+        progress, returned = progress_of(config), process.returncode
         if returned == EXIT_COMPLETED and progress.status == "completed":
             self._note(f"{name}: completed in {seconds}")
             return EXIT_COMPLETED
@@ -131,41 +127,46 @@ class Driver:
         elif returned == EXIT_COMPLETED:
             reason = f"its {RESOLVED_CONFIG} is not what it was given: was the program changed meanwhile? start again"
         else:
-            cause = self._process.cause()
-            last = [cause.line] if cause else self._process.last_lines(1) or [self._process.ending()]
+            cause = process.cause()
+            last = [cause.line] if cause else process.last_lines(1) or [process.ending()]
             reason = progress.error or last[0]
-        self._note(f"{name}: failed after {seconds}: {reason}; see {self._process.log}")
+        self._note(f"{name}: failed after {seconds}: {reason}; see {process.log}")
         return EXIT_FAILED
 
-    def _wait(self, config: RunConfig) -> bool:
+    def _wait(self, process: Process, config: RunConfig) -> bool:
         """For the end of the process, passing on interrupts; False if it had to be ended for its time."""
         deadline = self._clock() + self._sweep.section.point_timeout_s
         passed_on = 0
-        while self._process.returncode is None:
+        while process.returncode is None:
             if self._interrupts > passed_on:
                 passed_on = self._interrupts
-                self._process.signal(signal.SIGTERM)
+                process.signal(signal.SIGTERM)
                 # It ends itself within this; another interrupt would make it end at once.
                 grace = config.launch.interrupt_grace_s + 2 * config.launch.shutdown_grace_s
                 deadline = min(deadline, self._clock() + grace)
             if self._clock() > deadline:
-                self._end(config)
+                self._end(process, config)
                 return False
             time.sleep(_POLL_S)
         return True
 
-    def _end(self, config: RunConfig) -> None:
+    def _end(self, process: Process, config: RunConfig) -> None:
         """Twice, which makes a run end without saving; then by force, which takes all its processes along."""
         deadline = self._clock() + 2 * config.launch.shutdown_grace_s
         for _ in range(2):
-            self._process.signal(signal.SIGTERM)
+            process.signal(signal.SIGTERM)
             time.sleep(2 * _POLL_S)
-        while self._process.returncode is None and self._clock() < deadline:
+        while process.returncode is None and self._clock() < deadline:
             time.sleep(_POLL_S)
-        self._process.kill_group(signal.SIGKILL)
+        process.kill_group(signal.SIGKILL)
 
     def _on_interrupt(self, number: int, frame: object) -> None:
         self._interrupts += 1
+
+
+def _is_made(start: RunConfig) -> bool:
+    """The directory's name says what the start was made of; keys it does not depend on may have changed."""
+    return read_summary(start.run.path).get("status") == "completed"
 
 
 def parse_only(filters: Iterable[str]) -> dict[str, list[str]]:

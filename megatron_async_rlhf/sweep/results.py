@@ -5,9 +5,10 @@ summary.json, metrics.jsonl of each point ──> PointResult ──> Group: the
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -19,6 +20,7 @@ from megatron_async_rlhf.telemetry.files import METRICS, read_steps, replace_fil
 from megatron_async_rlhf.telemetry.summary import read_summary
 
 RESULTS = "results.json"
+_Number = TypeVar("_Number", bound=float)
 _END = 0.1  # the share of the steps that "at the end" means
 
 
@@ -112,12 +114,12 @@ def grouped(section: SweepSection, results: list[PointResult]) -> list[Group]:
                     line=line,
                     staleness=staleness,
                     points=len(points),
-                    rewards_before=[p.reward_before for p in done if p.reward_before is not None],
-                    rewards=[p.reward_after for p in done],
-                    kl=[p.kl_to_reference for p in done if p.kl_to_reference is not None],
-                    staleness_mean=fmean(p.staleness_mean for p in done),
-                    staleness_max=max(p.staleness_max for p in done),
-                    seconds=fmean(p.seconds for p in done),
+                    rewards_before=_known(p.reward_before for p in done),
+                    rewards=_known(p.reward_after for p in done),
+                    kl=_known(p.kl_to_reference for p in done),
+                    staleness_mean=fmean(_known(p.staleness_mean for p in done)),
+                    staleness_max=max(_known(p.staleness_max for p in done)),
+                    seconds=fmean(_known(p.seconds for p in done)),
                 )
             )
     return groups
@@ -131,6 +133,10 @@ def pareto_front(groups: list[Group]) -> list[Group]:
         if not front or fmean(group.rewards) > fmean(front[-1].rewards):
             front.append(group)
     return front
+
+
+def _known(figures: Iterable[_Number | None]) -> list[_Number]:
+    return [figure for figure in figures if figure is not None]
 
 
 def _result(point: Point) -> PointResult:

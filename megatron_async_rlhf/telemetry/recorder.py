@@ -221,7 +221,11 @@ class Recorder:
     ) -> None:
         """Held-out metrics `before` or `after` RL, or at a `step` of it: of `samples` completions of a policy version."""
         self.totals.evaluation[when] = metrics
-        args = {"version": version, "samples": samples, "tokens": round(metrics["response_length"] * samples)}
+        args: dict[str, int | float] = {
+            "version": version,
+            "samples": samples,
+            "tokens": round(metrics["response_length"] * samples),
+        }
         self._spans.append(Span(name=f"evaluate {when}", start=start, end=end, process="evaluation", args=args))
         self._events.emit("evaluated", when=when, metrics=metrics)
         values = {f"eval/{name}": value for name, value in metrics.items()}

@@ -176,6 +176,7 @@ def _assign(
                 covered += overlap.size
                 for sender, part in _share(overlap, ranks, load, item_bytes):
                     source = _intersect(by_rank[sender], piece)
+                    assert source is not None  # its rectangle is that of `ranks[0]`
                     begin = part.rows[0] - source.rows[0]
                     assigned[sender, receiver].append(source.part(begin, begin + part.height))
                     load[sender] += part.size

@@ -36,7 +36,8 @@ class Target(Protocol):
             otherwise a parameter is put together outside of it first.
     """
 
-    in_place: bool
+    @property
+    def in_place(self) -> bool: ...
 
     def open(self, parameter: str) -> torch.Tensor:
         """The memory to copy slices of a parameter into."""

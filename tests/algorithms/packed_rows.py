@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_async_rlhf.algorithms.reductions import Metrics, Reduced, joined, reductions
 from megatron_async_rlhf.algorithms.segments import Segments
 
 LENGTHS = [5, 1, 0, 3, 7, 1, 4, 2]  # ragged; an empty and two single-token completions
@@ -80,3 +81,16 @@ def assert_same_loss(ours: torch.Tensor, theirs: torch.Tensor, wrt: torch.Tensor
     (their_gradient,) = torch.autograd.grad(theirs, wrt, retain_graph=True)
     torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-9, atol=1e-12)
     assert their_gradient.abs().max() > 1e-6
+
+
+def joined_metrics(reports: list[Metrics]) -> dict[str, torch.Tensor]:
+    """Of several micro-batches what the learner makes of them, or of one what it is."""
+    return {name: joined(reports, [name], how)[0] for name, how in reductions(reports[0]).items()}
+
+
+def assert_same_metrics(ours: list[Metrics], theirs: Metrics, **tolerances: float) -> None:
+    """Those of several micro-batches together as those of one; constants all."""
+    for name, value in joined_metrics([theirs]).items():
+        torch.testing.assert_close(joined_metrics(ours)[name], value, **tolerances)
+    for value in theirs.values():
+        assert not (value.value if isinstance(value, Reduced) else value).requires_grad

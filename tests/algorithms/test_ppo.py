@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_rows import GARBAGE, LENGTHS, PackedRow, assert_same_loss, policies, random_values
+from packed_rows import GARBAGE, LENGTHS, PackedRow, assert_same_loss, assert_same_metrics, policies, random_values
 
 from megatron_async_rlhf.algorithms.normalisation import token_weights
 from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss, clipped_value_loss
@@ -44,7 +44,7 @@ def test_policy_loss_and_gradient_by_loops():
     torch.testing.assert_close(torch.autograd.grad(ours, policy_SL)[0], gradient_SL, rtol=1e-9, atol=1e-12)
     both = metrics["ratio/clipped_low"] + metrics["ratio/clipped_high"]
     assert both.item() == pytest.approx(clipped / COUNT)
-    assert not any(value.requires_grad for value in metrics.values())
+    assert_same_metrics([metrics], metrics)
 
 
 @settings(max_examples=25, deadline=None)
@@ -142,5 +142,4 @@ def test_value_losses_of_micro_batches_add_up():
     whole, metrics = of(list(range(len(LENGTHS))))
     parts = [of([1, 4, 2]), of([0, 3, 5, 6, 7])]
     assert_same_loss(sum(total for total, _ in parts), whole, tensors[0])
-    for name, value in metrics.items():
-        torch.testing.assert_close(sum(part[name] for _, part in parts), value, rtol=1e-9, atol=1e-12)
+    assert_same_metrics([part for _, part in parts], metrics, rtol=1e-9, atol=1e-12)

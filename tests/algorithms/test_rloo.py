@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_rows import LENGTHS, PackedRow, assert_same_loss, policies, random_values
+from packed_rows import LENGTHS, PackedRow, assert_same_loss, assert_same_metrics, policies, random_values
 from trl_trainers import float64_default, loss_inputs, rloo_trainer, scored
 
 from megatron_async_rlhf.algorithms.kl import kl_penalty
@@ -81,7 +81,7 @@ def test_losses_and_gradients_by_loops():
     for ours, total, gradient_SL in [(plain, plain_total, plain_SL), (clipped, clipped_total, clipped_SL)]:
         assert ours.item() == pytest.approx(total, rel=1e-9)
         torch.testing.assert_close(torch.autograd.grad(ours, policy_SL)[0], gradient_SL, rtol=1e-9, atol=1e-12)
-    assert not any(value.requires_grad for value in metrics.values())
+    assert_same_metrics([metrics], metrics)
 
 
 @settings(max_examples=25, deadline=None)
@@ -110,8 +110,7 @@ def test_sequences_that_only_keep_ranks_in_step_change_nothing(rubbish: float):
         ours, metrics = loss(*padded, mask_S, weight_S, **keys)
         expected, expected_metrics = loss(*real, REAL_S, weight_S[: len(LENGTHS)], **keys)
         assert_same_loss(ours, expected, policy_SL)
-        for name, value in expected_metrics.items():
-            torch.testing.assert_close(metrics[name], value)
+        assert_same_metrics([metrics], expected_metrics)
 
 
 def test_micro_batches_with_the_step_s_count_add_up():
@@ -123,8 +122,7 @@ def test_micro_batches_with_the_step_s_count_add_up():
         whole, metrics = loss(values_S, ADVANTAGES_S, REAL_S, **keys)
         parts = [loss(values_S[s], ADVANTAGES_S[s], REAL_S[s], **keys) for s in ([0, 5, 2], [1, 3, 4, 6, 7])]
         assert_same_loss(sum(total for total, _ in parts), whole, policy_SL)
-        for name, value in metrics.items():
-            torch.testing.assert_close(sum(part[name] for _, part in parts), value)
+        assert_same_metrics([part for _, part in parts], metrics)
 
 
 def test_no_advantage_is_no_loss_however_far_the_policies_are():

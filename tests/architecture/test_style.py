@@ -1,4 +1,4 @@
-"""What ruff checks and formats, with the settings of pyproject.toml."""
+"""What ruff and mypy find, with the settings of pyproject.toml: nothing."""
 
 import subprocess
 import sys
@@ -7,16 +7,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+COMMANDS = {
+    "check": ["ruff", "check", "--no-cache", "."],
+    "format": ["ruff", "format", "--check", "--no-cache", "."],
+    "types": ["mypy", "--cache-dir", "/dev/null"],
+}
 
 
-@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=lambda command: command[0])
-def test_ruff_has_nothing_to_say(command: list[str]):
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_there_is_nothing_to_say(command: list[str]):
     told = subprocess.run(
-        [sys.executable, "-m", "ruff", *command, "--no-cache", "."],
+        [sys.executable, "-m", *command],
         cwd=ROOT,
         capture_output=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert told.returncode == 0, told.stdout

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_async_rlhf.config.algorithms import SECTIONS
 
+OWN = Path(__file__).parents[2] / "examples/own_reward"
 # What is measured differs from run to run; all else must not.
 MEASURED = ("time", "tokens_per_s", "model_flops_utilisation")
 
@@ -31,7 +33,10 @@ def completed(run) -> dict:
 
 @pytest.mark.slow
 def test_a_streaming_run_can_be_replayed(start):
+    """Scored by a function from outside the package, with columns of the data."""
     run = start(
+        f"data={{train: {OWN}/prompts.jsonl, reference_fields: [letter, times], solution_field: good_answer, eval_prompts: 50}}",
+        f"reward={{type: function, function: {OWN}/reward.py:score, kwargs: {{too_long: 0.05}}, on_error: zero}}",
         "schedule.generation=streaming",
         "schedule.max_staleness=2",
         "schedule.in_flight_updates=keep",
@@ -45,6 +50,9 @@ def test_a_streaming_run_can_be_replayed(start):
     assert summary["staleness"]["max"] <= 2
     assert_counts_add_up(summary)
     assert summary["samples_generated"] == 6 * 8 * 3
+    lines = run.lines("metrics.jsonl")
+    assert summary["rewards_failed"] == 0 and all(line["reward_failed"] == 0 for line in lines)
+    assert any(line["reward"] not in (0.0, 1.0) for line in lines)
     # Of the first versions pushed after steps 2 and 4; while one is evaluated the learner may get ahead.
     steps = [int(when.split()[1]) for when in summary["eval"] if when.startswith("step")]
     assert 1 <= len(steps) <= 2 and 2 <= steps[0] <= 4 and steps[-1] < 6

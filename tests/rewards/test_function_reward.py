@@ -1,7 +1,6 @@
 """A user's function in worker processes: what it is given, and everything that it can do wrong."""
 
 import asyncio
-import time
 from pathlib import Path
 
 import psutil
@@ -35,8 +34,10 @@ async def later(completions):
     await asyncio.sleep(0.01)
     return [neighbour.VALUE] * len(completions)
 
-def slow(prompt, completions):
-    time.sleep(0.2)
+def meets(completions, directory, count):
+    Path(directory, f"{os.getpid()}.came").touch()
+    while len(list(Path(directory).glob("*.came"))) < count:
+        time.sleep(0.01)
     return [1] * len(completions)
 
 def raises(completions): raise ValueError("no\\nidea")
@@ -138,24 +139,23 @@ def test_a_worker_that_somebody_ends_is_replaced(own: Path, tmp_path: Path):
     assert scores(reward, "a", "b") == [Score(reward=x, metrics={"reward_failed": 0.0}) for x in (1.0, 2.0)]
 
 
-def test_the_event_loop_goes_on_and_as_many_calls_run_as_there_are_workers(own: Path):
-    async def go() -> tuple[float, float]:
-        reward = reward_of(own, "slow", workers=4)
-        await reward.score(PROMPT, completions("a"))
-        await asyncio.sleep(1.0)  # all have started
-        start = last = time.perf_counter()
-        longest = 0.0
-        calls = asyncio.gather(*(reward.score(PROMPT, completions("a")) for _ in range(16)))
-        while not calls.done():
-            await asyncio.sleep(0.005)
-            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
-        took = time.perf_counter() - start
-        reward.close()
-        return longest, took
+def test_as_many_calls_run_at_once_as_there_are_workers_while_the_event_loop_goes_on(own: Path, tmp_path: Path):
+    """Each call waits until as many others have begun; the first ones all find no worker yet."""
 
-    longest, took = asyncio.run(go())
-    assert longest < 0.2  # one call; here it is about 0.01
-    assert took < 16 * 0.2 / 2  # alone: 0.8
+    async def go() -> int:
+        reward = reward_of(own, "meets", workers=3, kwargs={"directory": str(tmp_path), "count": 3})
+        calls = asyncio.gather(*(reward.score(PROMPT, completions("a")) for _ in range(3)))
+        turns = 0
+        while not calls.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert await calls == [[Score(reward=1.0, metrics={})]] * 3
+        workers = len(workers_of_this_process())
+        reward.close()
+        assert workers == 3
+        return turns
+
+    assert asyncio.run(go()) > 100
 
 
 def test_a_call_that_nobody_waits_for_any_more_is_given_up(own: Path):
@@ -251,18 +251,19 @@ def test_a_weight_counts_for_a_single_reward_too(own: Path):
     assert score == Score(reward=6.0, metrics={})
 
 
-def test_no_worker_outlives_its_reward(own: Path):
-    def workers() -> set[int]:
-        below = psutil.Process().children(recursive=True)
-        return {child.pid for child in below if "spawn_main" in " ".join(child.cmdline())}
+def workers_of_this_process() -> set[int]:
+    below = psutil.Process().children(recursive=True)
+    return {child.pid for child in below if "spawn_main" in " ".join(child.cmdline())}
 
+
+def test_no_worker_outlives_its_reward(own: Path):
     async def go() -> int:
         reward = reward_of(own, "lengths", workers=2)
         await reward.score(PROMPT, completions("a"))
-        started = len(workers() - before)
+        started = len(workers_of_this_process() - before)
         reward.close()
         return started
 
-    before = workers()
+    before = workers_of_this_process()
     assert asyncio.run(go()) == 2
-    assert workers() == before
+    assert workers_of_this_process() == before

@@ -84,6 +84,7 @@ class WeightSink(WeightTransferEngine[SinkInit, SinkUpdate]):
         )
         plan, error = self._plan(init_info, layout, ranks)
         agree(self._transport, roster, plan.fingerprint if plan else "", error)
+        assert plan is not None  # or it would not have been agreed on
         self._receiver = Receiver(plan, roster, self._transport, in_place=self._target.in_place)
 
     def _plan(self, init_info: SinkInit, layout: LearnerLayout, ranks: int) -> tuple[TransferPlan | None, str | None]:
@@ -108,6 +109,7 @@ class WeightSink(WeightTransferEngine[SinkInit, SinkUpdate]):
 
     def receive_weights(self, update_info: SinkUpdate) -> None:
         try:
+            assert self._receiver is not None  # `start_weight_update` has looked
             self._receiver.receive(self._target, verify=update_info.verify)
         except BaseException:
             self.shutdown()

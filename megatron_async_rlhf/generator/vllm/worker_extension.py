@@ -1,5 +1,6 @@
 """What every vLLM worker can tell about the weights it computes with (`--worker-extension-cls`)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ _BOX_BYTES = 2**20
 
 class WeightInspection:
     """Mixed into vLLM's worker class; called through `/collective_rpc`."""
+
+    # Of that class. No values: vLLM refuses an extension that has an attribute of its worker.
+    get_model: Callable[[], Any]
+    model_config: Any
+    parallel_config: Any
 
     def weight_digests(self) -> dict[str, Any]:
         """Digests of everything this worker holds, in Hugging Face coordinates.

@@ -19,11 +19,12 @@ from megatron_async_rlhf.options import SetOption, warn
 _SET_UP = "bash tools/setup_launch_env.sh"
 _TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names a directory and jobs
 _PANEL = "Slurm, instead of launch.slurm in the configuration"
+_Tunnel = Literal["local", "ssh"]
 
 
-def _slurm(help: str, kind: Any = str) -> Any:
-    """The type of an option that takes the place of a key of launch.slurm."""
-    return Annotated[kind | None, typer.Option(help=help, rich_help_panel=_PANEL)]
+def _slurm(help: str) -> Any:
+    """An option that takes the place of a key of launch.slurm."""
+    return typer.Option(help=help, rich_help_panel=_PANEL)
 
 
 def launch(
@@ -41,18 +42,18 @@ def launch(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print all that would be submitted.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for jobs of Slurm too, and exit as they did.")] = False,
-    account: _slurm("Account to charge.") = None,
-    partition: _slurm("Partition to submit to.") = None,
+    account: Annotated[str | None, _slurm("Account to charge.")] = None,
+    partition: Annotated[str | None, _slurm("Partition to submit to.")] = None,
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Machines; default: launch.nodes.", rich_help_panel=_PANEL)
     ] = None,
-    time: _slurm("Time limit of each stage: hours:minutes:seconds.") = None,
-    tunnel: _slurm("How Slurm is reached: from this machine, or by ssh.", Literal["local", "ssh"]) = None,
-    host: _slurm("Host name of the login node.") = None,
-    user: _slurm("User name on the login node.") = None,
-    job_dir: _slurm("Directory on the cluster for scripts and logs.") = None,
-    project_dir: _slurm("Directory on the cluster in which stages run.") = None,
-    container: _slurm("Container image, for Pyxis.") = None,
+    time: Annotated[str | None, _slurm("Time limit of each stage: hours:minutes:seconds.")] = None,
+    tunnel: Annotated[_Tunnel | None, _slurm("How Slurm is reached: from this machine, or by ssh.")] = None,
+    host: Annotated[str | None, _slurm("Host name of the login node.")] = None,
+    user: Annotated[str | None, _slurm("User name on the login node.")] = None,
+    job_dir: Annotated[str | None, _slurm("Directory on the cluster for scripts and logs.")] = None,
+    project_dir: Annotated[str | None, _slurm("Directory on the cluster in which stages run.")] = None,
+    container: Annotated[str | None, _slurm("Container image, for Pyxis.")] = None,
 ) -> None:
     """Run stages through NeMo-Run: here, or as jobs of a Slurm cluster, each when the one before has succeeded.
 
@@ -79,7 +80,7 @@ def launch(
         resume=resume,
         export_to=export_to,
         directory=(slurm and slurm.project_dir) or Path.cwd(),
-        seconds=slurm and slurm.time_s,
+        seconds=None if slurm is None else slurm.time_s,
     )
     _find_nemo_run(slurm)
     if slurm is None:

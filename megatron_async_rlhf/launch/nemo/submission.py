@@ -152,10 +152,10 @@ def _show(job: Any, before: Job | None, show: Note) -> None:
     if isinstance(job.executor, run.SlurmExecutor):
         tunnel = job.executor.tunnel
         file = f"{job.executor.job_name}_sbatch.sh"
-        after = [f"--dependency=afterok:<job id of {before.name}>"] if before is not None else []
+        dependency = [f"--dependency=afterok:<job id of {before.name}>"] if before is not None else []
         where = "" if isinstance(tunnel, run.LocalTunnel) else f" (on {tunnel.host}, as {tunnel.user})"
         show(
-            f"# {job.id}: {' '.join(['sbatch --requeue --parsable', *after, os.path.join(tunnel.job_dir, file)])}{where}"
+            f"# {job.id}: {' '.join(['sbatch --requeue --parsable', *dependency, os.path.join(tunnel.job_dir, file)])}{where}"
         )
         show(Path(job.executor.experiment_dir, file).read_text(encoding="utf-8"))
         show(f"# {job.id}: {os.path.join(tunnel.job_dir, job.id, 'scripts', f'{job.id}.sh')}")

@@ -15,6 +15,8 @@ from megatron_async_rlhf.learner.megatron.training.batching import plan_micro_ba
 from megatron_async_rlhf.learner.protocol import RolloutHeader
 from megatron_async_rlhf.learner.rollout import Parcel, Rollout, Samples, joined, pieces, sampled_rows
 
+_Plan = list[list[list[int]]]  # a mini-batch's units by data-parallel rank and micro-batch
+
 
 def receive_rollout(
     header: RolloutHeader, next_piece: Callable[[], bytes], placement: Placement, *, unit: int, budget: int
@@ -69,7 +71,7 @@ def receive_rollout(
 
 
 def _without_samples(header: RolloutHeader) -> list[Samples]:
-    rewards, lengths, prompts = (iter(values) for values in (header.rewards, header.lengths, header.prompt_lengths))
+    rewards, lengths, prompts = iter(header.rewards), iter(header.lengths), iter(header.prompt_lengths)
     mini_batches = []
     for sizes, sampled in zip(header.groups, header.sampled, strict=True):
         mini_batches.append(
@@ -84,20 +86,19 @@ def _without_samples(header: RolloutHeader) -> list[Samples]:
     return mini_batches
 
 
-def _planned(
-    mini_batches: Sequence[Samples], placement: Placement, unit: int, budget: int
-) -> list[list[list[list[int]]]]:
-    """Of every mini-batch the units by data-parallel rank and micro-batch; each mini-batch gets this rank's."""
-    plans = [None]
+def _planned(mini_batches: Sequence[Samples], placement: Placement, unit: int, budget: int) -> list[_Plan]:
+    """The plan of every mini-batch, which also gets this rank's part of it."""
+    plans: list[list[_Plan]] = [[]]
     if placement.rank == 0:
         plans = [[plan_micro_batches(samples.lengths, unit, budget, placement) for samples in mini_batches]]
     dist.broadcast_object_list(plans, src=0, group=placement.control)
     for samples, plan in zip(mini_batches, plans[0], strict=True):
+        assert samples.bins is not None  # see `_without_samples`
         samples.bins.extend(plan[placement.data_rank])
     return plans[0]
 
 
-def _owners(plans: Sequence[list[list[list[int]]]], mini_batches: Sequence[Samples], unit: int) -> list[int]:
+def _owners(plans: Sequence[_Plan], mini_batches: Sequence[Samples], unit: int) -> list[int]:
     """The data-parallel rank of each sample of all mini-batches."""
     owners: list[int] = []
     for plan, samples in zip(plans, mini_batches, strict=True):

@@ -160,7 +160,8 @@ class MegatronLearner:
         Raises:
             WriteError: the same on every rank.
         """
-        directory, failed = Path(command.directory), [None]
+        directory = Path(command.directory)
+        failed: list[str | None] = [None]
         with self._meter.span("export"):
             stream = self.gathered_weights()
             if self.placement.rank == 0:

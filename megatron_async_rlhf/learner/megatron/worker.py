@@ -63,7 +63,7 @@ class CommandChannel:
 
     def __init__(self, placement: Placement, listen: str) -> None:
         self._placement = placement
-        self._socket = None
+        self._socket: zmq.Socket[bytes] | None = None
         if placement.rank == 0:
             self._socket = zmq.Context.instance().socket(zmq.PAIR)
             self._socket.set_hwm(WAITING_MESSAGES)
@@ -72,7 +72,7 @@ class CommandChannel:
     def receive(self) -> AnyCommand:
         """Block until the controller sends something."""
         while True:
-            raw = self._broadcast(self._poll() if self._socket else b"")
+            raw = self._broadcast(self._poll())
             if raw:
                 return decode_command(raw)
 
@@ -85,12 +85,17 @@ class CommandChannel:
             self._socket.send(encode_answer(answer))
 
     def _next_piece(self, timeout_s: float) -> bytes:
-        if not self._socket.poll(timeout_s * 1000):
+        """On rank 0."""
+        assert self._socket is not None
+        if not self._socket.poll(int(timeout_s * 1000)):
             raise TimeoutError(f"the rest of a rollout did not come within learner.timeout_s = {timeout_s:g} s")
         return self._socket.recv()
 
     def _poll(self) -> bytes:
-        return self._socket.recv() if self._socket.poll(IDLE_BEAT_S * 1000) else b""
+        """Empty if nothing came yet, and on other ranks than 0."""
+        if self._socket is None or not self._socket.poll(int(IDLE_BEAT_S * 1000)):
+            return b""
+        return self._socket.recv()
 
     def _broadcast(self, raw: bytes) -> bytes:
         if dist.get_world_size() == 1:

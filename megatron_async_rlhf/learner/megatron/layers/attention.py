@@ -51,7 +51,7 @@ class PackedAttention(torch.nn.Module):
         runs = [(length, len(list(run))) for length, run in groupby(lengths)]
         tokens = [length * count for length, count in runs]
         attended = [
-            self._attend(*(_batch(part, length) for part in parts), is_causal=True)
+            self._attend(*(_batch(part, length) for part in parts))
             for (length, _), *parts in zip(
                 runs, query_TAD.split(tokens), key_TKD.split(tokens), value_TKD.split(tokens), strict=True
             )
@@ -70,12 +70,22 @@ class PackedAttention(torch.nn.Module):
             # True where a query may look: at its own position and before it.
             seen = torch.ones(last - first, last - start, dtype=torch.bool, device=query.device).tril(first - start)
             keys, values = (_batch(whole[start:last], last - start) for whole in (key, value))
-            attended.append(self._attend(_batch(part, last - first), keys, values, attn_mask=seen))
+            attended.append(self._attend(_batch(part, last - first), keys, values, mask=seen))
         return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in attended])
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **mask: object) -> torch.Tensor:
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, scale=self._scale, enable_gqa=grouped, **mask)
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Causal attention, or where `mask` is True."""
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self._scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
 
 
 def _batch(sequences: torch.Tensor, length: int) -> torch.Tensor:

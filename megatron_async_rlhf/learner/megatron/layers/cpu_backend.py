@@ -10,7 +10,6 @@ sequences, it finds ours.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ def enable_cpu_backend() -> None:
     _enable_recomputation(random)
 
 
-def _enable_recomputation(random: ModuleType) -> None:
+def _enable_recomputation(random: Any) -> None:
     """Let `megatron.core.tensor_parallel.random` run a layer's forward pass again inside backward."""
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
     # Megatron's own would not fail without CUDA: torch queues it, with a stack trace, for the day CUDA starts.

@@ -26,9 +26,9 @@ def stage_spec(arch: Architecture, layers: int, device: torch.device) -> Transfo
     if has_transformer_engine(device):
         from megatron.core.extensions.transformer_engine import TENorm  # cannot be imported without the library
 
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
         return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=arch.qk_norm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.mlp.submodules.activation_func = SwiGLU
     attention = layer.submodules.self_attention.submodules

@@ -6,7 +6,7 @@ section, `config.algorithms`. What the passes found is on the micro-batches; see
 Every loss reports its share of the total as `loss`, so that those of policy and value model add up.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
 from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
@@ -29,6 +29,7 @@ class Objective(Protocol):
         """The loss of the policy's log-probabilities."""
 
 
+@runtime_checkable
 class ValueObjective(Objective, Protocol):
     """The objective of an algorithm with a value model."""
 

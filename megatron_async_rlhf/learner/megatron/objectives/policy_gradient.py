@@ -29,7 +29,7 @@ class PolicyGradient(ABC):
     """
 
     normalisation: Normalisation = "token"
-    length: int | None = None
+    length: int = 1
 
     def __init__(self, section: PolicyGradientKeys, *, longest_completion: int) -> None:
         self._section = section

@@ -38,7 +38,7 @@ class PPO(PolicyGradient):
         if section.whiten_advantages:
             sums_3 = mini_batch.sum_over_ranks(lambda batch: whitening_sums(batch.advantages_T, batch.mask_T), 3)
             for batch in mini_batch.here:
-                batch.advantages_T = whiten(batch.advantages_T, batch.mask_T, sums_3.to(batch.advantages_T.device))
+                batch.advantages_T = whiten(batch.advantages_T, batch.mask_T, sums_3.to(batch.mask_T.device))
 
     def surrogate(
         self,

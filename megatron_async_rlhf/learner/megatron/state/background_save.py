@@ -44,13 +44,15 @@ class _PlannedSave(TorchDistSaveShardedStrategy):
 
     Attributes:
         common: what is not sharded, as the file rank 0 writes it to.
+        writer: of this rank's files.
     """
+
+    writer: FileSystemWriterAsync
 
     def __init__(self, directory: Path, state: dict) -> None:
         """Collective."""
         super().__init__("torch_dist", 1, thread_count=1)
         self.directory = directory
-        self.writer: FileSystemWriterAsync | None = None
         self._failed: OSError | None = None
         sharded, common = save_preprocess(state, True)
         buffer = io.BytesIO()
@@ -164,7 +166,8 @@ class BackgroundSave:
                     file.flush()
                     os.fsync(file.fileno())
             for number, bucket in enumerate(writer.write_buckets):
-                results, counts = queue.Queue(), queue.Queue()
+                results: queue.Queue = queue.Queue()
+                counts: queue.Queue[int] = queue.Queue()
                 counts.put(number)
                 FileSystemWriterAsync.write_preloaded_data(
                     [writer.transforms] if hasattr(writer, "transforms") else [], number, bucket, results, counts, True

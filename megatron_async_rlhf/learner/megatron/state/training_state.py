@@ -128,7 +128,8 @@ def _model_state(model: TrainedModel, steps: int, name: str = "", *, snapshot: b
 
 def _request(model: TrainedModel, steps: int, name: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
     """What to read of a model and its optimizer, and what of the optimizer is not saved."""
-    request, kept = _named_weights(model, name), {}
+    request = _named_weights(model, name)
+    kept: dict[str, Any] = {}
     if steps:
         _allocate_adam(model.optimizer, steps)
         inner = _inner(model.optimizer)

@@ -15,12 +15,14 @@ from pathlib import Path
 from megatron.core.models.gpt import GPTModel
 
 from megatron_async_rlhf.algorithms.corrections import effective_sample_share
+from megatron_async_rlhf.config.algorithms import PPOSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.learner.megatron.layers.fp8 import for_forward_passes
 from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.objectives.choose import choose_objective
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch, make_mini_batch
+from megatron_async_rlhf.learner.megatron.objectives.objective import ValueObjective
 from megatron_async_rlhf.learner.megatron.objectives.terms import observations
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.state.training_state import load_training_state, training_state
@@ -116,6 +118,7 @@ class Reinforcement:
         if isinstance(self._reference, SwappedReference):
             self._policy.gather_parameters()
             self._wait_for_push()
+        assert self._reference is not None  # nobody asks where the algorithm has none
         with self._reference.model() as chunks:
             yield chunks
 
@@ -134,7 +137,7 @@ class Reinforcement:
         return [model for model in (self._policy, self.value_model) if model is not None]
 
     def _start_value_model(self, arch: Architecture) -> TrainedModel:
-        learner, source = self._config.learner, self._config.algorithm.value_hf
+        learner, source = self._config.learner, _value_keys(self._config).value_hf
         chunks = build_value_model(arch, self._placement, learner)
         if source is None:
             copy_policy(self._policy.chunks, chunks)
@@ -167,6 +170,7 @@ class Reinforcement:
     def _update(self, mini_batch: MiniBatch, what: str) -> dict[str, float]:
         steps = [ModelStep(model=self._policy, passes=self._passes, loss=self._policy_loss(mini_batch))]
         if self.value_model is not None:
+            assert isinstance(self._objective, ValueObjective)
             loss = self._objective.value_loss(mini_batch)
             steps.append(ModelStep(label="value model", model=self.value_model, passes=self._value_passes, loss=loss))
         metrics, *others = training_step(steps, mini_batch.batches, self._wait_for_push, what)
@@ -198,8 +202,14 @@ class Reinforcement:
 
 def value_model_keys(config: RunConfig) -> LearnerSection:
     """The learner's section with the value model's rate; the lowest rate keeps its share of the highest."""
-    learner, rate = config.learner, config.algorithm.value_learning_rate
+    learner, rate = config.learner, _value_keys(config).value_learning_rate
     if rate is None:
         return learner
     lowest = learner.min_learning_rate * (rate / learner.learning_rate)
     return learner.model_copy(update={"learning_rate": rate, "min_learning_rate": lowest})
+
+
+def _value_keys(config: RunConfig) -> PPOSection:
+    """Of the algorithm that has a value model."""
+    assert isinstance(config.algorithm, PPOSection)
+    return config.algorithm

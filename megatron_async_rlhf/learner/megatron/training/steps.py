@@ -122,9 +122,11 @@ class Passes:
         declared = [reductions(mine[0]) if mine else None]
         last_stage = (layout.pipeline_parallel - 1) * layout.data_parallel * layout.tensor_parallel
         dist.broadcast_object_list(declared, src=last_stage, group=placement.control)
+        how_of = declared[0]
+        assert how_of is not None  # `last_stage` is a reporting rank
         metrics: dict[str, float] = {}
-        for how in sorted(set(declared[0].values())):
-            names = [name for name, its in declared[0].items() if its == how]
+        for how in sorted(set(how_of.values())):
+            names = [name for name, its in how_of.items() if its == how]
             totals = joined(mine, names, how)
             if how == "mean":
                 totals = torch.cat([totals, totals.new_tensor([len(mine)])])

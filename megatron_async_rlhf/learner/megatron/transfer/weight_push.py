@@ -26,6 +26,7 @@ from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.send import Sender
 from megatron_async_rlhf.weights.transports.open import open_transport
 from megatron_async_rlhf.weights.transports.rendezvous import host_store, join_store
+from megatron_async_rlhf.weights.transports.transport import Transport
 
 Parameters = dict[str, torch.nn.Parameter]  # see `weights.named_parameters`
 
@@ -45,9 +46,9 @@ class WeightPush:
     def __init__(self, config: RunConfig, arch: Architecture, placement: Placement, parameters: Parameters) -> None:
         self._config, self._arch, self._placement = config, arch, placement
         self._parameters = parameters
-        self._store = None  # on rank 0: the rendezvous outlives the groups that meet through it
+        self._store: dist.Store | None = None  # on rank 0: the rendezvous outlives the groups that meet through it
         self._sender: Sender | None = None
-        self._transport = None
+        self._transport: Transport | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weight-push")
         self._under_way: Future[_Ending] | None = None
         # Beside the training's stream, so that both go on at once.
@@ -83,7 +84,7 @@ class WeightPush:
             weights = {name: tensor.clone() for name, tensor in weights.items()}
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())  # for the optimizer's step, or the snapshot
-        self._under_way = self._thread.submit(self._send, weights, verify)
+        self._under_way = self._thread.submit(self._send, self._sender, weights, verify)
 
     def wait_until_weights_may_change(self) -> None:
         """Returns when no push reads the parameters any more; errors are left for `finish`."""
@@ -101,7 +102,8 @@ class WeightPush:
         ending, self._under_way = self._under_way.result(), None
         self._agree(ending.error, ending.end)
         report, process = ending.report, f"learner.{self._placement.rank}"
-        args = {"bytes": report.wire_bytes, "digests": report.compared}
+        assert report is not None  # without one there is an error
+        args: dict[str, int | float] = {"bytes": report.wire_bytes, "digests": report.compared}
         return report, Span(name="push", start=ending.start, end=ending.end, process=process, lane="push", args=args)
 
     def close(self) -> None:
@@ -124,7 +126,7 @@ class WeightPush:
             store = self._store
         else:
             store = join_store(command.host, command.port, timeout_s)
-        self._transport = open_transport(
+        self._transport = transport = open_transport(
             config.weights.transport,
             store,
             roster,
@@ -134,14 +136,14 @@ class WeightPush:
             device=placement.device,
         )
         plan = configured_transfer(config, self._arch)
-        agree(self._transport, roster, plan.fingerprint)
-        self._sender = Sender(plan, roster, self._transport)
+        agree(transport, roster, plan.fingerprint)
+        self._sender = Sender(plan, roster, transport)
 
-    def _send(self, weights: dict[str, torch.Tensor], verify: bool) -> _Ending:
+    def _send(self, sender: Sender, weights: dict[str, torch.Tensor], verify: bool) -> _Ending:
         start = time.time()
         try:
             with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                report, error = self._sender.push(weights.__getitem__, verify=verify), None
+                report, error = sender.push(weights.__getitem__, verify=verify), None
         except TransferError as failure:
             report, error = None, str(failure)
         if self._stream is not None:
