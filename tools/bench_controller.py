@@ -7,6 +7,10 @@ recorder, and a learner that only encodes the command and decodes an answer as b
 another core, answers like vLLM's `/inference/v1/generate`, at once and always the same: tokens, log-probabilities with
 ranks and the best alternative, and the version of the weights.
 
+`--slow-ms` scores with a function in worker processes that sleeps that long for every completion, as a slow verifier would:
+the samples per second that the workers could score are printed beside those that were, and the longest time that the event
+loop did nothing else, which is measured by a task that wants to run every millisecond.
+
 `samples/s of a core` divides by the controller's processor time, which other load on the machine disturbs less than the
 wall clock. The controller is fast enough if a core of it takes in what all generators of a cluster make.
 """
@@ -134,8 +138,21 @@ class CodingLearner:
         return decode_answer(encode_answer(answer))
 
 
-async def run(config: RunConfig, directory: Path, url: str) -> tuple[float, float]:
-    """Wall clock and processor time of the RL loop."""
+class Heartbeat:
+    """The longest that the event loop kept a task waiting."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+
+    async def beat(self) -> None:
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.001)
+            self.longest = max(self.longest, time.perf_counter() - before - 0.001)
+
+
+async def run(config: RunConfig, directory: Path, url: str) -> tuple[float, float, float]:
+    """Wall clock and processor time of the RL loop, and the longest that its event loop was held up."""
     examples = make_examples(0, 4096, "train")
     train_bpe_tokenizer(directory, [example.text for example in examples], VOCAB)
     tokenizer = Tokenizer.load(directory)
@@ -153,62 +170,91 @@ async def run(config: RunConfig, directory: Path, url: str) -> tuple[float, floa
     for generator in generators:
         generator.version = 0
     learner = CodingLearner()
+    controller_prompts = PromptOrder(build_prompts(examples, tokenizer, 512), 0)
     recorder = Recorder(config, directory, EventStream(open(os.devnull, "w")))
+    reward, heart = make_reward(config.rewards), Heartbeat()
     controller = Controller(
         config,
         learner=learner,
         pool=GeneratorPool(generators, max_concurrent=32, return_timeout_s=60.0, silence_limit_s=60.0),
         weight_sync=WeightSync(learner, generators, config, ("127.0.0.1", 1)),
-        reward=make_reward(config.rewards),
-        prompts=PromptOrder(build_prompts(examples, tokenizer, 512), 0),
+        reward=reward,
+        prompts=controller_prompts,
         recorder=recorder,
         checkpoints=NoCheckpoints(),
     )
     while not await generators[0].is_ready():
         await asyncio.sleep(0.1)
+    if config.rewards[0].type == "function":  # its processes start with the first prompt
+        await reward.score(controller_prompts.at(0), [])
+    beating = asyncio.create_task(heart.beat())
     wall, processor = time.perf_counter(), time.process_time()
     await controller.run()
-    spent = time.perf_counter() - wall, time.process_time() - processor
+    spent = time.perf_counter() - wall, time.process_time() - processor, heart.longest
+    beating.cancel()
+    reward.close()
     recorder.close("completed", None)
     for generator in generators:
         await generator.close()
     return spent
 
 
+SLOW = """
+import time
+
+def score(completions, slow_ms):
+    time.sleep(slow_ms / 1000 * len(completions))
+    return [len(text) % 7 for text in completions]
+"""
+
+
+def slow_reward(directory: Path, slow_ms: int, workers: int) -> dict:
+    """A verifier that takes its time."""
+    (directory / "slow.py").write_text(SLOW)
+    kwargs = {"slow_ms": slow_ms}
+    return {"type": "function", "function": f"{directory}/slow.py:score", "kwargs": kwargs, "workers": workers}
+
+
 def main(
     samples: Annotated[int, typer.Option(help="Completions in all, for each K.")] = 16384,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
     k: Annotated[list[int], typer.Option(help="Completions per prompt, as one request.")] = [2, 4],
+    slow_ms: Annotated[int, typer.Option(help="Score with a function that sleeps so long for each completion.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that call it.")] = 8,
     profile: Annotated[bool, typer.Option(help="Say what the time goes into.")] = False,
 ) -> None:
     """Print completions per second, by the wall clock and of a whole core."""
     os.sched_setaffinity(0, {0})
-    print(f"{'K':>3}{'samples/s':>12}{'share of a core':>18}{'samples/s of a core':>22}")
+    head = f"{'K':>3}{'samples/s':>12}{'share of a core':>18}{'samples/s of a core':>22}{'event loop held up':>20}"
+    print(head + (f"{'workers could':>15}" if slow_ms else ""))
     for number in k:
-        size = 512 // number
-        config = RunConfig.model_validate(
-            {
-                "model": SHAPE,
-                "schedule": {
-                    "steps": -(-samples // 512),
-                    "prompts_per_step": size,
-                    "generation": "streaming",
-                    "in_flight_updates": "keep",
-                    "max_staleness": 2,
-                },
-                "algorithm": {"samples_per_prompt": number},
-                "generator": {"max_new_tokens": length},
-            }
-        )
         with tempfile.TemporaryDirectory() as directory:
+            reward = slow_reward(Path(directory), slow_ms, workers) if slow_ms else {}
+            config = RunConfig.model_validate(
+                {
+                    "model": SHAPE,
+                    "schedule": {
+                        "steps": -(-samples // 512),
+                        "prompts_per_step": 512 // number,
+                        "generation": "streaming",
+                        "in_flight_updates": "keep",
+                        "max_staleness": 2,
+                    },
+                    "algorithm": {"samples_per_prompt": number},
+                    "generator": {"max_new_tokens": length},
+                    "reward": reward,
+                }
+            )
             profiler = cProfile.Profile()
             if profile:
                 profiler.enable()
             with served(length) as url:
-                wall, processor = asyncio.run(run(config, Path(directory), url))
+                wall, processor, held = asyncio.run(run(config, Path(directory), url))
             profiler.disable()
         done = config.schedule.steps * 512
-        print(f"{number:>3}{done / wall:>12.0f}{processor / wall:>18.0%}{done / processor:>22.0f}", flush=True)
+        line = f"{number:>3}{done / wall:>12.0f}{processor / wall:>18.0%}{done / processor:>22.0f}"
+        could = f"{workers * 1000 / slow_ms:>15.0f}" if slow_ms else ""
+        print(f"{line}{held * 1000:>17.0f} ms{could}", flush=True)
         if profile:
             pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
 

@@ -32,7 +32,7 @@ async def begin_reinforcement(config: RunConfig, learner: Learner, run_inputs: R
     """The warm start, if there is one, and the reference policy."""
     solvable = [prompt for prompt in run_inputs.train if prompt.index in run_inputs.solved]
     if solvable:
-        recorder.stage("warm start", steps=config.warm_start.steps)
+        recorder.phase("warm start", steps=config.warm_start.steps)
         order = PromptOrder(solvable, config.run.seed)
         await warm_start(config, learner, order, run_inputs.solved, recorder)
     await learner.execute(StartReinforcement())
@@ -40,19 +40,19 @@ async def begin_reinforcement(config: RunConfig, learner: Learner, run_inputs: R
 
 async def export_policy(config: RunConfig, run_dir: Path, learner: Learner, recorder: Recorder) -> None:
     """Into the run directory, for Hugging Face."""
-    recorder.stage("export")
+    recorder.phase("export")
     directory = run_dir / EXPORT_DIR
     with writing(directory):
         describe_weights(run_dir / POLICY_TEMPLATE_DIR, directory, config.learner.weights_dtype)
     await learner.execute(ExportWeights(directory=str(directory)))
 
 
-async def run_learner_alone(stages: Coroutine[Any, Any, None], learner: LearnerClient, recorder: Recorder) -> int:
-    """Run the stages of a process that drives a learner and no generators; its exit code. Every outcome leaves a summary.
+async def run_learner_alone(phases: Coroutine[Any, Any, None], learner: LearnerClient, recorder: Recorder) -> int:
+    """Run the phases of a process that drives a learner and no generators; its exit code. Every outcome leaves a summary.
 
     An interrupt ends them where they are.
     """
-    task = asyncio.create_task(stages)
+    task = asyncio.create_task(phases)
     for number in (signal.SIGINT, signal.SIGTERM, END_AT_ONCE):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:

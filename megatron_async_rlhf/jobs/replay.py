@@ -28,7 +28,7 @@ from megatron_async_rlhf.telemetry.recorder import Recorder
 _SAME = ("loss", "grad_norm")
 
 
-async def run_stages(
+async def run_phases(
     config: RunConfig, run_dir: Path, recorded: Path, run_inputs: RunInputs, learner: Learner, recorder: Recorder
 ) -> None:
     """
@@ -36,11 +36,11 @@ async def run_stages(
         ReplayError: a step came out differently.
     """
     began = time.time()
-    recorder.stage("start")
+    recorder.phase("start")
     await learner.execute(WaitUntilReady())
     await begin_reinforcement(config, learner, run_inputs, recorder)
     before = {line["step"]: line for line in read_steps(recorded / METRICS)}
-    recorder.stage("train", steps=config.schedule.steps)
+    recorder.phase("train", steps=config.schedule.steps)
     recorder.loop_started(startup_s=time.time() - began)
     for rollout in RolloutLog(recorded / ROLLOUT_DIR).read(end=len(before)):
         start = time.time()
@@ -79,10 +79,10 @@ def _report(rollout: RecordedRollout, answer: Answer, recorder: Recorder, before
 
 
 async def run_job(run_dir: Path, addresses: Addresses, recorded: Path) -> int:
-    """Run all stages; returns the process's exit code. Every outcome leaves a summary."""
+    """Run all phases; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
     run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     recorder = Recorder(config, run_dir, EventStream())
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
-    stages = run_stages(config, run_dir, recorded, run_inputs, learner, recorder)
-    return await run_learner_alone(stages, learner, recorder)
+    phases = run_phases(config, run_dir, recorded, run_inputs, learner, recorder)
+    return await run_learner_alone(phases, learner, recorder)

@@ -2,7 +2,7 @@
 
     start learner ─> warm start ─> export
 
-The same learner, data and stage as in a run (`train`), without generators, so that many runs can start from one policy:
+The same learner, data and phase as in a run (`train`), without generators, so that many runs can start from one policy:
 `model.hf: <run>/checkpoints/final`. An interrupted one exports nothing.
 """
 
@@ -24,7 +24,7 @@ from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.telemetry.summary import RunTotals
 
 
-async def run_stages(
+async def run_phases(
     config: RunConfig, run_dir: Path, run_inputs: RunInputs, learner: Learner, recorder: Recorder
 ) -> None:
     """
@@ -33,10 +33,10 @@ async def run_stages(
     """
     steps, size = config.warm_start.steps, config.warm_start.batch_size
     began = time.time()
-    recorder.stage("start")
+    recorder.phase("start")
     solvable = [prompt for prompt in run_inputs.train if prompt.index in run_inputs.solved]
     await learner.execute(WaitUntilReady())
-    recorder.stage("warm start", steps=steps)
+    recorder.phase("warm start", steps=steps)
     recorder.loop_started(startup_s=time.time() - began)
     order = PromptOrder(solvable, config.run.seed)
     await warm_start(config, learner, order, run_inputs.solved, recorder)
@@ -51,11 +51,11 @@ async def run_stages(
 
 
 async def run_job(run_dir: Path, addresses: Addresses) -> int:
-    """Run all stages; returns the process's exit code. Every outcome leaves a summary."""
+    """Run all phases; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
     run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0)
     recorder = Recorder(config, run_dir, EventStream(), totals=totals)
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
-    stages = run_stages(config, run_dir, run_inputs, learner, recorder)
-    return await run_learner_alone(stages, learner, recorder)
+    phases = run_phases(config, run_dir, run_inputs, learner, recorder)
+    return await run_learner_alone(phases, learner, recorder)

@@ -1,4 +1,4 @@
-"""Composition root of the controller process: builds every object from the config, then runs the stages in order.
+"""Composition root of the controller process: builds every object from the config, then runs the phases in order.
 
     start learner ─> warm start ─> reference ─┐
                                               ├─> push version 0 ─> evaluate ─> RL loop ─> export ─> evaluate
@@ -116,8 +116,8 @@ class Job:
         self._began = time.time()
 
     async def run(self) -> None:
-        """All stages; an interrupt ends loop and evaluations early, saves and exports what there is."""
-        self.recorder.stage("start")
+        """All phases; an interrupt ends loop and evaluations early, saves and exports what there is."""
+        self.recorder.phase("start")
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._start_learner())
@@ -130,7 +130,7 @@ class Job:
         self.recorder.pushed(*await self._weight_sync.push(self._controller.version))
         if "before" not in self.recorder.totals.evaluation:
             await self._evaluate("before")
-        self.recorder.stage("train", steps=self._config.schedule.steps)
+        self.recorder.phase("train", steps=self._config.schedule.steps)
         self.recorder.loop_started(startup_s=time.time() - self._began)
         try:
             await self._controller.run()
@@ -149,7 +149,7 @@ class Job:
 
     async def out_of_time(self) -> None:
         """As `interrupt`, because `checkpoint.max_run_seconds` are over; but a warm start goes on to its end, and is saved."""
-        self.recorder.stage(f"checkpoint.max_run_seconds = {self._config.checkpoint.max_run_seconds:g} are over")
+        self.recorder.note(f"checkpoint.max_run_seconds = {self._config.checkpoint.max_run_seconds:g} are over")
         await self._end_early()
 
     async def interrupt(self) -> None:
@@ -180,7 +180,7 @@ class Job:
         self._warm_start.result()
 
     async def _load(self, version: int) -> None:
-        self.recorder.stage(f"load checkpoint of step {version}")
+        self.recorder.phase(f"load checkpoint of step {version}")
         checkpoints = RunCheckpoints(self._run_dir)
         reference = str(checkpoints.reference) if has_own_reference(self._config) else None
         await self._learner.execute(ResumeReinforcement(checkpoint=str(checkpoints.path(version)), reference=reference))
@@ -188,7 +188,7 @@ class Job:
     async def _save(self) -> None:
         state = self._controller.state
         if not self._saver.is_saved(state.version):
-            self.recorder.stage(f"save checkpoint of step {state.version}")
+            self.recorder.phase(f"save checkpoint of step {state.version}")
             await self._saver.start(state)
             await self._saver.complete()
 
@@ -210,7 +210,7 @@ class Job:
         """Unless the run is interrupted before it is over."""
         if self._interrupted:
             return
-        self.recorder.stage(f"evaluate {when}")
+        self.recorder.phase(f"evaluate {when}")
         self._evaluating = asyncio.create_task(self._controller.evaluate(when))
         try:
             await asyncio.wait([self._evaluating])

@@ -29,7 +29,7 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or _PatientConsole(stderr=False, highlight=False, soft_wrap=True)
         self._live: Live | None = None
-        self._state: dict[str, str] = {"stage": "starting", "generators": "starting", "learner": "starting"}
+        self._state: dict[str, str] = {"phase": "starting", "generators": "starting", "learner": "starting"}
         self._began = self._last_line = time.monotonic()
         if self._console.is_terminal and self._console.file.isatty():  # FORCE_COLOR makes a log look like a terminal
             self._live = Live(self._panel(), console=self._console, refresh_per_second=4, transient=True)
@@ -38,18 +38,20 @@ class Display:
     def show(self, event: dict[str, Any]) -> None:
         """One event of the controller."""
         match event:
-            case {"event": "stage", "name": name}:
-                self._state["stage"] = name
+            case {"event": "phase", "name": name}:
+                self._state["phase"] = name
                 self.note(f"{name}")
+            case {"event": "note", "text": text}:
+                self.note(text)
             case {"event": "activity", "side": side, "what": what}:
                 self._state[side] = what
             case {"event": "warm_start", "step": step, "steps": steps, "loss": loss}:
-                self._state["stage"] = f"warm start {step}/{steps}"
+                self._state["phase"] = f"warm start {step}/{steps}"
                 self._state["learner"] = f"supervised loss {loss:.3f}"
                 if step == steps or time.monotonic() - self._last_line > _LINE_EVERY_S:
                     self._plain(f"warm start {step}/{steps}  loss {loss:.3f}")
             case {"event": "step"}:
-                self._state["stage"] = f"step {event['step']}/{event['steps']}"
+                self._state["phase"] = f"step {event['step']}/{event['steps']}"
                 self._state["last step"] = _step_line(event)
                 self._plain(f"step {event['step']}/{event['steps']}  {_step_line(event)}")
             case {"event": "checkpoint", "version": version}:

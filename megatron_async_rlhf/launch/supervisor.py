@@ -251,7 +251,7 @@ class Supervisor:
                 event = self._events.get_nowait()
             except queue.Empty:
                 return
-            self._training = self._training or (event["event"] == "stage" and event["name"] == "train")
+            self._training = self._training or (event["event"] == "phase" and event["name"] == "train")
             if event["event"] == "unresponsive":
                 self._learner_is_silent |= event["name"] == "learner"
                 self._kill(event["name"], event["since"], event["why"])

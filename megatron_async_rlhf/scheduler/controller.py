@@ -342,7 +342,7 @@ class Controller:
         if not error.gone:
             raise error
         names = ", ".join(receiver.name for receiver in error.gone)
-        self._recorder.stage(f"push failed, going on without {names}: {error}")
+        self._recorder.note(f"push failed, going on without {names}: {error}")
         for receiver, why in error.gone.items():
             await self._pool.mark_lost(receiver, why)
         if error.moved:

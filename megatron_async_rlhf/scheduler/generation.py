@@ -165,7 +165,7 @@ class Generation:
         name = f"step {version}"
         versions = {version for (completion,) in completions for version in completion.versions}
         if versions - {version}:  # a generator died with its part, and what was left met newer weights
-            self._recorder.stage(f"no evaluation at {name}: a generator was lost meanwhile")
+            self._recorder.note(f"no evaluation at {name}: a generator was lost meanwhile")
             return
         self.evaluated = version
         await self._evaluation.finish(name, completions, start, version=version)

@@ -64,10 +64,15 @@ class Recorder:
         self._loop_start: float | None = None
         self.totals = totals or RunTotals.of(config)
 
-    def stage(self, name: str, **fields: Any) -> None:
-        """A new stage of the run began: `starting`, `warm start`, `evaluate`, `train`, `export`."""
-        _log.info("stage: %s", name)
-        self._events.emit("stage", name=name, **fields)
+    def phase(self, name: str, **fields: Any) -> None:
+        """A new phase of the run began: `start`, `warm start`, `evaluate`, `train`, `export`."""
+        _log.info("phase: %s", name)
+        self._events.emit("phase", name=name, **fields)
+
+    def note(self, text: str) -> None:
+        """Something happened that whoever watches the run should know."""
+        _log.info("%s", text)
+        self._events.emit("note", text=text)
 
     def activity(self, side: str, what: str) -> None:
         """What `learner` or `generators` is doing from now on."""
@@ -113,7 +118,7 @@ class Recorder:
     def rewards_failed(self, failures: Sequence[str]) -> None:
         """So many completions earned 0 because a reward failed, which said this."""
         if failures and not self.totals.rewards_failed:
-            self.stage(f"a reward failed, and its completions earn 0 (the first of such failures): {failures[0]}")
+            self.note(f"a reward failed, and its completions earn 0 (the first of such failures): {failures[0]}")
         self.totals.rewards_failed += len(failures)
 
     def generators_were_busy(self, span: Span) -> None:

@@ -166,7 +166,7 @@ controller = '''
 import json, pathlib, signal, sys, time
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-print(json.dumps({"event": "stage", "name": "train"}), flush=True)
+print(json.dumps({"event": "phase", "name": "train"}), flush=True)
 pathlib.Path(sys.argv[1], "ready").touch()
 while not asked: time.sleep(0.02)
 time.sleep(1)

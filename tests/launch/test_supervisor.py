@@ -30,7 +30,7 @@ LIMIT_S = 30
 # Tells that training has begun, and ends well once the file `end` is there, badly with `fail`. Tells what stands in `tell`.
 CONTROLLER = """
 import json, pathlib, sys, time
-print(json.dumps({"event": "stage", "name": sys.argv[2]}), flush=True)
+print(json.dumps({"event": "phase", "name": sys.argv[2]}), flush=True)
 tell = pathlib.Path(sys.argv[1], "tell")
 while not pathlib.Path(sys.argv[1], "end").exists():
     time.sleep(0.02)
@@ -44,7 +44,7 @@ while not pathlib.Path(sys.argv[1], "end").exists():
 # Fills the disk, and then tells what it could not write down.
 FILLING_CONTROLLER = """
 import json, pathlib, sys, time
-print(json.dumps({"event": "stage", "name": "train"}), flush=True)
+print(json.dumps({"event": "phase", "name": "train"}), flush=True)
 directory = pathlib.Path(sys.argv[1])
 while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.02)
 error = "metrics.jsonl cannot be written"
@@ -71,7 +71,7 @@ class Run:
         monkeypatch,
         *,
         restarts: int,
-        stage: str = "train",
+        phase: str = "train",
         controller: tuple[str, ...] = (CONTROLLER,),
     ) -> None:
         monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
@@ -79,14 +79,14 @@ class Run:
         plan = ProcessPlan(
             learners=[process(f"learner.{i}", RANK) for i in range(2)],
             generators=[process(f"generator.{i}", STAND) for i in range(2)],
-            controller=process("controller", controller[0], str(directory), *(controller[1:] or [stage])),
+            controller=process("controller", controller[0], str(directory), *(controller[1:] or [phase])),
             restarts=restarts,
         )
         config = RunConfig.model_validate({"model": MODEL, "launch": {"shutdown_grace_s": 1.0}})
         supervisor = Supervisor(config, plan, directory, Display(Console(file=self.output, width=500)), Fleet(list))
         self.thread = threading.Thread(target=lambda: setattr(self, "code", supervisor.run()))
         self.thread.start()
-        self.wait(lambda: stage in self.output.getvalue())
+        self.wait(lambda: phase in self.output.getvalue())
         self.wait(lambda: all("up" in self.log(name) for name in ("generator.1", "learner.0", "learner.1")))
 
     def wait(self, condition) -> None:
@@ -150,7 +150,7 @@ def test_a_generator_that_must_not_be_started_again_ends_the_run(tmp_path, monke
 
 def test_a_death_before_training_ends_the_run(tmp_path, monkeypatch):
     """A server that cannot start would not the second time either."""
-    run = Run(tmp_path, monkeypatch, restarts=3, stage="start")
+    run = Run(tmp_path, monkeypatch, restarts=3, phase="start")
     run.kill("generator.0")
     assert run.join() == 1
     assert "error: generator.0 was killed by SIGKILL" in run.output.getvalue()

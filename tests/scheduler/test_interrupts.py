@@ -1,4 +1,4 @@
-"""A whole run from the controller's side, interrupted at every stage: what it has made is saved."""
+"""A whole run from the controller's side, interrupted in every phase: what it has made is saved."""
 
 import asyncio
 import random
