@@ -126,7 +126,7 @@ class CodingLearner:
 
     async def execute(self, command: Command) -> Answer:
         for _ in messages(command):
-            pass
+            await asyncio.sleep(0)  # the client sends each before it makes the next
         answer = Answer(id=0, push=PushReport(wire_bytes=0) if isinstance(command, FinishPush) else None)
         if isinstance(command, TrainRollout):
             rows = [s for group in command.mini_batches[0] for s in group.sequences]
@@ -135,7 +135,8 @@ class CodingLearner:
                 steps=[StepMetrics(values={"loss": 1.0})],
                 logprobs=[[-1.25] * (len(s.token_ids) - s.prompt_length) for s in rows],
             )
-        return decode_answer(encode_answer(answer))
+        encoded = await asyncio.to_thread(encode_answer, answer)  # another process's work
+        return decode_answer(encoded)
 
 
 class Heartbeat:
