@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent
 # No test in these is quick, although many are not marked slow: they start ranks once for all,
 # or a command for each test.
 SLOW_FILES = {
+    "checkpoint/test_earlier_versions.py",
     "checkpoint/test_megatron.py",
     "checkpoint/test_memory.py",
     "checkpoint/test_resumption.py",
@@ -36,6 +37,7 @@ SLOW_FILES = {
     "launch/test_causes.py",
     "launch/test_supervisor.py",
     "model_directories/test_model_directories.py",
+    "rewards/test_function_reward.py",
     "simulate/test_command.py",
     "sweep/test_driver.py",
     "tools/test_gpu_check.py",
