@@ -7,39 +7,36 @@ from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss
 from megatron_async_rlhf.algorithms.reductions import Metrics
 from megatron_async_rlhf.config.algorithms import GRPOSection
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
-from megatron_async_rlhf.learner.megatron.objectives.policy_gradient import PolicyGradient
-from megatron_async_rlhf.learner.megatron.objectives.terms import Correction, ratio_base, rewards_with_kl
+from megatron_async_rlhf.learner.megatron.objectives.policy_gradient import PolicyGradient, SurrogateInputs
+from megatron_async_rlhf.learner.megatron.objectives.terms import ratio_base, rewards_with_kl
 from megatron_async_rlhf.learner.megatron.objectives.user_loss import user_loss
-from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
 
 
-class GRPO(PolicyGradient):
+class GRPO(PolicyGradient[GRPOSection]):
     """Advantages of groups, on every token alike."""
 
     def __init__(self, section: GRPOSection, *, longest_completion: int) -> None:
         super().__init__(section, longest_completion=longest_completion)
-        self._grpo = section
         self.normalisation, self.length = section.normalisation, longest_completion
 
     def prepare(self, mini_batch: MiniBatch) -> None:
         """Each sample's reward against its group's."""
-        groups = rewards_with_kl(self._grpo.kl, mini_batch)
-        scale = self._grpo.scale_advantages
+        groups = rewards_with_kl(self._section.kl, mini_batch)
+        scale = self._section.scale_advantages
         advantages = torch.cat([group_advantages(rewards_1K, scale=scale).squeeze(0) for rewards_1K in groups])
         for batch in mini_batch.here:
             batch.advantages_T = batch.completions.spread(batch.pick(advantages))
 
-    def surrogate(
-        self,
-        mini_batch: MiniBatch,
-        batch: MicroBatch,
-        logprobs_T: torch.Tensor,
-        token_weights_T: torch.Tensor,
-        correction: Correction,
-    ) -> tuple[torch.Tensor, Metrics]:
-        keys, num_tokens = self._grpo, mini_batch.num_tokens
-        base_T = ratio_base(keys, batch, logprobs_T)
-        common = (logprobs_T, base_T, batch.advantages_T, token_weights_T, batch.completions, correction.token_T)
+    def surrogate(self, given: SurrogateInputs) -> tuple[torch.Tensor, Metrics]:
+        keys, num_tokens, batch = self._section, given.mini_batch.num_tokens, given.batch
+        common = (
+            given.logprobs_T,
+            ratio_base(keys, batch, given.logprobs_T),
+            batch.advantages_T,
+            given.token_weights_T,
+            batch.completions,
+            given.correction.token_T,
+        )
         if keys.loss_function is not None:
             return user_loss(keys.loss_function, keys.loss_kwargs)(*common, num_tokens=num_tokens)
         if keys.loss == "cispo":

@@ -8,6 +8,7 @@ An algorithm gives the two ends: how advantages are made, and the surrogate.
 """
 
 from abc import ABC, abstractmethod
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -19,8 +20,20 @@ from megatron_async_rlhf.learner.megatron.objectives.terms import Correction, co
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
 from megatron_async_rlhf.learner.megatron.training.steps import MicroLoss
 
+Keys = TypeVar("Keys", bound=PolicyGradientKeys)
 
-class PolicyGradient(ABC):
+
+class SurrogateInputs(NamedTuple):
+    """What a surrogate is made of: a micro-batch, and what this pass and the template add to it, [T] each."""
+
+    mini_batch: MiniBatch
+    batch: MicroBatch
+    logprobs_T: torch.Tensor
+    token_weights_T: torch.Tensor
+    correction: Correction
+
+
+class PolicyGradient(ABC, Generic[Keys]):
     """Base of these objectives.
 
     Attributes:
@@ -31,7 +44,7 @@ class PolicyGradient(ABC):
     normalisation: Normalisation = "token"
     length: int = 1
 
-    def __init__(self, section: PolicyGradientKeys, *, longest_completion: int) -> None:
+    def __init__(self, section: Keys, *, longest_completion: int) -> None:
         self._section = section
 
     @abstractmethod
@@ -39,14 +52,7 @@ class PolicyGradient(ABC):
         """Put advantages on the micro-batches."""
 
     @abstractmethod
-    def surrogate(
-        self,
-        mini_batch: MiniBatch,
-        batch: MicroBatch,
-        logprobs_T: torch.Tensor,
-        token_weights_T: torch.Tensor,
-        correction: Correction,
-    ) -> tuple[torch.Tensor, Metrics]:
+    def surrogate(self, given: SurrogateInputs) -> tuple[torch.Tensor, Metrics]:
         """The policy's loss without a KL term, a share of the step's, and its metrics."""
 
     def policy_loss(self, mini_batch: MiniBatch) -> MicroLoss:
@@ -61,7 +67,8 @@ class PolicyGradient(ABC):
                 num_sequences=mini_batch.num_sequences,
                 length=self.length,
             )
-            total, metrics = self.surrogate(mini_batch, batch, logprobs_T, token_weights_T, correction)
+            given = SurrogateInputs(mini_batch, batch, logprobs_T, token_weights_T, correction)
+            total, metrics = self.surrogate(given)
             policy = total, metrics | correction.metrics
             return with_kl_loss(keys.kl, mini_batch, batch, logprobs_T, token_weights_T, correction.token_T, policy)
 

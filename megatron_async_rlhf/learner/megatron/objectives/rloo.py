@@ -4,15 +4,14 @@ import torch
 
 from megatron_async_rlhf.algorithms.reductions import Metrics
 from megatron_async_rlhf.algorithms.rloo import leave_one_out_advantages, proximal_rloo_loss, rloo_loss
-from megatron_async_rlhf.config.algorithms import ProximalRLOOSection
+from megatron_async_rlhf.config.algorithms import ProximalRLOOSection, RLOOSection
 from megatron_async_rlhf.learner.megatron.objectives.mini_batch import MiniBatch
-from megatron_async_rlhf.learner.megatron.objectives.policy_gradient import PolicyGradient
-from megatron_async_rlhf.learner.megatron.objectives.terms import Correction, ratio_base, rewards_with_kl
-from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
+from megatron_async_rlhf.learner.megatron.objectives.policy_gradient import Keys, PolicyGradient, SurrogateInputs
+from megatron_async_rlhf.learner.megatron.objectives.terms import ratio_base, rewards_with_kl
 
 
-class RLOO(PolicyGradient):
-    """The plain policy gradient of whole completions."""
+class LeaveOneOut(PolicyGradient[Keys]):
+    """What both have in common: advantages of whole completions."""
 
     # A sum over each completion, as the policy's loss is of its whole probability.
     normalisation, length = "constant", 1
@@ -24,45 +23,32 @@ class RLOO(PolicyGradient):
         for batch in mini_batch.here:
             batch.advantages_S = batch.pick(advantages)
 
-    def surrogate(
-        self,
-        mini_batch: MiniBatch,
-        batch: MicroBatch,
-        logprobs_T: torch.Tensor,
-        token_weights_T: torch.Tensor,
-        correction: Correction,
-    ) -> tuple[torch.Tensor, Metrics]:
+
+class RLOO(LeaveOneOut[RLOOSection]):
+    """The plain policy gradient of whole completions."""
+
+    def surrogate(self, given: SurrogateInputs) -> tuple[torch.Tensor, Metrics]:
+        batch = given.batch
         return rloo_loss(
-            batch.completions.sum(logprobs_T),
+            batch.completions.sum(given.logprobs_T),
             batch.advantages_S,
             batch.is_real_S,
-            correction.sequence_S,
-            num_sequences=mini_batch.num_sequences,
+            given.correction.sequence_S,
+            num_sequences=given.mini_batch.num_sequences,
         )
 
 
-class ProximalRLOO(RLOO):
+class ProximalRLOO(LeaveOneOut[ProximalRLOOSection]):
     """With the clipped ratio of whole completions."""
 
-    def __init__(self, section: ProximalRLOOSection, *, longest_completion: int) -> None:
-        super().__init__(section, longest_completion=longest_completion)
-        self._proximal = section
-
-    def surrogate(
-        self,
-        mini_batch: MiniBatch,
-        batch: MicroBatch,
-        logprobs_T: torch.Tensor,
-        token_weights_T: torch.Tensor,
-        correction: Correction,
-    ) -> tuple[torch.Tensor, Metrics]:
-        keys = self._proximal
+    def surrogate(self, given: SurrogateInputs) -> tuple[torch.Tensor, Metrics]:
+        keys, batch = self._section, given.batch
         return proximal_rloo_loss(
-            batch.completions.sum(logprobs_T - ratio_base(keys, batch, logprobs_T)),
+            batch.completions.sum(given.logprobs_T - ratio_base(keys, batch, given.logprobs_T)),
             batch.advantages_S,
             batch.is_real_S,
-            correction.sequence_S,
+            given.correction.sequence_S,
             clip_low=keys.clip_low,
             clip_high=keys.clip_high,
-            num_sequences=mini_batch.num_sequences,
+            num_sequences=given.mini_batch.num_sequences,
         )
