@@ -5,6 +5,7 @@ samples and one piece.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ def receive_rollout(
         next_piece: the next of the rollout's messages; called on rank 0 only.
         unit, budget: see `plan_micro_batches`.
     """
-    mini_batches = _without_samples(header)
-    plans = _planned(mini_batches, placement, unit, budget)
+    plans = _planned(header, placement, unit, budget)
+    mini_batches = _without_samples(header, [plan[placement.data_rank] for plan in plans])
     owners = _owners(plans, mini_batches, unit)
     firsts = np.cumsum([0, *map(len, mini_batches)])
     data_ranks: list[int] = [0] * dist.get_world_size()
@@ -46,7 +47,7 @@ def receive_rollout(
     for piece in pieces(header.lengths):
         if placement.rank == 0:
             rows = list(Parcel(piece, header, sampled).rows(next_piece()))
-        for data_rank in range(placement.data_parallel):
+        for data_rank in range(placement.data_parallel) if placement.rank == 0 else [placement.data_rank]:
             theirs = [sample for sample in piece if owners[sample] == data_rank]
             parcel = Parcel(theirs, header, sampled)
             if parcel.size == 0:
@@ -58,7 +59,7 @@ def receive_rollout(
                         keep(parcel, raw)
                     elif its == data_rank:
                         dist.send(torch.frombuffer(bytearray(raw), dtype=torch.uint8), rank, group=placement.control)
-            elif placement.data_rank == data_rank:
+            else:
                 buffer = torch.empty(parcel.size, dtype=torch.uint8)
                 dist.recv(buffer, 0, group=placement.control)
                 keep(parcel, buffer.numpy())
@@ -70,32 +71,42 @@ def receive_rollout(
     )
 
 
-def _without_samples(header: RolloutHeader) -> list[Samples]:
-    rewards, lengths, prompts = iter(header.rewards), iter(header.lengths), iter(header.prompt_lengths)
-    mini_batches = []
-    for sizes, sampled in zip(header.groups, header.sampled, strict=True):
-        mini_batches.append(
-            Samples(
-                rewards=[[next(rewards) for _ in range(size)] for size in sizes],
-                lengths=[next(lengths) for _ in range(sum(sizes))],
-                prompt_lengths=[next(prompts) for _ in range(sum(sizes))],
-                are_sampled=sampled,
-                bins=[],
-            )
-        )
-    return mini_batches
-
-
-def _planned(mini_batches: Sequence[Samples], placement: Placement, unit: int, budget: int) -> list[_Plan]:
-    """The plan of every mini-batch, which also gets this rank's part of it."""
+def _planned(header: RolloutHeader, placement: Placement, unit: int, budget: int) -> list[_Plan]:
+    """The plan of every mini-batch, which rank 0 makes. Collective."""
     plans: list[list[_Plan]] = [[]]
     if placement.rank == 0:
-        plans = [[plan_micro_batches(samples.lengths, unit, budget, placement) for samples in mini_batches]]
+        of_each = _by_mini_batch(header, header.lengths)
+        plans = [[plan_micro_batches(lengths, unit, budget, placement) for lengths in of_each]]
     dist.broadcast_object_list(plans, src=0, group=placement.control)
-    for samples, plan in zip(mini_batches, plans[0], strict=True):
-        assert samples.bins is not None  # see `_without_samples`
-        samples.bins.extend(plan[placement.data_rank])
     return plans[0]
+
+
+def _without_samples(header: RolloutHeader, bins: Sequence[list[list[int]]]) -> list[Samples]:
+    """What the header says of each mini-batch, and this rank's part of its plan."""
+    rewards = iter(header.rewards)
+    return [
+        Samples(
+            rewards=[list(islice(rewards, size)) for size in sizes],
+            lengths=lengths,
+            prompt_lengths=prompts,
+            are_sampled=sampled,
+            bins=own,
+        )
+        for sizes, lengths, prompts, sampled, own in zip(
+            header.groups,
+            _by_mini_batch(header, header.lengths),
+            _by_mini_batch(header, header.prompt_lengths),
+            header.sampled,
+            bins,
+            strict=True,
+        )
+    ]
+
+
+def _by_mini_batch(header: RolloutHeader, values: Sequence[int]) -> list[list[int]]:
+    """What has one value for each sample of all mini-batches."""
+    rest = iter(values)
+    return [list(islice(rest, sum(sizes))) for sizes in header.groups]
 
 
 def _owners(plans: Sequence[_Plan], mini_batches: Sequence[Samples], unit: int) -> list[int]:
