@@ -12,15 +12,14 @@ from typing import ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_async_rlhf.config.section import Section
-from megatron_async_rlhf.config.written_key import Key
+from megatron_async_rlhf.config.written_key import Key, ReportingSection
 
 
-class AlgorithmKeys(Section):
+class AlgorithmKeys(ReportingSection):
     """What all algorithms have: how many samples, and what is done to rewards before anything is learned from them.
 
     Attributes:
         objective: `module:class` of the `Objective` below `learner.megatron.objectives`.
-        own_metrics: that this class adds to those of its bases.
     """
 
     objective: ClassVar[str]
@@ -41,16 +40,6 @@ class AlgorithmKeys(Section):
     missing_eos_reward: float | None = -1.0  # replaces the reward of a cut-off completion; null keeps its reward
     reward_scale: Literal["none", "batch", "running"] = "none"  # divide by the spread of this step's, or all, rewards
     overlong_buffer: PositiveInt | None = None  # DAPO: within so many tokens of the limit, reward falls by up to 1
-
-    @classmethod
-    def possible_metrics(cls) -> list[Key]:
-        """That the learner reports under some setting of the keys."""
-        return [metric for base in reversed(cls.__mro__) for metric in vars(base).get("own_metrics", ())]
-
-    @property
-    def metrics(self) -> list[str]:
-        """The names of those that it reports under these keys."""
-        return [metric.name for metric in self.possible_metrics() if metric.given(self)]
 
     @abstractmethod
     def chosen_samples(self, rewards: Sequence[float]) -> list[int]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megatron_async_rlhf.config.algorithm_keys import AlgorithmKeys
 from megatron_async_rlhf.config.algorithms import SECTIONS
 from megatron_async_rlhf.config.rewards import REWARDS, RewardKeys
-from megatron_async_rlhf.config.written_key import Key
+from megatron_async_rlhf.config.written_key import Key, ReportingSection
 
 _OF_EVERY_RUN = (
     Key("step", "-", "the N-th optimizer step has N, from 1; the checkpoint and the policy version of step N are those after it"),
@@ -46,7 +46,7 @@ _OF_EVERY_RUN = (
 def possible_metrics() -> list[Key]:
     """All that any run has, by source, each once."""
     declared = [*_OF_EVERY_RUN]
-    sections: list[type[RewardKeys] | type[AlgorithmKeys]] = [*REWARDS.values(), *SECTIONS.values()]
+    sections: list[type[ReportingSection]] = [*REWARDS.values(), *SECTIONS.values()]
     for section in sections:
         declared += section.possible_metrics()
     by_name = {metric.name: metric for metric in reversed(declared)}

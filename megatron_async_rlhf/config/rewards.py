@@ -5,22 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
-from megatron_async_rlhf.config.section import FunctionName, Section
+from megatron_async_rlhf.config.section import FunctionName
 from megatron_async_rlhf.config.sections import DataSection
-from megatron_async_rlhf.config.written_key import Key
+from megatron_async_rlhf.config.written_key import Key, ReportingSection
 from megatron_async_rlhf.user_functions import split_name
 
 _EXACT = Key("exact", "share", "of completions with the right answer (`builtin`, `gsm8k`)", "reward")
 
 
-class RewardKeys(Section):
-    """What all types of rewards have.
-
-    Attributes:
-        own_metrics: that the reward reports of each completion.
-    """
-
-    own_metrics: ClassVar[tuple[Key, ...]] = ()
+class RewardKeys(ReportingSection):
+    """What all types of rewards have; metrics are of each completion."""
 
     if TYPE_CHECKING:
         type: str  # each class below has its own as a field
@@ -31,16 +25,6 @@ class RewardKeys(Section):
     @property
     def title(self) -> str:
         return self.name or self.type
-
-    @classmethod
-    def possible_metrics(cls) -> list[Key]:
-        """Under some setting of the keys."""
-        return list(cls.own_metrics)
-
-    @property
-    def metrics(self) -> list[str]:
-        """The names of those that it reports under these keys."""
-        return [metric.name for metric in self.own_metrics if metric.given(self)]
 
     @model_validator(mode="before")
     @classmethod
