@@ -78,6 +78,7 @@ def find_function(function: str) -> Callable[..., Any]:
     return found
 
 
+@cache  # a worker asks for every call
 def parameters_of(function: str) -> Parameters:
     """
     Raises:

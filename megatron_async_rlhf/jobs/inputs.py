@@ -36,7 +36,7 @@ from megatron_async_rlhf.models.architecture import (
 from megatron_async_rlhf.models.hf_mapping import check_shapes
 from megatron_async_rlhf.models.layout_rules import check_layouts
 from megatron_async_rlhf.rewards.base import Reward
-from megatron_async_rlhf.rewards.function import check_function, check_parameters, inspect_function
+from megatron_async_rlhf.rewards.function import TimeLimit, check_function, check_parameters, inspect_function
 from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.types import Prompt, Sequence
 from megatron_async_rlhf.weights.plan import TransferPlan, configured_transfer
@@ -128,7 +128,7 @@ def check_functions(config: RunConfig, run_inputs: RunInputs) -> None:
     algorithm = config.algorithm
     if isinstance(algorithm, GRPOSection) and algorithm.loss_function is not None:
         name, limit = f"algorithm.loss_function = {algorithm.loss_function}", config.learner.timeout_s
-        parameters = inspect_function(name, algorithm.loss_function, limit)
+        parameters = inspect_function(name, algorithm.loss_function, TimeLimit("learner.timeout_s", limit))
         check_parameters(name, parameters, LOSS_ARGUMENTS, algorithm.loss_kwargs, "algorithm.loss_kwargs")
 
 

@@ -13,7 +13,7 @@ import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -28,6 +28,13 @@ _log = logging.getLogger(__name__)
 
 # A worker may be ended by whoever ends a whole job, which tells every process of it.
 _ATTEMPTS = 2
+
+
+class TimeLimit(NamedTuple):
+    """Of one call, and the key of the configuration that says so."""
+
+    key: str
+    seconds: float
 
 
 class FunctionReward:
@@ -81,12 +88,8 @@ class FunctionReward:
             if self._pool is None:
                 self._pool = await asyncio.to_thread(_started_pool, self._section.workers)
         pool = self._pool
-        answer = await _outcome(
-            lambda: asyncio.wrap_future(
-                pool.schedule(call, (self._section.function, given), timeout=self._section.timeout_s)
-            ),
-            self._section.timeout_s,
-        )
+        limit = TimeLimit("reward.timeout_s", self._section.timeout_s)
+        answer = await _outcome(pool, limit, call, self._section.function, given)
         if isinstance(answer, str):
             raise RewardError(answer)
         return answer
@@ -104,14 +107,14 @@ def check_function(key: str, section: FunctionRewardSection, references: Sequenc
     """
     columns = set.intersection(*map(set, references))
     name, given = f"{key}.function = {section.function}", sorted({"prompt", "completions", *columns})
-    parameters = inspect_function(name, section.function, section.timeout_s)
+    parameters = inspect_function(name, section.function, TimeLimit(f"{key}.timeout_s", section.timeout_s))
     check_parameters(name, parameters, given, section.kwargs, f"{key}.kwargs")
     if not parameters.takes("completions"):
         names = ", ".join(parameters.names)
         raise ConfigError(f"{name} has no parameter `completions`, the texts to score, only {names}")
 
 
-def inspect_function(name: str, function: str, limit_s: float) -> Parameters:
+def inspect_function(name: str, function: str, limit: TimeLimit) -> Parameters:
     """A user's function's parameters, found out in a process of its own.
 
     Args:
@@ -120,15 +123,9 @@ def inspect_function(name: str, function: str, limit_s: float) -> Parameters:
     Raises:
         ConfigError: it cannot be imported in time.
     """
-
-    async def ask(pool: ProcessPool) -> Parameters | str:
-        return await _outcome(
-            lambda: asyncio.wrap_future(pool.schedule(describe, (function,), timeout=limit_s)), limit_s
-        )
-
     pool = _started_pool(1)
     try:
-        answer = asyncio.run(ask(pool))
+        answer = asyncio.run(_outcome(pool, limit, describe, function))
     except RewardError as error:
         answer = str(error)
     finally:
@@ -157,7 +154,7 @@ def check_parameters(
         )
 
 
-async def _outcome(ask: Callable[[], asyncio.Future], limit_s: float) -> Any:
+async def _outcome(pool: ProcessPool, limit: TimeLimit, what: Callable[..., Any], *arguments: Any) -> Any:
     """What a worker answers.
 
     Raises:
@@ -165,9 +162,9 @@ async def _outcome(ask: Callable[[], asyncio.Future], limit_s: float) -> Any:
     """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return await ask()
+            return await asyncio.wrap_future(pool.schedule(what, arguments, timeout=limit.seconds))
         except TimeoutError:
-            raise RewardError(f"did not return within reward.timeout_s = {limit_s:g}") from None
+            raise RewardError(f"did not return within {limit.key} = {limit.seconds:g}") from None
         except ProcessExpired as error:
             if attempt == _ATTEMPTS:
                 raise RewardError(f"ended its process {attempt} times, with exit code {error.exitcode}") from None
