@@ -1,6 +1,7 @@
 """What all tests have in common."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,9 +78,10 @@ def environment_of_a_user() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
-    """`--dist loadfile`, but for the files that are WITH another."""
+    """`--dist loadfile`, but for the files that are WITH another, and in the order of collection."""
     if config.getvalue("dist") != "loadfile":
         return None
+    config.option.loadscopereorder = False  # it deals files with few tests last, and those are the longest ones
     from xdist.scheduler import LoadFileScheduling
 
     class Together(LoadFileScheduling):
@@ -92,8 +94,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m quick` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is quick and skips what is thorough; long files come first, so that none runs alone at the end."""
     for item in items:
         if is_quick(item):
             item.add_marker(pytest.mark.quick)
         if os.environ.get(THOROUGH) != "1" and item.get_closest_marker("thorough"):
             item.add_marker(pytest.mark.skip(reason=f"takes long: set {THOROUGH}=1"))
+    long = Counter(
+        item.path for item in items if item.get_closest_marker("slow") and not item.get_closest_marker("skip")
+    )
+    items.sort(key=lambda item: -long[item.path])
