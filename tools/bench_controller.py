@@ -178,7 +178,7 @@ async def run(config: RunConfig, directory: Path, url: str) -> tuple[float, floa
         config,
         learner=learner,
         pool=GeneratorPool(generators, max_concurrent=32, return_timeout_s=60.0, silence_limit_s=60.0),
-        weight_sync=WeightSync(learner, generators, config, ("127.0.0.1", 1)),
+        weight_sync=WeightSync(learner, config, ("127.0.0.1", 1)),
         reward=reward,
         prompts=controller_prompts,
         recorder=recorder,

@@ -59,7 +59,7 @@ async def complete(generator: VLLMGenerator, request: SamplingRequest) -> Comple
 async def measure(options: argparse.Namespace, rig: PushRig, way: str, requests: list[SamplingRequest]) -> list[float]:
     """One round: all requests, `concurrent` at a time. Returns tokens per second, and seconds of a push."""
     generator = rig.generators[0]
-    rig.weights.receivers = [Receiver(generator, *WAYS[way])]
+    receivers = [Receiver(generator, *WAYS[way])]
     waiting, due = iter(requests), asyncio.Semaphore(0)
     ended: list[Completion] = []
     pushes: list[float] = []
@@ -74,7 +74,7 @@ async def measure(options: argparse.Namespace, rig: PushRig, way: str, requests:
         for _ in range((len(requests) - 1) // options.push_every):
             await due.acquire()
             began = time.monotonic()
-            await rig.weights.push(rig.version)
+            await rig.weights.push(rig.version, receivers)
             await generator.resume()
             pushes.append(time.monotonic() - began)
 
@@ -98,7 +98,7 @@ async def run(options: argparse.Namespace) -> None:
         async with push_rig(Path(directory), *settings) as rig:
             requests = requests_of(options, rig)
             rounds: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-            await rig.weights.push(rig.version)
+            await rig.push(rig.version)
             await measure(options, rig, "keep", requests[: options.concurrent * 2])  # warm
             for _ in range(options.rounds):
                 for way in WAYS:

@@ -95,7 +95,7 @@ class Job:
         )
         prompts = PromptOrder(run_inputs.train, config.run.seed)
         evaluation = Evaluation(config, run_inputs.eval, run_inputs.reward, self.recorder)
-        self._weight_sync = WeightSync(learner, generators, config, transfer)
+        self._weight_sync = WeightSync(learner, config, transfer)
         self._saver = CheckpointSaver(config, run_dir, learner, self.recorder, resumed)
         self._controller = Controller(
             config,
@@ -127,7 +127,7 @@ class Job:
         if self.cut_short:
             await self._learner.execute(Stop())
             return
-        self.recorder.pushed(*await self._weight_sync.push(self._controller.version))
+        self.recorder.pushed(*await self._weight_sync.push(self._controller.version, self._pool.alive))
         if "before" not in self.recorder.totals.evaluation:
             await self._evaluate("before")
         self.recorder.phase("train", steps=self._config.schedule.steps)

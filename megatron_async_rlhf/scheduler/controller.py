@@ -308,7 +308,7 @@ class Controller:
         self._recorder.activity("learner", f"push {version}")
         try:
             await self._weight_sync.start(
-                version, how=_PAUSES[how], recompute=how != "keep", on_paused=self._generation.busy.freeze
+                version, receivers, how=_PAUSES[how], recompute=how != "keep", on_paused=self._generation.busy.freeze
             )
         except PushError as error:
             await self._push_failed(error)
@@ -317,11 +317,11 @@ class Controller:
 
     async def _finish_push(self, version: int) -> None:
         try:
-            await self._weight_sync.arrived()
+            receivers = await self._weight_sync.arrived()
         except PushError as error:
             await self._push_failed(error)
             return
-        await self._pool.mark_updated(self._weight_sync.receivers)
+        await self._pool.mark_updated(receivers)
         self._pacer.push_arrived(version)
         self._generation.weights_arrived()
         # A batch resumes its engines itself, once all its requests are there; one that waits for a generator does not yet.

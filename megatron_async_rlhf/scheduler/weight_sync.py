@@ -12,7 +12,7 @@ anew to those that are still alive.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 
 from megatron_async_rlhf.config.root import RunConfig
@@ -53,29 +53,24 @@ class PushError(TransferError):
 
 
 class WeightSync:
-    """Pushes version after version; one push at a time.
-
-    Attributes:
-        receivers: the generators still taking part; the next push goes to them unless `connect` names others.
-    """
+    """Pushes version after version, one push at a time, to the generators that `connect` names: who is alive is not its
+    business."""
 
     def __init__(
         self,
         learner: Learner,
-        receivers: Sequence[Receiver],
         config: RunConfig,
         address: tuple[str, int],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._clock = clock
-        self.receivers = list(receivers)
         self._learner = learner
         self._config = config
         self._host, self._port = address
         self._sessions = 0
-        self._met: list[Receiver] = []
+        self._met: list[Receiver] = []  # over the connection that there is; empty without one
         self._is_verified = False  # the connection, by a push over it
-        self._receiving: asyncio.Task | None = None
+        self._receiving: asyncio.Task[list[Receiver]] | None = None
         self._span: Span | None = None
         self._account: tuple[PushReport, list[Span]] | None = None  # the learner's, if it came before it was asked for
 
@@ -93,31 +88,31 @@ class WeightSync:
         """
         if not receivers:
             raise GeneratorError("no generator is alive to receive weights; see their logs")
-        self.receivers = list(receivers)
-        if self.receivers == self._met:
+        if list(receivers) == self._met:
             return
         for newcomer in newcomers:
             await self._meet_alone(newcomer)
-        if self.receivers == self._met:
+        if list(receivers) == self._met:
             return
         try:
-            await self._meet(self.receivers)
+            await self._meet(receivers)
         except PushError:
             raise
         except (TransferError, GeneratorError):
-            for receiver in self.receivers:  # everybody accuses somebody: find out who cannot
+            for receiver in receivers:  # everybody accuses somebody: find out who cannot
                 await self._meet_alone(receiver)
             raise
 
     async def start(
         self,
         version: int,
+        receivers: Sequence[Receiver],
         *,
         how: Pause = "keep",
         recompute: bool = True,
         on_paused: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begin to bring every generator that is connected to `version`. Then await `arrived`.
+        """Begin to bring these generators, which are connected, to `version`. Then await `arrived`.
 
         Args:
             how: what becomes of requests under way.
@@ -130,25 +125,25 @@ class WeightSync:
         weights = self._config.weights
         verify = weights.verify == "every" or (weights.verify == "first" and not self._is_verified)
         started = self._clock()
-        self._check(await _from_each(self.receivers, lambda receiver: receiver.pause(how)))
+        self._check(await _from_each(receivers, lambda receiver: receiver.pause(how)))
         on_paused()
         self._account = None
         await self._learner.execute(PushWeights(version=version, verify=verify))
-        self._receiving = asyncio.create_task(self._receive(version, verify, recompute, started))
+        self._receiving = asyncio.create_task(self._receive(receivers, version, verify, recompute, started))
 
     def disconnect(self) -> None:
         """Meet anew before the next push: one of the generators is another process now."""
         self._met = []
 
-    async def arrived(self) -> None:
-        """Return when every generator holds the version, verified if that was asked for; the engines stay paused.
+    async def arrived(self) -> list[Receiver]:
+        """The generators, once every one holds the version, verified if that was asked for; the engines stay paused.
 
         Raises:
             MismatchError: a generator holds other bytes than the learner.
             PushError: the push failed otherwise; says where first. There is no report then.
         """
         assert self._receiving is not None  # `start` began it
-        await self._receiving
+        return await self._receiving
 
     async def report(self) -> tuple[PushReport, list[Span]]:
         """What the push moved and proved, and its spans, the whole first. Waits for commands the learner got earlier."""
@@ -158,20 +153,23 @@ class WeightSync:
         self._is_verified = True
         return report, [span, *spans]
 
-    async def push(self, version: int) -> tuple[PushReport, list[Span]]:
-        """All four in one, to those that are left."""
-        await self.connect(self.receivers)
-        await self.start(version)
+    async def push(self, version: int, receivers: Sequence[Receiver]) -> tuple[PushReport, list[Span]]:
+        """All four in one."""
+        await self.connect(receivers)
+        await self.start(version, receivers)
         await self.arrived()
         return await self.report()
 
-    async def _receive(self, version: int, verify: bool, recompute: bool, started: float) -> None:
+    async def _receive(
+        self, receivers: Sequence[Receiver], version: int, verify: bool, recompute: bool, started: float
+    ) -> list[Receiver]:
         tasks = {
             asyncio.create_task(receiver.receive_weights(version=version, verify=verify, recompute=recompute)): receiver
-            for receiver in self.receivers
+            for receiver in receivers
         }
         try:
             await self._all_done(tasks)
+            return list(receivers)
         except AsyncRLHFError as error:
             raise await self._failure(version, error, tasks) from None
         finally:
@@ -205,7 +203,7 @@ class WeightSync:
         raise TransferError(f"{names} did not confirm the weights within {limit:g} s after all had been sent")
 
     async def _failure(self, version: int, first: AsyncRLHFError, tasks: dict[asyncio.Task, Receiver]) -> TransferError:
-        """One error out of what everybody says. Afterwards nothing of this push is under way, and who is gone is out."""
+        """One error out of what everybody says. Afterwards nothing of this push is under way."""
         self._met = []
         told: list[AsyncRLHFError] = [first]
         if self._account is None and not isinstance(first, TransferError):  # else it has given its account already
@@ -222,7 +220,6 @@ class WeightSync:
         gone = {tasks[task]: failure for task in done if isinstance(failure := task.exception(), GeneratorGoneError)}
         for receiver in (tasks[task] for task in pending):  # they may hang, or wait for somebody who does
             gone[receiver] = GeneratorGoneError(f"{receiver.name}: said nothing for {_GRACE_S:g} s after a failed push")
-        self._leave_out(gone)
         cause = root_cause([str(error) for error in told])
         return PushError(f"push of version {version} failed: {cause}", gone=gone, moved=True)
 
@@ -239,7 +236,6 @@ class WeightSync:
         except (TransferError, GeneratorError) as error:
             limit = self._config.weights.timeout_s
             why = GeneratorSilentError(f"{receiver.name}: it cannot meet the learner: {error}", silent_s=limit)
-            self._leave_out({receiver: why})
             raise PushError(str(why), gone={receiver: why}, moved=False) from None
 
     async def _meet(self, receivers: Sequence[Receiver]) -> None:
@@ -282,13 +278,9 @@ class WeightSync:
         if not errors:
             return
         gone = {receiver: error for receiver, error in results.items() if isinstance(error, GeneratorGoneError)}
-        self._leave_out(gone)
+        self._met = []
         cause = root_cause([str(error) for error in errors])
         raise PushError(cause, gone=gone, moved=False) if gone else TransferError(cause)
-
-    def _leave_out(self, gone: Container[Receiver]) -> None:
-        self.receivers = [receiver for receiver in self.receivers if receiver not in gone]
-        self._met = []
 
 
 async def _from_each(

@@ -127,7 +127,7 @@ class Simulation:
             config,
             learner=self.learner,
             pool=self.pool,
-            weight_sync=WeightSync(self.learner, self.generators, config, ("learner", 0), clock),
+            weight_sync=WeightSync(self.learner, config, ("learner", 0), clock),
             reward=HashReward(),
             prompts=_Prompts(scenario.prompt_tokens),
             recorder=self.recorder,

@@ -25,7 +25,7 @@ from megatron_async_rlhf.launch.run_directory import create_run_directory
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, StartReinforcement, TrainRollout, WaitUntilReady
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
-from megatron_async_rlhf.types import Completion, TrainingGroup
+from megatron_async_rlhf.types import Completion, PushReport, Span, TrainingGroup
 
 CONFIG = Path(__file__).with_name("tiny.yaml")
 START_S = 180
@@ -66,6 +66,10 @@ class PushRig:
         self.processes: dict[str, Process] = processes
         self.urls: list[str] = []
         self.version = 0
+
+    async def push(self, version: int) -> tuple[PushReport, list[Span]]:
+        """To all generators that are left."""
+        return await self.weights.push(version, self.generators)
 
     async def change_weights(self) -> None:
         """An optimizer step big enough to matter: one prompt's solution preferred to another's."""
@@ -191,7 +195,7 @@ async def push_rig(
         )
         for i, url in enumerate(values["--generator"])
     ]
-    weights = WeightSync(learner, generators, config, (host, int(port)))
+    weights = WeightSync(learner, config, (host, int(port)))
     try:
         await _started(processes, learner, generators)
         rig = PushRig(run_dir, run_inputs, learner, generators, weights, processes)

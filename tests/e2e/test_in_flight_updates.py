@@ -48,8 +48,7 @@ class InFlightRig:
     async def push(self, *receivers: Receiver) -> None:
         """The learner's weights as they are to both, which stay paused."""
         rig, version = self.rig, self.rig.version
-        rig.weights.receivers = list(receivers)
-        await rig.weights.push(version)
+        await rig.weights.push(version, receivers)
         if version not in self.models:
             self.models[version] = AutoModelForCausalLM.from_pretrained(await rig.export())
 
@@ -284,7 +283,7 @@ def test_reconnecting_leaks_nothing(rig: InFlightRig):
     async def reconnect(times: int):
         for _ in range(times):
             rig.rig.weights.disconnect()
-            await rig.rig.weights.push(rig.rig.version)
+            await rig.rig.push(rig.rig.version)
 
     rig.run(reconnect(2))
     before = held()

@@ -18,6 +18,7 @@ from megatron_async_rlhf.data.tokenizer import make_byte_tokenizer
 from megatron_async_rlhf.errors import TransferError
 from megatron_async_rlhf.learner.protocol import WaitUntilReady
 from megatron_async_rlhf.models.hf_mapping import elements_held
+from megatron_async_rlhf.scheduler.weight_sync import PushError
 
 PUSHES = int(os.environ.get("ASYNC_RLHF_TEST_PUSHES", "5"))
 
@@ -53,7 +54,7 @@ def test_generators_hold_the_learners_weights_after_every_push(tmp_path, learner
             previous = None
             minimum = 4 * generator[1] * elements_held(rig.run_inputs.architecture, generator[0])
             for version in range(PUSHES):
-                report, _ = await rig.weights.push(version)
+                report, _ = await rig.push(version)
                 assert report.mismatches == []
                 assert report.compared > 0
                 assert report.wire_bytes == minimum
@@ -64,7 +65,7 @@ def test_generators_hold_the_learners_weights_after_every_push(tmp_path, learner
                 previous = weights
                 await rig.change_weights()
             if generator[0] == 2:
-                await rig.weights.push(rig.version)
+                await rig.push(rig.version)
                 check_a_running_generator_against_files(await rig.export(), rig.urls[0])
 
     asyncio.run(run())
@@ -113,7 +114,7 @@ def test_every_family_arrives_in_vllm(tmp_path, family, changes, learner, genera
     async def run():
         async with push_rig(tmp_path, f"model={{hf: {tmp_path / 'hf'}}}", *overrides(learner, generator)) as rig:
             for version in range(3):
-                report, _ = await rig.weights.push(version)
+                report, _ = await rig.push(version)
                 assert report.mismatches == [] and report.compared > 0
                 assert await rig.largest_logprob_gap() <= 1e-4
                 await rig.change_weights()
@@ -132,10 +133,10 @@ def test_training_during_a_push_does_not_change_what_arrives(tmp_path, snapshot)
         settings = [*shape, *overrides((2, 1, 2), (1, 1)), "weights.staging_mib=1", f"weights.snapshot={snapshot}"]
         async with push_rig(tmp_path, *settings) as rig:
             assert 4 * rig.run_inputs.architecture.num_parameters > 8 * 2**20  # several rounds
-            await rig.weights.push(0)
+            await rig.push(0)
             await rig.change_weights()
             exported = await rig.export()
-            await rig.weights.start(1)
+            await rig.weights.start(1, rig.generators)
             rig.signal("generator.0", signal.SIGSTOP)
             training = asyncio.create_task(rig.change_weights())
             await asyncio.sleep(3)
@@ -189,10 +190,10 @@ def test_a_generator_lost_in_a_push_costs_that_push_only(tmp_path):
 
     async def lose(rig: PushRig, name: str, number: int, *, within: float) -> None:
         await rig.change_weights()
-        await rig.weights.start(rig.version)  # the learner has been told to send when its receiver goes
+        await rig.weights.start(rig.version, rig.generators)  # the learner has been told to send when its receiver goes
         rig.signal(name, number)
         began = time.monotonic()
-        with pytest.raises(TransferError) as error:
+        with pytest.raises(PushError) as error:
             await rig.weights.arrived()
         assert time.monotonic() - began < within
         assert "\n" not in str(error.value)
@@ -201,11 +202,11 @@ def test_a_generator_lost_in_a_push_costs_that_push_only(tmp_path):
         assert {generator.version for generator in rig.generators} == {-1}
         await next(generator for generator in rig.generators if generator.name == name).close()
         rig.generators = [generator for generator in rig.generators if generator.name != name]
-        assert [receiver.name for receiver in rig.weights.receivers] == [g.name for g in rig.generators]
+        assert [receiver.name for receiver in error.value.gone] == [name]
 
         await rig.learner.execute(WaitUntilReady())
         await rig.change_weights()
-        report, _ = await rig.weights.push(rig.version)
+        report, _ = await rig.push(rig.version)
         assert report.mismatches == [] and report.compared > 0
         assert {generator.version for generator in rig.generators} == {rig.version}
         assert await rig.largest_logprob_gap() <= 1e-4
@@ -213,7 +214,7 @@ def test_a_generator_lost_in_a_push_costs_that_push_only(tmp_path):
     async def run():
         layout = overrides((2, 1, 2), (1, 3))
         async with push_rig(tmp_path, *layout, f"weights.timeout_s={limit}", "weights.staging_mib=1") as rig:
-            await rig.weights.push(0)
+            await rig.push(0)
             await lose(rig, "generator.1", signal.SIGKILL, within=5)
             await lose(rig, "generator.2", signal.SIGSTOP, within=2 * limit + 6)
 
@@ -229,16 +230,18 @@ def test_a_generator_with_another_config_is_refused_by_name(tmp_path):
         wider = {"generator.1": {"intermediate_size": 128}}
         async with push_rig(tmp_path, *layout, "weights.timeout_s=10", alter=wider) as rig:
             began = time.monotonic()
-            with pytest.raises(TransferError, match="generator.1 rank 0 planned another transfer than learner rank 0"):
-                await rig.weights.push(0)
+            with pytest.raises(
+                PushError, match="generator.1 rank 0 planned another transfer than learner rank 0"
+            ) as error:
+                await rig.push(0)
             assert time.monotonic() - began < 10
             assert [generator.version for generator in rig.generators] == [-1, -1]
 
             # The learner and the other generator go on as if nothing had been.
-            assert rig.weights.receivers == rig.generators[:1]
-            report, _ = await rig.weights.push(0)
-            assert report.mismatches == [] and rig.generators[0].version == 0
+            assert list(error.value.gone) == rig.generators[1:]
             await rig.generators.pop().close()
+            report, _ = await rig.push(0)
+            assert report.mismatches == [] and rig.generators[0].version == 0
             assert await rig.largest_logprob_gap() <= 1e-4
 
             # The same server, told to expect another precision than it holds.
@@ -247,9 +250,9 @@ def test_a_generator_with_another_config_is_refused_by_name(tmp_path):
             rig.weights.disconnect()
             rig.weights._config = config.model_copy(update={"generator": bfloat16})
             with pytest.raises(TransferError, match="generator.0 rank 0: .* set generator.dtype"):
-                await rig.weights.push(0)
-            rig.weights._config, rig.weights.receivers = config, rig.generators
-            report, _ = await rig.weights.push(0)
+                await rig.push(0)
+            rig.weights._config = config
+            report, _ = await rig.push(0)
             assert report.mismatches == []
 
     asyncio.run(run())
@@ -274,7 +277,7 @@ def test_a_push_takes_two_staging_buffers_of_memory_and_no_more(tmp_path, learne
             assert 4 * rig.run_inputs.architecture.num_parameters > 280e6
             before = rig.reset_memory_peaks()
             for _ in range(3):
-                report, _ = await rig.weights.push(0)
+                report, _ = await rig.push(0)
                 assert report.mismatches == []
             growth = {who: (peak - before[who]) / 2**20 for who, peak in rig.memory_peaks().items() if who in before}
             assert len(growth) >= learner[2] + generator[0]

@@ -75,7 +75,7 @@ class Rig:
             self.config,
             learner=self.learner,
             pool=GeneratorPool(self.generators, max_concurrent=8, return_timeout_s=5, silence_limit_s=5),
-            weight_sync=WeightSync(self.learner, self.generators, self.config, ("127.0.0.1", 1)),
+            weight_sync=WeightSync(self.learner, self.config, ("127.0.0.1", 1)),
             reward=reward,
             prompts=self.prompts,
             recorder=self.recorder,

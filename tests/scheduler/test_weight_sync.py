@@ -75,15 +75,15 @@ class Receiver:
         self.version = version
 
 
-def make(learner: Learner, *receivers: Receiver, **weights) -> WeightSync:
+def make(learner: Learner, **weights) -> WeightSync:
     config = RunConfig.model_validate({"model": SHAPE, "weights": {"timeout_s": 0.3, **weights}})
-    return WeightSync(learner, receivers, config, ("127.0.0.1", 7))
+    return WeightSync(learner, config, ("127.0.0.1", 7))
 
 
-def push(sync: WeightSync, *versions: int):
+def push(sync: WeightSync, receivers: list[Receiver], *versions: int):
     async def all_of_them():
         async with asyncio.timeout(10):
-            return [await sync.push(version) for version in versions]
+            return [await sync.push(version, receivers) for version in versions]
 
     return asyncio.run(all_of_them())
 
@@ -95,7 +95,7 @@ def short_grace(monkeypatch):
 
 def test_pushes_share_one_rendezvous():
     learner, receivers = Learner(REPORT, REPORT), [Receiver("generator.0"), Receiver("generator.1")]
-    results = push(make(learner, *receivers), 0, 1)
+    results = push(make(learner), receivers, 0, 1)
     assert [report for report, _ in results] == [REPORT, REPORT]
     assert [spans[0].name for _, spans in results] == ["push 0", "push 1"]
     (join,) = learner.sent(JoinTransfer)
@@ -109,10 +109,10 @@ def test_pushes_share_one_rendezvous():
 def test_only_the_first_push_over_a_connection_is_verified():
     """A generator that was started again gets its weights over a new one."""
     learner, receivers = Learner(*[REPORT] * 5), [Receiver("generator.0"), Receiver("generator.1")]
-    sync = make(learner, *receivers, verify="first")
-    push(sync, 0, 1)
+    sync = make(learner, verify="first")
+    push(sync, receivers, 0, 1)
     sync.disconnect()
-    push(sync, 2, 3)
+    push(sync, receivers, 2, 3)
     assert [receiver.verified for receiver in receivers] == [[True, False, True, False]] * 2
 
 
@@ -121,28 +121,28 @@ def test_only_the_first_push_over_a_connection_is_verified():
 )
 def test_both_sides_know_which_pushes_are_verified(verify, expected):
     learner, receiver = Learner(REPORT, REPORT, REPORT), Receiver("generator.0")
-    push(make(learner, receiver, verify=verify), 0, 1, 2)
+    push(make(learner, verify=verify), [receiver], 0, 1, 2)
     assert receiver.verified == expected == [command.verify for command in learner.sent(PushWeights)]
 
 
 def test_first_means_first_over_each_connection():
     """A generator that was started again has proven nothing yet, and neither has the way to it."""
     learner, receiver = Learner(*[REPORT] * 4), Receiver("generator.0")
-    sync = make(learner, receiver, verify="first")
-    push(sync, 0, 1)
+    sync = make(learner, verify="first")
+    push(sync, [receiver], 0, 1)
     sync.disconnect()
-    push(sync, 2, 3)
+    push(sync, [receiver], 2, 3)
     assert receiver.verified == [True, False, True, False] == [c.verify for c in learner.sent(PushWeights)]
 
 
 def test_after_a_push_that_failed_the_next_one_is_a_first_one():
     learner = Learner(REPORT, TransferError("send failed on learner rank 0"), REPORT, REPORT)
     receiver = Receiver("generator.0", None, GeneratorError("generator.0: answered 500"))
-    sync = make(learner, receiver, verify="first")
-    push(sync, 0)
+    sync = make(learner, verify="first")
+    push(sync, [receiver], 0)
     with pytest.raises(TransferError):
-        push(sync, 1)
-    push(sync, 2, 3)
+        push(sync, [receiver], 1)
+    push(sync, [receiver], 2, 3)
     assert receiver.verified == [True, False, True, False]
 
 
@@ -155,23 +155,23 @@ def test_a_mismatch_is_an_error_that_carries_its_counts():
     with pytest.raises(
         MismatchError, match="version 3: 1 of 9 digests differ, first generator.0 rank 1: lm_head"
     ) as error:
-        push(make(learner, receiver), 3)
+        push(make(learner), [receiver], 3)
     assert (error.value.compared, error.value.mismatches) == (9, bad.mismatches)
 
 
-def test_who_is_gone_is_out_and_the_next_push_meets_anew():
+def test_who_is_gone_is_named_and_the_next_push_meets_anew():
     learner = Learner(
         TransferError("receive of the digests from generator.1 rank 0 failed on learner rank 0: ..."), REPORT
     )
     first = Receiver("generator.0", GeneratorError("generator.0: answered 500: the connection is gone"))
     second = Receiver("generator.1", GeneratorGoneError("generator.1: /update_weights failed, the server is gone"))
-    sync = make(learner, first, second)
+    sync = make(learner)
     with pytest.raises(
-        TransferError, match="push of version 0 failed: generator.1: /update_weights failed, the server is gone"
-    ):
-        push(sync, 0)
-    assert sync.receivers == [first]
-    push(sync, 1)
+        PushError, match="push of version 0 failed: generator.1: /update_weights failed, the server is gone"
+    ) as error:
+        push(sync, [first, second], 0)
+    assert (list(error.value.gone), error.value.moved) == ([second], True)
+    push(sync, [first], 1)
     assert [join.generators for join in learner.sent(JoinTransfer)] == [["generator.0", "generator.1"], ["generator.0"]]
     sessions = [join.session for join in learner.sent(JoinTransfer)]
     assert len(set(sessions)) == 2
@@ -182,64 +182,65 @@ def test_a_generator_that_hangs_is_found_out_through_the_learner():
     silence = "receive of the digests from generator.1 rank 0 failed on learner rank 0: nothing moved for 0.3 s"
     learner = Learner(TransferError(silence), REPORT)
     first, second = Receiver("generator.0", "hang"), Receiver("generator.1", "hang")
-    sync = make(learner, first, second)
+    sync = make(learner)
     start = time.monotonic()
-    with pytest.raises(TransferError, match="generator.1 rank 0 failed on learner rank 0: nothing moved"):
-        push(sync, 0)
+    with pytest.raises(PushError, match="generator.1 rank 0 failed on learner rank 0: nothing moved") as error:
+        push(sync, [first, second], 0)
     assert time.monotonic() - start < 2
-    assert sync.receivers == []
+    assert set(error.value.gone) == {first, second}
     with pytest.raises(GeneratorError, match="no generator is alive"):
-        push(sync, 1)
+        push(sync, [], 1)
 
 
 def test_a_push_may_take_longer_than_the_timeout_while_it_moves():
     learner, slow = Learner(REPORT), Receiver("generator.0", takes_s=0.45)
-    ((report, _),) = push(make(learner, slow), 0)
+    ((report, _),) = push(make(learner), [slow], 0)
     assert report == REPORT and slow.version == 0
     assert len(learner.sent(FinishPush)) == 1
 
 
 def test_a_long_push_that_fails_in_the_end_says_what_happened():
     gone = GeneratorGoneError("generator.1: /finish_weight_update failed, the server is gone")
-    sync = make(Learner(REPORT), Receiver("generator.0"), Receiver("generator.1", gone, takes_s=0.45))
-    with pytest.raises(TransferError, match="push of version 0 failed: generator.1: .* the server is gone"):
-        push(sync, 0)
-    assert [receiver.name for receiver in sync.receivers] == ["generator.0"]
+    receivers = [Receiver("generator.0"), Receiver("generator.1", gone, takes_s=0.45)]
+    with pytest.raises(PushError, match="push of version 0 failed: generator.1: .* the server is gone") as error:
+        push(make(Learner(REPORT)), receivers, 0)
+    assert list(error.value.gone) == receivers[1:]
 
     bad = PushReport(wire_bytes=1, compared=9, mismatches=["generator.0 rank 1: lm_head.weight[0:4, 0:8]"])
     slow = Receiver("generator.0", GeneratorError("generator.0: /update_weights answered 500"), takes_s=0.45)
     with pytest.raises(MismatchError, match="1 of 9 digests differ, first generator.0 rank 1: lm_head"):
-        push(make(Learner(bad), slow), 0)
+        push(make(Learner(bad)), [slow], 0)
 
 
 def test_a_generator_that_never_confirms_is_an_error_too():
     learner = Learner(REPORT)
     with pytest.raises(TransferError, match="generator.0 did not confirm the weights within 0.3 s"):
-        push(make(learner, Receiver("generator.0", "hang")), 0)
+        push(make(learner), [Receiver("generator.0", "hang")], 0)
 
 
-def test_who_does_not_answer_the_rendezvous_is_out():
+def test_who_does_not_answer_the_rendezvous_is_named():
     class Deaf(Receiver):
         async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
             raise GeneratorGoneError(f"{self.name}: no answer to /init_weight_transfer_engine within 5.6 s")
 
     learner = Learner(REPORT, joins=(TransferError("rendezvous: generator.1 rank 0 did not come within 0.3 s"),))
-    sync = make(learner, Receiver("generator.0"), Deaf("generator.1"))
-    with pytest.raises(TransferError, match="rendezvous: generator.1 rank 0 did not come"):
-        push(sync, 0)
-    push(sync, 0)
-    assert [receiver.name for receiver in sync.receivers] == ["generator.0"]
+    sync, receiver, deaf = make(learner), Receiver("generator.0"), Deaf("generator.1")
+    with pytest.raises(PushError, match="rendezvous: generator.1 rank 0 did not come") as error:
+        push(sync, [receiver, deaf], 0)
+    assert list(error.value.gone) == [deaf]
+    push(sync, [receiver], 0)
+    assert receiver.version == 0
 
 
 def test_dead_generators_are_not_waited_for():
     learner = Learner(REPORT)
-    dead = Receiver("generator.0", alive=False)
-    sync = make(learner, dead, Receiver("generator.1"))
+    dead, other = Receiver("generator.0", alive=False), Receiver("generator.1")
+    sync = make(learner)
     with pytest.raises(PushError, match="generator.0: /collective_rpc failed") as error:
-        push(sync, 0)
+        push(sync, [dead, other], 0)
     assert (list(error.value.gone), error.value.moved) == ([dead], False)
     assert learner.commands == []
-    push(sync, 0)
+    push(sync, [other], 0)
     assert [join.generators for join in learner.sent(JoinTransfer)] == [["generator.1"]]
 
 
@@ -257,7 +258,7 @@ def sessions(learner: Learner) -> list[list[str]]:
 
 def test_a_newcomer_meets_the_learner_alone_before_the_others_are_troubled():
     learner, old, new = Learner(REPORT), Receiver("generator.0"), Receiver("generator.1")
-    sync = make(learner, old, new)
+    sync = make(learner)
     connect(sync, [old, new], [new])
     assert sessions(learner) == [["generator.1"], ["generator.0", "generator.1"]]
     connect(sync, [old, new], [])
@@ -267,7 +268,7 @@ def test_a_newcomer_meets_the_learner_alone_before_the_others_are_troubled():
 def test_a_newcomer_that_cannot_meet_costs_nobody_else_anything():
     learner = Learner(REPORT, joins=(TransferError("rendezvous: generator.1 rank 0 did not come within 0.3 s"),))
     old, new = Receiver("generator.0"), Receiver("generator.1")
-    sync = make(learner, old, new)
+    sync = make(learner)
     with pytest.raises(
         PushError, match="generator.1: it cannot meet the learner: rendezvous: .* did not come"
     ) as error:
@@ -281,11 +282,10 @@ def test_who_cannot_meet_is_found_out_when_nobody_is_gone():
     refused = TransferError("rendezvous: generator.1 rank 0 did not come within 0.3 s")
     learner = Learner(REPORT, joins=(refused, None, refused))
     first, second, third = (Receiver(f"generator.{i}") for i in range(3))
-    sync = make(learner, first, second, third)
+    sync = make(learner)
     with pytest.raises(PushError, match="generator.1: it cannot meet the learner") as error:
         connect(sync, [first, second, third], [])
     assert (list(error.value.gone), error.value.moved) == ([second], False)
-    assert sync.receivers == [first, third]
 
 
 def test_an_engine_that_cannot_be_paused_costs_the_others_no_weights():
@@ -294,9 +294,8 @@ def test_an_engine_that_cannot_be_paused_costs_the_others_no_weights():
             raise GeneratorSilentError(f"{self.name}: no answer to /pause within 3 s", silent_s=3.0)
 
     learner, deaf = Learner(REPORT), Deaf("generator.1")
-    sync = make(learner, Receiver("generator.0"), deaf)
     with pytest.raises(PushError, match="generator.1: no answer to /pause") as error:
-        push(sync, 0)
+        push(make(learner), [Receiver("generator.0"), deaf], 0)
     assert (list(error.value.gone), error.value.moved) == ([deaf], False)
     assert learner.sent(PushWeights) == []
 
@@ -304,4 +303,4 @@ def test_an_engine_that_cannot_be_paused_costs_the_others_no_weights():
 def test_what_the_learner_says_of_itself_is_nobodys_fault():
     learner = Learner(joins=(LearnerError("learner.1: did not answer"),))
     with pytest.raises(LearnerError, match="learner.1: did not answer"):
-        push(make(learner, Receiver("generator.0"), Receiver("generator.1")), 0)
+        push(make(learner), [Receiver("generator.0"), Receiver("generator.1")], 0)
