@@ -58,6 +58,7 @@ from megatron_async_rlhf.types import PushReport, StepMetrics
 
 SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 1024}
 VOCAB = 2000
+_WORKERS_START_S = 5.0
 
 
 def serve(port: int, length: int, core: int) -> None:
@@ -186,8 +187,9 @@ async def run(config: RunConfig, directory: Path, url: str) -> tuple[float, floa
     )
     while not await generators[0].is_ready():
         await asyncio.sleep(0.1)
-    if config.rewards[0].type == "function":  # its processes start with the first prompt
+    if config.rewards[0].type == "function":  # its processes start with the first prompt, and then use this core
         await reward.score(controller_prompts.at(0), [])
+        await asyncio.sleep(_WORKERS_START_S)
     beating = asyncio.create_task(heart.beat())
     wall, processor = time.perf_counter(), time.process_time()
     await controller.run()
