@@ -12,12 +12,19 @@ from typing import Any
 from msgspec import Struct
 
 
+class Message(Struct, frozen=True):
+    """One turn of a conversation; `role` is `system`, `user`, `assistant` or another that the chat template knows."""
+
+    role: str
+    content: str
+
+
 class Prompt(Struct, frozen=True, kw_only=True):
-    """One instruction, tokenized once.
+    """One conversation up to where the assistant answers, tokenized once.
 
     Attributes:
         index: position in its split; with the run's seed it identifies the prompt for ever.
-        text: the instruction as written, without the chat template.
+        text: what the user said, without the chat template; of several turns all, each after its role.
         token_ids: the templated prompt, [prompt_length].
         reference: what the verifier needs (task kind and answer, `#### number`...).
         solution: a good answer for the supervised warm start, without the end-of-sequence token; None if unknown.

@@ -309,8 +309,10 @@ class DataSection(Section):
     )
     train_prompts: PositiveInt | None = None  # use the first N; the built-in task makes as many as this (default 4096)
     eval_prompts: PositiveInt = 256
-    prompt_field: str = "prompt"
+    prompt_field: str = "prompt"  # column with a text, or with a list of messages, whose last answer is the solution
     solution_field: str | None = None  # column with a good answer: warm start and verifier read it
+    system_prompt: str | None = None  # system message of conversations that have none
+    instruction: str | None = None  # follows the last user message, after an empty line
     reference_fields: list[str] = Field(default_factory=list)  # other columns that a reward of one's own is given
     max_prompt_tokens: PositiveInt | None = None  # default: what the context leaves after max_new_tokens
     long_prompts: Literal["refuse", "drop"] = "refuse"  # what happens to prompts longer than that

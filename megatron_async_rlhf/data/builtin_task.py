@@ -10,6 +10,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Literal
 
+from megatron_async_rlhf.data.conversation import one_turn
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.errors import DataError
 
@@ -60,12 +61,12 @@ def _letters(rng: Random, length: int) -> str:
 
 
 def _one_answer(kind: str, text: str, answer: str) -> Example:
-    return Example(text=text, reference={"kind": kind, "answer": answer}, solution=answer)
+    return Example(messages=one_turn(text), reference={"kind": kind, "answer": answer}, solution=answer)
 
 
 def _open(kind: str, text: str, solution: str, **facts: object) -> Example:
     """An instruction with many right answers: `facts` is what a right one has to fulfil."""
-    return Example(text=text, reference={"kind": kind, **facts}, solution=solution)
+    return Example(messages=one_turn(text), reference={"kind": kind, **facts}, solution=solution)
 
 
 def _reverse(rng: Random, kind: str) -> Example:

@@ -1,6 +1,8 @@
 """A Hugging Face chat template, rendered the way Transformers renders it but without Transformers."""
 
 import json
+import re
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -9,13 +11,15 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_async_rlhf.errors import DataError
+from megatron_async_rlhf.types import Message
 
-# Private-use characters: no template contains them, so they mark where the user's text ends up.
-_MARK = "\ue000prompt\ue001"
+# Private-use characters: no template contains them, so they mark where a message's text ends up.
+_MARK = "\ue000message {}\ue001"
+_MARKED = re.compile(_MARK.format(r"(\d+)"))
 
 
 class ChatTemplate:
-    """One user message followed by the cue for the assistant to answer."""
+    """A conversation followed by the cue for the assistant to answer."""
 
     def __init__(self, source: str, variables: dict[str, str], *, now: datetime, where: str) -> None:
         """Compile `source`; `variables` are the special tokens by name, `where` begins every error message.
@@ -32,24 +36,39 @@ class ChatTemplate:
             self._template = _environment(now).from_string(source)
         except jinja2.TemplateError as error:
             raise DataError(f"{where}: the chat template does not compile ({_first_line(error)}); correct it") from None
-        self.parts = self.render(_MARK).split(_MARK)
-        if len(self.parts) == 1:
-            raise DataError(f"{where}: the chat template leaves the user's message out; correct it")
+        self.parts(("user",))  # see that it works
 
-    def render(self, text: str) -> str:
+    def parts(self, roles: tuple[str, ...]) -> list[str | int]:
+        """What the template writes around messages of these roles, and in their places their numbers.
+
+        Raises:
+            DataError: it leaves one of them out, or does what `render` says.
+        """
+        marked = self.render([Message(role, _MARK.format(place)) for place, role in enumerate(roles)])
+        pieces = _MARKED.split(marked)
+        parts = [int(piece) if place % 2 else piece for place, piece in enumerate(pieces)]
+        for place, role in enumerate(roles):
+            if place not in parts:
+                which = "the user's message" if len(roles) == 1 else f"message {place + 1} of {len(roles)} ({role})"
+                raise DataError(f"{self._where}: the chat template leaves {which} out; correct it")
+        return parts
+
+    def render(self, messages: Sequence[Message]) -> str:
         """The templated prompt as text.
 
         Raises:
             DataError: the template itself refuses or fails.
         """
-        messages = [{"role": "user", "content": text}]
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._variables
+                messages=conversation, tools=None, documents=None, add_generation_prompt=True, **self._variables
             )
         except Exception as error:  # templates are programs and raise anything
+            roles = ", ".join(message.role for message in messages)
+            what = "one user message" if roles == "user" else f"messages of the roles {roles}"
             raise DataError(
-                f"{self._where}: the chat template fails on one user message ({_first_line(error)}); correct it"
+                f"{self._where}: the chat template fails on {what} ({_first_line(error)}); correct it"
             ) from None
 
 

@@ -24,7 +24,7 @@ def build_prompts(
         prompt = Prompt(
             index=index,
             text=example.text,
-            token_ids=tokenizer.render_prompt(example.text),
+            token_ids=tokenizer.render_prompt(example.messages),
             reference=example.reference,
             solution=example.solution,
             origin=example.origin,

@@ -6,10 +6,12 @@ from typing import Any
 import msgspec
 
 from megatron_async_rlhf.config.sections import DataSection
+from megatron_async_rlhf.data.conversation import read_conversation, split_answer
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.errors import DataError
 from megatron_async_rlhf.json_lines import json_type
 from megatron_async_rlhf.suggestions import closest
+from megatron_async_rlhf.types import Message
 
 
 def fields_of(data: DataSection) -> list[str]:
@@ -22,16 +24,23 @@ def example_of(record: Mapping[str, Any], where: str, data: DataSection) -> Exam
     """The example in a record; `where` (file and line) begins every error message.
 
     Raises:
-        DataError: a field is missing, the prompt or the solution is not text, or the prompt is empty.
+        DataError: a field is missing, the prompt is neither text nor messages, the solution is not text, or there is
+            nothing to answer.
     """
-    text = _text(record, where, "data.prompt_field", data.prompt_field)
-    if not text.strip():
-        raise DataError(f"{where}: the prompt in field {data.prompt_field!r} is empty; remove the record or fill it in")
+    messages, answer = _conversation(record, where, data)
     reference = {name: _plain(record, where, name) for name in data.reference_fields}
-    if data.solution_field is None:
-        return Example(text=text, reference=reference, origin=where)
-    solution = _text(record, where, "data.solution_field", data.solution_field)
-    return Example(text=text, reference=reference | {"solution": solution}, solution=solution, origin=where)
+    if data.solution_field is not None:
+        answer = _text(record, where, "data.solution_field", data.solution_field)
+    if answer is not None:
+        reference |= {"solution": answer}
+    return Example(messages=messages, reference=reference, solution=answer, origin=where)
+
+
+def _conversation(record: Mapping[str, Any], where: str, data: DataSection) -> tuple[list[Message], str | None]:
+    """The messages of the prompt, and the assistant's answer to them if the conversation goes on to it."""
+    place = f"{where}: field {data.prompt_field!r}"
+    value = _value(record, where, "data.prompt_field", data.prompt_field)
+    return split_answer(read_conversation(value, place), place)
 
 
 def _value(record: Mapping[str, Any], where: str, key: str, field: str) -> Any:

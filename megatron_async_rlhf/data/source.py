@@ -3,12 +3,15 @@
 from random import Random
 from typing import Literal
 
+from msgspec.structs import replace
+
 from megatron_async_rlhf.config.sections import DataSection
 from megatron_async_rlhf.data.builtin_task import make_examples
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.data.hub import read_hub
 from megatron_async_rlhf.data.jsonl import find_jsonl, read_jsonl
 from megatron_async_rlhf.errors import DataError
+from megatron_async_rlhf.types import Message
 
 _BUILTIN = "builtin"
 _BUILTIN_TRAIN_PROMPTS = 4096
@@ -60,7 +63,21 @@ def _hold_out(data: DataSection, seed: int) -> list[Example]:
 
 
 def _read(data: DataSection, split: Literal["train", "eval"], seed: int) -> list[Example]:
-    """All that the split's own source has."""
+    """All that the split's own source has, with what the configuration adds to every conversation."""
+    return [_completed(example, data) for example in _read_source(data, split, seed)]
+
+
+def _completed(example: Example, data: DataSection) -> Example:
+    messages = list(example.messages)
+    if data.instruction is not None:
+        last = messages.pop()
+        messages.append(Message(last.role, f"{last.content}\n\n{data.instruction}"))
+    if data.system_prompt is not None and messages[0].role != "system":
+        messages.insert(0, Message("system", data.system_prompt))
+    return replace(example, messages=messages)
+
+
+def _read_source(data: DataSection, split: Literal["train", "eval"], seed: int) -> list[Example]:
     source = data.train if split == "train" or data.eval is None else data.eval
     if source == _BUILTIN:
         count = data.eval_prompts if split == "eval" else data.train_prompts or _BUILTIN_TRAIN_PROMPTS
@@ -72,6 +89,6 @@ def _read(data: DataSection, split: Literal["train", "eval"], seed: int) -> list
     return read_jsonl(path, key, data)
 
 
-def _key(example: Example) -> str:
+def _key(example: Example) -> tuple[tuple[str, str], ...]:
     """What makes two prompts the same."""
-    return example.text.strip()
+    return tuple((message.role, message.content.strip()) for message in example.messages)

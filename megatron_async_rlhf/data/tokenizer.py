@@ -9,8 +9,10 @@ another day has the same prompts.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import tokenizers
@@ -19,6 +21,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from megatron_async_rlhf.data.chat_template import ChatTemplate
 from megatron_async_rlhf.data.tokenizer_files import read_tokenizer_files
 from megatron_async_rlhf.errors import DataError
+from megatron_async_rlhf.types import Message
 
 _PAD, _EOS, _USER, _ASSISTANT = SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")
 _CHAT_TEMPLATE = (
@@ -61,9 +64,7 @@ class Tokenizer:
         self._control_ids = self._special_ids - {token_id("unk_token")} | {self.eos_token_id}
         self._directory = directory
         self._template = ChatTemplate(files.template, named, now=now, where=str(directory))
-        self._template_specials = [
-            index for part in self._template.parts for index in self._specials_of(self._encode_template(part))
-        ]
+        self._own_parts = lru_cache(maxsize=64)(self._parts)
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":
@@ -99,21 +100,27 @@ class Tokenizer:
             )
         return ids
 
-    def render_prompt(self, text: str) -> list[int]:
-        """Ids of the chat template around one user message, up to where the assistant's answer begins.
+    def render_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of the chat template around a conversation, up to where the assistant's answer begins.
 
         Raises:
-            DataError: the template fails on this text, or `encode` does.
+            DataError: the template fails on these messages or leaves one out, or `encode` does.
         """
-        rendered = self._template.render(text)
+        rendered = self._template.render(messages)
         ids = self._encode_template(rendered)
-        if self._specials_of(ids) == self._template_specials or not self._brings_specials(rendered):
+        parts, specials = self._own_parts(tuple(message.role for message in messages))
+        if self._specials_of(ids) == specials or not self._brings_specials(rendered, parts):
             return ids
-        # The text brought special tokens of its own: only the template's parts may be read with them.
-        ids = self._encode_template(self._template.parts[0])
-        for part in self._template.parts[1:]:
-            ids += self.encode(text) + self._encode_template(part)
-        return ids
+        # The messages brought special tokens of their own: only the template's parts may be read with them.
+        contents = [message.content for message in messages]
+        stripped = [content.strip() for content in contents]  # as many templates do
+        for each in (contents, stripped):
+            if "".join(each[part] if isinstance(part, int) else part for part in parts) == rendered:
+                contents = each
+        encoded = (
+            self.encode(contents[part]) if isinstance(part, int) else self._encode_template(part) for part in parts
+        )
+        return list(chain.from_iterable(encoded))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of any ids; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
@@ -121,15 +128,21 @@ class Tokenizer:
             ids = [index for index in ids if index not in self._special_ids]
         return self._with_specials.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def _brings_specials(self, rendered: str) -> bool:
+    def _parts(self, roles: tuple[str, ...]) -> tuple[list[str | int], list[int]]:
+        """What the template writes around messages of these roles, and the special tokens in it."""
+        parts = self._template.parts(roles)
+        own = (self._encode_template(part) for part in parts if isinstance(part, str))
+        return parts, self._specials_of(chain.from_iterable(own))
+
+    def _brings_specials(self, rendered: str, parts: Sequence[str | int]) -> bool:
         """Whether special tokens are spelled in a templated prompt that the template does not have by itself."""
-        parts = self._template.parts
-        return any(rendered.count(text) > sum(part.count(text) for part in parts) for text in self._specials.values())
+        own = [part for part in parts if isinstance(part, str)]
+        return any(rendered.count(text) > sum(part.count(text) for part in own) for text in self._specials.values())
 
     def _encode_template(self, text: str) -> list[int]:
         return self._with_specials.encode(text, add_special_tokens=False).ids
 
-    def _specials_of(self, ids: list[int]) -> list[int]:
+    def _specials_of(self, ids: Iterable[int]) -> list[int]:
         return [index for index in ids if index in self._special_ids]
 
 

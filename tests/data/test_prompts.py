@@ -2,6 +2,7 @@ from collections import Counter
 
 import pytest
 
+from megatron_async_rlhf.data.conversation import one_turn
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.data.prompts import PromptOrder, build_prompts
 from megatron_async_rlhf.data.tokenizer import Tokenizer
@@ -19,8 +20,8 @@ def drawn(order: PromptOrder, steps: range, size: int) -> list[int]:
 
 def test_prompts_carry_their_example(byte_directory):
     examples = [
-        Example(text="ab", reference={"solution": "x"}, solution="x"),
-        Example(text="c", reference={}),
+        Example(messages=one_turn("ab"), reference={"solution": "x"}, solution="x"),
+        Example(messages=one_turn("c"), reference={}),
     ]
     first, second = build_prompts(examples, Tokenizer.load(byte_directory), 4)
     assert first == Prompt(index=0, text="ab", token_ids=[258, 97, 98, 259], reference={"solution": "x"}, solution="x")
@@ -28,7 +29,7 @@ def test_prompts_carry_their_example(byte_directory):
 
 
 def test_first_prompt_that_is_too_long_is_named(byte_directory):
-    examples = [Example(text=text, reference={}) for text in ("ab", "abcd", "abcdefgh")]
+    examples = [Example(messages=one_turn(text), reference={}) for text in ("ab", "abcd", "abcdefgh")]
     message = (
         r"prompt 1 \('abcd'\) has 6 tokens with the chat template, above the limit of 5, the first of 2 such prompts; "
         "raise data.max_prompt"

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_async_rlhf.data.conversation import one_turn
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.data.prompts import build_prompts
 from megatron_async_rlhf.data.solutions import solved_prompts
@@ -15,7 +16,7 @@ def tokenizer(byte_directory) -> Tokenizer:
 
 
 def prompts(tokenizer: Tokenizer, *solutions: str | None) -> list:
-    examples = [Example(text="ab", reference={}, solution=solution) for solution in solutions]
+    examples = [Example(messages=one_turn("ab"), reference={}, solution=solution) for solution in solutions]
     return build_prompts(examples, tokenizer, 10)
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from megatron_async_rlhf.config.sections import DataSection
 from megatron_async_rlhf.data.builtin_task import make_examples
+from megatron_async_rlhf.data.conversation import one_turn
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.errors import DataError
@@ -42,10 +43,10 @@ def test_jsonl_fields_become_text_reference_and_solution(tmp_path):
     path = write(tmp_path / "t.jsonl", [{"q": " Wie früh? ", "a": "so #### 1", "other": [1]}, {"q": "x", "a": "y"}])
     with_solution = DataSection(train=path, eval="builtin", prompt_field="q", solution_field="a")
     assert load_examples(with_solution, "train", 0)[0] == Example(
-        text=" Wie früh? ", reference={"solution": "so #### 1"}, solution="so #### 1", origin=f"{path}:1"
+        messages=one_turn(" Wie früh? "), reference={"solution": "so #### 1"}, solution="so #### 1", origin=f"{path}:1"
     )
     without = DataSection(train=path, eval="builtin", prompt_field="q")
-    assert load_examples(without, "train", 0)[1] == Example(text="x", reference={}, origin=f"{path}:2")
+    assert load_examples(without, "train", 0)[1] == Example(messages=one_turn("x"), reference={}, origin=f"{path}:2")
 
 
 def test_blank_lines_byte_order_mark_and_windows_line_ends_are_no_matter(tmp_path):
@@ -107,9 +108,9 @@ def test_relative_eval_is_tried_beside_train_first(tmp_path, monkeypatch):
             r"t\.jsonl:1: no field 'prompt', the fields present are 'question', 'id'; set data.prompt_field",
         ),
         (b"{}\n", r"t\.jsonl:1: no field 'prompt', the fields present are none"),
-        (b'{"prompt": " \\n"}\n', r"t\.jsonl:1: the prompt in field 'prompt' is empty"),
-        (b'{"prompt": 3}\n', r"t\.jsonl:1: field 'prompt' is a number, not text"),
-        (b'{"prompt": null}\n', r"t\.jsonl:1: field 'prompt' is null, not text"),
+        (b'{"prompt": " \\n"}\n', r"t\.jsonl:1: field 'prompt' is empty"),
+        (b'{"prompt": 3}\n', r"t\.jsonl:1: field 'prompt' is a number, neither text nor a list of messages"),
+        (b'{"prompt": null}\n', r"t\.jsonl:1: field 'prompt' is null, neither text nor a list of messages"),
         (b'{"prompt": "\\ud800"}\n', r"t\.jsonl:1: field 'prompt' is not valid Unicode"),
         (b"", r"data.train = .*t\.jsonl: has no prompts"),
         (b"\n \n", r"data.train = .*t\.jsonl: has no prompts"),

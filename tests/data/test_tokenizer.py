@@ -12,6 +12,7 @@ from tokenizers import AddedToken, models
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data import tokenizer as tokenizer_module
 from megatron_async_rlhf.data.builtin_task import make_examples
+from megatron_async_rlhf.data.conversation import one_turn
 from megatron_async_rlhf.data.tokenizer import DATE, Tokenizer, make_byte_tokenizer, train_bpe_tokenizer
 from megatron_async_rlhf.errors import DataError
 from megatron_async_rlhf.formats.directory import copy_hf_files
@@ -84,7 +85,7 @@ def test_ids_are_those_of_transformers(directory, reference):
         assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
         chat = [{"role": "user", "content": text}]
         expected = reference.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        assert tokenizer.render_prompt(text) == expected
+        assert tokenizer.render_prompt(one_turn(text)) == expected
         ids = [*expected, EOS, PAD]
         assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
         assert tokenizer.decode(ids, skip_special_tokens=False) == reference.decode(ids, skip_special_tokens=False)
@@ -97,7 +98,7 @@ def test_text_survives_the_round_trip(directory):
 
 
 def test_prompt_is_wrapped_in_the_template(byte_directory):
-    assert Tokenizer.load(byte_directory).render_prompt("hi") == [USER, *b"hi", ASSISTANT]
+    assert Tokenizer.load(byte_directory).render_prompt(one_turn("hi")) == [USER, *b"hi", ASSISTANT]
 
 
 @pytest.mark.parametrize("text", ["<eos>", "a<eos>b", "<user><assistant>", "x<pad>", "<assistant>yes<eos><user>"])
@@ -106,7 +107,7 @@ def test_special_tokens_spelled_out_by_a_prompt_stay_text(directory, text):
     ids = tokenizer.encode(text)
     assert not {PAD, EOS, USER, ASSISTANT} & set(ids)
     assert tokenizer.decode(ids) == text
-    assert tokenizer.render_prompt(text) == [USER, *ids, ASSISTANT]
+    assert tokenizer.render_prompt(one_turn(text)) == [USER, *ids, ASSISTANT]
 
 
 def test_decode_accepts_anything_a_policy_samples(directory):
@@ -160,7 +161,7 @@ def test_template_in_the_config_and_tokens_as_objects(copy):
     )
     tokenizer = Tokenizer.load(copy)
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (EOS, EOS, ASSISTANT)
-    assert tokenizer.render_prompt(" hi ") == [ASSISTANT, *b"hi", EOS]
+    assert tokenizer.render_prompt(one_turn(" hi ")) == [ASSISTANT, *b"hi", EOS]
 
 
 def test_the_default_of_several_templates_is_used(copy):
@@ -170,7 +171,7 @@ def test_the_default_of_several_templates_is_used(copy):
         {"name": "default", "template": "{{ messages[0]['content'] }}!"},
     ]
     edit_config(copy, chat_template=templates)
-    assert Tokenizer.load(copy).render_prompt("hi") == [*b"hi!"]
+    assert Tokenizer.load(copy).render_prompt(one_turn("hi")) == [*b"hi!"]
 
 
 def test_template_extensions_of_transformers_work(copy):
@@ -185,7 +186,7 @@ def test_template_extensions_of_transformers_work(copy):
     tokenizer = Tokenizer.load(copy)
     chat = [{"role": "user", "content": "hi"}]
     text = AutoTokenizer.from_pretrained(copy).apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    assert tokenizer.decode(tokenizer.render_prompt("hi")) == text == 'hi:{"a": "<é"}%'
+    assert tokenizer.decode(tokenizer.render_prompt(one_turn("hi"))) == text == 'hi:{"a": "<é"}%'
 
 
 def test_a_date_in_the_prompt_is_that_of_the_runs_start(tmp_path, monkeypatch):
@@ -203,7 +204,7 @@ def test_a_date_in_the_prompt_is_that_of_the_runs_start(tmp_path, monkeypatch):
     copy_hf_files(template, exported)
     assert not (exported / DATE).exists()
     day = 2
-    said = {place: bytes(Tokenizer.load(place).render_prompt("hi")) for place in (template, exported)}
+    said = {place: bytes(Tokenizer.load(place).render_prompt(one_turn("hi"))) for place in (template, exported)}
     assert said == {template: b"01 Nov 2026: hi", exported: b"02 Nov 2026: hi"}
 
 
@@ -295,4 +296,4 @@ def test_byte_tokenizer_can_be_written_over_an_old_one(tmp_path):
 def test_examples_of_the_builtin_task_fit_the_byte_vocabulary(byte_directory):
     tokenizer = Tokenizer.load(byte_directory)
     for example in make_examples(0, 26, "train"):
-        assert len(tokenizer.render_prompt(example.text)) == len(example.text) + 2
+        assert len(tokenizer.render_prompt(one_turn(example.text))) == len(example.text) + 2

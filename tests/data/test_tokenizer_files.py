@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer
 
+from megatron_async_rlhf.data.conversation import one_turn
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import DataError
 
@@ -187,7 +188,7 @@ def test_random_directories_are_read_as_transformers_reads_them_or_refused(
             if not any(
                 token in text for token in (*special, *theirs.all_special_tokens)
             ):  # else it stays text, see below
-                assert ours.render_prompt(text) == prompt_of(theirs, text), (seed, text)
+                assert ours.render_prompt(one_turn(text)) == prompt_of(theirs, text), (seed, text)
     assert read > DIRECTORIES / 3
 
 
@@ -203,7 +204,7 @@ def test_the_class_of_llama_is_built_as_transformers_builds_it(
     ours, theirs = Tokenizer.load(directory), AutoTokenizer.from_pretrained(directory)
     assert type(theirs).__name__ == "LlamaTokenizer"
     for text in TEXTS:
-        ids = ours.render_prompt(text)
+        ids = ours.render_prompt(one_turn(text))
         assert ids == prompt_of(theirs, text)
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
@@ -215,7 +216,7 @@ def test_what_a_named_generation_block_sets_stays_inside(byte_directory: Path, t
         "{% set x = 'o' %}{% generation %}{% set x = 'i' %}{{ x }}{% endgeneration %}{{ x }}{{ messages[0].content }}"
     )
     (directory / "chat_template.jinja").write_text(template)
-    assert bytes(Tokenizer.load(directory).render_prompt("!")) == b"io!"
+    assert bytes(Tokenizer.load(directory).render_prompt(one_turn("!"))) == b"io!"
 
 
 def test_a_special_token_that_only_stands_alone_does_not_cut_a_prompt_in_two(byte_directory: Path, tmp_path: Path):
@@ -228,4 +229,4 @@ def test_a_special_token_that_only_stands_alone_does_not_cut_a_prompt_in_two(byt
     path.write_text(json.dumps(backend))
     ours, theirs = Tokenizer.load(directory), AutoTokenizer.from_pretrained(directory)
     for text in ("hi", " hi "):
-        assert ours.render_prompt(text) == prompt_of(theirs, text)
+        assert ours.render_prompt(one_turn(text)) == prompt_of(theirs, text)

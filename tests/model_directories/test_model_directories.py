@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_async_rlhf import cli
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.conversation import one_turn
 from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError
 from megatron_async_rlhf.formats.open_weights import open_weights
@@ -108,7 +109,7 @@ def test_a_directory_is_loaded_as_transformers_loads_it_or_refused(case: Case, m
         return
     assert outcome == "loads" and torch.equal(our_logits(model, tmp_path), logits)
     tokenizer = Tokenizer.load(model)
-    assert [tokenizer.render_prompt(text) for text in PROMPTS] == prompts
+    assert [tokenizer.render_prompt(one_turn(text)) for text in PROMPTS] == prompts
     reference = AutoTokenizer.from_pretrained(model)
     assert tokenizer.eos_token_id == reference.eos_token_id
     assert tokenizer.pad_token_id == (reference.eos_token_id if reference.pad_token is None else reference.pad_token_id)

@@ -1,0 +1,201 @@
+"""Conversations of every form, and what chat templates make of them, beside what Transformers makes of them."""
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_async_rlhf.config.sections import DataSection
+from megatron_async_rlhf.data.conversation import one_turn, read_conversation, split_answer, text_of
+from megatron_async_rlhf.data.source import load_examples
+from megatron_async_rlhf.data.tokenizer import Tokenizer
+from megatron_async_rlhf.errors import DataError
+from megatron_async_rlhf.types import Message
+
+# The chat templates of many models, as TRL ships them: without those for training, which only mark what the assistant
+# said, and those that want images.
+FOLDER = Path(find_spec("trl").origin).parent / "chat_templates"
+TEMPLATES = [
+    path
+    for path in sorted(FOLDER.glob("*.jinja"))
+    if not path.stem.endswith(("_training", "idefics3", "llava_next", "vlm"))
+]
+QUESTIONS = Path(__file__).parents[3] / "shared" / "data" / "mt_bench" / "question.jsonl"
+
+
+def conversation(*contents: str, system: str | None = None) -> list[Message]:
+    """The user begins, the assistant answers, and so on."""
+    turns = [Message(("user", "assistant")[place % 2], content) for place, content in enumerate(contents)]
+    return turns if system is None else [Message("system", system), *turns]
+
+
+CONVERSATIONS = [
+    one_turn("Hello"),
+    one_turn(" spaces around \n"),
+    one_turn("Größe 😀 e\u0301 \u200b中文"),
+    one_turn("{{ not a template }} {% if %}"),
+    conversation("Hi", "Hello.", "How old are you?"),
+    conversation("Hi", "", "And now?"),
+    conversation("Hi", "  Hello. \n", "Bye"),
+    conversation("What is it?", system="Be brief."),
+    conversation("a", "b", "c", "d", "e", system=" Answer\nin verse. "),
+    conversation("x", system=""),
+]
+
+
+def real_conversations() -> list[list[Message]]:
+    lines = QUESTIONS.read_text().splitlines() if QUESTIONS.is_file() else []
+    return [
+        conversation(turns[0], "I do not know.", turns[1]) for turns in (json.loads(line)["turns"] for line in lines)
+    ]
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_give_what_transformers_gives(byte_directory: Path, tmp_path: Path, template: Path):
+    directory = Path(shutil.copytree(byte_directory, tmp_path / "copy"))
+    shutil.copy(template, directory / "chat_template.jinja")
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<pad>"}))
+    theirs = AutoTokenizer.from_pretrained(directory)
+    ours = Tokenizer.load(directory)
+    equal = 0
+    for messages in CONVERSATIONS + real_conversations():
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        except Exception:  # templates raise anything
+            with pytest.raises(DataError, match="the chat template fails on") as error:
+                ours.render_prompt(messages)
+            assert "\n" not in str(error.value)
+            continue
+        assert ours.render_prompt(messages) == expected, messages
+        equal += 1
+    assert equal >= 5
+
+
+def test_a_message_that_a_template_leaves_out_is_an_error(byte_directory: Path, tmp_path: Path):
+    directory = Path(shutil.copytree(byte_directory, tmp_path / "copy"))
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}{{ messages[-1].content }}")
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.render_prompt(conversation("a", system="b")) == list(b"ba")
+    with pytest.raises(DataError, match=r"leaves message 2 of 3 \(assistant\) out"):
+        tokenizer.render_prompt(conversation("a", "b", "c"))
+
+
+@pytest.mark.parametrize("content", ["<eos>", "a<eos>b", "x<user>y<assistant>"])
+def test_no_message_can_end_a_turn_or_open_another_one(byte_directory: Path, content: str):
+    tokenizer = Tokenizer.load(byte_directory)
+    for place in range(3):
+        contents = ["first", "second", "third"]
+        contents[place] = content
+        messages = conversation(*contents)
+        expected = []
+        for message in messages:
+            (role,) = tokenizer._encode_template(f"<{message.role}>")
+            expected += [role, *content_ids(message.content)]
+        assert tokenizer.render_prompt(messages) == [*expected, *tokenizer._encode_template("<assistant>")]
+
+
+def content_ids(text: str) -> list[int]:
+    """Of the tokenizer of bytes: no special token among them."""
+    return list(text.encode())
+
+
+def test_a_template_that_strips_strips_what_brings_special_tokens(byte_directory: Path, tmp_path: Path):
+    directory = Path(shutil.copytree(byte_directory, tmp_path / "copy"))
+    (directory / "chat_template.jinja").write_text("{% for m in messages %}<user>{{ m.content | trim }}{% endfor %}")
+    tokenizer = Tokenizer.load(directory)
+    (user,) = tokenizer._encode_template("<user>")
+    assert tokenizer.render_prompt(one_turn(" <eos> ")) == [user, *b"<eos>"]
+
+
+LIST = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("value", "messages"),
+    [
+        ("text", one_turn("text")),
+        (LIST, conversation("u", "a", system="s")),
+        ([{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}], conversation("u", "a")),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], one_turn("ab")),
+        ([{"role": "user", "content": ["a", "b"]}], one_turn("ab")),
+        ([{"role": "user", "content": "u", "name": "x", "tool_calls": None}], one_turn("u")),
+    ],
+)
+def test_conversations_are_read(value: object, messages: list[Message]):
+    assert read_conversation(value, "f:1") == messages
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, "f:1 is a number, neither text nor a list of messages"),
+        (["hi"], "f:1, message 1, is a string, not a mapping"),
+        ([{"role": "user"}], "message 1, has 'role', and not `role` and `content`"),
+        ([{}], "message 1, has nothing, and not"),
+        ([{"role": 3, "content": "x"}], "has a number as its role"),
+        ([{"role": "user", "content": None}], "has null as its content"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "a part of the content that is of the type 'image'"),
+        ([{"role": "user", "content": [3]}], "a part of the content that is a number"),
+        ([{"role": "user", "content": "\ud800"}], "message 1, is not valid Unicode"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_in_one_line(value: object, message: str):
+    with pytest.raises(DataError) as error:
+        read_conversation(value, "f:1")
+    assert message in str(error.value) and str(error.value).startswith("f:1") and "\n" not in str(error.value)
+
+
+def test_the_prompt_is_what_comes_before_the_last_answer():
+    assert split_answer(conversation("a", "b", "c", "d"), "f:1") == (conversation("a", "b", "c"), "d")
+    assert split_answer(conversation("a", "b", "c"), "f:1") == (conversation("a", "b", "c"), None)
+    assert split_answer(conversation("a", "", system="s"), "f:1") == (conversation("a", system="s"), "")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "has no message to answer"),
+        ([Message("assistant", "a")], "has no message to answer"),
+        ([Message("system", "s")], "of the role 'system'"),
+        ([Message("system", "s"), Message("assistant", "a")], "of the role 'system'"),
+        ([Message("user", "u"), Message("assistant", "a"), Message("assistant", "b")], "of the role 'assistant'"),
+        (one_turn(" \n"), "is empty"),
+    ],
+)
+def test_without_a_message_to_answer_there_is_no_prompt(messages: list[Message], message: str):
+    with pytest.raises(DataError, match=message):
+        split_answer(messages, "f:1")
+
+
+def test_text_is_what_the_user_said():
+    assert text_of(conversation("a", system="s")) == "a"
+    assert text_of(conversation("a", "b", "c", system="s")) == "user: a\n\nassistant: b\n\nuser: c"
+
+
+def test_records_with_messages_become_examples(tmp_path: Path):
+    path = tmp_path / "chats.jsonl"
+    others = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "v"}]
+    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in (LIST, others)))
+    data = DataSection(train=str(path), eval="builtin", prompt_field="messages")
+    first, second = load_examples(data, "train", 0)
+    assert (first.messages, first.solution, first.reference) == (conversation("u", system="s"), "a", {"solution": "a"})
+    assert (second.messages, second.solution, second.reference) == (conversation("u", "b", "v"), None, {})
+    data = data.model_copy(update={"system_prompt": "Be kind.", "instruction": "Answer in one word."})
+    first, second = load_examples(data, "train", 0)
+    assert first.messages == conversation("u\n\nAnswer in one word.", system="s")
+    assert second.messages == conversation("u", "b", "v\n\nAnswer in one word.", system="Be kind.")
+
+
+def test_the_same_words_to_another_system_message_are_another_prompt(tmp_path: Path):
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    turns = [[{"role": "system", "content": name}, {"role": "user", "content": "u"}] for name in ("s", "t")]
+    train.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    held_out.write_text(json.dumps({"messages": turns[0]}) + "\n")
+    data = DataSection(train=str(train), eval=str(held_out), eval_prompts=1, prompt_field="messages")
+    (example,) = load_examples(data, "train", 0)
+    assert example.messages == conversation("u", system="t")
