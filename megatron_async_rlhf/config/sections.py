@@ -38,7 +38,7 @@ class ModelSection(Section):
     """The policy: a Hugging Face directory, a checkpoint that `import-hf` made of one, or a fresh Llama."""
 
     hf: LocalPath | None = (
-        None  # directory with weights, config and tokenizer; with hf set, only context_length may also be set
+        None  # directory with weights, config and tokenizer; beside it only context_length and chat_template may be set
     )
     layers: PositiveInt | None = None
     hidden_size: PositiveInt | None = None
@@ -52,10 +52,12 @@ class ModelSection(Section):
     init_std: PositiveFloat | None = None  # default 0.02
     tokenizer: Literal["bytes", "bpe"] | None = None  # default bytes; bpe is trained on data.train
     vocab_size: PositiveInt | None = None  # only with bpe
+    # Instead of the model's own: a Jinja file, or none, which takes prompts as they are (base models, `TL;DR:`).
+    chat_template: Literal["none"] | LocalPath | None = None
 
     @model_validator(mode="after")
     def check_one_source(self) -> "ModelSection":
-        shape = {name: getattr(self, name) for name in type(self).model_fields if name != "hf"}
+        shape = {name: getattr(self, name) for name in type(self).model_fields if name not in ("hf", "chat_template")}
         given = sorted(name for name, value in shape.items() if value is not None and name != "context_length")
         if self.hf is not None and given:
             raise ValueError(

@@ -9,17 +9,19 @@ another day has the same prompts.
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from megatron_async_rlhf.data.chat_template import ChatTemplate
-from megatron_async_rlhf.data.tokenizer_files import read_tokenizer_files
+from megatron_async_rlhf.data.tokenizer_files import TEMPLATE, TEMPLATES, read_tokenizer_files
 from megatron_async_rlhf.errors import DataError
 from megatron_async_rlhf.types import Message
 
@@ -28,6 +30,7 @@ _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+_RAW_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{{ '' if loop.last else '\n\n' }}{% endfor %}"
 BYTE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 DATE = "date.txt"  # not one of Hugging Face's, so an export does not have it
 
@@ -179,6 +182,31 @@ def train_bpe_tokenizer(directory: Path | str, texts: Iterable[str], vocab_size:
             f"model.vocab_size = {vocab_size} is out of reach: the texts only give {reached} tokens; lower it to that"
         )
     _write(Path(directory), merges)
+
+
+def set_chat_template(directory: Path | str, source: Path | Literal["none"] | None) -> None:
+    """Give a tokenizer's directory another chat template: a file, or none; None leaves it its own.
+
+    Without a template prompts are what the tokenizer makes of a text: its tokens, after those with which it begins every
+    text. Several messages are separated by empty lines.
+
+    Raises:
+        DataError: the file cannot be read, or the tokenizer.
+    """
+    if source is None:
+        return
+    place = Path(directory) / TEMPLATE
+    shutil.rmtree(place.with_name(TEMPLATES), ignore_errors=True)  # what stands there may go before the file
+    if source != "none":
+        try:
+            place.write_bytes(Path(source).read_bytes())
+        except OSError as error:
+            raise DataError(f"model.chat_template = {source}: cannot be read ({error.strerror}); correct it") from None
+        return
+    place.write_text(_RAW_TEMPLATE, encoding="utf-8")
+    files = read_tokenizer_files(place.parent)
+    begins = [token for token in files.backend.encode("").tokens if token != files.named["eos_token"]]
+    place.write_text(f"{{{{ {json.dumps(''.join(begins))} }}}}{_RAW_TEMPLATE}", encoding="utf-8")
 
 
 def fix_date(directory: Path | str) -> None:

@@ -19,7 +19,13 @@ from megatron_async_rlhf.data.jsonl import find_jsonl
 from megatron_async_rlhf.data.prompts import build_prompts
 from megatron_async_rlhf.data.solutions import solved_prompts
 from megatron_async_rlhf.data.source import load_examples
-from megatron_async_rlhf.data.tokenizer import Tokenizer, fix_date, make_byte_tokenizer, train_bpe_tokenizer
+from megatron_async_rlhf.data.tokenizer import (
+    Tokenizer,
+    fix_date,
+    make_byte_tokenizer,
+    set_chat_template,
+    train_bpe_tokenizer,
+)
 from megatron_async_rlhf.errors import ConfigError, DataError
 from megatron_async_rlhf.formats.directory import check_format, copy_hf_files, hf_files_of, is_checkpoint
 from megatron_async_rlhf.formats.safetensors_files import SINGLE, find_files, find_weights, refuse_adapter, weight_files
@@ -69,6 +75,7 @@ def make_model_template(config: RunConfig, directory: Path) -> None:
     fix_date(directory)
     if config.model.hf is not None:
         _copy_template(config.model.hf, directory)
+        set_chat_template(directory, config.model.chat_template)
         return
     if config.model.tokenizer == "bpe":
         assert config.model.vocab_size is not None  # it goes with bpe
@@ -77,6 +84,7 @@ def make_model_template(config: RunConfig, directory: Path) -> None:
         )
     else:
         make_byte_tokenizer(directory)
+    set_chat_template(directory, config.model.chat_template)
     tokenizer = Tokenizer.load(directory)
     hf = architecture_of(config.model, tokenizer.vocab_size).to_hf(
         eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from megatron_async_rlhf.config.sections import DataSection
 from megatron_async_rlhf.data.conversation import one_turn, read_conversation, split_answer, text_of
 from megatron_async_rlhf.data.source import load_examples
-from megatron_async_rlhf.data.tokenizer import Tokenizer
+from megatron_async_rlhf.data.tokenizer import Tokenizer, set_chat_template
 from megatron_async_rlhf.errors import DataError
 from megatron_async_rlhf.types import Message
 
@@ -199,3 +199,31 @@ def test_the_same_words_to_another_system_message_are_another_prompt(tmp_path: P
     data = DataSection(train=str(train), eval=str(held_out), eval_prompts=1, prompt_field="messages")
     (example,) = load_examples(data, "train", 0)
     assert example.messages == conversation("u", system="t")
+
+
+def test_another_chat_template_takes_the_place_of_the_models_own(byte_directory: Path, tmp_path: Path):
+    directory = Path(shutil.copytree(byte_directory, tmp_path / "copy"))
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "default.jinja").write_text("{{ messages[0].content }}!")
+    (tmp_path / "own.jinja").write_text("{{ messages[0].content }}?")
+    set_chat_template(directory, None)
+    assert bytes(Tokenizer.load(directory).render_prompt(one_turn("a"))) == b"a!"
+    set_chat_template(directory, tmp_path / "own.jinja")
+    assert bytes(Tokenizer.load(directory).render_prompt(one_turn("a"))) == b"a?"
+    with pytest.raises(DataError, match=r"model.chat_template = .*gone.jinja: cannot be read \(No such file"):
+        set_chat_template(directory, tmp_path / "gone.jinja")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "llama"])
+def test_without_a_template_prompts_are_what_the_tokenizer_makes_of_a_text(
+    kind: str, byte_directory: Path, bpe_directory: Path, llama_directory: Path, tmp_path: Path
+):
+    source = {"bytes": byte_directory, "bpe": bpe_directory, "llama": llama_directory}[kind]
+    directory = Path(shutil.copytree(source, tmp_path / "copy"))
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    theirs = AutoTokenizer.from_pretrained(directory)
+    set_chat_template(directory, "none")
+    ours = Tokenizer.load(directory)
+    for text in ("Hello", "Größe: 3", " spaces ", "SUBREDDIT: r/x\n\nTL;DR:"):
+        assert ours.render_prompt(one_turn(text)) == theirs(text)["input_ids"]
+    assert ours.render_prompt(conversation("a", system="b")) == theirs("b\n\na")["input_ids"]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer
 
 from megatron_async_rlhf.data.conversation import one_turn
@@ -32,30 +31,6 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ bos_token }}{{ image_token }}"
     "{{ pad_token }}{{ unk_token }}{{ cls_token }}{{ my_token }}{% endfor %}"
 )
-
-
-@pytest.fixture(scope="module")
-def llama_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vocabulary as SentencePiece makes it: spaces as ▁, bytes to fall back on."""
-    directory = tmp_path_factory.mktemp("llama")
-    letters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,"
-    merges = [("▁", "t"), ("t", "h"), ("▁", "a"), ("i", "n"), ("e", "r"), ("o", "n"), ("▁", "s")]
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *(a + b for a, b in merges)]
-    vocab = {word: index for index, word in enumerate(words)}
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(steps)
-    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    backend.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    (directory / "chat_template.jinja").write_text(
-        "{{ bos_token }}[INST] {{ messages[0].content }} [/INST]{{ eos_token }}x"
-    )
-    return directory
 
 
 class Spoiler:
