@@ -223,7 +223,7 @@ DATA = [
     (ROW + '{"question": "2 + 2?", "answer": "#### 4"}\n', ["t.jsonl:2", "'question', 'answer'", "data.prompt_field"]),
     (ROW + '{"prompt": 3, "answer": "#### 4"}\n', ["t.jsonl:2", "field 'prompt' is a number"]),
     (ROW + '{"prompt": null, "answer": "#### 4"}\n', ["t.jsonl:2", "field 'prompt' is null"]),
-    (ROW + '{"prompt": [{"role": "user"}], "answer": "#### 4"}\n', ["t.jsonl:2", "is a list"]),
+    (ROW + '{"prompt": [{"role": "user"}], "answer": "#### 4"}\n', ["t.jsonl:2", "message 1", "`content`"]),
     (ROW + '{"prompt": " ", "answer": "#### 4"}\n', ["t.jsonl:2", "is empty"]),
     (ROW + '{"prompt": "2 + 2?", "answer": "four"}\n', ["t.jsonl:2", "`#### <number>`", "data.solution_field"]),
     (ROW + '{"prompt": "a", "prompt": "b", "answer": "#### 4"}\n', ["t.jsonl:2", "'prompt' is there twice"]),
