@@ -35,7 +35,7 @@ def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **keywords: object) -> None:
         raise AssertionError(f"a process was started: {arguments}")
 
-    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)  # the class itself stands in annotations
 
 
 @pytest.fixture
