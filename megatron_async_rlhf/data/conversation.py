@@ -36,7 +36,7 @@ def read_conversation(value: Any, where: str) -> list[Message]:
         DataError: it is neither, or not valid Unicode.
     """
     if isinstance(value, str):
-        return one_turn(_valid(value, where))
+        return one_turn(valid_text(value, where))
     if not isinstance(value, list):
         raise DataError(f"{where} is {json_type(value)}, neither text nor a list of messages")
     return [_message(each, f"{where}, message {place},") for place, each in enumerate(value, start=1)]
@@ -53,7 +53,7 @@ def split_answer(messages: Sequence[Message], where: str) -> tuple[list[Message]
         answer = prompt.pop().content
     if not prompt:
         raise DataError(f"{where} has no message to answer; remove the record or fill it in")
-    if prompt[-1].role == "system" or prompt[-1].role == "assistant":
+    if prompt[-1].role in ("system", "assistant"):
         raise DataError(
             f"{where}: the assistant is to answer a message of the role {prompt[-1].role!r}; end the conversation with a "
             "user's message, or with that and the assistant's answer"
@@ -61,6 +61,19 @@ def split_answer(messages: Sequence[Message], where: str) -> tuple[list[Message]
     if not prompt[-1].content.strip():
         raise DataError(f"{where} is empty; remove the record or fill it in")
     return prompt, answer
+
+
+def valid_text(text: str, where: str) -> str:
+    """The text itself.
+
+    Raises:
+        DataError: it is not valid Unicode.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
+        raise DataError(f"{where} is not valid Unicode (a lone surrogate); correct it") from None
+    return text
 
 
 def _message(value: Any, where: str) -> Message:
@@ -79,7 +92,7 @@ def _message(value: Any, where: str) -> Message:
         content = "".join(_text_part(part, where) for part in content)
     if not isinstance(content, str):
         raise DataError(f"{where} has {json_type(content)} as its content, neither text nor a list of text parts")
-    return Message(_valid(role, where), _valid(content, where))
+    return Message(valid_text(role, where), valid_text(content, where))
 
 
 def _text_part(part: Any, where: str) -> str:
@@ -92,11 +105,3 @@ def _text_part(part: Any, where: str) -> str:
         f"{where} has a part of the content that is {json_type(part) if kind is None else f'of the type {kind!r}'}; only "
         "text can be trained on: remove the record"
     )
-
-
-def _valid(text: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
-        raise DataError(f"{where} is not valid Unicode (a lone surrogate); correct it") from None
-    return text

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from megatron_async_rlhf.config.sections import DataSection
-from megatron_async_rlhf.data.conversation import read_conversation, split_answer
+from megatron_async_rlhf.data.conversation import read_conversation, split_answer, valid_text
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.errors import DataError
 from megatron_async_rlhf.json_lines import json_type
@@ -67,8 +67,4 @@ def _text(record: Mapping[str, Any], where: str, key: str, field: str) -> str:
     value = _value(record, where, key, field)
     if not isinstance(value, str):
         raise DataError(f"{where}: field {field!r} is {json_type(value)}, not text; make it a string, or set {key}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
-        raise DataError(f"{where}: field {field!r} is not valid Unicode (a lone surrogate); correct it") from None
-    return value
+    return valid_text(value, f"{where}: field {field!r}")

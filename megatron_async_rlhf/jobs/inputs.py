@@ -75,8 +75,12 @@ def make_model_template(config: RunConfig, directory: Path) -> None:
     fix_date(directory)
     if config.model.hf is not None:
         _copy_template(config.model.hf, directory)
-        set_chat_template(directory, config.model.chat_template)
-        return
+    else:
+        _make_fresh_template(config, directory)
+    set_chat_template(directory, config.model.chat_template)
+
+
+def _make_fresh_template(config: RunConfig, directory: Path) -> None:
     if config.model.tokenizer == "bpe":
         assert config.model.vocab_size is not None  # it goes with bpe
         train_bpe_tokenizer(
@@ -84,7 +88,6 @@ def make_model_template(config: RunConfig, directory: Path) -> None:
         )
     else:
         make_byte_tokenizer(directory)
-    set_chat_template(directory, config.model.chat_template)
     tokenizer = Tokenizer.load(directory)
     hf = architecture_of(config.model, tokenizer.vocab_size).to_hf(
         eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id

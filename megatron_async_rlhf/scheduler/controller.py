@@ -20,13 +20,13 @@ Synchronous training is the same loop with a staleness bound of 0, which leaves 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import NonFiniteLossError, RewardError, WriteError
-from megatron_async_rlhf.generator.protocol import Generator, Pause
+from megatron_async_rlhf.generator.protocol import Generator, Pause, Receiver
 from megatron_async_rlhf.learner.protocol import Learner, TrainRollout, rollout_span
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
@@ -313,11 +313,11 @@ class Controller:
         except PushError as error:
             await self._push_failed(error)
             return
-        self._push = self._tasks.create_task(self._finish_push(version))
+        self._push = self._tasks.create_task(self._finish_push(version, receivers))
 
-    async def _finish_push(self, version: int) -> None:
+    async def _finish_push(self, version: int, receivers: Sequence[Receiver]) -> None:
         try:
-            receivers = await self._weight_sync.arrived()
+            await self._weight_sync.arrived()
         except PushError as error:
             await self._push_failed(error)
             return

@@ -53,8 +53,7 @@ class PushError(TransferError):
 
 
 class WeightSync:
-    """Pushes version after version, one push at a time, to the generators that `connect` names: who is alive is not its
-    business."""
+    """Pushes version after version, one push at a time, to the generators that it is told: the pool knows who is alive."""
 
     def __init__(
         self,
@@ -70,7 +69,7 @@ class WeightSync:
         self._sessions = 0
         self._met: list[Receiver] = []  # over the connection that there is; empty without one
         self._is_verified = False  # the connection, by a push over it
-        self._receiving: asyncio.Task[list[Receiver]] | None = None
+        self._receiving: asyncio.Task | None = None
         self._span: Span | None = None
         self._account: tuple[PushReport, list[Span]] | None = None  # the learner's, if it came before it was asked for
 
@@ -135,15 +134,15 @@ class WeightSync:
         """Meet anew before the next push: one of the generators is another process now."""
         self._met = []
 
-    async def arrived(self) -> list[Receiver]:
-        """The generators, once every one holds the version, verified if that was asked for; the engines stay paused.
+    async def arrived(self) -> None:
+        """Return when every generator holds the version, verified if that was asked for; the engines stay paused.
 
         Raises:
             MismatchError: a generator holds other bytes than the learner.
             PushError: the push failed otherwise; says where first. There is no report then.
         """
         assert self._receiving is not None  # `start` began it
-        return await self._receiving
+        await self._receiving
 
     async def report(self) -> tuple[PushReport, list[Span]]:
         """What the push moved and proved, and its spans, the whole first. Waits for commands the learner got earlier."""
@@ -162,14 +161,13 @@ class WeightSync:
 
     async def _receive(
         self, receivers: Sequence[Receiver], version: int, verify: bool, recompute: bool, started: float
-    ) -> list[Receiver]:
+    ) -> None:
         tasks = {
             asyncio.create_task(receiver.receive_weights(version=version, verify=verify, recompute=recompute)): receiver
             for receiver in receivers
         }
         try:
             await self._all_done(tasks)
-            return list(receivers)
         except AsyncRLHFError as error:
             raise await self._failure(version, error, tasks) from None
         finally:
