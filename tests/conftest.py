@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent
 # No test in these is quick, although many are not marked slow: they start ranks once for all,
 # or a command for each test.
 SLOW_FILES = {
+    "checkpoint/test_converter_commands.py",
     "checkpoint/test_earlier_versions.py",
     "checkpoint/test_megatron.py",
     "checkpoint/test_memory.py",
@@ -42,6 +43,7 @@ SLOW_FILES = {
     "simulate/test_command.py",
     "sweep/test_driver.py",
     "tools/test_gpu_check.py",
+    "weights/test_plan.py",
     "weights/test_transfer.py",
 }
 # Where several processes share the tests, those of a file stay together, because they share what is slow; and these files.
