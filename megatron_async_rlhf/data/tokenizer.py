@@ -127,7 +127,7 @@ class Tokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of any ids; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
-        if skip_special_tokens:
+        if skip_special_tokens and not self._special_ids.isdisjoint(ids):
             ids = [index for index in ids if index not in self._special_ids]
         return self._with_specials.decode(ids, skip_special_tokens=skip_special_tokens)
 
