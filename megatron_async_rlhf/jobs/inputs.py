@@ -154,7 +154,7 @@ def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
     check_causal_model(described)
     architecture, transfer = resolve_architecture(config, described)
     if (described / "tokenizer.json").is_file():
-        _check_vocabulary(config, _read_tokenizer(config, described), architecture)
+        check_vocabulary(config, read_tokenizer(config, described), architecture)
     return architecture, transfer
 
 
@@ -217,9 +217,9 @@ def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
     Raises:
         ConfigError, DataError: one line.
     """
-    tokenizer = _read_tokenizer(config, template)
+    tokenizer = read_tokenizer(config, template)
     architecture, transfer = resolve_architecture(config, template)
-    _check_vocabulary(config, tokenizer, architecture)
+    check_vocabulary(config, tokenizer, architecture)
     room = architecture.context_length - config.generator.max_new_tokens
     limit = config.data.max_prompt_tokens or room
     if limit > room:
@@ -269,14 +269,14 @@ def _too_short_completions(config: RunConfig, run_inputs: RunInputs) -> list[str
     ]
 
 
-def _read_tokenizer(config: RunConfig, template: Path) -> Tokenizer:
+def read_tokenizer(config: RunConfig, template: Path) -> Tokenizer:
     try:
         return Tokenizer.load(template)
     except DataError as error:  # of a copy, which the user has never seen
         raise DataError(str(error).replace(str(template), f"model.hf = {config.model.hf}")) from None
 
 
-def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
+def check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
     (largest, token), rows = tokenizer.last_token, architecture.vocab_size
     if largest >= rows:
         raise ConfigError(

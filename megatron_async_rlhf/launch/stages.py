@@ -96,8 +96,10 @@ def expand_stages(
 
 
 def _sft(tree: dict[str, Any], base: RunConfig) -> Stage:
-    if not base.warm_start.steps:
-        raise ConfigError("warm_start.steps = 0: the stage sft makes the steps of the warm start; set at least 1")
+    if base.sft is None and not base.warm_start.steps:
+        raise ConfigError(
+            "--stages sft: the configuration has no section sft, and warm_start.steps = 0; set one of them"
+        )
     own = copy.deepcopy(tree)
     directory = base.run.path.with_name(f"{base.run.path.name}-sft")
     set_key(own, "run.name", f"{base.run.name}-sft")
