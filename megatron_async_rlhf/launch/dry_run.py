@@ -8,7 +8,8 @@ import typer
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.fitting import gpu_budget
-from megatron_async_rlhf.estimate.report import describe
+from megatron_async_rlhf.estimate.learner_memory import Work
+from megatron_async_rlhf.estimate.report import describe, describe_learner
 from megatron_async_rlhf.jobs.inputs import check_description, check_inputs, make_model_template, missing_inputs
 from megatron_async_rlhf.jobs.supervised_inputs import check_supervised_inputs
 from megatron_async_rlhf.launch.nodes import planned_nodes
@@ -64,6 +65,8 @@ def print_sft_plan(config: RunConfig) -> None:
     typer.echo(
         f"# {len(batches)} steps of {sequences / len(batches):.4g} sequences: {sequences / len(train.rows):.1f} epochs"
     )
+    for line in describe_learner(config, inputs.architecture, Work(sequences=max(map(len, batches)))):
+        typer.echo(f"# {line}")
     nodes = planned_nodes(config)
     for process in plan_learner_alone(config, config.run.path.absolute(), nodes, "sft").processes:
         typer.echo(f"# {process.name}: {nodes[process.node].name}: {' '.join(process.arguments)}")
