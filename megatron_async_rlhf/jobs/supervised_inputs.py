@@ -18,9 +18,9 @@ from megatron_async_rlhf.jobs.inputs import (
     check_vocabulary,
     load_run_inputs,
     read_tokenizer,
-    resolve_architecture,
 )
-from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.architecture import Architecture, policy_architecture
+from megatron_async_rlhf.models.layout_rules import check_learner_layout, check_micro_batch
 from megatron_async_rlhf.types import Sequence
 
 
@@ -55,7 +55,9 @@ def load_supervised_inputs(config: RunConfig, template: Path, run_inputs: RunInp
         train = AnsweredRows(rows=solved, unanswered=unanswered, too_long=len(prompts) - len(solved) - unanswered)
     else:
         tokenizer = read_tokenizer(config, template)
-        architecture, _ = resolve_architecture(config, template)
+        architecture = policy_architecture(config.model, template)
+        check_learner_layout(config.learner, architecture)
+        check_micro_batch(config.learner, 1, architecture)
         check_vocabulary(config, tokenizer, architecture)
         limit = config.sft.max_tokens or architecture.context_length
         if limit > architecture.context_length:
