@@ -15,8 +15,9 @@ from megatron_async_rlhf.config.algorithms import LOSS_ARGUMENTS, GRPOSection, P
 from megatron_async_rlhf.config.rewards import FunctionRewardSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.example import Example
-from megatron_async_rlhf.data.jsonl import find_jsonl
+from megatron_async_rlhf.data.files import find_local, is_local
 from megatron_async_rlhf.data.prompts import build_prompts
+from megatron_async_rlhf.data.report import DataReport
 from megatron_async_rlhf.data.solutions import solved_prompts
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.data.tokenizer import (
@@ -44,6 +45,7 @@ from megatron_async_rlhf.models.layout_rules import check_layouts
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.function import TimeLimit, check_function, check_parameters, inspect_function
 from megatron_async_rlhf.rewards.registry import make_reward
+from megatron_async_rlhf.telemetry.summary import DataCounts
 from megatron_async_rlhf.types import Prompt, Sequence
 from megatron_async_rlhf.weights.plan import TransferPlan, configured_transfer
 
@@ -53,6 +55,7 @@ class RunInputs(Struct, frozen=True, kw_only=True):
 
     Attributes:
         solved: prompt and solution as one row by prompt index; empty without a warm start.
+        data: what became of the records that prompts are made of.
         transfer: how a push moves the policy to one generator.
     """
 
@@ -61,8 +64,14 @@ class RunInputs(Struct, frozen=True, kw_only=True):
     train: list[Prompt]
     eval: list[Prompt]
     solved: dict[int, Sequence]
+    data: DataReport
     reward: Reward
     transfer: TransferPlan
+
+    @property
+    def data_counts(self) -> DataCounts:
+        """For the summary of the run."""
+        return DataCounts(read=self.data.read, used=self.data.used, dropped=dict(self.data.dropped))
 
 
 def make_model_template(config: RunConfig, directory: Path) -> None:
@@ -203,9 +212,9 @@ def missing_inputs(config: RunConfig) -> list[str]:
     if not (hf / "tokenizer.json").is_file():
         missing.insert(0, f"tokenizer: no tokenizer.json {whole}")
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if source is not None and source.endswith(".jsonl"):
+        if source is not None and is_local(source):
             try:
-                find_jsonl(source, key, beside=config.data.train if key == "data.eval" else None)
+                find_local(source, key, beside=config.data.train if key == "data.eval" else None)
             except DataError as error:
                 missing.append(f"prompts: {error}")
     return missing
@@ -228,17 +237,24 @@ def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
             f"together exceed the context of {architecture.context_length} tokens"
         )
     reward = make_reward(config.rewards)
-    splits = {}
+    splits, report = {}, DataReport()
     for split in ("train", "eval"):
-        examples = load_examples(config.data, split, config.run.seed)
+        examples = load_examples(config.data, split, config.run.seed, report)
         splits[split] = build_prompts(examples, tokenizer, limit, drop_long=config.data.long_prompts == "drop")
+        report.drop("longer than data.max_prompt_tokens", len(examples) - len(splits[split]))
         for prompt in splits[split]:
             reward.check(prompt)
     solved = {}
     if config.warm_start.steps:
         solved = solved_prompts(splits["train"], tokenizer, architecture.context_length)
     return RunInputs(
-        architecture=architecture, tokenizer=tokenizer, reward=reward, solved=solved, transfer=transfer, **splits
+        architecture=architecture,
+        tokenizer=tokenizer,
+        reward=reward,
+        solved=solved,
+        data=report,
+        transfer=transfer,
+        **splits,
     )
 
 

@@ -54,7 +54,7 @@ async def run_job(run_dir: Path, addresses: Addresses) -> int:
     """Run all phases; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
     run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
-    totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0)
+    totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0, data=run_inputs.data_counts)
     recorder = Recorder(config, run_dir, EventStream(), totals=totals)
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
     phases = run_phases(config, run_dir, run_inputs, learner, recorder)

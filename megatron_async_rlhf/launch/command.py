@@ -12,7 +12,7 @@ from megatron_async_rlhf.converter.command import compare_holders
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
-from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption, warn
+from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption, note, warn
 from megatron_async_rlhf.telemetry.files import (
     EXPORT_DIR,
     METRICS,
@@ -96,7 +96,7 @@ def sft(
         check_inputs_apart(resolved)
         template = scratch / "model"
         make_model_template(resolved, template)
-        check_inputs(resolved, template)
+        note(check_inputs(resolved, template).data.notes)
         plan = plan_learner_alone(resolved, resolved.run.path.absolute(), fleet.nodes, "sft")
         return Start(plan=plan, template=template)
 
@@ -183,6 +183,7 @@ def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: P
         make_model_template(config, template)
     run_inputs = check_inputs(config, template)
     refuse_too_large(config, run_inputs.architecture)
+    note(run_inputs.data.notes)
     warn(data_warnings(config, run_inputs))
     digests, warnings = check_resumed_inputs(config, run_inputs, is_new=version is None)
     warn(warnings)

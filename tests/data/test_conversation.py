@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_async_rlhf.config.sections import DataSection
+from megatron_async_rlhf.config.data import DataSection
 from megatron_async_rlhf.data.conversation import one_turn, read_conversation, split_answer, text_of
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.data.tokenizer import Tokenizer, set_chat_template
