@@ -31,7 +31,7 @@ _OTHER_FORMATS = {
     b"<!doctype": "is a web page, not the data; download the file itself",
     b"<html": "is a web page, not the data; download the file itself",
 }
-NOT_JSON = "not a line of JSON"
+NOT_JSON = "no JSON object"  # a reason for which a record is bad
 
 
 class JsonLine(Struct, frozen=True):

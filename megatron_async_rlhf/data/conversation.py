@@ -10,8 +10,8 @@ from megatron_async_rlhf.types import Message
 # ShareGPT's names for roles, which stand in `from`, with the text in `value`.
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # Reasons for which a record is bad.
-WRONG_TYPE, NOT_UNICODE, EMPTY_PROMPT = "of another type", "not valid Unicode", "an empty prompt"
-NOTHING_TO_ANSWER = "no message to answer"
+WRONG_TYPE, NOT_UNICODE, EMPTY_PROMPT = "a wrong type", "invalid Unicode", "an empty prompt"
+NOT_TEXT, NOTHING_TO_ANSWER = "a part that is not text", "no message to answer"
 
 
 def one_turn(text: str) -> list[Message]:
@@ -116,5 +116,5 @@ def _text_part(part: Any, where: str) -> str:
     raise RecordError(
         f"{where} has a part of the content that is {json_type(part) if kind is None else f'of the type {kind!r}'}; only "
         "text can be trained on: remove the record",
-        reason="a part that is no text" if kind is not None else WRONG_TYPE,
+        reason=WRONG_TYPE if kind is None else NOT_TEXT,
     )

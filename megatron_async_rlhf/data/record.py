@@ -14,7 +14,7 @@ from megatron_async_rlhf.json_lines import json_type
 from megatron_async_rlhf.suggestions import closest
 from megatron_async_rlhf.types import Message
 
-NO_FIELD = "a field that is missing"
+NO_FIELD = "a missing field"
 
 
 def example_of(record: Mapping[str, Any], where: str, columns: ExampleColumns, reference_fields: list[str]) -> Example:

@@ -67,7 +67,7 @@ def keep_good(
     if not total:
         raise DataError(f"{source}: has no prompts; give a source with at least one record")
     if not good:
-        every = "" if total == 1 else f"; all {total} records are bad: {_by_reason(bad)}"
+        every = "" if total == 1 else f" (all {total} records are bad: {_by_reason(bad)})"
         raise DataError(f"{next(iter(first.values()))}{every}")
     if bad and bad_records == "refuse":
         raise DataError(
@@ -75,7 +75,7 @@ def keep_good(
             "drop leaves them out)"
         )
     for reason, error in first.items():
-        report.note(f"{source}: {bad[reason]} of {total} records are left out, {reason}; the first: {error}")
+        report.note(f"{source}: {bad[reason]} of {total} records are left out for {reason}; the first: {error}")
     report.read += total
     report.used += len(good)
     report.dropped.update(bad)
@@ -83,4 +83,4 @@ def keep_good(
 
 
 def _by_reason(bad: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in bad.items())
+    return ", ".join(f"{count} with {reason}" for reason, count in bad.items())
