@@ -32,6 +32,11 @@ _MARGINS = (
     ("chosen-rating", "rejected-rating"),
 )
 CHOSEN, REJECTED = "chosen", "rejected"
+# Two answers, and the column with the number, 0 or 1, of the better one.
+_CHOICES = (
+    ("response0", "response1", "choice"),
+    ("response_0", "response_1", "better_response_id"),
+)
 BLANK = "blank"
 _LOOKED_AT = 100  # rows: the first ones may be empty
 
@@ -80,25 +85,29 @@ class PairColumns(Struct, frozen=True, kw_only=True):
 
     Attributes:
         prompt: None if the sides have it themselves.
+        choice: column with 1 where the sides have changed places, 0 where not; None if they never have.
         margin: one column, or two whose difference it is; empty without a margin.
     """
 
     prompt: PromptColumns | None
     chosen: str
     rejected: str
+    choice: str | None = None
     margin: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
         prompt = [] if self.prompt is None else self.prompt.names
-        return list(dict.fromkeys([*prompt, self.chosen, self.rejected, *self.margin]))
+        choice = [] if self.choice is None else [self.choice]
+        return list(dict.fromkeys([*prompt, self.chosen, self.rejected, *choice, *self.margin]))
 
     def said(self, data: DataSection) -> str:
         """One line on where everything is."""
         prompt = "prompts in both sides" if self.prompt is None else _said_of_prompt(self.prompt)
+        choice = f" by the choice in {self.choice!r}" if self.choice else ""
         margin = f", margins in {' minus '.join(map(repr, self.margin))}" if self.margin else ""
         return (
-            f"{prompt}, pairs in {self.chosen!r} and {self.rejected!r}{margin} (data.prompt_field, data.chosen_field, "
+            f"{prompt}, pairs in {self.chosen!r} and {self.rejected!r}{choice}{margin} (data.prompt_field, data.chosen_field, "
             "data.rejected_field and data.margin_field name other columns)"
         )
 
@@ -132,19 +141,24 @@ def pair_columns(table: Table, data: DataSection) -> PairColumns:
     Raises:
         DataError: several columns may be meant.
     """
-    chosen, rejected = data.chosen_field or CHOSEN, data.rejected_field or REJECTED
     named = None if data.prompt_field is None else PromptColumns(prompt=data.prompt_field)
+    sides: list[tuple[str, str, str | None]] = [(data.chosen_field or CHOSEN, data.rejected_field or REJECTED, None)]
+    sides += _CHOICES if data.chosen_field is None else ()
 
     def of(kinds: Mapping[str, str]) -> PairColumns | None:
-        if chosen not in kinds or rejected not in kinds:
+        for chosen, rejected, choice in sides:
+            if {chosen, rejected, choice or chosen} <= kinds.keys():
+                break
+        else:
             return None
         others = {name: kind for name, kind in kinds.items() if name not in (chosen, rejected)}
         prompt = named
         if prompt is None and kinds[chosen] not in ("messages", "transcript"):  # which have their prompt with them
             prompt = _prompt_columns(others, table.source)
         margin = (data.margin_field,) if data.margin_field is not None else _margin_columns(kinds)
-        return PairColumns(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin)
+        return PairColumns(prompt=prompt, chosen=chosen, rejected=rejected, choice=choice, margin=margin)
 
+    chosen, rejected, _ = sides[0]
     return _recognised(table, of) or PairColumns(prompt=named, chosen=chosen, rejected=rejected)
 
 
@@ -204,8 +218,8 @@ def _conversation_column(kinds: Mapping[str, str], source: str) -> PromptColumns
 def _prompt_columns(kinds: Mapping[str, str], source: str) -> PromptColumns | None:
     found = [name for name in _PROMPTS if _is_text(kinds, name) or (name == "prompt" and name in kinds)]
     found = ["prompt"] if "prompt" in found else found
-    if "query" in found and "reference_response" in kinds:  # beside the parts that the query was made of
-        found = ["query"]
+    if "query" in found and ("reference_response" in kinds or "query_token" in kinds):
+        found = ["query"]  # beside the parts that it was made of
     further = next((name for name in _FURTHER if name in kinds), None) if "instruction" in found else None
     found = [name for name in found if name != further]
     if not found:

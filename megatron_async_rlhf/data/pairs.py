@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from megatron_async_rlhf.config.data import DataSection
 from megatron_async_rlhf.data.columns import PairColumns, pair_columns
@@ -79,6 +80,7 @@ def pair_of(record: Mapping[str, Any], where: str, columns: PairColumns, data: D
     Raises:
         RecordError: a side is missing, empty or the same as the other one, or they answer different prompts.
     """
+    columns = _in_order(record, where, columns)
     chosen = value_of(record, where, "data.chosen_field", columns.chosen)
     rejected = value_of(record, where, "data.rejected_field", columns.rejected)
     if isinstance(chosen, str) != isinstance(rejected, str):
@@ -112,6 +114,16 @@ def pair_of(record: Mapping[str, Any], where: str, columns: PairColumns, data: D
     return PreferencePair(
         messages=completed(messages, data), chosen=better, rejected=worse, margin=margin, origin=where
     )
+
+
+def _in_order(record: Mapping[str, Any], where: str, columns: PairColumns) -> PairColumns:
+    """The columns of this record's better and worse answer."""
+    if columns.choice is None:
+        return columns
+    choice = value_of(record, where, "data.chosen_field", columns.choice)
+    if choice not in (0, 1):
+        raise RecordError(f"{where}: field {columns.choice!r} is neither 0 nor 1", reason=WRONG_TYPE)
+    return replace(columns, chosen=columns.rejected, rejected=columns.chosen) if choice else columns
 
 
 def _of_texts(

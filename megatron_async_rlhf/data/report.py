@@ -74,8 +74,8 @@ def keep_good(
             f"{next(iter(first.values()))} (bad are {bad.total()} of {total} records: {_by_reason(bad)}; data.bad_records = "
             "drop leaves them out)"
         )
-    for reason, error in first.items():
-        report.note(f"{source}: {bad[reason]} of {total} records are left out for {reason}; the first: {error}")
+    for reason, fault in first.items():
+        report.note(f"{source}: {bad[reason]} of {total} records are left out for {reason}; the first: {fault}")
     report.read += total
     report.used += len(good)
     report.dropped.update(bad)

@@ -169,7 +169,7 @@ CONTROLLER = (
     "cli",
 )
 WITHOUT_TORCH = [
-    "types", "errors", "config.load", "models.layout_rules", "data.source", "data.packing", "rewards.registry", "learner.protocol", "models.flops",
+    "types", "errors", "config.load", "models.layout_rules", "data.source", "data.pairs", "data.packing", "rewards.registry", "learner.protocol", "models.flops",
     "generator.protocol", "generator.seeds", "weights.plan", "weights.roster", *(name for name in MODULES if name.split(".")[0] in CONTROLLER and not name.startswith("launch.nemo.")),
 ]  # fmt: skip
 

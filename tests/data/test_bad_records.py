@@ -102,7 +102,9 @@ def test_bad_rows_of_tables_and_lists_are_dropped_too():
     assert load(train="t.json", bad_records="drop")[1].dropped == {"an empty prompt": 1, "no JSON object": 1}
 
 
-@pytest.mark.parametrize("keys", [{}, {"eval": "e.jsonl"}, {"train_prompts": 2}, {"eval": "e.jsonl", "train_prompts": 2}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"eval": "e.jsonl"}, {"train_prompts": 2}, {"eval": "e.jsonl", "train_prompts": 2}]
+)
 def test_every_record_is_used_or_dropped_for_a_reason(keys: dict):
     records = [*GOOD, *GOOD[:2], *BAD]
     write(records)

@@ -10,7 +10,6 @@ from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.data.report import DataReport
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.errors import DataError
-from megatron_async_rlhf.types import Message
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
