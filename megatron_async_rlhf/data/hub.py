@@ -1,12 +1,14 @@
 """Rows of a dataset of the Hugging Face hub, or of a local one named in the same form."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_async_rlhf.data.library import described, is_saved, loaded, rows_of
+from megatron_async_rlhf.data.library import is_saved, loaded, rows_of
 from megatron_async_rlhf.data.rows import Table
 from megatron_async_rlhf.errors import DataError
+from megatron_async_rlhf.hub import hub_problem
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -30,12 +32,12 @@ def hub_table(value: str, source: str) -> Table:
         try:
             return _load(name, config, split)
         except Exception as error:  # the library and what is below it raise dozens of types
-            if (line := _of_hub(error, name)) is None:
+            if (problem := hub_problem(error, "dataset", name)) is None:
                 raise
-            raise DataError(f"{source}: {line}") from None
+            raise DataError(f"{source}: {problem}") from None
 
-    advice = "check name, config, split and network"
-    return Table(source, lambda columns: rows_of(loaded(load, source, advice), value, columns, source))
+    dataset = cache(lambda: loaded(load, source, "check name, config, split and network"))
+    return Table(source, lambda columns: rows_of(dataset(), value, columns, source))
 
 
 def _load(name: str, config: str | None, split: str) -> Any:
@@ -54,28 +56,3 @@ def _load(name: str, config: str | None, split: str) -> Any:
             raise ValueError(f"no part {split!r}, only {', '.join(map(str, parts))}")
         return parts[split]
     return datasets.load_dataset(name, config, split=split)
-
-
-def _of_hub(error: BaseException, name: str) -> str | None:
-    """What is wrong between us and the hub; None if it is something else."""
-    texts = [str(each) for each in _causes(error)]
-    kinds = {type(each).__name__ for each in _causes(error)}
-    if "GatedRepoError" in kinds or any("gated dataset" in text for text in texts):
-        return f"{name} is gated: accept its terms on its page at the hub, and log in with `hf auth login`, or set HF_TOKEN"
-    if "OfflineModeIsEnabled" in kinds or any("OfflineModeIsEnabled" in text for text in texts):
-        return f"{name} is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub; unset it, or fetch it elsewhere"
-    if kinds & {"ConnectionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "LocalEntryNotFoundError"}:
-        return f"{name} is not in the cache, and the hub cannot be reached ({described(error)}); check the network"
-    if "DatasetNotFoundError" in kinds or "RepositoryNotFoundError" in kinds:
-        return (
-            f"there is no dataset {name} at the hub, or it is private; check the name, or log in with `hf auth login`"
-        )
-    return None
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found

@@ -5,11 +5,13 @@ The library is imported where it is used: it takes a second, and most runs do wi
 
 import csv
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from megatron_async_rlhf.data.rows import Row, Table, choose_split
 from megatron_async_rlhf.errors import DataError
+from megatron_async_rlhf.hub import described
 from megatron_async_rlhf.json_lines import other_format
 
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
@@ -56,7 +58,8 @@ def directory_table(path: Path, key: str, source: str) -> Table:
         way_out = f"write hf:{path}:<part>"
         return dataset[choose_split([str(name) for name in dataset], key, source.partition(" = ")[2], way_out)]
 
-    return Table(source, lambda columns: rows_of(loaded(load, source), str(path), columns, source))
+    dataset = cache(lambda: loaded(load, source))
+    return Table(source, lambda columns: rows_of(dataset(), str(path), columns, source))
 
 
 def is_saved(path: Path) -> bool:
@@ -89,12 +92,6 @@ def loaded(load: Callable[[], Any], source: str, advice: str = "check the file")
         raise
     except Exception as error:  # the library and what is below it raise dozens of types
         raise DataError(f"{source}: datasets cannot load it ({described(error)}); {advice}") from None
-
-
-def described(error: BaseException) -> str:
-    """Type and first line of what the library raised."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-    return f"{type(error).__name__}: {first}"
 
 
 def _each(dataset: Iterable[Any], source: str) -> Iterator[Any]:

@@ -29,6 +29,7 @@ from megatron_async_rlhf.data.tokenizer import (
 )
 from megatron_async_rlhf.errors import ConfigError, DataError
 from megatron_async_rlhf.formats.directory import check_format, copy_hf_files, hf_files_of, is_checkpoint
+from megatron_async_rlhf.formats.hub_snapshot import is_snapshot
 from megatron_async_rlhf.formats.safetensors_files import SINGLE, find_files, find_weights, refuse_adapter, weight_files
 from megatron_async_rlhf.formats.tensor_spec import TensorSpec
 from megatron_async_rlhf.formats.value_source import check_value_source
@@ -207,6 +208,8 @@ def missing_inputs(config: RunConfig) -> list[str]:
         return [f"weights: torch, without which those in the checkpoint model.hf = {hf} cannot be read"]
     if hf is None or is_checkpoint(hf) or weight_files(hf):
         return []
+    if is_snapshot(hf):
+        return [f"weights: those of model.hf = {hf}, which a start downloads"]
     whole = f"in model.hf = {hf}; get the whole model and name its directory"
     missing = [f"weights: no {SINGLE} {whole}"]
     if not (hf / "tokenizer.json").is_file():

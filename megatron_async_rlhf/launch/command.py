@@ -50,7 +50,7 @@ def train(
     from megatron_async_rlhf.launch.run_directory import check_writable
     from megatron_async_rlhf.launch.start import prepare_machine, run
 
-    resolved = load_for_run(config, set, resume)
+    resolved = load_for_run(config, set, resume, weights=not dry_run)
     if not dry_run:
         check_installed("torch", "megatron", "vllm")
         prepare_machine(resolved, node_rank, places_problem(resolved), threads_problem(resolved))
@@ -82,7 +82,7 @@ def sft(
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
     from megatron_async_rlhf.launch.start import Start, prepare_machine, run
 
-    resolved = load_for_run(config, set, resume=False)
+    resolved = load_for_run(config, set, resume=False, weights=not dry_run)
     if not resolved.warm_start.steps:
         raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
     if dry_run:

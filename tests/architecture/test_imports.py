@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = [
     ["types", "errors", "devices", "environment", "limits", "suggestions", "options", "algorithms"],
     ["user_functions"],
-    ["config", "installed", "interpreter", "json_lines"],
+    ["config", "hub", "installed", "interpreter", "json_lines"],
     ["models", "data", "telemetry", "usage"],
     ["formats", "rewards"],
     ["weights", "estimate"],
