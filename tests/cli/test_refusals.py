@@ -326,3 +326,16 @@ def test_a_runs_directory_stands_for_the_run(told, capsys: pytest.CaptureFixture
     output = capsys.readouterr().out
     assert f"{Path('run').absolute()} has no checkpoint yet" in output  # wherever it has been moved to
     assert "seed: 3" in output
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_what_is_recognised_and_left_out_is_said(command: str, capsys: pytest.CaptureFixture[str]):
+    rows = [{"question": f"{number} + 1?", "answer": f"#### {number + 1}"} for number in range(6)]
+    rows += [{"question": "", "answer": "#### 1"}, {"question": "2 + 2?", "answer": None}]
+    Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("c.yaml").write_text(OWN + "warm_start: {steps: 1}\n")
+    assert run_command_line(app, [command, "c.yaml", "--dry-run", "-s", "data.bad_records=drop"]) == 0
+    output = capsys.readouterr().out
+    assert "# data.train = t.jsonl: prompts in 'question' (data.prompt_field" in output
+    assert "# data.train = t.jsonl: 1 of 8 records are left out for an empty prompt; the first: t.jsonl:7: " in output
+    assert "# data.train = t.jsonl: 1 of 8 records are left out for a wrong type; the first: t.jsonl:8: " in output
