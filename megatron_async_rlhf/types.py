@@ -26,6 +26,7 @@ class Prompt(Struct, frozen=True, kw_only=True):
         index: position in its split; with the run's seed it identifies the prompt for ever.
         text: what the user said, without the chat template; of several turns all, each after its role.
         token_ids: the templated prompt, [prompt_length].
+        messages: the conversation, as the data has it; empty in recordings of earlier versions.
         reference: what the verifier needs (task kind and answer, `#### number`...).
         solution: a good answer for the supervised warm start, without the end-of-sequence token; None if unknown.
         origin: file and line, or dataset and row, for messages; empty if it was made.
@@ -37,6 +38,7 @@ class Prompt(Struct, frozen=True, kw_only=True):
     reference: dict[str, Any]
     solution: str | None = None
     origin: str = ""
+    messages: list[Message] = []
 
     @property
     def name(self) -> str:

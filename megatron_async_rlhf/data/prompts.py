@@ -24,6 +24,7 @@ def build_prompts(
         prompt = Prompt(
             index=index,
             text=example.text,
+            messages=example.messages,
             token_ids=tokenizer.render_prompt(example.messages),
             reference=example.reference,
             solution=example.solution,

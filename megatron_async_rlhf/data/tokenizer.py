@@ -44,9 +44,10 @@ class Tokenizer:
         bos_token_id: None if the directory names none.
     """
 
-    def __init__(self, directory: Path, now: datetime) -> None:
+    def __init__(self, directory: Path, now: datetime, template: Path | None = None) -> None:
         # Two instances, because whether special tokens in the input are recognised is a state of the tokenizer.
-        files, self._text_only = read_tokenizer_files(directory), read_tokenizer_files(directory).backend
+        files = read_tokenizer_files(directory, template)
+        self._text_only = read_tokenizer_files(directory, template).backend
         self._with_specials, named = files.backend, files.named
         # A token with a name is never spelled by a prompt, even if the vocabulary does not call it special.
         plain = {token.content: token for token in self._text_only.get_added_tokens_decoder().values()}
@@ -70,14 +71,20 @@ class Tokenizer:
         self._own_parts = lru_cache(maxsize=64)(self._parts)
 
     @classmethod
-    def load(cls, directory: Path | str) -> "Tokenizer":
+    def load(
+        cls, directory: Path | str, *, template: Path | None = None, date_from: Path | None = None
+    ) -> "Tokenizer":
         """Read the tokenizer, its special tokens and the chat template of a directory.
+
+        Args:
+            template: file of another chat template.
+            date_from: a directory with the date for the template, if it is not this one.
 
         Raises:
             DataError: one of them is missing or broken, or no end-of-sequence token is named.
         """
         directory = Path(directory)
-        return cls(directory, _read_date(directory))
+        return cls(directory, _read_date(date_from or directory), template)
 
     @property
     def vocab_size(self) -> int:
@@ -109,9 +116,20 @@ class Tokenizer:
         Raises:
             DataError: the template fails on these messages or leaves one out, or `encode` does.
         """
-        rendered = self._template.render(messages)
+        return self._render(messages, is_answered=False)
+
+    def render_conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of the chat template around a conversation that ends with the assistant's answer, all that it writes.
+
+        Raises:
+            DataError: as `render_prompt`.
+        """
+        return self._render(messages, is_answered=True)
+
+    def _render(self, messages: Sequence[Message], *, is_answered: bool) -> list[int]:
+        rendered = self._template.render(messages, is_answered=is_answered)
         ids = self._encode_template(rendered)
-        parts, specials = self._own_parts(tuple(message.role for message in messages))
+        parts, specials = self._own_parts(tuple(message.role for message in messages), is_answered)
         if self._specials_of(ids) == specials or not self._brings_specials(rendered, parts):
             return ids
         # The messages brought special tokens of their own: only the template's parts may be read with them.
@@ -131,9 +149,9 @@ class Tokenizer:
             ids = [index for index in ids if index not in self._special_ids]
         return self._with_specials.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def _parts(self, roles: tuple[str, ...]) -> tuple[list[str | int], list[int]]:
+    def _parts(self, roles: tuple[str, ...], is_answered: bool) -> tuple[list[str | int], list[int]]:
         """What the template writes around messages of these roles, and the special tokens in it."""
-        parts = self._template.parts(roles)
+        parts = self._template.parts(roles, is_answered=is_answered)
         own = (self._encode_template(part) for part in parts if isinstance(part, str))
         return parts, self._specials_of(chain.from_iterable(own))
 
