@@ -68,14 +68,14 @@ class RunConfig(Section):
         return {key: entry for key, entry in entries if isinstance(entry, RewardModelSection)}
 
     @property
-    def served_reward_models(self) -> list[RewardModelSection]:
+    def served_reward_models(self) -> dict[str, RewardModelSection]:
         """Those whose servers the run starts."""
-        return [section for section in self.reward_models.values() if section.url is None]
+        return {key: section for key, section in self.reward_models.items() if section.url is None}
 
     @property
     def reward_workers(self) -> int:
         """Of all replicas of these."""
-        return sum(section.replicas * section.tensor_parallel for section in self.served_reward_models)
+        return sum(section.replicas * section.tensor_parallel for section in self.served_reward_models.values())
 
     @model_validator(mode="after")
     def check_rewards(self) -> "RunConfig":
