@@ -63,7 +63,9 @@ class RunConfig(Section):
     @property
     def reward_models(self) -> dict[str, RewardModelSection]:
         """Those of `rewards`, by their keys in the configuration."""
-        keys = [f"reward.{place}" for place in range(len(self.rewards))] if isinstance(self.reward, list) else ["reward"]
+        keys = (
+            [f"reward.{place}" for place in range(len(self.rewards))] if isinstance(self.reward, list) else ["reward"]
+        )
         entries = zip(keys, self.rewards, strict=True)
         return {key: entry for key, entry in entries if isinstance(entry, RewardModelSection)}
 

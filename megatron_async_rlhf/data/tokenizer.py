@@ -71,9 +71,7 @@ class Tokenizer:
         self._own_parts = lru_cache(maxsize=64)(self._parts)
 
     @classmethod
-    def load(
-        cls, directory: Path | str, *, template: Path | None = None, date_from: Path | None = None
-    ) -> "Tokenizer":
+    def load(cls, directory: Path | str, *, template: Path | None = None, date_from: Path | None = None) -> "Tokenizer":
         """Read the tokenizer, its special tokens and the chat template of a directory.
 
         Args:

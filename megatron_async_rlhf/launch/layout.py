@@ -43,7 +43,9 @@ def lay_out(config: RunConfig, nodes: Sequence[Node], replicas: int) -> Layout:
     """
     learner = config.learner
     group = 1 if config.launch.tensor_parallel_across_nodes else learner.tensor_parallel
-    servers = [(section.replicas, section.tensor_parallel) for section in config.served_reward_models.values() if replicas]
+    servers = [
+        (section.replicas, section.tensor_parallel) for section in config.served_reward_models.values() if replicas
+    ]
     if config.run.device == "cpu":
         kinds = [(replicas, config.generator.tensor_parallel), *servers]
         learners, (generators, *rewards) = _on_cores(nodes, learner.world_size, group, kinds)
@@ -57,9 +59,7 @@ def lay_out(config: RunConfig, nodes: Sequence[Node], replicas: int) -> Layout:
     return Layout(learners, generators, [_take_backwards(free, *server, nodes, "reward") for server in servers])
 
 
-def _take_backwards(
-    free: list[list[int]], count: int, size: int, nodes: Sequence[Node], side: str
-) -> list[list[Slot]]:
+def _take_backwards(free: list[list[int]], count: int, size: int, nodes: Sequence[Node], side: str) -> list[list[Slot]]:
     """As `_take`, from the last machine on; in the order of machines."""
     last = len(nodes) - 1
     taken = _take(free[::-1], count, size, nodes[::-1], side)
@@ -91,7 +91,10 @@ def _on_cores(
     Args:
         kinds: replicas, and workers of each of them.
     """
-    learners, shares = _shares(ranks // group, len(nodes)), [_shares(replicas, len(nodes))[::-1] for replicas, _ in kinds]
+    learners, shares = (
+        _shares(ranks // group, len(nodes)),
+        [_shares(replicas, len(nodes))[::-1] for replicas, _ in kinds],
+    )
     placed: list[Slot] = []
     servers: list[list[list[Slot]]] = [[] for _ in kinds]
     for i, node in enumerate(nodes):

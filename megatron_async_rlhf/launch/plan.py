@@ -187,7 +187,7 @@ class _Restarts(NamedTuple):
     """How often a server may be started again, and the key of the configuration that says so."""
 
     key: str
-    count: int
+    limit: int
 
 
 def _server(
@@ -209,7 +209,7 @@ def _server(
         node=slots[0].node,
         end_signal=signal.SIGINT,  # which vLLM takes as it takes a SIGTERM
         blocks_terminate=True,
-        restarts=restarts.count,
+        restarts=restarts.limit,
         restarts_key=restarts.key,
     )
 

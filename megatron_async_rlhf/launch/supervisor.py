@@ -201,7 +201,9 @@ class Supervisor:
             process.kill_group(signal.SIGKILL)  # its workers hold the cores, and perhaps the port
             process.clean_up()
             if used == limit:
-                self._display.note(f"{process.name} {process.ending()}; {process.spec.restarts_key} = {used} are used up")
+                self._display.note(
+                    f"{process.name} {process.ending()}; {process.spec.restarts_key} = {used} are used up"
+                )
                 continue
             self._display.note(f"{process.name} {process.ending()}; started again ({used + 1} of {limit})")
             self._killed.pop(process.name, None)

@@ -1,6 +1,6 @@
 """A reward model as a reward: its own template around conversation and completion, its servers' score for each.
 
-    conversation, completion ──> the reward model's template and tokenizer ──> servers ──> logit - mean of solutions
+conversation, completion ──> the reward model's template and tokenizer ──> servers ──> logit - mean of solutions
 """
 
 import asyncio

@@ -58,9 +58,7 @@ class ServersBusy:
         any: of all servers together.
     """
 
-    def __init__(
-        self, clock: Callable[[], float], *, what: str = "generate", on_any: OnSpan, on_one: OnSpan
-    ) -> None:
+    def __init__(self, clock: Callable[[], float], *, what: str = "generate", on_any: OnSpan, on_one: OnSpan) -> None:
         """
         Args:
             what: they do, the name of every span.
