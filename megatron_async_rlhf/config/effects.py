@@ -32,8 +32,8 @@ def _algorithms(*kinds: type[AlgorithmKeys]) -> tuple[str, ...]:
 _NEEDS = (
     _Needs(("learner.min_learning_rate",), "learner.lr_decay", ("linear", "cosine")),
     _Needs(("warm_start.min_learning_rate",), "warm_start.lr_decay", ("cosine", "linear")),
-    _Needs(("generator.kv_cache_gib", "launch.pin_cores", "reward.kv_cache_gib"), "run.device", ("cpu",)),
-    _Needs(("generator.gpu_memory_share", "generator.cuda_graphs", "reward.gpu_memory_share"), "run.device", ("cuda",)),
+    _Needs(("generator.kv_cache_gib", "launch.pin_cores"), "run.device", ("cpu",)),
+    _Needs(("generator.gpu_memory_share", "generator.cuda_graphs"), "run.device", ("cuda",)),
     _Needs(("learner.reference",), "algorithm.type", _algorithms(OnlineDPOSection, PolicyGradientKeys)),
     _Needs(("algorithm.reward_scale",), "algorithm.type", _algorithms(PolicyGradientKeys)),
     _Needs(("algorithm.cispo_high",), "algorithm.loss", ("cispo",)),
@@ -56,6 +56,13 @@ def check_effects(config: RunConfig) -> None:
                     f"{key} = {shown(value)} has no effect with {chooser} = {shown(chosen)}: remove it, or set {chooser} = "
                     f"{' or '.join(map(shown, values))}"
                 )
+    other, name = ("cuda", "gpu_memory_share") if config.run.device == "cpu" else ("cpu", "kv_cache_gib")
+    for key, section in config.reward_models.items():
+        if (value := getattr(section, name)) != type(section).model_fields[name].default:
+            raise ValueError(
+                f"{key}.{name} = {shown(value)} has no effect with run.device = {config.run.device}: remove it, or set "
+                f"run.device = {other}"
+            )
     for key in _COLUMNS:
         value, default = _value_of(config, key)
         if value != default and config.data.train == "builtin" and config.data.eval in (None, "builtin"):

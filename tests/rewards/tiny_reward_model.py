@@ -29,6 +29,26 @@ def make_reward_model(directory: Path, *, context: int = 128, labels: int = 1, s
     return directory
 
 
+def describe_reward_model(directory: Path, *, context: int = 128, **changes: object) -> Path:
+    """As `make_reward_model`, but without weights, torch and Transformers: what a reward needs of a served model."""
+    make_byte_tokenizer(directory)
+    config = {
+        "architectures": ["LlamaForSequenceClassification"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "vocab_size": BYTE_VOCAB_SIZE,
+        "pad_token_id": 256,
+        "id2label": {"0": "LABEL_0"},
+    }
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    return directory
+
+
 def change_config(directory: Path, **values: object) -> None:
     """Overwrite keys of the model's config.json; None removes one."""
     path = directory / "config.json"
