@@ -15,8 +15,25 @@ _FIXED = (
 )  # fmt: skip
 
 
+# How a reward model is served; which it is stays the same.
+_SERVING = tuple(
+    f"reward.{name}"
+    for name in (
+        *(
+            "url",
+            "replicas",
+            "tensor_parallel",
+            "kv_cache_gib",
+            "gpu_memory_share",
+            "start_timeout_s",
+            "request_timeout_s",
+        ),
+        "restarts",
+    )
+)
+
 # Where prompts and weights are read. They may lie elsewhere now, as long as the contents are known to be the same.
-_PLACES = ("data.train", "data.eval", "model.hf")
+_PLACES = ("data.train", "data.eval", "model.hf", "reward.model")
 
 
 def check_same_run(earlier: RunConfig, now: RunConfig, *, contents_are_compared: bool = False) -> None:
@@ -31,6 +48,8 @@ def check_same_run(earlier: RunConfig, now: RunConfig, *, contents_are_compared:
     before, after = _leaves(earlier.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
     for key in (*before, *after):
         if contents_are_compared and key in _PLACES and None not in (before.get(key), after.get(key)):
+            continue
+        if key in _SERVING:
             continue
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED) and before.get(key) != after.get(key):
             raise ConfigError(
