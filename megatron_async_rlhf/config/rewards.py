@@ -1,38 +1,18 @@
 """The `reward` section: what scores completions. One entry, or a list of entries whose weighted scores are summed."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
 from megatron_async_rlhf.config.data import DataSection
+from megatron_async_rlhf.config.reward_keys import RewardKeys
+from megatron_async_rlhf.config.reward_model_section import RewardModelSection
 from megatron_async_rlhf.config.section import FunctionName
-from megatron_async_rlhf.config.written_key import Key, ReportingSection
+from megatron_async_rlhf.config.written_key import Key
 from megatron_async_rlhf.user_functions import split_name
 
 _EXACT = Key("exact", "share", "of completions with the right answer (`builtin`, `gsm8k`)", "reward")
-
-
-class RewardKeys(ReportingSection):
-    """What all types of rewards have; metrics are of each completion."""
-
-    if TYPE_CHECKING:
-        type: str  # each class below has its own as a field
-
-    name: str | None = Field(None, pattern=r"^[A-Za-z_][\w.-]*$")  # of its metrics in a list; default: its type
-    weight: float = 1.0  # of its scores, in the sum that is trained on
-
-    @property
-    def title(self) -> str:
-        return self.name or self.type
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_key_of_another_type(cls, tree: Any) -> Any:
-        """The resolved configurations of version 0.1.0 have `format_reward` whatever the type is."""
-        if isinstance(tree, dict) and "format_reward" not in cls.model_fields and tree.get("format_reward") == 0.1:
-            return {key: value for key, value in tree.items() if key != "format_reward"}
-        return tree
 
 
 class BuiltinRewardSection(RewardKeys):
@@ -61,7 +41,7 @@ class FunctionRewardSection(RewardKeys):
     own_metrics: ClassVar[tuple[Key, ...]] = (
         Key(
             "reward_failed", "share",
-            "of completions for which the function failed (`function` with `on_error: zero`)",
+            "of completions for which the reward failed (`function`, `reward_model` with `on_error: zero`)",
             "reward", lambda keys: keys.on_error == "zero",
         ),
     )  # fmt: skip
@@ -82,6 +62,7 @@ REWARDS: dict[str, type[RewardKeys]] = {
     "builtin": BuiltinRewardSection,
     "gsm8k": Gsm8kRewardSection,
     "function": FunctionRewardSection,
+    "reward_model": RewardModelSection,
 }
 
 
@@ -97,12 +78,13 @@ def _form_of(value: Any) -> str | None:
 _Builtin = Annotated[BuiltinRewardSection, Tag("builtin")]
 _Gsm8k = Annotated[Gsm8kRewardSection, Tag("gsm8k")]
 _Function = Annotated[FunctionRewardSection, Tag("function")]
+_Model = Annotated[RewardModelSection, Tag("reward_model")]
 RewardEntry = Annotated[
-    _Builtin | _Gsm8k | _Function,
+    _Builtin | _Gsm8k | _Function | _Model,
     Discriminator(_type_of, custom_error_type="type_of_section", custom_error_message="unknown"),
 ]
 RewardSection = Annotated[
-    _Builtin | _Gsm8k | _Function | Annotated[list[RewardEntry], Tag("list"), Field(min_length=1)],
+    _Builtin | _Gsm8k | _Function | _Model | Annotated[list[RewardEntry], Tag("list"), Field(min_length=1)],
     Discriminator(_form_of, custom_error_type="type_of_section", custom_error_message="unknown"),
 ]
 

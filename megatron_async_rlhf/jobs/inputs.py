@@ -33,6 +33,7 @@ from megatron_async_rlhf.formats.hub_snapshot import is_snapshot
 from megatron_async_rlhf.formats.safetensors_files import SINGLE, find_files, find_weights, refuse_adapter, weight_files
 from megatron_async_rlhf.formats.tensor_spec import TensorSpec
 from megatron_async_rlhf.formats.value_source import check_value_source
+from megatron_async_rlhf.jobs.reward_models import check_reward_models, length_warnings, load_reward_models
 from megatron_async_rlhf.models.architecture import (
     Architecture,
     architecture_of,
@@ -138,6 +139,7 @@ def check_inputs(config: RunConfig, template: Path) -> RunInputs:
     check_policy_weights(config, run_inputs.architecture)
     check_value_weights(config, run_inputs.architecture)
     check_functions(config, run_inputs)
+    check_reward_models(config, run_inputs.reward, run_inputs.train)
     return run_inputs
 
 
@@ -167,6 +169,7 @@ def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
     assert config.model.hf is not None
     described = hf_files_of(config.model.hf)
     check_causal_model(described)
+    load_reward_models(config, make_reward(config.rewards), described)
     architecture, transfer = resolve_architecture(config, described)
     if (described / "tokenizer.json").is_file():
         check_vocabulary(config, read_tokenizer(config, described), architecture)
@@ -245,6 +248,7 @@ def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
             f"together exceed the context of {architecture.context_length} tokens"
         )
     reward = make_reward(config.rewards)
+    load_reward_models(config, reward, template)
     splits, report = {}, DataReport()
     for split in ("train", "eval"):
         examples = load_examples(config.data, split, config.run.seed, report)
@@ -268,7 +272,11 @@ def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
 
 def data_warnings(config: RunConfig, run_inputs: RunInputs) -> list[str]:
     """What is possible and yet hardly meant, a line each."""
-    return [*_too_few_prompts(config, len(run_inputs.train)), *_too_short_completions(config, run_inputs)]
+    return [
+        *_too_few_prompts(config, len(run_inputs.train)),
+        *_too_short_completions(config, run_inputs),
+        *length_warnings(config, run_inputs.reward, [*run_inputs.train, *run_inputs.eval]),
+    ]
 
 
 def _too_few_prompts(config: RunConfig, prompts: int) -> list[str]:

@@ -39,25 +39,28 @@ class InputDigests(Struct, frozen=True, kw_only=True):
     Attributes:
         weights: of `model.hf`; None without it.
         reward: of the source code that scores.
+        reward_models: of the weights in the directories of reward models; None without any, and of runs of before.
     """
 
     train: PromptSet
     eval: PromptSet
     weights: str | None
     reward: str | None
+    reward_models: str | None = None
     format: int = _FORMAT
 
 
 def digest_inputs(config: RunConfig, run_inputs: RunInputs) -> InputDigests:
     """
     Raises:
-        ConfigError: the weights of `model.hf` cannot be read.
+        ConfigError: the weights of `model.hf`, or of a reward model, cannot be read.
     """
     return InputDigests(
         train=_prompts(run_inputs.train),
         eval=_prompts(run_inputs.eval),
-        weights=None if config.model.hf is None else _weights(config.model.hf),
+        weights=None if config.model.hf is None else _weights("model.hf", config.model.hf),
         reward=_digest(path.read_bytes() for path in run_inputs.reward.sources()),
+        reward_models=_reward_models(config),
     )
 
 
@@ -129,6 +132,9 @@ def check_same_inputs(run_dir: Path, config: RunConfig, now: InputDigests, *, st
         raise ConfigError(
             f"model.hf = {config.model.hf}: its weights are not those that the run in {run_dir} was started with{way_out}"
         )
+    if before.reward_models != now.reward_models:
+        where = ", ".join(f"{key}.model = {section.model}" for key, section in config.reward_models.items())
+        raise ConfigError(f"{where}: the weights are not those that the run in {run_dir} was started with{way_out}")
     if before.reward != now.reward:
         types = ", ".join(reward.type for reward in config.rewards)
         return [f"reward.type = {types}: its code has changed since the run in {run_dir} was started"]
@@ -153,13 +159,18 @@ def _prompts(prompts: Sequence[Prompt]) -> PromptSet:
     )
 
 
-def _weights(directory: Path) -> str:
+def _reward_models(config: RunConfig) -> str | None:
+    models = [_packed(_weights(f"{key}.model", section.model)) for key, section in config.reward_models.items()]
+    return _digest(models) if models else None
+
+
+def _weights(key: str, directory: Path) -> str:
     """Of the names, the sizes and samples of the contents of its weight files."""
     try:
         files = sorted(path for path in directory.iterdir() if path.suffix in _WEIGHT_FILES)
         return _digest(part for path in files for part in _samples(path))
     except OSError as error:
-        raise ConfigError(f"model.hf = {directory}: cannot be read ({error.strerror or error})") from None
+        raise ConfigError(f"{key} = {directory}: cannot be read ({error.strerror or error})") from None
 
 
 def _samples(path: Path) -> Iterable[bytes]:

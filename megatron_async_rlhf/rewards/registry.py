@@ -8,11 +8,13 @@ from megatron_async_rlhf.config.rewards import (
     FunctionRewardSection,
     Gsm8kRewardSection,
     RewardEntry,
+    RewardModelSection,
 )
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.builtin import BuiltinReward
 from megatron_async_rlhf.rewards.function import FunctionReward
 from megatron_async_rlhf.rewards.gsm8k import Gsm8kReward
+from megatron_async_rlhf.rewards.reward_model import ModelReward
 from megatron_async_rlhf.rewards.weighted_sum import Part, WeightedSum
 
 
@@ -37,5 +39,7 @@ def _make(entry: RewardEntry) -> Reward:
             return Gsm8kReward(entry.format_reward)
         case FunctionRewardSection():
             return FunctionReward(entry)
+        case RewardModelSection():
+            return ModelReward(entry)
         case unknown:
             assert_never(unknown)

@@ -29,6 +29,7 @@ REFERENCE_DIR = "checkpoints/reference"  # the reference policy's weights, unles
 RUN_STATE = "run_state.msgpack"  # in a checkpoint: the controller's part
 EXPORT_DIR = "checkpoints/final"  # the finished policy as a Hugging Face directory
 ROLLOUT_DIR = "rollouts"  # what was trained on, with schedule.record
+REWARD_CENTERS = "reward_centers.json"  # what is subtracted from a reward model's scores, by the reward's key
 FAILED_BATCH = "non_finite_batch.json"
 
 _RESERVE_BYTES = 64 * 2**10
