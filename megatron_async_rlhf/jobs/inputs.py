@@ -69,10 +69,10 @@ class RunInputs(Struct, frozen=True, kw_only=True):
     reward: Reward
     transfer: TransferPlan
 
-    @property
-    def data_counts(self) -> DataCounts:
-        """For the summary of the run."""
-        return DataCounts(read=self.data.read, used=self.data.used, dropped=dict(self.data.dropped))
+
+def data_counts(report: DataReport) -> DataCounts:
+    """For the summary of the run."""
+    return DataCounts(read=report.read, used=report.used, dropped=dict(report.dropped))
 
 
 def make_model_template(config: RunConfig, directory: Path) -> None:
@@ -164,7 +164,7 @@ def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
     check_causal_model(described)
     architecture, transfer = resolve_architecture(config, described)
     if (described / "tokenizer.json").is_file():
-        _check_vocabulary(config, _read_tokenizer(config, described), architecture)
+        check_vocabulary(config, read_tokenizer(config, described), architecture)
     return architecture, transfer
 
 
@@ -229,9 +229,9 @@ def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
     Raises:
         ConfigError, DataError: one line.
     """
-    tokenizer = _read_tokenizer(config, template)
+    tokenizer = read_tokenizer(config, template)
     architecture, transfer = resolve_architecture(config, template)
-    _check_vocabulary(config, tokenizer, architecture)
+    check_vocabulary(config, tokenizer, architecture)
     room = architecture.context_length - config.generator.max_new_tokens
     limit = config.data.max_prompt_tokens or room
     if limit > room:
@@ -288,14 +288,14 @@ def _too_short_completions(config: RunConfig, run_inputs: RunInputs) -> list[str
     ]
 
 
-def _read_tokenizer(config: RunConfig, template: Path) -> Tokenizer:
+def read_tokenizer(config: RunConfig, template: Path) -> Tokenizer:
     try:
         return Tokenizer.load(template)
     except DataError as error:  # of a copy, which the user has never seen
         raise DataError(str(error).replace(str(template), f"model.hf = {config.model.hf}")) from None
 
 
-def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
+def check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
     (largest, token), rows = tokenizer.last_token, architecture.vocab_size
     if largest >= rows:
         raise ConfigError(

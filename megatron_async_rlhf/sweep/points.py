@@ -147,7 +147,7 @@ def _warm_start(tree: dict[str, Any], base: RunConfig, directory: Path) -> RunCo
     resolved = base.model_dump(mode="json")
     facts = [base.run.seed, base.learner.precision, *(resolved[key] for key in _WARM_START_KEYS)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    own = {section: copy.deepcopy(keys) for section, keys in tree.items() if section != "sweep"}
+    own = {section: copy.deepcopy(keys) for section, keys in tree.items() if section not in ("sweep", "sft")}
     set_key(own, "run.name", "warm_start")
     set_key(own, "run.dir", str(directory / f"warm_start-{digest}"))
     return check_tree(own)

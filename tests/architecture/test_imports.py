@@ -28,7 +28,7 @@ ORDER = [
     ["converter", "jobs"],
     ["simulate"],
     ["launch"],
-    ["sweep"],
+    ["sweep", "pipeline"],
     ["cli"],
     ["__main__"],
 ]

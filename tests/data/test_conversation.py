@@ -159,6 +159,7 @@ def test_no_message_can_end_a_turn_or_open_another_one(byte_directory: Path, con
         for message in messages:
             (role,) = tokenizer._encode_template(f"<{message.role}>")
             expected += [role, *content_ids(message.content)]
+            expected += [tokenizer.eos_token_id] if message.role == "assistant" else []
         assert tokenizer.render_prompt(messages) == [*expected, *tokenizer._encode_template("<assistant>")]
 
 
