@@ -60,7 +60,7 @@ def examine() -> Iterator[Finding]:
     yield from _fused_parts()
     yield _program("Slurm", "sbatch", "--version", "only for launching with sbatch; runs on one machine need none")
     for name, module, purpose in (
-        ("datasets", "datasets", "data.train = hf:..."),
+        ("datasets", "datasets", "data.train = hf:..., CSV and Parquet files"),
         ("W&B", "wandb", "telemetry.wandb"),
         ("NeMo-Run", "nemo_run", "async-rlhf launch; in an environment of its own: bash tools/setup_launch_env.sh"),
     ):

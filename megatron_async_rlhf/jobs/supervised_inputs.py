@@ -30,7 +30,7 @@ class SupervisedInputs(Struct, frozen=True, kw_only=True):
     Attributes:
         held_out: rows that are not trained on, for the loss on them.
         batches: of each optimizer step, which rows of `train`.
-        data: what became of the records that the rows are made of.
+        data: what became of the records that rows are made of.
     """
 
     architecture: Architecture
@@ -52,6 +52,7 @@ def load_supervised_inputs(config: RunConfig, template: Path, run_inputs: RunInp
     held_out: list[Sequence] = []
     if config.sft is None:
         run_inputs = run_inputs or load_run_inputs(config, template)
+        report = run_inputs.data
         architecture, prompts = run_inputs.architecture, run_inputs.train
         solved = [run_inputs.solved[prompt.index] for prompt in prompts if prompt.index in run_inputs.solved]
         unanswered = sum(prompt.solution is None for prompt in prompts)
@@ -95,7 +96,7 @@ def _rows(
     assert config.sft is not None  # it says what a row is
     examples = load_examples(config.data, split, config.run.seed, report)
     drop_long = config.data.long_prompts == "drop"
-    made = answered_rows(examples, tokenizer, limit, answers=config.sft.answers, drop_long=drop_long)
-    report.drop("without an answer", made.unanswered)
-    report.drop("longer than sft.max_tokens", made.too_long)
-    return made
+    answered = answered_rows(examples, tokenizer, limit, answers=config.sft.answers, drop_long=drop_long)
+    report.drop("no answer of the assistant", answered.unanswered)
+    report.drop("longer than sft.max_tokens", answered.too_long)
+    return answered

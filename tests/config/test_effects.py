@@ -51,6 +51,11 @@ IN_VAIN = [
         "data.prompt_field = question has no effect with data.train = builtin, which has no columns: remove it, or set data.train",
     ),
     ({"data": {"solution_field": "answer"}}, "data.solution_field = answer has no effect with data.train = builtin"),
+    (
+        {"data": {"chosen_field": "a", "rejected_field": "b"}},
+        "data.chosen_field = a has no effect with data.train = builtin",
+    ),
+    ({"data": {"bad_records": "drop"}}, "data.bad_records = drop has no effect with data.train = builtin"),
 ]
 IN_USE = [
     {**GSM8K, "reward": {"type": "gsm8k", "format_reward": 0.3}},

@@ -205,6 +205,13 @@ def test_a_verifier_or_warm_start_without_solutions_is_refused(load):
     assert load(data=data | {"solution_field": "answer"}, reward=reward, warm_start={"steps": 5}).warm_start.steps == 5
 
 
+def test_the_former_default_of_the_prompt_column_is_passed_over_where_nothing_has_columns(load):
+    """It stands in the resolved configurations of older runs."""
+    assert load(data={"prompt_field": "prompt"}) == load()
+    data, reward = {"train": "t.jsonl", "prompt_field": "prompt", "solution_field": "a"}, {"type": "gsm8k"}
+    assert load(data=data, reward=reward).data.prompt_field == "prompt"
+
+
 BAD_ON_GPUS = [
     ({"weights": {"transport": "gloo"}}, ["weights.transport = gloo", "run.device = cuda", "nccl"]),
     ({"learner": {"ranks": 6}, "generator": {"replicas": 3}}, ["need 9 GPUs", "launch.gpus_per_node = 8"]),

@@ -90,9 +90,9 @@ def test_one_request_scores_a_group_as_the_models_template_writes_it(tmp_path):
             assert [s.metrics for s in scores] == [{}] * 3
             (body,) = server.bodies
             assert body["use_activation"] is False and len(body["input"]) == 3
-            # The byte tokenizer's template: <user>, the text's bytes, <assistant>, the completion's bytes.
-            assert body["input"][0] == [258, *b"Say b.", 259, *b"b"]
-            assert body["input"][1] == [258, *b"Say b.", 259, *b"bb <eos>"], "a spelled token stays text"
+            # The byte tokenizer's template: <user>, the text's bytes, <assistant>, the completion's bytes, the end.
+            assert body["input"][0] == [258, *b"Say b.", 259, *b"b", 257]
+            assert body["input"][1] == [258, *b"Say b.", 259, *b"bb <eos>", 257], "a spelled token stays text"
 
     asyncio.run(go())
 
@@ -223,9 +223,9 @@ def test_failures_may_count_as_zero(tmp_path):
 
 def test_a_completion_that_does_not_fit_is_not_sent(tmp_path):
     async def go() -> None:
-        async with rewarded(tmp_path, context_length=20) as (made, (server,)):
-            (fits,) = await made.reward.score(prompt(), completions("x" * 12))  # with 8 tokens around it
-            with pytest.raises(RewardError, match="makes 21 tokens with its conversation, above the 20 .* prompt 0"):
+        async with rewarded(tmp_path, context_length=21) as (made, (server,)):
+            (fits,) = await made.reward.score(prompt(), completions("x" * 12))  # with 9 tokens around it
+            with pytest.raises(RewardError, match="makes 22 tokens with its conversation, above the 21 .* prompt 0"):
                 await made.reward.score(prompt(), completions("x", "x" * 13))
             assert len(server.bodies) == 1
 
@@ -234,12 +234,12 @@ def test_a_completion_that_does_not_fit_is_not_sent(tmp_path):
 
 def test_prompts_that_cannot_fit_are_refused_and_those_that_may_not_are_told_of(tmp_path):
     async def go() -> None:
-        async with rewarded(tmp_path, context_length=20) as (made, _):
+        async with rewarded(tmp_path, context_length=21) as (made, _):
             made.reward.check(prompt(text="x" * 18))
-            with pytest.raises(DataError, match="prompt 0 .* has 21 tokens in the chat template of reward.model"):
+            with pytest.raises(DataError, match="prompt 0 .* has 22 tokens in the chat template of reward.model"):
                 made.reward.check(prompt(text="x" * 19))
             (line,) = length_warnings(made.config, made.reward, [prompt()])
-            assert "reads 20 tokens; the longest prompt has 8" in line and "ends the run (reward.on_error)" in line
+            assert "reads 21 tokens; the longest prompt has 9" in line and "ends the run (reward.on_error)" in line
 
     asyncio.run(go())
 
