@@ -261,6 +261,15 @@ def test_a_bad_override_is_refused(load, override: str, named: list[str]):
     refused(lambda: load(override, run={"seed": 1}), *named)
 
 
+def test_a_number_is_an_entry_of_a_list(load):
+    rewards = [{"type": "builtin", "name": "a"}, {"type": "builtin", "name": "b"}]
+    assert [entry.weight for entry in load("reward.1.weight=3", reward=rewards).rewards] == [1.0, 3.0]
+    refused(
+        lambda: load("reward.2.weight=3", reward=rewards), "reward is a list, whose entries are reward.0 to reward.1"
+    )
+    refused(lambda: load("reward.weight=3", reward=rewards), "reward is a list, whose entries are reward.0 to reward.1")
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
