@@ -144,3 +144,15 @@ def test_what_is_wrong_with_a_recipe_is_one_line(rig: Rig, change: dict, line: s
 def test_an_override_names_its_stage(rig: Rig, override: str, line: str):
     with pytest.raises(ConfigError, match=line):
         rig.load(override)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    sorted((Path(__file__).parents[2] / "examples").glob("*/pipeline.yaml")),
+    ids=lambda path: path.parent.name,
+)
+def test_the_recipes_load(recipe: Path):
+    loaded = load_recipe(recipe.parent)
+    assert loaded.name == recipe.parent.name
+    used = {recipe.name, *(stage["config"] for stage in yaml.safe_load(recipe.read_text())["stages"])}
+    assert {path.name for path in recipe.parent.glob("*.yaml")} == used, "a file of no stage"
