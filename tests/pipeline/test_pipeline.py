@@ -10,6 +10,7 @@ import yaml
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.recipe import Recipe, load_recipe
 from megatron_async_rlhf.pipeline.driver import Driver
+from megatron_async_rlhf.pipeline.plot import write_plot
 
 STAND_IN = Path(__file__).parents[1] / "sweep" / "stand_in.py"
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
@@ -116,6 +117,18 @@ def test_figures_of_stages_are_repeated(rig: Rig):
     rig.drive()
     assert rig.record["eval"]["win_rate"] == {"mean": 0.7, "low": 0.6, "high": 0.8}
     assert rig.record["proxy"]["accuracy"] == {"mean": 0.9, "low": 0.8, "high": 0.95}
+
+
+def test_rewards_with_parts_are_drawn(rig: Rig):
+    rig.drive()
+    recipe, run = rig.load(), rig.folder / "runs/small/rl"
+    assert write_plot(recipe) is None
+    steps = [
+        {"step": n, "reward/proxy": 0.1 * n, "reward/gold": 0.05 * n, "kl_to_reference": 0.01 * n} for n in (1, 2, 3)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    path = write_plot(recipe)
+    assert path is not None and path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
