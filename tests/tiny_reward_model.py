@@ -1,6 +1,7 @@
 """A reward model with random weights, small enough to be made and served within a test."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_async_rlhf.data.tokenizer import BYTE_VOCAB_SIZE, make_byte_tokenizer
@@ -54,3 +55,19 @@ def change_config(directory: Path, **values: object) -> None:
     path = directory / "config.json"
     config = json.loads(path.read_text()) | values
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def scores_of(directory: Path, conversations: Iterable[tuple[str, str]]) -> list[float]:
+    """Logits of a prompt and a completion each, as Transformers computes them, one at a time."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    found = []
+    for prompt, completion in conversations:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        ids = tokenizer.apply_chat_template(turns, return_dict=False)
+        with torch.no_grad():
+            found.append(model(torch.tensor([ids])).logits.item())
+    return found

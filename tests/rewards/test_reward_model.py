@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from scoring_server import ScoringServer, score_of, serving
 from tiny_reward_model import describe_reward_model
@@ -93,6 +94,18 @@ def test_one_request_scores_a_group_as_the_models_template_writes_it(tmp_path):
             # The byte tokenizer's template: <user>, the text's bytes, <assistant>, the completion's bytes, the end.
             assert body["input"][0] == [258, *b"Say b.", 259, *b"b", 257]
             assert body["input"][1] == [258, *b"Say b.", 259, *b"bb <eos>", 257], "a spelled token stays text"
+
+    asyncio.run(go())
+
+
+def test_a_prompt_of_an_earlier_recording_has_its_text_alone(tmp_path):
+    recorded = {"index": 7, "text": "Say b.", "token_ids": [1], "reference": {}}
+    asked = msgspec.msgpack.decode(msgspec.msgpack.encode(recorded), type=Prompt)
+
+    async def go() -> None:
+        async with rewarded(tmp_path) as (made, (server,)):
+            await made.reward.score(asked, completions("b"))
+            assert server.bodies[0]["input"] == [[258, *b"Say b.", 259, *b"b"]]
 
     asyncio.run(go())
 
