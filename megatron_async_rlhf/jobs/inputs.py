@@ -42,8 +42,9 @@ from megatron_async_rlhf.models.architecture import (
 from megatron_async_rlhf.models.hf_mapping import check_shapes
 from megatron_async_rlhf.models.layout_rules import check_layouts
 from megatron_async_rlhf.rewards.base import Reward
-from megatron_async_rlhf.rewards.function import TimeLimit, check_function, check_parameters, inspect_function
+from megatron_async_rlhf.rewards.function import check_function, check_parameters, inspect_function
 from megatron_async_rlhf.rewards.registry import make_reward
+from megatron_async_rlhf.rewards.workers import TimeLimit
 from megatron_async_rlhf.types import Prompt, Sequence
 from megatron_async_rlhf.weights.plan import TransferPlan, configured_transfer
 
