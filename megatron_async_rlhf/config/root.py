@@ -59,6 +59,13 @@ class RunConfig(Section):
         """The entries of `reward`, also where it is one section and no list."""
         return self.reward if isinstance(self.reward, list) else [self.reward]
 
+    @property
+    def data_read(self) -> DataSection:
+        """`data`, with the columns that its rewards read by themselves among `reference_fields`."""
+        columns = [column for reward in self.rewards for column in reward.columns]
+        fields = list(dict.fromkeys([*self.data.reference_fields, *columns]))
+        return self.data.model_copy(update={"reference_fields": fields})
+
     @model_validator(mode="after")
     def check_rewards(self) -> "RunConfig":
         for reward in self.rewards:

@@ -7,12 +7,17 @@ from megatron_async_rlhf.config.rewards import (
     BuiltinRewardSection,
     FunctionRewardSection,
     Gsm8kRewardSection,
+    IfevalRewardSection,
+    MathRewardSection,
     RewardEntry,
 )
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.builtin import BuiltinReward
 from megatron_async_rlhf.rewards.function import FunctionReward
 from megatron_async_rlhf.rewards.gsm8k import Gsm8kReward
+from megatron_async_rlhf.rewards.ifeval import Ifeval
+from megatron_async_rlhf.rewards.math_answer import MathAnswer
+from megatron_async_rlhf.rewards.verifier import Verification, WorkerVerifier
 from megatron_async_rlhf.rewards.weighted_sum import Part, WeightedSum
 
 
@@ -37,5 +42,16 @@ def _make(entry: RewardEntry) -> Reward:
             return Gsm8kReward(entry.format_reward)
         case FunctionRewardSection():
             return FunctionReward(entry)
+        case IfevalRewardSection() | MathRewardSection():
+            return WorkerVerifier(entry, verification_of(entry))
         case unknown:
             assert_never(unknown)
+
+
+def verification_of(entry: IfevalRewardSection | MathRewardSection) -> Verification:
+    """What its workers do."""
+    match entry:
+        case IfevalRewardSection():
+            return Ifeval(mode=entry.mode, aggregate=entry.aggregate)
+        case MathRewardSection():
+            return MathAnswer()

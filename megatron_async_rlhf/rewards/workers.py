@@ -1,8 +1,8 @@
 """Functions called in worker processes, each call with a time limit: what they do, or break, never holds up the caller.
 
-    call ──> a free worker calls the function ──> what it returns
-                     │
-                     └── it takes too long, or the worker dies: the worker is replaced
+call ──> a free worker calls the function ──> what it returns
+                 │
+                 └── it takes too long, or the worker dies: the worker is replaced
 """
 
 import asyncio

@@ -17,6 +17,9 @@ from megatron_async_rlhf.config.written_key import Key
 from megatron_async_rlhf.rewards.builtin import BuiltinReward
 from megatron_async_rlhf.rewards.function import FunctionReward
 from megatron_async_rlhf.rewards.gsm8k import Gsm8kReward
+from megatron_async_rlhf.rewards.ifeval import Ifeval
+from megatron_async_rlhf.rewards.math_answer import MathAnswer
+from megatron_async_rlhf.rewards.verifier import Task
 from megatron_async_rlhf.simulate.scenario import Scenario
 from megatron_async_rlhf.simulate.simulation import Simulation
 from megatron_async_rlhf.simulate.virtual_time import run_in_virtual_time
@@ -89,6 +92,9 @@ def test_metrics_of_the_rewards():
     }
     section = FunctionRewardSection(function="nowhere.py:score", on_error="zero")
     (score,) = asyncio.run(FunctionReward(section).score(prompt, [completion]))
+    reported |= MathAnswer().judge(Task("", {"solution": "1"}), "1")[1].keys()
+    instruction = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    reported |= Ifeval(mode="strict", aggregate="all").judge(Task("", instruction), "1")[1].keys()
     assert reported | set(score.metrics) == names(METRICS, "reward")
 
 
