@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
 from megatron_async_rlhf.config.reward_keys import RewardKeys, VerifierKeys, WorkerKeys
 from megatron_async_rlhf.config.section import FunctionName
@@ -78,12 +78,23 @@ class MathRewardSection(VerifierKeys):
     type: Literal["math"] = "math"
 
 
+class LengthRewardSection(RewardKeys):
+    """A penalty on tokens, to be added to a reward that grows with them."""
+
+    type: Literal["length"] = "length"
+    per_token: PositiveFloat  # what each token too many costs
+    free_tokens: int = Field(0, ge=0)  # that cost nothing: the first ones, or around the target
+    target: PositiveInt | None = None  # penalise the distance from it, on both sides, and not the length
+    max_penalty: PositiveFloat = 1.0  # a completion never costs more
+
+
 REWARDS: dict[str, type[RewardKeys]] = {
     "builtin": BuiltinRewardSection,
     "gsm8k": Gsm8kRewardSection,
     "function": FunctionRewardSection,
     "ifeval": IfevalRewardSection,
     "math": MathRewardSection,
+    "length": LengthRewardSection,
 }
 
 
@@ -103,6 +114,7 @@ _Entry = (
     | Annotated[FunctionRewardSection, Tag("function")]
     | Annotated[IfevalRewardSection, Tag("ifeval")]
     | Annotated[MathRewardSection, Tag("math")]
+    | Annotated[LengthRewardSection, Tag("length")]
 )
 RewardEntry = Annotated[
     _Entry, Discriminator(_type_of, custom_error_type="type_of_section", custom_error_message="unknown")

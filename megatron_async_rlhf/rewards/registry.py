@@ -8,6 +8,7 @@ from megatron_async_rlhf.config.rewards import (
     FunctionRewardSection,
     Gsm8kRewardSection,
     IfevalRewardSection,
+    LengthRewardSection,
     MathRewardSection,
     RewardEntry,
 )
@@ -16,6 +17,7 @@ from megatron_async_rlhf.rewards.builtin import BuiltinReward
 from megatron_async_rlhf.rewards.function import FunctionReward
 from megatron_async_rlhf.rewards.gsm8k import Gsm8kReward
 from megatron_async_rlhf.rewards.ifeval import Ifeval
+from megatron_async_rlhf.rewards.length import LengthReward
 from megatron_async_rlhf.rewards.math_answer import MathAnswer
 from megatron_async_rlhf.rewards.verifier import Verification, WorkerVerifier
 from megatron_async_rlhf.rewards.weighted_sum import Part, WeightedSum
@@ -42,6 +44,8 @@ def _make(entry: RewardEntry) -> Reward:
             return Gsm8kReward(entry.format_reward)
         case FunctionRewardSection():
             return FunctionReward(entry)
+        case LengthRewardSection():
+            return LengthReward(entry)
         case IfevalRewardSection() | MathRewardSection():
             return WorkerVerifier(entry, verification_of(entry))
         case unknown:
