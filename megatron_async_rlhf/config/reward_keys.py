@@ -12,12 +12,10 @@ class RewardKeys(ReportingSection):
 
     Attributes:
         columns: fields of a record that the reward reads without `data.reference_fields` naming them.
-        reads_solution: whether it compares with the solution in `data.solution_field`.
         packages: modules that it imports and that only the extra `rewards` installs.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
-    reads_solution: ClassVar[bool] = False
     packages: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:
@@ -25,6 +23,11 @@ class RewardKeys(ReportingSection):
 
     name: str | None = Field(None, pattern=r"^[A-Za-z_][\w.-]*$")  # of its metrics in a list; default: its type
     weight: float = 1.0  # of its scores, in the sum that is trained on
+
+    @property
+    def reads_solution(self) -> bool:
+        """Whether it needs the solution in `data.solution_field`."""
+        return False
 
     @property
     def title(self) -> str:

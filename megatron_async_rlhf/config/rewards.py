@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
+from megatron_async_rlhf.config.judge import JudgeRewardSection
 from megatron_async_rlhf.config.reward_keys import RewardKeys, VerifierKeys, WorkerKeys
 from megatron_async_rlhf.config.section import FunctionName
 from megatron_async_rlhf.config.sections import DataSection
@@ -30,10 +31,12 @@ class Gsm8kRewardSection(RewardKeys):
         Key("well_formed", "share", "of completions with an answer in the expected form (`gsm8k`)", "reward"),
     )
 
-    reads_solution = True
-
     type: Literal["gsm8k"] = "gsm8k"
     format_reward: float = Field(0.1, ge=0, le=1)  # for a well-formed `#### <number>` that is wrong
+
+    @property
+    def reads_solution(self) -> bool:
+        return True
 
 
 class FunctionRewardSection(WorkerKeys):
@@ -72,10 +75,13 @@ class MathRewardSection(VerifierKeys):
         _EXACT,
         Key("parsed", "share", "of completions in which an answer was found (`math`)", "reward"),
     )
-    reads_solution = True
     packages = ("math_verify",)
 
     type: Literal["math"] = "math"
+
+    @property
+    def reads_solution(self) -> bool:
+        return True
 
 
 class LengthRewardSection(RewardKeys):
@@ -95,6 +101,7 @@ REWARDS: dict[str, type[RewardKeys]] = {
     "ifeval": IfevalRewardSection,
     "math": MathRewardSection,
     "length": LengthRewardSection,
+    "judge": JudgeRewardSection,
 }
 
 
@@ -115,6 +122,7 @@ _Entry = (
     | Annotated[IfevalRewardSection, Tag("ifeval")]
     | Annotated[MathRewardSection, Tag("math")]
     | Annotated[LengthRewardSection, Tag("length")]
+    | Annotated[JudgeRewardSection, Tag("judge")]
 )
 RewardEntry = Annotated[
     _Entry, Discriminator(_type_of, custom_error_type="type_of_section", custom_error_message="unknown")

@@ -227,7 +227,7 @@ def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
             f"data.max_prompt_tokens = {limit} and generator.max_new_tokens = {config.generator.max_new_tokens} "
             f"together exceed the context of {architecture.context_length} tokens"
         )
-    reward = make_reward(config.rewards)
+    reward = make_reward(config.rewards, config.run.path)
     splits = {}
     for split in ("train", "eval"):
         examples = load_examples(config.data_read, split, config.run.seed)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from megatron_async_rlhf.config.judge import JudgeRewardSection
 from megatron_async_rlhf.config.reward_keys import RewardKeys
 from megatron_async_rlhf.config.rewards import (
     FunctionRewardSection,
@@ -13,6 +14,7 @@ from megatron_async_rlhf.config.rewards import (
 )
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.rewards.function import check_function
+from megatron_async_rlhf.rewards.judge.judge import check_api_key, check_template
 from megatron_async_rlhf.rewards.registry import verification_of
 from megatron_async_rlhf.rewards.verifier import check_prompts
 from megatron_async_rlhf.types import Prompt
@@ -33,6 +35,9 @@ def check_entry(key: str, entry: RewardEntry, prompts: Sequence[Prompt]) -> None
             check_function(key, entry, [prompt.reference for prompt in prompts])
         case IfevalRewardSection() | MathRewardSection():
             check_prompts(key, entry, verification_of(entry), prompts)
+        case JudgeRewardSection():
+            check_template(entry, key)
+            check_api_key(entry, key)
 
 
 def check_packages(key: str, entry: RewardKeys) -> None:
