@@ -4,7 +4,7 @@ import re
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_async_rlhf.config.reward_keys import FallibleKeys
 from megatron_async_rlhf.config.section import LocalPath, Section
@@ -30,6 +30,18 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
+def _check_range(value: Any) -> Any:
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != 2
+        or not all(isinstance(each, int | float) for each in value)
+    ):
+        raise ValueError("must be the lowest and the highest number, as [1, 10]")
+    if value[0] >= value[1]:
+        raise ValueError("is empty: the first number must be below the second")
+    return value
+
+
 class JudgeBudget(Section):
     """What the cache has ever paid for, over restarts and over all runs that share it."""
 
@@ -49,7 +61,7 @@ class JudgeKeys(Section):
         None  # group 1 is the number, or A, B, C; last match
     )
     json_key: str | None = None  # the number, or A, B, C, is this key of a JSON object in the answer
-    range: tuple[float, float] = (1.0, 10.0)  # of the numbers (`pointwise`)
+    range: Annotated[tuple[float, float], BeforeValidator(_check_range)] = (1.0, 10.0)  # of the numbers (`pointwise`)
     swap: bool = True  # ask each pair in both orders; only what both say counts (`pairwise`)
     temperature: float = Field(0.0, ge=0)
     max_tokens: PositiveInt = 1024  # of one answer
@@ -65,9 +77,6 @@ class JudgeKeys(Section):
 
     @model_validator(mode="after")
     def check_values(self) -> "JudgeKeys":
-        low, high = self.range
-        if low >= high:
-            raise ValueError(f"range = [{low:g}, {high:g}] is empty: the first number must be below the second")
         if self.give_up_s < self.timeout_s:
             raise ValueError(f"give_up_s = {self.give_up_s:g} is below timeout_s = {self.timeout_s:g}, of one request")
         if self.pattern is not None and self.json_key is not None:
