@@ -1,13 +1,12 @@
 """The keys of `reward.type: reward_model`."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
 
-from megatron_async_rlhf.config.reward_keys import RewardKeys
+from megatron_async_rlhf.config.reward_keys import FallibleKeys
 from megatron_async_rlhf.config.section import LocalPath, shown
 from megatron_async_rlhf.config.sections import Dtype
-from megatron_async_rlhf.config.written_key import Key
 
 _Url = Annotated[str, StringConstraints(pattern=r"^https?://[^/]+/?$")]
 
@@ -27,15 +26,8 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class RewardModelSection(RewardKeys):
+class RewardModelSection(FallibleKeys):
     """A sequence classifier with one label, whose score is the reward, served by vLLM."""
-
-    own_metrics: ClassVar[tuple[Key, ...]] = (
-        Key(
-            "reward_failed", "share", "of completions that the model gave no score", "reward",
-            lambda keys: keys.on_error == "zero",
-        ),
-    )  # fmt: skip
 
     type: Literal["reward_model"] = "reward_model"
     model: LocalPath  # Hugging Face directory of a ...ForSequenceClassification with its tokenizer
@@ -55,7 +47,6 @@ class RewardModelSection(RewardKeys):
     start_timeout_s: PositiveFloat = 300.0
     request_timeout_s: PositiveFloat = 300.0  # a server that has requests and answers none for so long is lost
     restarts: int = Field(3, ge=0)  # of each replica that dies or hangs once training has begun; 0: it ends the run
-    on_error: Literal["fail", "zero"] = "fail"  # completions without a score end the run, or earn 0
 
     @model_validator(mode="after")
     def check_servers(self) -> "RewardModelSection":

@@ -86,6 +86,13 @@ class RunConfig(Section):
         """Of all replicas of these."""
         return sum(section.replicas * section.tensor_parallel for section in self.served_reward_models.values())
 
+    @property
+    def data_read(self) -> DataSection:
+        """`data`, with the columns that its rewards read by themselves among `reference_fields`."""
+        columns = [column for reward in self.rewards for column in reward.columns]
+        fields = list(dict.fromkeys([*self.data.reference_fields, *columns]))
+        return self.data.model_copy(update={"reference_fields": fields})
+
     @model_validator(mode="after")
     def check_rewards(self) -> "RunConfig":
         # A stage without rewards needs not name one; `train` says it of the prompts themselves.

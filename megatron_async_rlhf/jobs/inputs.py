@@ -12,7 +12,6 @@ from pathlib import Path
 from msgspec import Struct
 
 from megatron_async_rlhf.config.algorithms import LOSS_ARGUMENTS, GRPOSection, PPOSection
-from megatron_async_rlhf.config.rewards import FunctionRewardSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.data.files import find_local, is_local
@@ -45,8 +44,10 @@ from megatron_async_rlhf.models.architecture import (
 from megatron_async_rlhf.models.hf_mapping import check_shapes
 from megatron_async_rlhf.models.layout_rules import check_layouts
 from megatron_async_rlhf.rewards.base import Reward
-from megatron_async_rlhf.rewards.function import TimeLimit, check_function, check_parameters, inspect_function
+from megatron_async_rlhf.rewards.function import check_parameters, inspect_function
+from megatron_async_rlhf.rewards.preflight import check_entry
 from megatron_async_rlhf.rewards.registry import make_reward
+from megatron_async_rlhf.rewards.workers import TimeLimit
 from megatron_async_rlhf.telemetry.summary import DataCounts
 from megatron_async_rlhf.types import Prompt, Sequence
 from megatron_async_rlhf.weights.plan import TransferPlan, configured_transfer
@@ -95,7 +96,7 @@ def _make_fresh_template(config: RunConfig, directory: Path) -> None:
     if config.model.tokenizer == "bpe":
         assert config.model.vocab_size is not None  # it goes with bpe
         train_bpe_tokenizer(
-            directory, _texts(load_examples(config.data, "train", config.run.seed)), config.model.vocab_size
+            directory, _texts(load_examples(config.data_read, "train", config.run.seed)), config.model.vocab_size
         )
     else:
         make_byte_tokenizer(directory)
@@ -142,12 +143,11 @@ def check_functions(config: RunConfig, run_inputs: RunInputs) -> None:
     """
     Raises:
         ConfigError: a function of the user's cannot be imported, or cannot be called with what it is given.
+        ConfigError, DataError: a reward lacks a package, or cannot score a prompt.
     """
-    references = [prompt.reference for prompt in (*run_inputs.train, *run_inputs.eval)]
+    prompts = [*run_inputs.train, *run_inputs.eval]
     for place, entry in enumerate(config.rewards):
-        if isinstance(entry, FunctionRewardSection):
-            key = f"reward.{place}" if isinstance(config.reward, list) else "reward"
-            check_function(key, entry, references)
+        check_entry(f"reward.{place}" if isinstance(config.reward, list) else "reward", entry, prompts)
     algorithm = config.algorithm
     if isinstance(algorithm, GRPOSection) and algorithm.loss_function is not None:
         name, limit = f"algorithm.loss_function = {algorithm.loss_function}", config.learner.timeout_s
@@ -242,11 +242,11 @@ def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
             f"data.max_prompt_tokens = {limit} and generator.max_new_tokens = {config.generator.max_new_tokens} "
             f"together exceed the context of {architecture.context_length} tokens"
         )
-    reward = make_reward(config.rewards)
+    reward = make_reward(config.rewards, config.run.path)
     load_reward_models(config, reward, template)
     splits, report = {}, DataReport()
     for split in ("train", "eval"):
-        examples = load_examples(config.data, split, config.run.seed, report)
+        examples = load_examples(config.data_read, split, config.run.seed, report)
         splits[split] = build_prompts(examples, tokenizer, limit, drop_long=config.data.long_prompts == "drop")
         report.drop("longer than data.max_prompt_tokens", len(examples) - len(splits[split]))
         for prompt in splits[split]:

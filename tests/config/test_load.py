@@ -170,7 +170,7 @@ BAD_VALUES = [
     ("algorithm", {"samples_per_prompt": 1}, ["algorithm.samples_per_prompt = 1", "at least 2"]),
     ("algorithm", {"beta": -0.1}, ["algorithm.beta = -0.1", "greater than 0"]),
     ("algorithm", {"loss": "hinge"}, ["algorithm.loss = hinge", "'sigmoid' or 'ipo'"]),
-    ("reward", [{"type": "gsm8k"}, {"type": "length"}], ["reward.1.type = length", "one of builtin, gsm8k, function"]),
+    ("reward", [{"type": "gsm8k"}, {"type": "taste"}], ["reward.1.type = taste", "one of builtin, gsm8k, function"]),
     ("reward", [{"type": "builtin", "format_reward": 0.2}], ["reward.0.format_reward", "reward.0.type = gsm8k"]),
     ("reward", [{}, {"type": "builtin"}], ["2 entries are called builtin", "name"]),
     ("reward", [{}, 3], ["reward.1 = 3", "{type: builtin}"]),
@@ -183,6 +183,8 @@ BAD_VALUES = [
         ["reward.kwargs.completions", "rename one"],
     ),
     ("reward", {"type": "gsm8k"}, ["reward.type = gsm8k", "data.train", "data.solution_field"]),
+    ("reward", {"type": "math"}, ["reward.type = math", "data.train", "data.solution_field"]),
+    ("reward", {"type": "ifeval"}, ["reward.type = ifeval", "data.train", "instruction_id_list and kwargs"]),
     ("reward", {"type": "gsm8k", "format_reward": 2}, ["reward.format_reward = 2", "at most 1"]),
     (
         "data",

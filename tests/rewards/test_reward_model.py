@@ -105,7 +105,7 @@ def test_a_prompt_of_an_earlier_recording_has_its_text_alone(tmp_path):
     async def go() -> None:
         async with rewarded(tmp_path) as (made, (server,)):
             await made.reward.score(asked, completions("b"))
-            assert server.bodies[0]["input"] == [[258, *b"Say b.", 259, *b"b"]]
+            assert server.bodies[0]["input"] == [[258, *b"Say b.", 259, *b"b", 257]]
 
     asyncio.run(go())
 
