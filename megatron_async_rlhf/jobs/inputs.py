@@ -69,9 +69,14 @@ class RunInputs(Struct, frozen=True, kw_only=True):
     reward: Reward
     transfer: TransferPlan
 
+    @property
+    def data_counts(self) -> DataCounts:
+        """For the summary of the run."""
+        return data_counts(self.data)
+
 
 def data_counts(report: DataReport) -> DataCounts:
-    """For the summary of the run."""
+    """For the summary of a run or a stage."""
     return DataCounts(read=report.read, used=report.used, dropped=dict(report.dropped))
 
 

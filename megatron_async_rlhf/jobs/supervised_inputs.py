@@ -19,9 +19,9 @@ from megatron_async_rlhf.jobs.inputs import (
     check_vocabulary,
     load_run_inputs,
     read_tokenizer,
-    resolve_architecture,
 )
-from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.architecture import Architecture, policy_architecture
+from megatron_async_rlhf.models.layout_rules import check_learner_layout, check_micro_batch
 from megatron_async_rlhf.types import Sequence
 
 
@@ -30,7 +30,7 @@ class SupervisedInputs(Struct, frozen=True, kw_only=True):
     Attributes:
         held_out: rows that are not trained on, for the loss on them.
         batches: of each optimizer step, which rows of `train`.
-        data: what became of the records that rows are made of.
+        data: what became of the records that the rows are made of.
     """
 
     architecture: Architecture
@@ -52,14 +52,16 @@ def load_supervised_inputs(config: RunConfig, template: Path, run_inputs: RunInp
     held_out: list[Sequence] = []
     if config.sft is None:
         run_inputs = run_inputs or load_run_inputs(config, template)
-        report = run_inputs.data
         architecture, prompts = run_inputs.architecture, run_inputs.train
         solved = [run_inputs.solved[prompt.index] for prompt in prompts if prompt.index in run_inputs.solved]
         unanswered = sum(prompt.solution is None for prompt in prompts)
         train = AnsweredRows(rows=solved, unanswered=unanswered, too_long=len(prompts) - len(solved) - unanswered)
+        report = run_inputs.data
     else:
         tokenizer = read_tokenizer(config, template)
-        architecture, _ = resolve_architecture(config, template)
+        architecture = policy_architecture(config.model, template)
+        check_learner_layout(config.learner, architecture)
+        check_micro_batch(config.learner, 1, architecture)
         check_vocabulary(config, tokenizer, architecture)
         limit = config.sft.max_tokens or architecture.context_length
         if limit > architecture.context_length:
@@ -93,7 +95,7 @@ def _rows(
     assert config.sft is not None  # it says what a row is
     examples = load_examples(config.data, split, config.run.seed, report)
     drop_long = config.data.long_prompts == "drop"
-    answered = answered_rows(examples, tokenizer, limit, answers=config.sft.answers, drop_long=drop_long)
-    report.drop("no answer of the assistant", answered.unanswered)
-    report.drop("longer than sft.max_tokens", answered.too_long)
-    return answered
+    made = answered_rows(examples, tokenizer, limit, answers=config.sft.answers, drop_long=drop_long)
+    report.drop("without an answer", made.unanswered)
+    report.drop("longer than sft.max_tokens", made.too_long)
+    return made

@@ -88,7 +88,7 @@ def sft(
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
     from megatron_async_rlhf.launch.start import prepare_machine, run
 
-    resolved = load_for_run(config, set, resume)
+    resolved = load_for_run(config, set, resume, weights=not dry_run)
     if resolved.sft is None and not resolved.warm_start.steps:
         raise ConfigError(
             "sft: the configuration has no section of that name, and without one the steps of the warm start are made, of "

@@ -63,13 +63,13 @@ def print_sft_plan(config: RunConfig) -> None:
         f"# answered conversations: {len(train.rows)} to train on, {len(inputs.held_out)} held out; left out: "
         f"{train.unanswered} without an answer, {train.too_long} too long"
     )
-    for line in inputs.data.notes:
-        typer.echo(f"# {line}")
     sequences = sum(map(len, batches))
     typer.echo(
         f"# {len(batches)} steps of {sequences / len(batches):.4g} sequences: {sequences / len(train.rows):.1f} epochs"
     )
     for line in describe_learner(config, inputs.architecture, Work(sequences=max(map(len, batches)))):
+        typer.echo(f"# {line}")
+    for line in inputs.data.notes:
         typer.echo(f"# {line}")
     nodes = planned_nodes(config)
     for process in plan_learner_alone(config, config.run.path.absolute(), nodes, "sft").processes:
