@@ -203,7 +203,7 @@ def _kind_of(value: Any) -> str | None:
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
         first = value[0]
         if {"role", "content"} <= first.keys() or {"from", "value"} <= first.keys():
-            return "answer" if first.get("role", first.get("from")) in ("assistant", "gpt") else "messages"
+            return "answer" if (first.get("role") or first.get("from")) in ("assistant", "gpt") else "messages"
     return None
 
 

@@ -53,7 +53,6 @@ def load_supervised_inputs(config: RunConfig, template: Path, run_inputs: RunInp
     held_out: list[Sequence] = []
     if config.sft is None:
         run_inputs = run_inputs or load_run_inputs(config, template)
-        report = run_inputs.data
         architecture, prompts = run_inputs.architecture, run_inputs.train
         solved = [run_inputs.solved[prompt.index] for prompt in prompts if prompt.index in run_inputs.solved]
         unanswered = sum(prompt.solution is None for prompt in prompts)

@@ -11,7 +11,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.report import DataReport
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.errors import DataError
-from megatron_async_rlhf.jobs.inputs import data_counts, load_run_inputs, make_model_template
+from megatron_async_rlhf.jobs.inputs import load_run_inputs, make_model_template
 from megatron_async_rlhf.telemetry.summary import RunTotals
 
 GOOD = [json.dumps({"prompt": f"question {number}"}) for number in range(6)]
@@ -134,7 +134,7 @@ def test_the_summary_has_the_counts(tmp_path: Path):
     run_inputs = load_run_inputs(config, tmp_path / "template")
     totals = RunTotals.of(config)
     assert totals.to_summary("completed", None)["data"] == {"read": 0, "used": 0, "dropped": {}}
-    totals.data = data_counts(run_inputs.data)
+    totals.data = run_inputs.data_counts
     told = totals.to_summary("completed", None)["data"]
     assert told["used"] == len(run_inputs.train) + len(run_inputs.eval) == 6
     assert told["read"] == len(GOOD) + len(BAD) + 1
