@@ -28,10 +28,11 @@ TEXTS = ("yes", "no <eos> no", "", "a longer answer, of several words.")
 
 
 @pytest.mark.slow
-def test_a_server_whose_engine_stops_is_replaced_and_every_group_scored_once(tmp_path):
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.thorough)])
+def test_a_server_whose_engine_stops_is_replaced_and_every_group_scored_once(tmp_path, workers):
     """Its HTTP front goes on to answer, and `/health` to say 200."""
     directory = make_reward_model(tmp_path / "rm")
-    section = {"type": "reward_model", "model": str(directory), "request_timeout_s": 6}
+    section = {"type": "reward_model", "model": str(directory), "request_timeout_s": 6, "tensor_parallel": workers}
     config = RunConfig.model_validate({"model": SHAPE, "reward": section})
     nodes = [this_node(config, gpus=0)]
     (spec,), urls = plan_reward_servers(config, lay_out(config, nodes, replicas=1).rewards, nodes)
