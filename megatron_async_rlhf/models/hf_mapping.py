@@ -72,6 +72,7 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         "query": arch.heads * arch.head_dim,
         "key_value": arch.kv_heads * arch.head_dim,
         "head": arch.head_dim,
+        "one": 1,
     }
     return {
         name.format(layer=layer): tuple(sizes[size] for size in shape)
@@ -138,5 +139,7 @@ def _rows(arch: Architecture) -> Iterator[tuple[Mapping, int | None]]:
     for layer in range(arch.layers):
         yield from ((row, layer) for row in family.layer)
     yield family.final_norm, None
-    if not arch.tie_embeddings:
+    if arch.has_score_head:
+        yield family.score, None
+    elif not arch.tie_embeddings:
         yield family.output, None
