@@ -197,18 +197,26 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     return found
 
 
-def check_causal_model(directory: Path) -> None:
+def check_causal_model(directory: Path, *, or_classifier: bool = False) -> None:
     """Refuse a directory whose `config.json` names another class than the family's language model.
 
     Transformers goes by `model_type` alone, but vLLM by the class.
+
+    Args:
+        or_classifier: the family's class for sequence classification will do as well.
 
     Raises:
         ConfigError: it does; or see `architecture_of_hf`.
     """
     hf, where = read_hf_config(directory), f"model.hf = {directory}"
-    expected, named = _family_of(hf, where).hf_class, hf.get("architectures")
-    if named is not None and named != [expected]:
-        raise ConfigError(f"{where}: architectures = {named} is not supported, only [{expected!r}] is; save it as that")
+    family, named = _family_of(hf, where), hf.get("architectures")
+    expected = [family.hf_class, *([family.classifier_class] if or_classifier else [])]
+    if named is not None and named not in ([each] for each in expected):
+        only = " and ".join(f"[{each!r}]" for each in expected)
+        raise ConfigError(
+            f"{where}: architectures = {named} is not supported, only {only} {'are' if or_classifier else 'is'}; save it as "
+            "that"
+        )
 
 
 def architecture_of_hf(directory: Path) -> Architecture:
@@ -243,7 +251,7 @@ def architecture_of_hf(directory: Path) -> Architecture:
         init_std=_Values({"initializer_range": 0.02} | hf, where).positive("initializer_range"),
     )
     _check_heads(family, arch, where)
-    return arch
+    return arch.with_score_head() if hf.get("architectures") == [family.classifier_class] else arch
 
 
 class _Values:
