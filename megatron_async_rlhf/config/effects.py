@@ -40,7 +40,13 @@ _NEEDS = (
     _Needs(("algorithm.cispo_high",), "algorithm.loss", ("cispo",)),
     _Needs(("launch.slurm.user", "launch.slurm.port", "launch.slurm.identity"), "launch.slurm.tunnel", ("ssh",)),
 )
-_COLUMNS = ("data.prompt_field", "data.solution_field", "data.reference_fields")
+_COLUMNS = tuple(
+    f"data.{name}"
+    for name in (
+        *("prompt_field", "solution_field", "chosen_field", "rejected_field", "margin_field"),
+        *("reference_fields", "bad_records"),
+    )
+)
 
 
 def check_effects(config: RunConfig) -> None:

@@ -17,6 +17,8 @@ _FIXED = (
 
 # Where prompts and weights are read. They may lie elsewhere now, as long as the contents are known to be the same.
 _PLACES = ("data.train", "data.eval", "model.hf")
+# The default until columns were recognised: nothing has changed as long as the same prompts come of it.
+_FORMER_DEFAULT = {"data.prompt_field": "prompt"}
 
 
 def check_same_run(earlier: RunConfig, now: RunConfig, *, contents_are_compared: bool = False) -> None:
@@ -31,6 +33,8 @@ def check_same_run(earlier: RunConfig, now: RunConfig, *, contents_are_compared:
     before, after = _leaves(earlier.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
     for key in (*before, *after):
         if contents_are_compared and key in _PLACES and None not in (before.get(key), after.get(key)):
+            continue
+        if contents_are_compared and before.get(key) == _FORMER_DEFAULT.get(key) and after.get(key) is None:
             continue
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED) and before.get(key) != after.get(key):
             raise ConfigError(

@@ -3,6 +3,7 @@
 from pydantic import Field, model_validator
 
 from megatron_async_rlhf.config.algorithms import AlgorithmSection, OnlineDPOSection
+from megatron_async_rlhf.config.data import DataSection
 from megatron_async_rlhf.config.effects import check_effects
 from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
 from megatron_async_rlhf.config.metrics import metric_names
@@ -16,7 +17,6 @@ from megatron_async_rlhf.config.rewards import (
 from megatron_async_rlhf.config.section import Section
 from megatron_async_rlhf.config.sections import (
     CheckpointSection,
-    DataSection,
     GeneratorSection,
     LaunchSection,
     LearnerSection,

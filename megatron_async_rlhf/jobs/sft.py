@@ -20,6 +20,7 @@ from megatron_async_rlhf.checkpoint.saver import CheckpointSaver, Kept
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.jobs.addresses import Addresses
+from megatron_async_rlhf.jobs.inputs import data_counts
 from megatron_async_rlhf.jobs.lifecycle import export_policy, run_learner_alone
 from megatron_async_rlhf.jobs.supervised_inputs import SupervisedInputs, load_supervised_inputs
 from megatron_async_rlhf.learner.client import LearnerClient
@@ -167,7 +168,10 @@ async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None) 
     config = load_config(run_dir / RESOLVED_CONFIG)
     inputs = load_supervised_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     resumed = None if resume_from is None else read_run_state(RunCheckpoints(run_dir).path(resume_from))
-    totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0) if resumed is None else resumed.totals
+    if resumed is None:
+        totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0, data=data_counts(inputs.data))
+    else:
+        totals = resumed.totals
     recorder = Recorder(config, run_dir, EventStream(), totals=totals)
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
     job = SFTJob(config, run_dir, inputs, learner, recorder, resumed)

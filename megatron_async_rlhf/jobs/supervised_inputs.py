@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.batches import plan_batches
+from megatron_async_rlhf.data.report import DataReport
 from megatron_async_rlhf.data.solutions import AnsweredRows, answered_rows
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.data.tokenizer import Tokenizer
@@ -18,9 +19,9 @@ from megatron_async_rlhf.jobs.inputs import (
     check_vocabulary,
     load_run_inputs,
     read_tokenizer,
-    resolve_architecture,
 )
-from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.architecture import Architecture, policy_architecture
+from megatron_async_rlhf.models.layout_rules import check_learner_layout, check_micro_batch
 from megatron_async_rlhf.types import Sequence
 
 
@@ -29,12 +30,14 @@ class SupervisedInputs(Struct, frozen=True, kw_only=True):
     Attributes:
         held_out: rows that are not trained on, for the loss on them.
         batches: of each optimizer step, which rows of `train`.
+        data: what became of the records that the rows are made of.
     """
 
     architecture: Architecture
     train: AnsweredRows
     held_out: list[Sequence]
     batches: list[list[int]]
+    data: DataReport
 
 
 def load_supervised_inputs(config: RunConfig, template: Path, run_inputs: RunInputs | None = None) -> SupervisedInputs:
@@ -53,20 +56,24 @@ def load_supervised_inputs(config: RunConfig, template: Path, run_inputs: RunInp
         solved = [run_inputs.solved[prompt.index] for prompt in prompts if prompt.index in run_inputs.solved]
         unanswered = sum(prompt.solution is None for prompt in prompts)
         train = AnsweredRows(rows=solved, unanswered=unanswered, too_long=len(prompts) - len(solved) - unanswered)
+        report = run_inputs.data
     else:
         tokenizer = read_tokenizer(config, template)
-        architecture, _ = resolve_architecture(config, template)
+        architecture = policy_architecture(config.model, template)
+        check_learner_layout(config.learner, architecture)
+        check_micro_batch(config.learner, 1, architecture)
         check_vocabulary(config, tokenizer, architecture)
         limit = config.sft.max_tokens or architecture.context_length
         if limit > architecture.context_length:
             raise ConfigError(
                 f"sft.max_tokens = {limit} is above the context of {architecture.context_length} tokens; lower it"
             )
-        train = _rows(config, tokenizer, limit, "train")
-        held_out = _rows(config, tokenizer, limit, "eval").rows
+        report = DataReport()
+        train = _rows(config, tokenizer, limit, "train", report)
+        held_out = _rows(config, tokenizer, limit, "eval", report).rows
     lengths = [len(row.token_ids) for row in train.rows]
     batches = plan_batches(lengths, config.supervised, config.run.seed)
-    return SupervisedInputs(architecture=architecture, train=train, held_out=held_out, batches=batches)
+    return SupervisedInputs(architecture=architecture, train=train, held_out=held_out, batches=batches, data=report)
 
 
 def check_supervised_inputs(config: RunConfig, template: Path) -> SupervisedInputs:
@@ -82,8 +89,13 @@ def check_supervised_inputs(config: RunConfig, template: Path) -> SupervisedInpu
     return inputs
 
 
-def _rows(config: RunConfig, tokenizer: Tokenizer, limit: int, split: Literal["train", "eval"]) -> AnsweredRows:
+def _rows(
+    config: RunConfig, tokenizer: Tokenizer, limit: int, split: Literal["train", "eval"], report: DataReport
+) -> AnsweredRows:
     assert config.sft is not None  # it says what a row is
-    examples = load_examples(config.data, split, config.run.seed)
+    examples = load_examples(config.data, split, config.run.seed, report)
     drop_long = config.data.long_prompts == "drop"
-    return answered_rows(examples, tokenizer, limit, answers=config.sft.answers, drop_long=drop_long)
+    made = answered_rows(examples, tokenizer, limit, answers=config.sft.answers, drop_long=drop_long)
+    report.drop("without an answer", made.unanswered)
+    report.drop("longer than sft.max_tokens", made.too_long)
+    return made

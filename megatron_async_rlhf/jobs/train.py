@@ -84,6 +84,7 @@ class Job:
         self.recorder = Recorder(
             config, run_dir, EventStream(), generator_bytes=held, totals=resumed.totals if resumed else None
         )
+        self.recorder.totals.data = run_inputs.data_counts
         self._pool = GeneratorPool(
             generators,
             max_concurrent=config.generator.max_concurrent,

@@ -13,7 +13,7 @@ from megatron_async_rlhf.converter.command import compare_holders
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
-from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption, warn
+from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption, note, warn
 from megatron_async_rlhf.telemetry.files import (
     EXPORT_DIR,
     METRICS,
@@ -51,7 +51,7 @@ def train(
     from megatron_async_rlhf.launch.run_directory import check_writable
     from megatron_async_rlhf.launch.start import prepare_machine, run
 
-    resolved = load_for_run(config, set, resume)
+    resolved = load_for_run(config, set, resume, weights=not dry_run)
     if not dry_run:
         check_installed("torch", "megatron", "vllm")
         prepare_machine(resolved, node_rank, places_problem(resolved), threads_problem(resolved))
@@ -88,7 +88,7 @@ def sft(
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
     from megatron_async_rlhf.launch.start import prepare_machine, run
 
-    resolved = load_for_run(config, set, resume)
+    resolved = load_for_run(config, set, resume, weights=not dry_run)
     if resolved.sft is None and not resolved.warm_start.steps:
         raise ConfigError(
             "sft: the configuration has no section of that name, and without one the steps of the warm start are made, of "
@@ -184,6 +184,7 @@ def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: P
         make_model_template(config, template)
     run_inputs = check_inputs(config, template)
     refuse_too_large(config, run_inputs.architecture)
+    note(run_inputs.data.notes)
     warn(data_warnings(config, run_inputs))
     digests, warnings = check_resumed_inputs(config, run_inputs, is_new=version is None)
     warn(warnings)
@@ -207,7 +208,9 @@ def _decide_sft(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) 
         check_inputs_apart(config)
         template = scratch / "model"
         make_model_template(config, template)
-    steps = len(check_supervised_inputs(config, template).batches)
+    inputs = check_supervised_inputs(config, template)
+    note(inputs.data.notes)
+    steps = len(inputs.batches)
     key = "sft.steps" if config.sft is not None else "warm_start.steps"
     found = find_resumption(config, steps=steps, key=key, has_reference=False) if resume else Resumption()
     if _is_finished(found):

@@ -22,16 +22,18 @@ def print_plan(config: RunConfig) -> None:
     missing = missing_inputs(config)
     if missing:
         architecture, transfer = check_description(config)
-        prompts = "# prompts: not checked"
+        prompts = ["prompts: not checked"]
     else:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             make_model_template(config, Path(scratch))
             run_inputs = check_inputs(config, Path(scratch))
         architecture, transfer = run_inputs.architecture, run_inputs.transfer
-        prompts = f"# prompts: {len(run_inputs.train)} to train on, {len(run_inputs.eval)} held out"
+        counts = f"prompts: {len(run_inputs.train)} to train on, {len(run_inputs.eval)} held out"
+        prompts = [counts, *run_inputs.data.notes]
     typer.echo(dump_config(config))
     typer.echo(f"# policy: {architecture.num_parameters / 1e6:.2f} M parameters")
-    typer.echo(prompts)
+    for line in prompts:
+        typer.echo(f"# {line}")
     slices = sum(len(message) for messages in transfer.streams.values() for message in messages)
     rounds = max(len(messages) for messages in transfer.streams.values())
     megabytes = transfer.num_bytes * config.generator.replicas / 1e6
@@ -66,6 +68,8 @@ def print_sft_plan(config: RunConfig) -> None:
         f"# {len(batches)} steps of {sequences / len(batches):.4g} sequences: {sequences / len(train.rows):.1f} epochs"
     )
     for line in describe_learner(config, inputs.architecture, Work(sequences=max(map(len, batches)))):
+        typer.echo(f"# {line}")
+    for line in inputs.data.notes:
         typer.echo(f"# {line}")
     nodes = planned_nodes(config)
     for process in plan_learner_alone(config, config.run.path.absolute(), nodes, "sft").processes:

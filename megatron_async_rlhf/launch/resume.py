@@ -11,6 +11,7 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.resume import check_same_run
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
+from megatron_async_rlhf.formats.hub_snapshot import with_local_models
 from megatron_async_rlhf.telemetry.files import INPUTS, RESOLVED_CONFIG
 from megatron_async_rlhf.telemetry.summary import read_summary
 
@@ -29,12 +30,20 @@ class Resumption(Struct, frozen=True, kw_only=True):
     finished: bool = False
 
 
-def load_for_run(config: Path, overrides: Sequence[str], resume: bool) -> RunConfig:
+def load_for_run(config: Path, overrides: Sequence[str], resume: bool, *, weights: bool = True) -> RunConfig:
     """The configuration to run; a run's directory stands for that run, wherever it has been moved to.
 
+    Args:
+        weights: of models that are named as at the hub, also get these, and not only what describes them.
+
     Raises:
-        ConfigError: a line for each problem of the configuration; or a run's directory for a new run.
+        ConfigError: a line for each problem of the configuration; or a run's directory for a new run; or a model cannot
+            be had.
     """
+    return with_local_models(_load(config, overrides, resume), weights=weights)
+
+
+def _load(config: Path, overrides: Sequence[str], resume: bool) -> RunConfig:
     if not (config / RESOLVED_CONFIG).is_file():
         return load_config(config, overrides)
     if not resume:

@@ -30,6 +30,7 @@ class Stage(Struct, frozen=True, kw_only=True):
     Attributes:
         arguments: of `async-rlhf`.
         config: YAML, on the standard input; empty if the command takes none.
+        gpus_per_node: of its machines; None: as the launch's configuration says.
         resumes: put back into the queue, it goes on with `--resume`.
         result: where what it makes lies.
     """
@@ -38,6 +39,7 @@ class Stage(Struct, frozen=True, kw_only=True):
     arguments: list[str]
     config: str = ""
     nodes: int = 1
+    gpus_per_node: int | None = None
     resumes: bool = False
     result: Path
 

@@ -25,8 +25,8 @@ def pipeline(
     """
     from rich.console import Console
 
+    from megatron_async_rlhf.launch.recipe import load_recipe
     from megatron_async_rlhf.pipeline.driver import PIPELINE, Driver
-    from megatron_async_rlhf.pipeline.recipe import load_recipe
 
     loaded = load_recipe(recipe, set)
     warn(check_surroundings())

@@ -15,13 +15,12 @@ from msgspec import Struct, convert, to_builtins
 
 from megatron_async_rlhf.launch.child_command import EXIT_COMPLETED, EXIT_INTERRUPTED, OWN_COMMAND, Commands
 from megatron_async_rlhf.launch.progress import progress_of
+from megatron_async_rlhf.launch.recipe import RESUMABLE, Recipe, Stage
 from megatron_async_rlhf.pipeline.figures import figures_of
-from megatron_async_rlhf.pipeline.recipe import Recipe, Stage
 from megatron_async_rlhf.telemetry.files import SUMMARY, replace_file, writing
 
 PIPELINE = "pipeline.json"
 _STATUS = {EXIT_COMPLETED: "completed", EXIT_INTERRUPTED: "interrupted"}
-_RESUMABLE = ("sft", "train", "eval")
 
 
 class StageRecord(Struct, kw_only=True):
@@ -90,7 +89,7 @@ class Driver:
         self._write()
         began = time.monotonic()
         code = self._commands.run(
-            stage.command, stage.name, stage.config, resume=was_cut_off and stage.command in _RESUMABLE
+            stage.command, stage.name, stage.config, resume=was_cut_off and stage.command in RESUMABLE
         )
         record.seconds = round(time.monotonic() - began + (record.seconds if was_cut_off else 0.0), 1)
         record.status = _STATUS.get(code, "failed")

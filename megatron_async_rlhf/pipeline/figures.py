@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from megatron_async_rlhf.pipeline.recipe import Stage
+from megatron_async_rlhf.launch.recipe import Stage
 from megatron_async_rlhf.telemetry.summary import read_summary
 
 EVALUATION = "eval.json"

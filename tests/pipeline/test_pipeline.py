@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.launch.recipe import Recipe, load_recipe
 from megatron_async_rlhf.pipeline.driver import Driver
-from megatron_async_rlhf.pipeline.recipe import Recipe, load_recipe
 
 STAND_IN = Path(__file__).parents[1] / "sweep" / "stand_in.py"
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}

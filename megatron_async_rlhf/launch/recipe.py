@@ -12,19 +12,21 @@ from typing import Any, Literal
 from msgspec import Struct
 from pydantic import Field, ValidationError
 
-from megatron_async_rlhf.config.load import check_tree, read_tree, set_key
+from megatron_async_rlhf.config.load import check_tree, dump_config, read_tree, set_key
 from megatron_async_rlhf.config.messages import lines_of
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.section import LocalPath, Section
 from megatron_async_rlhf.config.yaml_values import parse_value
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.child_command import CONFIG_DIR
+from megatron_async_rlhf.launch.stages import Stage as Submitted
 from megatron_async_rlhf.suggestions import did_you_mean
 from megatron_async_rlhf.telemetry.files import LOG_DIR
 
 RECIPE = "pipeline.yaml"  # of a folder
 Command = Literal["sft", "reward-model", "train", "eval"]
 _NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
+RESUMABLE = ("sft", "train", "eval")  # commands that go on with --resume
 _TAKEN = {CONFIG_DIR, LOG_DIR, "name", "status", "seconds"}
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
@@ -107,6 +109,29 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     if problems:
         raise ConfigError("\n".join(problems))
     return Recipe(name=keys.name, directory=directory, stages=stages)
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether it is one, and no configuration."""
+    if path.is_dir():
+        return (path / RECIPE).is_file()
+    return path.is_file() and "stages" in read_tree(path)
+
+
+def stages_of(recipe: Recipe) -> list[Submitted]:
+    """The recipe's stages as jobs that depend on each other."""
+    return [
+        Submitted(
+            name=stage.name,
+            arguments=[stage.command, "/dev/stdin"],
+            config=dump_config(stage.config),
+            nodes=stage.config.launch.nodes,
+            gpus_per_node=stage.config.launch.gpus_per_node if stage.config.run.device == "cuda" else None,
+            resumes=stage.command in RESUMABLE,
+            result=stage.config.run.path,
+        )
+        for stage in recipe.stages
+    ]
 
 
 def filled(tree: dict[str, Any], directories: dict[str, Path]) -> dict[str, Any]:
