@@ -7,7 +7,7 @@ from megatron_async_rlhf.config.data import DataSection
 from megatron_async_rlhf.config.effects import check_effects
 from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
 from megatron_async_rlhf.config.metrics import metric_names
-from megatron_async_rlhf.config.reward_model import RewardModelSection
+from megatron_async_rlhf.config.reward_modelling import RewardModellingSection
 from megatron_async_rlhf.config.rewards import (
     BuiltinRewardSection,
     RewardEntry,
@@ -40,7 +40,7 @@ class RunConfig(Section):
     learner: LearnerSection = Field(default_factory=LearnerSection)
     warm_start: WarmStartSection = Field(default_factory=WarmStartSection)
     sft: SFTSection | None = None  # what `async-rlhf sft` does; without it that makes the warm start
-    reward_model: RewardModelSection | None = None  # what `async-rlhf reward-model` does
+    reward_model: RewardModellingSection | None = None  # what `async-rlhf reward-model` does
     generator: GeneratorSection = Field(default_factory=GeneratorSection)
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     algorithm: AlgorithmSection = Field(default_factory=OnlineDPOSection)
@@ -64,9 +64,9 @@ class RunConfig(Section):
         return self.sft if self.sft is not None else SFTSection.of_warm_start(self.warm_start)
 
     @property
-    def reward_modelling(self) -> RewardModelSection:
+    def reward_modelling(self) -> RewardModellingSection:
         """What `async-rlhf reward-model` does."""
-        return self.reward_model if self.reward_model is not None else RewardModelSection()
+        return self.reward_model if self.reward_model is not None else RewardModellingSection()
 
     @property
     def rewards(self) -> list[RewardEntry]:

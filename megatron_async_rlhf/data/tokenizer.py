@@ -97,7 +97,9 @@ class Tokenizer:
         others = {index: text for index, text in sorted(self._specials.items()) if index != self.eos_token_id}
         if self.pad_token_id in others:
             return self.pad_token_id, others[self.pad_token_id]
-        return next(((index, text) for index, text in others.items() if "pad" in text), next(iter(others.items()), None))
+        return next(
+            ((index, text) for index, text in others.items() if "pad" in text), next(iter(others.items()), None)
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, nothing added; special tokens spelled out in it stay text.

@@ -1,7 +1,10 @@
 """Reward models on real ranks: as Transformers trains and scores them, and the same in every layout."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,10 @@ from learner_ranks import CONTEXT_LENGTH, ROPE, VOCAB_SIZE, Layout, run_worker, 
 from plain_training import adamw, step
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from megatron_async_rlhf.data.tokenizer import make_byte_tokenizer
+from megatron_async_rlhf.formats.classifier import describe_classifier
+from megatron_async_rlhf.formats.directory import describe_weights
 
 WORKER = Path(__file__).with_name("reward_worker.py")
 TIMEOUT_S = 200
@@ -28,9 +35,10 @@ KEYS = {
     "learning_rate": 5e-3, "min_learning_rate": 1e-3, "lr_decay": "linear", "weight_decay": 0.1, "adam_beta1": 0.9,
     "adam_beta2": 0.99, "adam_eps": 1e-5, "clip_grad": 2.0,
 }  # fmt: skip
-# `tied`: a policy with tied embeddings and one key-value head. `qwen3`: a policy with norms per head. `qwen2`: a sequence
-# classifier, whose own head it keeps.
+# `tied`: a policy with tied embeddings, one key-value head, and heads of a size that vLLM has. `qwen3`: a policy with norms
+# per head. `qwen2`: a sequence classifier, whose own head it keeps.
 OWN_KEYS = {"tied": {"margin": True}, "qwen3": {"center_coefficient": 0.05}, "qwen2": {}}
+BYTES = 260  # of the byte tokenizer
 
 
 def write_classifier(directory: Path) -> Path:
@@ -80,6 +88,8 @@ class Trained:
                 num_key_value_heads=1,
                 tie_word_embeddings=True,
                 num_hidden_layers=4,
+                head_dim=32,
+                vocab_size=BYTES,
             ),
             "qwen3": write_hf_model(root / "qwen3", seed=2, family="qwen3", num_key_value_heads=2, num_hidden_layers=4),
             "qwen2": write_classifier(root / "qwen2"),
@@ -100,6 +110,7 @@ class Trained:
                 for layout in (ONE, *LAYOUTS)
             ],
         }  # fmt: skip
+        make_byte_tokenizer(sources["tied"])
         run_worker(WORKER, root, job, TIMEOUT_S)
 
     def ranks(self, layout: Layout, name: str) -> list[dict]:
@@ -200,6 +211,51 @@ def test_a_policy_brings_all_but_the_head_and_a_classifier_that_too(trained: Tra
             source.pop("lm_head.weight", None)
         assert source.keys() == initial.keys()
         assert all(torch.equal(source[key], tensor) for key, tensor in initial.items())
+
+
+@pytest.fixture(scope="module")
+def described(trained: Trained) -> Path:
+    """An export with its description, as the stage writes it."""
+    directory = trained.root / str(ONE) / "tied" / "initial"
+    describe_weights(trained.root / "tied", directory, "float32")
+    describe_classifier(directory)
+    return directory
+
+
+@torch.no_grad()
+def test_transformers_scores_a_padded_batch_of_the_export_as_every_layout_does(trained: Trained, described: Path):
+    model, info = AutoModelForSequenceClassification.from_pretrained(described, output_loading_info=True)
+    assert not any(info.values())
+    assert type(model).__name__ == "LlamaForSequenceClassification"
+    width = max(map(len, SCORED))
+    padded = torch.tensor([row + [model.config.pad_token_id] * (width - len(row)) for row in SCORED])
+    attention = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in SCORED])
+    theirs = model(padded, attention_mask=attention).logits.squeeze(1)
+    for layout in (ONE, *LAYOUTS):
+        assert trained.result(layout, "tied")["before"] == pytest.approx(theirs.tolist(), abs=1e-4), layout
+
+
+POOLED = """
+import json, sys
+from vllm import LLM
+llm = LLM(model=sys.argv[1], runner="pooling", dtype="float32", enforce_eager=True, max_num_batched_tokens=256)
+found = llm.encode([{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])], pooling_task="classify")
+print("rewards", json.dumps([output.outputs.data.tolist() for output in found]))
+"""
+
+
+@pytest.mark.slow
+def test_vllm_pools_the_rewards_of_the_export_that_every_layout_gives(trained: Trained, described: Path):
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    arguments = [str(described), json.dumps(SCORED)]
+    done = subprocess.run(
+        [sys.executable, "-c", POOLED, *arguments], env=environment, capture_output=True, text=True, timeout=120
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("rewards ")] or [done.stderr[-3000:]]
+    theirs = [reward for (reward,) in json.loads(line.removeprefix("rewards "))]
+    assert max(theirs) > 0.3 and min(theirs) < -1  # the numbers themselves: no sigmoid, no softmax
+    for layout in (ONE, *LAYOUTS):
+        assert trained.result(layout, "tied")["before"] == pytest.approx(theirs, abs=1e-4), layout
 
 
 @pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=str)

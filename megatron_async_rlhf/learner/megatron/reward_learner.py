@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_async_rlhf.algorithms.reward_modelling import bradley_terry_loss
-from megatron_async_rlhf.config.reward_model import RewardModelSection
+from megatron_async_rlhf.config.reward_modelling import RewardModellingSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.formats.open_weights import open_weights
@@ -59,7 +59,7 @@ class RewardModelLearner:
         """
         self.config, self.arch, self.placement = config, arch, placement
         self.version = 0  # optimizer steps
-        self._keys: RewardModelSection = config.reward_modelling
+        self._keys: RewardModellingSection = config.reward_modelling
         self._meter = Meter(f"learner.{placement.rank}", placement.synchronize)
         self.chunks = build_model(arch, placement, config.learner)
         load_weights(self.chunks, arch, placement, starting_weights(config, arch))

@@ -5,7 +5,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from megatron_async_rlhf.config.sections import OptimizerKeys
 
 
-class RewardModelSection(OptimizerKeys):
+class RewardModellingSection(OptimizerKeys):
     """Training on the preference pairs of `data.train`; losses are means over the pairs of a step."""
 
     learning_rate: PositiveFloat = 1e-5
@@ -18,7 +18,7 @@ class RewardModelSection(OptimizerKeys):
     eval_every: PositiveInt | None = None  # steps between two evaluations on held-out pairs; default before and after
 
     @model_validator(mode="after")
-    def check_amounts(self) -> "RewardModelSection":
+    def check_amounts(self) -> "RewardModellingSection":
         if self.epochs is not None and self.steps is not None:
             raise ValueError(
                 "reward_model.epochs and reward_model.steps say the same thing in two ways: remove one of them"
