@@ -9,6 +9,7 @@ from megatron_async_rlhf.doctor.command import doctor
 from megatron_async_rlhf.interpreter import check_working_directory, print_anything, use_utf8
 from megatron_async_rlhf.launch.command import replay, sft, train
 from megatron_async_rlhf.launch.nemo.command import launch
+from megatron_async_rlhf.launch.reward_model_command import reward_model
 from megatron_async_rlhf.limits import raise_soft_limits
 from megatron_async_rlhf.pipeline.command import pipeline
 from megatron_async_rlhf.simulate.command import simulate
@@ -24,7 +25,20 @@ def _root() -> None:
     check_working_directory()
 
 
-for command in (doctor, train, simulate, launch, sft, pipeline, replay, sweep, import_hf, export_hf, verify_weights):
+for command in (
+    doctor,
+    train,
+    simulate,
+    launch,
+    sft,
+    reward_model,
+    pipeline,
+    replay,
+    sweep,
+    import_hf,
+    export_hf,
+    verify_weights,
+):
     app.command()(command)
 
 

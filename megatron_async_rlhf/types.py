@@ -94,6 +94,19 @@ class Sequence(Struct, frozen=True, kw_only=True):
         return len(self.token_ids) - self.prompt_length - sum(end - start for start, end in self.ignored)
 
 
+class TokenizedPair(Struct, frozen=True, kw_only=True):
+    """A prompt with a better and a worse completion, as the learner sees them.
+
+    Attributes:
+        chosen, rejected: prompt, completion and end-of-sequence token, [length] each.
+        margin: by how much the reward of the chosen one is to be the higher one.
+    """
+
+    chosen: list[int]
+    rejected: list[int]
+    margin: float = 0.0
+
+
 class TrainingGroup(Struct, frozen=True, kw_only=True):
     """The samples of one prompt that are trained on, as the learner sees them, [samples] each.
 

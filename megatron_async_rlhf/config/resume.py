@@ -9,7 +9,7 @@ from megatron_async_rlhf.errors import ConfigError
 # What is saved would mean something else under another value: weights, optimizer, prompt order, scored batches. Layout,
 # rates, steps, transport and telemetry may change.
 _FIXED = (
-    "run.seed", "model", "warm_start", "sft", "data", "reward", "algorithm", "generator.temperature", "learner.precision",
+    "run.seed", "model", "warm_start", "sft", "reward_model", "data", "reward", "algorithm", "generator.temperature", "learner.precision",
     "schedule.mode", "schedule.max_staleness", "schedule.prompts_per_step", "schedule.mini_batches", "schedule.epochs",
     "schedule.generation",
 )  # fmt: skip

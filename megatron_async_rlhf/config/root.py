@@ -8,6 +8,7 @@ from megatron_async_rlhf.config.effects import check_effects
 from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
 from megatron_async_rlhf.config.metrics import metric_names
 from megatron_async_rlhf.config.reward_model_section import RewardModelSection
+from megatron_async_rlhf.config.reward_modelling import RewardModellingSection
 from megatron_async_rlhf.config.rewards import (
     BuiltinRewardSection,
     RewardEntry,
@@ -40,6 +41,7 @@ class RunConfig(Section):
     learner: LearnerSection = Field(default_factory=LearnerSection)
     warm_start: WarmStartSection = Field(default_factory=WarmStartSection)
     sft: SFTSection | None = None  # what `async-rlhf sft` does; without it that makes the warm start
+    reward_model: RewardModellingSection | None = None  # what `async-rlhf reward-model` does
     generator: GeneratorSection = Field(default_factory=GeneratorSection)
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     algorithm: AlgorithmSection = Field(default_factory=OnlineDPOSection)
@@ -61,6 +63,11 @@ class RunConfig(Section):
     def supervised(self) -> SFTSection:
         """What `async-rlhf sft` does."""
         return self.sft if self.sft is not None else SFTSection.of_warm_start(self.warm_start)
+
+    @property
+    def reward_modelling(self) -> RewardModellingSection:
+        """What `async-rlhf reward-model` does."""
+        return self.reward_model if self.reward_model is not None else RewardModellingSection()
 
     @property
     def rewards(self) -> list[RewardEntry]:
@@ -96,7 +103,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def check_rewards(self) -> "RunConfig":
         # A stage without rewards needs not name one; `train` says it of the prompts themselves.
-        is_stage = self.sft is not None and self.reward == BuiltinRewardSection()
+        is_stage = (self.sft, self.reward_model) != (None, None) and self.reward == BuiltinRewardSection()
         for reward in [] if is_stage else self.rewards:
             check_reward_fits_data(reward, self.data)
         titles = [reward.title for reward in self.rewards]

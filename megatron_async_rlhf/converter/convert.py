@@ -44,7 +44,7 @@ def import_hf(source: Path, out: Path, *, tensor_parallel: int, pipeline_paralle
     """
     source = resolve(source)
     description = description_of(source)
-    arch = read_architecture(description, causal=True)
+    arch = read_architecture(description, check_class=True)
     check_shape(arch)
     check_tensor_parallel("--tensor-parallel", tensor_parallel, arch)
     check_interleaved_rows("--tensor-parallel", tensor_parallel, arch)

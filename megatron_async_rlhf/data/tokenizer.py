@@ -98,6 +98,17 @@ class Tokenizer:
         """The largest id, above `vocab_size` - 1 where the vocabulary has holes, and its token."""
         return max((index, token) for token, index in self._with_specials.get_vocab(with_added_tokens=True).items())
 
+    def padding_apart_from_end(self) -> tuple[int, str] | None:
+        """A special token that no sequence ends with, and its text: the padding token, if it is another than the
+        end-of-sequence token, else one that looks like it, else the first; None if there is none.
+        """
+        others = {index: text for index, text in sorted(self._specials.items()) if index != self.eos_token_id}
+        if self.pad_token_id in others:
+            return self.pad_token_id, others[self.pad_token_id]
+        return next(
+            ((index, text) for index, text in others.items() if "pad" in text), next(iter(others.items()), None)
+        )
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, nothing added; special tokens spelled out in it stay text.
 

@@ -1,6 +1,6 @@
 """How many numbers each stage of the learner, and each generator worker, holds: from the layouts, nothing else."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from megatron_async_rlhf.models.architecture import Architecture
@@ -41,11 +41,7 @@ def learner_holdings(arch: Architecture, layout: LearnerLayout) -> list[Holding]
 
 def value_holdings(arch: Architecture, layout: LearnerLayout) -> list[Holding]:
     """As `learner_holdings`, of a value model: the last stage has one row in place of the output matrix."""
-    stages = learner_holdings(replace(arch, tie_embeddings=False), layout)
-    last = stages[-1]
-    output = last.vocabulary * arch.hidden_size
-    stages[-1] = replace(last, total=last.total - output + arch.hidden_size)
-    return stages
+    return learner_holdings(arch.with_score_head(), layout)
 
 
 def generator_holding(arch: Architecture, tensor_parallel: int) -> Holding:

@@ -51,17 +51,17 @@ def description_of(directory: Path, config: Path | None = None, wanted: str = "a
     return found
 
 
-def read_architecture(directory: Path, *, causal: bool = False) -> Architecture:
+def read_architecture(directory: Path, *, check_class: bool = False) -> Architecture:
     """
     Args:
-        causal: the model has to be a language model itself.
+        check_class: the model has to be a language model itself, or a reward model.
 
     Raises:
         CheckpointError: a model that is not supported.
     """
     try:
-        if causal:
-            check_causal_model(directory)
+        if check_class:
+            check_causal_model(directory, or_classifier=True)
         return architecture_of_hf(directory)
     except ConfigError as error:
         raise CheckpointError(str(error).removeprefix("model.hf = ")) from None

@@ -1,7 +1,6 @@
 """The weights a value model starts from: the policy's body, and a head in place of the output matrix."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +15,6 @@ from megatron_async_rlhf.models.hf_mapping import hf_shapes
 
 if TYPE_CHECKING:
     from megatron_async_rlhf.formats.stored import WeightReader
-
-HF_HEAD = "score.weight"  # of Transformers' models for sequence classification, [1, H]
-
-
-def value_body(arch: Architecture) -> Architecture:
-    """The policy's, without an output matrix that an embedding could be tied to."""
-    return replace(arch, tie_embeddings=False)
 
 
 def check_value_source(directory: Path, arch: Architecture) -> None:
@@ -59,16 +51,17 @@ def open_value_source(directory: Path, arch: Architecture) -> "WeightReader":
 
 def _check_tensors(directory: Path, tensors: Mapping[str, TensorSpec], arch: Architecture) -> None:
     where = f"algorithm.value_hf = {directory}"
-    for name, shape in hf_shapes(value_body(arch)).items():
-        if name in FAMILIES[arch.family].output.hf:
-            continue
+    (head_name,) = FAMILIES[arch.family].score.hf
+    for name, shape in hf_shapes(arch.with_score_head()).items():
+        if name == head_name:
+            continue  # it may be missing
         if name not in tensors:
             raise CheckpointError(f"{where}: {directory} has no tensor {name}")
         if tensors[name].shape != shape:
             raise CheckpointError(f"{where}: {name} has shape {tensors[name].shape}, the policy's is {shape}")
-    head = tensors.get(HF_HEAD)
+    head = tensors.get(head_name)
     if head is not None and head.shape != (1, arch.hidden_size):
         raise CheckpointError(
-            f"{where}: {HF_HEAD} has shape {head.shape}, a value model's is (1, {arch.hidden_size}); give a reward model "
+            f"{where}: {head_name} has shape {head.shape}, a value model's is (1, {arch.hidden_size}); give a reward model "
             "with one label"
         )

@@ -2,6 +2,7 @@
 
 python -m megatron_async_rlhf.jobs train --run-dir runs/x --learner tcp://... --generator http://... --transfer host:port
 python -m megatron_async_rlhf.jobs sft --run-dir runs/x --learner tcp://...
+python -m megatron_async_rlhf.jobs reward_model --run-dir runs/x --learner tcp://...
 python -m megatron_async_rlhf.jobs replay --run-dir runs/x.replay --learner tcp://... --recorded runs/x
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from megatron_async_rlhf.interpreter import collect_rarely
 from megatron_async_rlhf.jobs.addresses import Addresses
 
-JOBS = ("train", "sft", "replay")
+JOBS = ("train", "sft", "reward_model", "replay")
 
 
 def main() -> None:

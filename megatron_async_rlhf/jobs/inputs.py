@@ -77,8 +77,11 @@ def data_counts(report: DataReport) -> DataCounts:
     return DataCounts(read=report.read, used=report.used, dropped=dict(report.dropped))
 
 
-def make_model_template(config: RunConfig, directory: Path) -> None:
+def make_model_template(config: RunConfig, directory: Path, *, or_classifier: bool = False) -> None:
     """Write Hugging Face config and tokenizer of the policy, without weights, into `directory`, and today's date.
+
+    Args:
+        or_classifier: `model.hf` may be a model for sequence classification as well.
 
     Raises:
         ConfigError, DataError: one line.
@@ -86,7 +89,7 @@ def make_model_template(config: RunConfig, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     fix_date(directory)
     if config.model.hf is not None:
-        _copy_template(config.model.hf, directory)
+        _copy_template(config.model.hf, directory, or_classifier)
     else:
         _make_fresh_template(config, directory)
     set_chat_template(directory, config.model.chat_template)
@@ -312,11 +315,11 @@ def check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Arch
         )
 
 
-def _copy_template(source: Path, directory: Path) -> None:
+def _copy_template(source: Path, directory: Path, or_classifier: bool) -> None:
     """Config and tokenizer of a Hugging Face directory or of a checkpoint made from one."""
     refuse_adapter(source)
     described = hf_files_of(source)
-    check_causal_model(described)
+    check_causal_model(described, or_classifier=or_classifier)
     architecture_of_hf(described)  # a clear error if it is no model we can train
     if is_checkpoint(source):
         check_format(source)

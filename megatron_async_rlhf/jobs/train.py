@@ -34,7 +34,7 @@ from megatron_async_rlhf.generator.places import places
 from megatron_async_rlhf.generator.protocol import Generator
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.jobs.addresses import Addresses
-from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs
+from megatron_async_rlhf.jobs.inputs import RunInputs, data_counts, load_run_inputs
 from megatron_async_rlhf.jobs.lifecycle import (
     END_AT_ONCE,
     begin_reinforcement,
@@ -85,7 +85,7 @@ class Job:
         self.recorder = Recorder(
             config, run_dir, EventStream(), generator_bytes=held, totals=resumed.totals if resumed else None
         )
-        self.recorder.totals.data = run_inputs.data_counts
+        self.recorder.totals.data = data_counts(run_inputs.data)
         self._pool = GeneratorPool(
             generators,
             max_concurrent=config.generator.max_concurrent,

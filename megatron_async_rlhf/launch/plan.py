@@ -163,12 +163,13 @@ def plan_learner_alone(
     arguments: Sequence[str] = (),
     *,
     resume_from: int | None = None,
+    learner_arguments: Sequence[str] = (),
 ) -> ProcessPlan:
     """The same without generators: learner ranks on all cores or GPUs, and that job as their controller."""
     slots = lay_out(config, nodes, replicas=0).learners
     addresses = ["--learner", _commands_at(slots, nodes), *arguments, *_resumption(resume_from)]
     return ProcessPlan(
-        learners=_learners(config, run_dir, slots, nodes),
+        learners=_learners(config, run_dir, slots, nodes, learner_arguments),
         generators=[],
         controller=_controller(config, run_dir, nodes, addresses, job),
     )
@@ -228,7 +229,9 @@ def _device_names(config: RunConfig, slots: Sequence[Slot], node: Node) -> list[
     return [node.gpus[slot.device] if config.run.device == "cuda" else str(slot.device) for slot in slots]
 
 
-def _learners(config: RunConfig, run_dir: Path, slots: Sequence[Slot], nodes: Sequence[Node]) -> list[ProcessSpec]:
+def _learners(
+    config: RunConfig, run_dir: Path, slots: Sequence[Slot], nodes: Sequence[Node], arguments: Sequence[str] = ()
+) -> list[ProcessSpec]:
     """A rank for each slot. They meet where rank 0 is, which alone takes commands."""
     on_gpu = config.run.device == "cuda"
     # Kernels must start in the order they were queued, or communication does not overlap as Megatron plans it (it insists
@@ -243,6 +246,7 @@ def _learners(config: RunConfig, run_dir: Path, slots: Sequence[Slot], nodes: Se
                 *(sys.executable, "-m", "megatron_async_rlhf.learner.megatron.worker"),
                 *("--run-dir", str(run_dir)),
                 *("--listen", _commands_at(slots, nodes)),
+                *arguments,
             ],
             environment=_environment(
                 config,

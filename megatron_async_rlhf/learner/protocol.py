@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import msgspec
 from msgspec import Struct
 
-from megatron_async_rlhf.types import PushReport, Sequence, Span, StepMetrics, TrainingGroup
+from megatron_async_rlhf.types import PushReport, Sequence, Span, StepMetrics, TokenizedPair, TrainingGroup
 
 WAITING_MESSAGES = 8  # on either side of the connection: a rollout's pieces must not pile up
 DUMP_STACKS = signal.SIGUSR1  # to a rank: write where every thread is into the log
@@ -50,6 +50,25 @@ class EvaluateSupervised(Command, frozen=True, kw_only=True, tag=True):
     """The loss of TrainSupervised on these sequences, nothing changed."""
 
     sequences: list[Sequence]
+
+
+class StartPairs(Command, frozen=True, kw_only=True, tag=True):
+    """A fresh optimizer for `steps` steps on preference pairs."""
+
+    steps: int
+
+
+class TrainPairs(Command, frozen=True, kw_only=True, tag=True):
+    """The `step`-th optimizer step of a reward model."""
+
+    step: int
+    pairs: list[TokenizedPair]
+
+
+class ScoreRewards(Command, frozen=True, kw_only=True, tag=True):
+    """A reward model's reward of each sequence, which ends with its end-of-sequence token."""
+
+    sequences: list[list[int]]
 
 
 class StartReinforcement(Command, frozen=True, kw_only=True, tag=True):
@@ -167,6 +186,9 @@ AnyCommand = (
     | ResumeSupervised
     | TrainSupervised
     | EvaluateSupervised
+    | StartPairs
+    | TrainPairs
+    | ScoreRewards
     | StartReinforcement
     | ResumeReinforcement
     | RolloutHeader
@@ -187,11 +209,12 @@ class Answer(Struct, frozen=True, kw_only=True):
     id: int
     error: str | None = None
     error_kind: Literal["", "non_finite", "transfer", "write"] = ""
-    metrics: StepMetrics | None = None  # of TrainSupervised and EvaluateSupervised
+    metrics: StepMetrics | None = None  # of TrainSupervised, EvaluateSupervised and TrainPairs
     steps: list[StepMetrics] = []  # of TrainRollout, one per optimizer step
     # of each sequence's completion tokens, in the command's order, before any update the command made; of a rollout
     # those of its first mini-batch
     logprobs: list[list[float]] = []
+    rewards: list[float] = []  # of ScoreRewards, in the command's order
     push: PushReport | None = None
     saved: bool = False
     spans: list[Span] = []

@@ -53,6 +53,7 @@ class Architecture:
     norm_eps: float
     tie_embeddings: bool
     init_std: float = 0.02
+    has_score_head: bool = False  # one number for each token in place of logits; then no embeddings are tied
 
     @property
     def qkv_bias(self) -> bool:
@@ -70,8 +71,15 @@ class Architecture:
         if self.qk_norm:
             attention += 2 * self.head_dim
         layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return self.layers * layer + embeddings + self.hidden_size
+        embedding = self.vocab_size * self.hidden_size
+        output = 0 if self.tie_embeddings else embedding
+        if self.has_score_head:
+            output = self.hidden_size
+        return self.layers * layer + embedding + output + self.hidden_size
+
+    def with_score_head(self) -> "Architecture":
+        """The same body with a score head."""
+        return replace(self, tie_embeddings=False, has_score_head=True)
 
     def to_hf(self, *, eos_token_id: int, bos_token_id: int | None = None, pad_token_id: int | None = None) -> dict:
         """The `config.json` that Transformers and vLLM read, weights in float32."""
@@ -161,8 +169,8 @@ def check_value_architecture(source: Path, directory: Path, policy: Architecture
     except ConfigError as error:
         raise ConfigError(str(error).replace(f"model.hf = {directory}", where, 1)) from None
     for name, needed in asdict(policy).items():
-        if name in ("tie_embeddings", "init_std"):
-            continue  # it has no output matrix, and nothing is drawn
+        if name in ("tie_embeddings", "init_std", "has_score_head"):
+            continue  # it has a score head in either case, and nothing is drawn
         if found[name] != needed and not (name == "context_length" and found[name] > needed):
             raise ConfigError(
                 f"{where}: its {name} = {found[name]} is not the policy's {needed}; give a model of the policy's shape, "
@@ -189,18 +197,26 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     return found
 
 
-def check_causal_model(directory: Path) -> None:
+def check_causal_model(directory: Path, *, or_classifier: bool = False) -> None:
     """Refuse a directory whose `config.json` names another class than the family's language model.
 
     Transformers goes by `model_type` alone, but vLLM by the class.
+
+    Args:
+        or_classifier: the family's class for sequence classification will do as well.
 
     Raises:
         ConfigError: it does; or see `architecture_of_hf`.
     """
     hf, where = read_hf_config(directory), f"model.hf = {directory}"
-    expected, named = _family_of(hf, where).hf_class, hf.get("architectures")
-    if named is not None and named != [expected]:
-        raise ConfigError(f"{where}: architectures = {named} is not supported, only [{expected!r}] is; save it as that")
+    family, named = _family_of(hf, where), hf.get("architectures")
+    expected = [family.hf_class, *([family.classifier_class] if or_classifier else [])]
+    if named is not None and named not in ([each] for each in expected):
+        only = " and ".join(f"[{each!r}]" for each in expected)
+        raise ConfigError(
+            f"{where}: architectures = {named} is not supported, only {only} {'are' if or_classifier else 'is'}; save it as "
+            "that"
+        )
 
 
 def architecture_of_hf(directory: Path) -> Architecture:
@@ -235,7 +251,7 @@ def architecture_of_hf(directory: Path) -> Architecture:
         init_std=_Values({"initializer_range": 0.02} | hf, where).positive("initializer_range"),
     )
     _check_heads(family, arch, where)
-    return arch
+    return arch.with_score_head() if hf.get("architectures") == [family.classifier_class] else arch
 
 
 class _Values:

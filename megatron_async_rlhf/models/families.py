@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any, Literal, TypedDict
 
 # A dimension of a Hugging Face tensor: `query` is heads x head size, `key_value` is key-value heads x head size.
-Size = Literal["vocabulary", "hidden", "ffn", "query", "key_value", "head"]
+Size = Literal["vocabulary", "hidden", "ffn", "query", "key_value", "head", "one"]
 
 
 class Rule(Enum):
@@ -57,11 +57,17 @@ class Family:
     embedding: Mapping
     final_norm: Mapping
     output: Mapping  # absent from a model with tied embeddings
+    score: Mapping  # in place of `output` in a model that gives each token a number
     free_head_size: bool = True
     whole_heads: bool = False
     never_null: tuple[str, ...] = ()
     forbidden: tuple[str, ...] = ()
     config_defaults: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def classifier_class(self) -> str:
+        """The one entry of `architectures` of a model with a score head."""
+        return self.hf_class.replace("ForCausalLM", "ForSequenceClassification")
 
     @property
     def qkv_bias(self) -> bool:
@@ -79,6 +85,7 @@ class _Outer(TypedDict):
     embedding: Mapping
     final_norm: Mapping
     output: Mapping
+    score: Mapping
 
 
 _INPUT_NORM = Mapping(
@@ -173,6 +180,13 @@ _OUTER: _Outer = {
         hf=("lm_head.weight",),
         shapes=(("vocabulary", "hidden"),),
         rule=Rule.VOCAB,
+    ),
+    "score": Mapping(
+        megatron="output_layer.weight",
+        vllm="score.weight",
+        hf=("score.weight",),
+        shapes=(("one", "hidden"),),
+        rule=Rule.REPLICATED,
     ),
 }
 _MLP = (_MLP_NORM, _GATE_UP, _DOWN)

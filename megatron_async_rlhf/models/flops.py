@@ -54,5 +54,5 @@ def token_flops(arch: Architecture, context: float) -> float:
 
 
 def output_flops(arch: Architecture) -> float:
-    """Of the logits of one token."""
-    return 2.0 * arch.vocab_size * arch.hidden_size
+    """Of the logits of one token, or of its score."""
+    return 2.0 * (1 if arch.has_score_head else arch.vocab_size) * arch.hidden_size

@@ -72,6 +72,7 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         "query": arch.heads * arch.head_dim,
         "key_value": arch.kv_heads * arch.head_dim,
         "head": arch.head_dim,
+        "one": 1,
     }
     return {
         name.format(layer=layer): tuple(sizes[size] for size in shape)
@@ -90,13 +91,17 @@ def check_shapes(label: str, stored: Table[str, tuple[int, ...]], arch: Architec
     Raises:
         CheckpointError: a tensor is missing, has another shape, or has no place in the model.
     """
-    shapes = hf_shapes(arch)
+    shapes, family = hf_shapes(arch), FAMILIES[arch.family]
     for name, shape in shapes.items():
+        if name not in stored and name in family.score.hf:
+            raise CheckpointError(
+                f"{label}: architectures = [{family.classifier_class!r}] in config.json is a reward model's, but there is no "
+                f"tensor {name}; name the class of the language model"
+            )
         if name not in stored:
             raise CheckpointError(f"{label} has no tensor {name}{_similar(name, stored)}")
         if stored[name] != shape:
             raise CheckpointError(f"{label}: {name} has shape {stored[name]}, but config.json describes {shape}")
-    family = FAMILIES[arch.family]
     for name in stored:
         if name in family.output.hf and arch.tie_embeddings:
             raise CheckpointError(
@@ -138,5 +143,7 @@ def _rows(arch: Architecture) -> Iterator[tuple[Mapping, int | None]]:
     for layer in range(arch.layers):
         yield from ((row, layer) for row in family.layer)
     yield family.final_norm, None
-    if not arch.tie_embeddings:
+    if arch.has_score_head:
+        yield family.score, None
+    elif not arch.tie_embeddings:
         yield family.output, None

@@ -134,7 +134,7 @@ def test_the_summary_has_the_counts(tmp_path: Path):
     run_inputs = load_run_inputs(config, tmp_path / "template")
     totals = RunTotals.of(config)
     assert totals.to_summary("completed", None)["data"] == {"read": 0, "used": 0, "dropped": {}}
-    totals.data = run_inputs.data_counts
+    totals.data = data_counts(run_inputs.data)
     told = totals.to_summary("completed", None)["data"]
     assert told["used"] == len(run_inputs.train) + len(run_inputs.eval) == 6
     assert told["read"] == len(GOOD) + len(BAD) + 1

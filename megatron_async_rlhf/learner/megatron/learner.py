@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_async_rlhf.algorithms.supervised import supervised_loss
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.devices import known_peak
-from megatron_async_rlhf.errors import LearnerError, WriteError
+from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.formats.checkpoint_weights import CheckpointWeights
-from megatron_async_rlhf.formats.hf_files import write_safetensors
 from megatron_async_rlhf.formats.open_weights import open_weights
-from megatron_async_rlhf.formats.stored import TensorSpec
 from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.peak import peak_flops
 from megatron_async_rlhf.learner.megatron.state.background_save import BackgroundSave
 from megatron_async_rlhf.learner.megatron.state.host_copy import on_host
 from megatron_async_rlhf.learner.megatron.state.training_state import (
@@ -36,6 +33,7 @@ from megatron_async_rlhf.learner.megatron.training.steps import (
     sum_over_replicas,
 )
 from megatron_async_rlhf.learner.megatron.training.trained_model import ModelStep, TrainedModel, training_step
+from megatron_async_rlhf.learner.megatron.transfer.export import write_gathered
 from megatron_async_rlhf.learner.megatron.transfer.weight_push import WeightPush
 from megatron_async_rlhf.learner.megatron.transfer.weights import (
     RandomWeights,
@@ -62,8 +60,6 @@ from megatron_async_rlhf.learner.protocol import (
 from megatron_async_rlhf.learner.rollout import Rollout, Samples
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.models.flops import forward_flops, rollout_flops
-from megatron_async_rlhf.models.hf_mapping import hf_shapes
-from megatron_async_rlhf.telemetry.files import unwritten
 from megatron_async_rlhf.types import StepMetrics
 
 
@@ -81,7 +77,7 @@ class MegatronLearner:
         load_weights(self.chunks, arch, placement, open_weights(hf) if hf else RandomWeights(arch, config.run.seed))
         self.policy = TrainedModel(self.chunks, config.learner, self._meter)
         self.reinforcement: Reinforcement | None = None
-        self._peak_flops = _peak_flops(config)
+        self._peak_flops = peak_flops(config)
         # After the wrapper, which moves the parameters into its own buffer if it shards the optimizer.
         self._push = WeightPush(config, arch, placement, named_parameters(self.chunks))
         self._save = BackgroundSave(placement)
@@ -196,22 +192,9 @@ class MegatronLearner:
         Raises:
             WriteError: the same on every rank.
         """
-        directory = Path(command.directory)
-        failed: list[str | None] = [None]
         with self._meter.span("export"):
-            stream = self.gathered_weights()
-            if self.placement.rank == 0:
-                dtype = self.config.learner.weights_dtype
-                specs = [TensorSpec(name, shape, dtype) for name, shape in hf_shapes(self.arch).items()]
-                try:
-                    write_safetensors(directory, specs, stream)
-                except OSError as error:
-                    failed = [unwritten(directory, error)]
-            for _ in stream:
-                pass  # the other ranks send what they have, whatever becomes of the files
-            dist.broadcast_object_list(failed, src=0, group=self.placement.control)
-        if failed[0]:
-            raise WriteError(failed[0])
+            dtype = self.config.learner.weights_dtype
+            write_gathered(Path(command.directory), self.gathered_weights(), self.arch, dtype, self.placement)
         return self._answer(command.id)
 
     def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -302,12 +285,3 @@ class MegatronLearner:
 def _positions(parts: list[Samples]) -> list[int]:
     """Of each sequence: the last token predicts nothing."""
     return [length - 1 for samples in parts for length in samples.lengths]
-
-
-def _peak_flops(config: RunConfig) -> float | None:
-    """What all ranks' devices could do in a second, if that is known."""
-    learner = config.learner
-    peak = None if learner.peak_tflops is None else learner.peak_tflops * 1e12
-    if peak is None and config.run.device == "cuda":
-        peak = known_peak(torch.cuda.get_device_name(), "fp8" if learner.fp8 else learner.precision)
-    return None if peak is None else peak * learner.world_size

@@ -1,4 +1,4 @@
-"""Builds the policy (and its reference copy) as Megatron's `GPTModel`s for this rank's stages and shard."""
+"""Builds policies, value models and reward models as Megatron's `GPTModel`s for this rank's stages and shard."""
 
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -9,6 +9,7 @@ from megatron_async_rlhf.config.sections import LearnerSection, Recompute
 from megatron_async_rlhf.formats.stored import DTYPES
 from megatron_async_rlhf.learner.megatron.layers.fp8 import fp8_keys
 from megatron_async_rlhf.learner.megatron.layers.output import defer_output
+from megatron_async_rlhf.learner.megatron.layers.score_head import ScoreHead
 from megatron_async_rlhf.learner.megatron.layers.spec import device_keys, stage_spec
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.models.architecture import Architecture, RopeScaling
@@ -74,7 +75,8 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 def build_model(arch: Architecture, placement: Placement, learner: LearnerSection) -> list[GPTModel]:
     """This rank's chunks of the model, one per virtual stage, on its device. Their weights are yet to be read.
 
-    The last stage returns hidden states, [B, T, H]: see `output`.
+    The last stage returns hidden states, [B, T, H]: see `output`; with a score head, which begins at zero, float32 numbers,
+    [B, T, 1].
     """
     config = transformer_config(arch, placement, learner)
     return [_build_chunk(arch, placement, config, number) for number in range(placement.virtual_stages)]
@@ -94,8 +96,12 @@ def _build_chunk(arch: Architecture, placement: Placement, config: TransformerCo
         rotary_base=arch.rope_theta,
         parallel_output=True,
         vp_stage=number if placement.virtual_stages > 1 else None,
-    ).to(placement.device)
-    defer_output(model)
+    )
+    if arch.has_score_head and model.post_process:
+        model.output_layer = ScoreHead(config)
+    else:
+        defer_output(model)
+    model = model.to(placement.device)
     if arch.rope_scaling is not None:
         scale_rotary_frequencies(model.rotary_pos_emb, arch.rope_scaling)
     return model

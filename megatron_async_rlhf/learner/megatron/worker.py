@@ -17,6 +17,8 @@ import faulthandler
 import logging
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from megatron_async_rlhf.learner.megatron.distribution import receive_rollout
 from megatron_async_rlhf.learner.megatron.layers.spec import fused_parts
 from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
+from megatron_async_rlhf.learner.megatron.reward_learner import RewardModelLearner
 from megatron_async_rlhf.learner.protocol import (
     DUMP_STACKS,
     WAITING_MESSAGES,
@@ -118,7 +121,7 @@ class CommandChannel:
             self._socket.close(linger=1000)
 
 
-def serve(learner: MegatronLearner, channel: CommandChannel) -> None:
+def serve(execute: Callable[[AnyCommand], Answer], channel: CommandChannel) -> None:
     """Execute commands until `Stop`."""
     while True:
         command = channel.receive()
@@ -126,7 +129,7 @@ def serve(learner: MegatronLearner, channel: CommandChannel) -> None:
             channel.answer(Answer(id=command.id))
             return
         try:
-            answer = _execute(learner, channel, command)
+            answer = execute(command)
         except NonFiniteLossError as error:
             answer = Answer(id=command.id, error=str(error), error_kind="non_finite")
         except WriteError as error:
@@ -187,6 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--listen", required=True, help="ZeroMQ address rank 0 takes commands on")
+    parser.add_argument("--reward-model", action="store_true", help="train a reward model, and no policy")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     # Where every thread is, in the log: asked for when the learner is silent, and who does not react is the cause.
@@ -198,11 +202,16 @@ def main() -> None:
     config = load_config(arguments.run_dir / RESOLVED_CONFIG)
     arch = policy_architecture(config.model, arguments.run_dir / POLICY_TEMPLATE_DIR)
     placement = join_learner(config.learner, config.run.device)
-    learner = MegatronLearner(config, arch, placement)
+    learner: MegatronLearner | RewardModelLearner
+    if arguments.reward_model:
+        learner = RewardModelLearner(config, arch.with_score_head(), placement)
+    else:
+        learner = MegatronLearner(config, arch, placement)
     _log.info("; ".join(f"{part}: {what}" for part, what in fused_parts(placement.device).items()))
     _log.info("rank %d of %d ready after %.1f s", placement.rank, dist.get_world_size(), time.monotonic() - start)
     channel = CommandChannel(placement, arguments.listen)
-    serve(learner, channel)
+    own = learner.execute if isinstance(learner, RewardModelLearner) else partial(_execute, learner, channel)
+    serve(own, channel)
     learner.close()
     channel.close()
     dist.destroy_process_group()

@@ -12,7 +12,7 @@ from megatron_async_rlhf.errors import MappingError
 from megatron_async_rlhf.formats.stored import TensorSpec, WeightReader, find_tensor, read_blocks
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.models.architecture import Architecture
-from megatron_async_rlhf.models.families import Rule
+from megatron_async_rlhf.models.families import FAMILIES, Rule
 from megatron_async_rlhf.models.hf_mapping import copies_of_tied_embedding, hf_shapes, model_mappings
 from megatron_async_rlhf.models.layout import Piece, by_parameter, learner_pieces, matrix_shape, parameter_shapes
 from megatron_async_rlhf.weights.send import as_matrix
@@ -44,14 +44,7 @@ def load_weights(chunks: list[GPTModel], arch: Architecture, placement: Placemen
         CheckpointError: a tensor is missing.
         MappingError: a tensor whose shape does not fit the architecture.
     """
-    load_parameters(named_parameters(chunks), arch, placement, reader)
-
-
-@torch.no_grad()
-def load_parameters(
-    parameters: dict[str, torch.nn.Parameter], arch: Architecture, placement: Placement, reader: WeightReader
-) -> None:
-    """As `load_weights`, of the given ones."""
+    parameters = named_parameters(chunks)
     # By name alone: a share of the vocabulary may be all padding and have no piece.
     layout = placement.layout
     placed = (
@@ -124,7 +117,8 @@ def gather_weights(
 class RandomWeights:
     """Fresh weights drawn per Hugging Face tensor, so that every layout starts from the same bits; a `WeightReader`.
 
-    Normal with `init_std`; projections back into the residual stream are scaled by 1/sqrt(2 x layers) (GPT-2).
+    Normal with `init_std`; projections back into the residual stream are scaled by 1/sqrt(2 x layers) (GPT-2). A score
+    head is normal with 1/sqrt(hidden size + 1) (Stiennon et al., arXiv 2009.01325): rewards of about 1 at the start.
     """
 
     label = "fresh weights"
@@ -142,13 +136,13 @@ class RandomWeights:
 
     def _draw_tensor(self, name: str) -> torch.Tensor:
         shape = matrix_shape(self.tensors[name].shape)
-        if self._rules[name] is Rule.REPLICATED:  # a norm
-            return torch.ones(shape)
-        if len(self.tensors[name].shape) == 1:  # a bias
-            return torch.zeros(shape)
+        if len(self.tensors[name].shape) == 1:  # a norm, or a bias
+            return torch.ones(shape) if self._rules[name] is Rule.REPLICATED else torch.zeros(shape)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         std = self._arch.init_std
+        if name in FAMILIES[self._arch.family].score.hf:
+            std = (self._arch.hidden_size + 1) ** -0.5
         if self._rules[name] is Rule.ROW:
             std /= (2 * self._arch.layers) ** 0.5
         return torch.randn(shape, generator=generator) * std
