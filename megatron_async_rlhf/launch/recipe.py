@@ -45,7 +45,7 @@ class StageKeys(Section):
 class RecipeKeys(Section):
     """The whole file."""
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: LocalPath | None = None  # default: runs/<name>
     stages: list[StageKeys] = Field(min_length=1)
 

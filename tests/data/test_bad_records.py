@@ -11,7 +11,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.report import DataReport
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.errors import DataError
-from megatron_async_rlhf.jobs.inputs import load_run_inputs, make_model_template
+from megatron_async_rlhf.jobs.inputs import data_counts, load_run_inputs, make_model_template
 from megatron_async_rlhf.telemetry.summary import RunTotals
 
 GOOD = [json.dumps({"prompt": f"question {number}"}) for number in range(6)]
