@@ -32,7 +32,9 @@ class RewardModelSection(RewardKeys):
 
     own_metrics: ClassVar[tuple[Key, ...]] = (
         Key(
-            "reward_failed", "share", "of completions that the model gave no score", "reward",
+            "reward_failed", "share",
+            "of completions for which the reward failed (with `on_error: zero`)",
+            "reward",
             lambda keys: keys.on_error == "zero",
         ),
     )  # fmt: skip

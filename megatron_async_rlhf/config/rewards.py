@@ -41,7 +41,7 @@ class FunctionRewardSection(RewardKeys):
     own_metrics: ClassVar[tuple[Key, ...]] = (
         Key(
             "reward_failed", "share",
-            "of completions for which the reward failed (`function`, `reward_model` with `on_error: zero`)",
+            "of completions for which the reward failed (with `on_error: zero`)",
             "reward", lambda keys: keys.on_error == "zero",
         ),
     )  # fmt: skip

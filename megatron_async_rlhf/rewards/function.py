@@ -8,6 +8,7 @@ The event loop only waits. A function that fails ends the run, or earns its comp
 """
 
 import asyncio
+import logging
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -19,10 +20,11 @@ from pebble import ProcessExpired, ProcessPool
 from megatron_async_rlhf.config.rewards import FunctionRewardSection
 from megatron_async_rlhf.errors import ConfigError, RewardError
 from megatron_async_rlhf.rewards.base import Score
-from megatron_async_rlhf.rewards.failing import plain_scores, scores_after
 from megatron_async_rlhf.rewards.function_worker import begin, call, describe
 from megatron_async_rlhf.types import Completion, Prompt
 from megatron_async_rlhf.user_functions import Parameters, file_of
+
+_log = logging.getLogger(__name__)
 
 # A worker may be ended by whoever ends a whole job, which tells every process of it.
 _ATTEMPTS = 2
@@ -59,13 +61,16 @@ class FunctionReward:
             "prompt": prompt.text,
             "completions": [completion.text for completion in completions],
         }
-        on_error = self._section.on_error
+        may_fail = self._section.on_error == "zero"
         try:
             scores = await self._call(given)
         except RewardError as error:
             failure = f"{self._name} {error}; the prompt is {prompt.name}"
-            return scores_after(failure, len(completions), on_error, way_out="Correct the function")
-        return plain_scores(scores, on_error)
+            if not may_fail:
+                raise RewardError(f"{failure}. Correct the function, or set reward.on_error = zero") from None
+            _log.error("%s", failure)
+            return [Score(reward=0.0, metrics={"reward_failed": 1.0}, failure=failure) for _ in completions]
+        return [Score(reward=score, metrics={"reward_failed": 0.0} if may_fail else {}) for score in scores]
 
     def sources(self) -> list[Path]:
         path = file_of(self._section.function)

@@ -4,6 +4,7 @@ conversation, completion ──> the reward model's template and tokenizer ─�
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -15,21 +16,21 @@ from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import ConfigError, DataError, GeneratorError, RewardError
 from megatron_async_rlhf.models.classifier import read_classifier
 from megatron_async_rlhf.rewards.base import Reward, Score
-from megatron_async_rlhf.rewards.failing import plain_scores, scores_after
 from megatron_async_rlhf.rewards.reward_servers import RewardServers
 from megatron_async_rlhf.rewards.weighted_sum import WeightedSum
 from megatron_async_rlhf.types import Completion, Message, Prompt
 
-_WAY_OUT = "See the log of the server"
+_log = logging.getLogger(__name__)
+
 _SOLUTIONS_TOGETHER = 16  # in one request
 
 
 class ModelReward:
-    """The score of a served sequence classifier; `load` it first, `connect` it before the first score.
+    """The score of a served sequence classifier; `load` it first, give it `servers` before the first score.
 
     Attributes:
         center: what is subtracted from every score.
-        servers: None until it is connected.
+        servers: of the model; None as long as nothing is to be scored.
     """
 
     def __init__(self, section: RewardModelSection) -> None:
@@ -87,13 +88,17 @@ class ModelReward:
 
     async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
         """Metrics: with `on_error = zero` `reward_failed`, 1 if there is no score."""
-        on_error = self.section.on_error
+        may_fail = self.section.on_error == "zero"
         try:
             raw = await self._scores(prompt, [completion.text for completion in completions])
         except (RewardError, GeneratorError, DataError) as error:
             failure = f"reward model {self.section.model}: {error}; the prompt is {prompt.name}"
-            return scores_after(failure, len(completions), on_error, way_out=_WAY_OUT)
-        return plain_scores([score - self.center for score in raw], on_error)
+            if not may_fail:
+                raise RewardError(f"{failure}. Set {self._key}.on_error = zero to go on without it") from None
+            _log.error("%s", failure)
+            return [Score(reward=0.0, metrics={"reward_failed": 1.0}, failure=failure) for _ in completions]
+        metrics = {"reward_failed": 0.0} if may_fail else {}
+        return [Score(reward=score - self.center, metrics=metrics) for score in raw]
 
     async def mean_of_solutions(self, prompts: Sequence[Prompt], seed: int) -> float:
         """The mean score of `center_on_solutions` solutions, drawn with the seed, before anything is subtracted.
@@ -136,7 +141,7 @@ class ModelReward:
     def close(self) -> None: ...
 
     async def _scores(self, prompt: Prompt, texts: Sequence[str]) -> list[float]:
-        assert self.servers is not None  # it is connected before anything is sampled
+        assert self.servers is not None  # which `ServedRewards` gives it before anything is sampled
         return await self.servers.score(await asyncio.to_thread(self._sequences, prompt, texts))
 
     def _sequences(self, prompt: Prompt, texts: Sequence[str]) -> list[list[int]]:
