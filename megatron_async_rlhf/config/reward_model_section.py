@@ -48,6 +48,9 @@ class RewardModelSection(RewardKeys):
     dtype: Dtype = "float32"  # of the weights that it computes with; the score itself is always float32
     context_length: PositiveInt | None = None  # tokens of conversation and completion together; default: the model's
     chat_template: LocalPath | None = None  # Jinja file, instead of the model's own
+    # Where a conversation ends, and the score is read: after all that the template writes, as most published models were
+    # trained, or with the end-of-sequence token behind the answer, as `async-rlhf reward-model` trains.
+    end: Literal["template", "eos"] = "template"
     # Conversations a replica computes together. Default: 1 with schedule.generation = batch, so that no score depends on
     # what is beside it, to the last bit; 32 with streaming.
     max_concurrent: PositiveInt | None = None

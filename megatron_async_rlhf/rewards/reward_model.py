@@ -84,7 +84,7 @@ class ModelReward:
 
     def length(self, prompt: Prompt) -> int:
         """Tokens of the prompt with an empty completion, as this model reads them."""
-        return len(self._tokenizer.render_conversation([*_messages(prompt), Message("assistant", "")]))
+        return len(self._rendered([*_messages(prompt), Message("assistant", "")]))
 
     async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
         """Metrics: with `on_error = zero` `reward_failed`, 1 if there is no score."""
@@ -150,7 +150,7 @@ class ModelReward:
         return [self._sequence([*messages, Message("assistant", text)]) for text in texts]
 
     def _sequence(self, messages: Sequence[Message]) -> list[int]:
-        ids = self._tokenizer.render_conversation(messages)
+        ids = self._rendered(messages)
         # Transformers reads a classifier out at the last token that does not pad, which a template's last one may do.
         while len(ids) > 1 and ids[-1] == self._pad:
             ids.pop()
@@ -160,6 +160,11 @@ class ModelReward:
                 "reads: lower generator.max_new_tokens or data.max_prompt_tokens"
             )
         return ids
+
+    def _rendered(self, messages: Sequence[Message]) -> list[int]:
+        if self.section.end == "eos":
+            return self._tokenizer.render_answered(messages)
+        return self._tokenizer.render_conversation(messages)
 
 
 def reward_models_in(reward: Reward) -> list[ModelReward]:

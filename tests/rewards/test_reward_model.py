@@ -123,6 +123,21 @@ def test_another_template_and_tokens_that_pad_at_the_end(tmp_path):
     asyncio.run(go())
 
 
+@pytest.mark.parametrize(("end", "after"), [("template", [257, *b"!"]), ("eos", [257])])
+def test_where_a_conversation_ends(tmp_path, end, after):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m['content'] }}{{ '<eos>!' if m['role'] == 'assistant' else '?' }}{% endfor %}"
+    )
+
+    async def go() -> None:
+        async with rewarded(tmp_path, chat_template=template, end=end) as (made, (server,)):
+            await made.reward.score(prompt(text="ab"), completions("c <eos>"))
+            assert server.bodies[0]["input"] == [[*b"ab?c <eos>", *after]]
+
+    asyncio.run(go())
+
+
 def test_groups_are_spread_over_the_replicas(tmp_path):
     async def go() -> None:
         async with rewarded(tmp_path, 2) as (made, servers):
