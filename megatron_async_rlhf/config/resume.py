@@ -16,21 +16,10 @@ _FIXED = (
 
 
 # How a reward model is served; which it is stays the same.
-_SERVING = tuple(
-    f"reward.{name}"
-    for name in (
-        *(
-            "url",
-            "replicas",
-            "tensor_parallel",
-            "kv_cache_gib",
-            "gpu_memory_share",
-            "start_timeout_s",
-            "request_timeout_s",
-        ),
-        "restarts",
-    )
-)
+_SERVING = (
+    "reward.url", "reward.replicas", "reward.tensor_parallel", "reward.kv_cache_gib", "reward.gpu_memory_share",
+    "reward.start_timeout_s", "reward.request_timeout_s", "reward.restarts",
+)  # fmt: skip
 
 # Where prompts and weights are read. They may lie elsewhere now, as long as the contents are known to be the same.
 _PLACES = ("data.train", "data.eval", "model.hf", "reward.model")

@@ -9,9 +9,9 @@ twice as many places as an engine has sequences in work.
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.limits import open_files, threads_left
+from megatron_async_rlhf.rewards.reward_server import PLACES as REWARD_PLACES
 
 _OTHER_FILES = 160  # of a controller or server besides its requests: libraries, logs, sockets of engine and workers
-_REWARD_FILES = 64  # requests to one server of a reward model at once (`rewards.reward_server.PLACES`)
 _THREADS = 64  # of a learner rank, and of a server's worker: those of torch and gloo, most of them idle
 
 
@@ -50,4 +50,4 @@ def threads_problem(config: RunConfig) -> str | None:
 
 def _other_files(config: RunConfig) -> int:
     servers = sum(len(section.url or range(section.replicas)) for section in config.reward_models.values())
-    return _OTHER_FILES + servers * _REWARD_FILES
+    return _OTHER_FILES + servers * REWARD_PLACES

@@ -8,8 +8,8 @@
                                 └──> controller finishes its step, saves and exports ──> interrupted
 
 A server, a generator's or a reward model's, that has been started again `restarts` times stays down when it dies once
-more: the controller goes on with the others, and ends the run when none is left. Before training begins a death is more likely a setting
-that cannot work, and ends the run.
+more: the controller goes on with the others, and ends the run when none is left. Before training begins a death is more
+likely a setting that cannot work, and ends the run.
 
 The supervisor never talks to learner or servers; it owns only their lives. The controller's events come
 through its standard output.
