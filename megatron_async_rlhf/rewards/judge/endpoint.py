@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
@@ -166,9 +168,15 @@ def _next_wait(state: RetryCallState) -> float:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Of the header; its other form, a date, is taken for no advice."""
+    """From now on, of the header, which has seconds or a date; 0 if it says nothing that can be used."""
+    if retry_after is None:
+        return 0.0
     try:
-        return max(0.0, float(retry_after or 0.0))
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     except ValueError:
         return 0.0
 
