@@ -12,10 +12,12 @@ class RewardKeys(ReportingSection):
 
     Attributes:
         columns: fields of a record that the reward reads without `data.reference_fields` naming them.
+        may_change: keys that a resumed run may change, as they do not change what a completion earns.
         packages: modules that it imports and that only the extra `rewards` installs.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
+    may_change: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:
@@ -58,6 +60,8 @@ class FallibleKeys(RewardKeys):
 
 class WorkerKeys(FallibleKeys):
     """Of a reward whose code runs in worker processes."""
+
+    may_change = ("workers", "timeout_s")
 
     workers: PositiveInt = 2  # processes that call it, on the controller's machine
     timeout_s: PositiveFloat = 60.0  # of one call; a process's first call also imports the code
