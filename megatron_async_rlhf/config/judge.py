@@ -98,7 +98,7 @@ class JudgeRewardSection(JudgeKeys, FallibleKeys):
         ),
     )  # fmt: skip
 
-    may_change = ("url", "api_key_env", "concurrency", "timeout_s", "give_up_s", "cache", "budget")
+    may_change = ("on_error", "url", "api_key_env", "concurrency", "timeout_s", "give_up_s", "cache", "budget")
 
     type: Literal["judge"] = "judge"
     against: Literal["group", "solution"] = "group"  # what a completion is compared with (`pairwise`)

@@ -23,6 +23,7 @@ def check(load, before: object, now: object) -> None:
         (JUDGE, "concurrency", 3),
         (FUNCTION, "timeout_s", 90.0),
         (FUNCTION, "workers", 5),
+        (FUNCTION, "on_error", "zero"),
         ({"type": "ifeval"}, "timeout_s", 90.0),
     ],
 )
