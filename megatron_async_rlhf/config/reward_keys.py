@@ -47,7 +47,7 @@ class RewardKeys(ReportingSection):
 class FallibleKeys(RewardKeys):
     """Of a reward that may fail on a completion that is nobody's fault."""
 
-    may_change = ("on_error",)
+    may_change: ClassVar[tuple[str, ...]] = ("on_error",)
 
     own_metrics: ClassVar[tuple[Key, ...]] = (
         Key(
@@ -63,7 +63,7 @@ class FallibleKeys(RewardKeys):
 class WorkerKeys(FallibleKeys):
     """Of a reward whose code runs in worker processes."""
 
-    may_change = ("on_error", "workers", "timeout_s")
+    may_change: ClassVar[tuple[str, ...]] = ("on_error", "workers", "timeout_s")
 
     workers: PositiveInt = 2  # processes that call it, on the controller's machine
     timeout_s: PositiveFloat = 60.0  # of one call; a process's first call also imports the code
