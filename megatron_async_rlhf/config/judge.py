@@ -17,7 +17,7 @@ def _check_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must be the address of an API, such as http://localhost:8000/v1")
-    return url.rstrip("/")
+    return url.rstrip("/").removesuffix("/chat/completions")
 
 
 def _check_pattern(pattern: str) -> str:

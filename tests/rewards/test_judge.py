@@ -291,6 +291,19 @@ def test_ways_to_read_a_number(tmp_path: Path, keys: dict, said: str, rating: fl
     with_server(lambda request, number: said, what)
 
 
+def test_any_text_can_be_judged(tmp_path: Path):
+    """Half of a pair of surrogates comes from a tokenizer that cuts between bytes, or from an endpoint's JSON."""
+
+    async def what(server: Server) -> None:
+        one = judge(server, tmp_path, form="pointwise")
+        for text in ("\0", "{{ x }}", "\ud83d", "\U0001f600", "x" * 100_000):
+            assert await one.rate("p", text) == 7.0
+            assert await judge(server, tmp_path, form="pointwise").rate("p", text) == 7.0
+        assert len(server.requests) == 5
+
+    with_server(lambda request, number: "\ud83d [[7]]", what)
+
+
 def test_ways_to_read_a_preference(tmp_path: Path):
     async def what(server: Server) -> None:
         one = judge(server, tmp_path, swap=False, json_key="better")

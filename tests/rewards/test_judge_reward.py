@@ -113,6 +113,11 @@ def test_keys_that_will_not_do(keys: dict, says: str):
         JudgeRewardSection(**{"url": "http://x/v1", **LIMITS, **keys})
 
 
+def test_the_address_may_be_that_of_the_api_or_of_its_chat():
+    for url in ("http://x/v1", "http://x/v1/", "http://x/v1/chat/completions"):
+        assert JudgeRewardSection(url=url, **LIMITS).url == "http://x/v1"
+
+
 @pytest.mark.parametrize(
     "keys", [{"api_key": "s3cret"}, {"api_key_env": "s3cret"}, {"url": "https://me:s3cret@x/v1"}, {"url": "//s3cret@x"}]
 )
