@@ -10,14 +10,14 @@ from megatron_async_rlhf.config.reward_keys import FallibleKeys
 from megatron_async_rlhf.config.section import LocalPath, Section
 from megatron_async_rlhf.config.written_key import Key
 
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+
 
 def _check_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must be the address of an API, such as http://localhost:8000/v1")
-    if parts.username is not None:
-        raise ValueError("must not have a name or password in it: api_key_env names the variable with the key")
-    return url.rstrip("/")
+    return url.rstrip("/").removesuffix("/chat/completions")
 
 
 def _check_pattern(pattern: str) -> str:
@@ -54,7 +54,7 @@ class JudgeKeys(Section):
 
     url: Annotated[str, AfterValidator(_check_url)]  # as https://api.openai.com/v1
     model: str = Field(min_length=1)
-    api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_]\w*$")  # variable with the key; never the key itself
+    api_key_env: str | None = None  # variable with the key; never the key itself
     form: Literal["pairwise", "pointwise"] = "pairwise"  # which of two answers is better | how good one is
     template: LocalPath | None = None  # Jinja file of the question; default: the package's own of that form
     pattern: Annotated[str, AfterValidator(_check_pattern)] | None = (
@@ -74,6 +74,22 @@ class JudgeKeys(Section):
         None  # answers, so that nothing is asked twice; default: judge.sqlite in the run directory
     )
     budget: JudgeBudget = Field(default_factory=JudgeBudget)
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_no_secrets(cls, tree: Any) -> Any:
+        """Before anything else, as other messages show the value that is wrong."""
+        if not isinstance(tree, dict):
+            return tree
+        if "api_key" in tree:
+            raise ValueError("api_key does not belong here: put it into a variable, and set api_key_env to its name")
+        if "@" in urlsplit(str(tree.get("url"))).netloc:
+            raise ValueError("url must not have a name or password in it: api_key_env names the variable with the key")
+        if tree.get("api_key_env") is not None and not _VARIABLE.fullmatch(str(tree["api_key_env"])):
+            raise ValueError(
+                "api_key_env must be the name of a variable, such as OPENAI_API_KEY, and never the key itself"
+            )
+        return tree
 
     @model_validator(mode="after")
     def check_values(self) -> "JudgeKeys":
@@ -97,6 +113,17 @@ class JudgeRewardSection(JudgeKeys, FallibleKeys):
             "reward", lambda keys: keys.form == "pairwise",
         ),
     )  # fmt: skip
+
+    may_change: ClassVar[tuple[str, ...]] = (
+        "on_error",
+        "url",
+        "api_key_env",
+        "concurrency",
+        "timeout_s",
+        "give_up_s",
+        "cache",
+        "budget",
+    )
 
     type: Literal["judge"] = "judge"
     against: Literal["group", "solution"] = "group"  # what a completion is compared with (`pairwise`)

@@ -36,7 +36,7 @@ def check_same_run(earlier: RunConfig, now: RunConfig, *, contents_are_compared:
     Raises:
         ConfigError: one line naming the first key that differs, and both values.
     """
-    before, after = _leaves(earlier.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
+    before, after = _leaves(_comparable(earlier)), _leaves(_comparable(now))
     for key in (*before, *after):
         if contents_are_compared and key in _PLACES and None not in (before.get(key), after.get(key)):
             continue
@@ -50,8 +50,20 @@ def check_same_run(earlier: RunConfig, now: RunConfig, *, contents_are_compared:
             )
 
 
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """The configuration without what only says how a reward is computed: the same completion earns the same."""
+    tree = config.model_dump(mode="json")
+    entries = tree["reward"] if isinstance(tree["reward"], list) else [tree["reward"]]
+    for reward, entry in zip(config.rewards, entries, strict=True):
+        for key in reward.may_change:
+            del entry[key]
+    return tree
+
+
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            value = dict(enumerate(value))
         leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return leaves

@@ -12,10 +12,12 @@ class RewardKeys(ReportingSection):
 
     Attributes:
         columns: fields of a record that the reward reads without `data.reference_fields` naming them.
+        may_change: keys that a resumed run may change, as they do not change what a completion earns.
         packages: modules that it imports and that only the extra `rewards` installs.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
+    may_change: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class RewardKeys(ReportingSection):
 class FallibleKeys(RewardKeys):
     """Of a reward that may fail on a completion that is nobody's fault."""
 
+    may_change: ClassVar[tuple[str, ...]] = ("on_error",)
+
     own_metrics: ClassVar[tuple[Key, ...]] = (
         Key(
             "reward_failed", "share",
@@ -58,6 +62,8 @@ class FallibleKeys(RewardKeys):
 
 class WorkerKeys(FallibleKeys):
     """Of a reward whose code runs in worker processes."""
+
+    may_change: ClassVar[tuple[str, ...]] = ("on_error", "workers", "timeout_s")
 
     workers: PositiveInt = 2  # processes that call it, on the controller's machine
     timeout_s: PositiveFloat = 60.0  # of one call; a process's first call also imports the code

@@ -58,9 +58,10 @@ async def score_group(
 
 
 def mean_facts(scored: Iterable[ScoredGroup]) -> dict[str, float]:
-    """Means over all completions of the groups."""
+    """Means over all completions of the groups that have the fact: before a resume `reward.on_error` may have been another."""
     facts = [fact for group in scored for fact in group.facts]
-    return {name: fmean(fact[name] for fact in facts) for name in facts[0]}
+    names = dict.fromkeys(name for fact in facts for name in fact)
+    return {name: fmean(fact[name] for fact in facts if name in fact) for name in names}
 
 
 def logprob_gaps(completions: Seq[Completion], logprobs: Seq[list[float]], version: int) -> list[float]:

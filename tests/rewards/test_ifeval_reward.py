@@ -222,6 +222,7 @@ def completion(text: str) -> Completion:
     return Completion(token_ids=[1], logprobs=[0.0], versions=[0], finished=True, text=text)
 
 
+@pytest.mark.slow
 def test_workers_score_completions_and_what_they_fail_on_earns_nothing():
     """The model of sentences comes from its package, as no data of NLTK's is here."""
     section = IfevalRewardSection(workers=1)

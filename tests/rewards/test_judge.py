@@ -114,6 +114,33 @@ def test_a_rate_limit_is_kept_by_all_requests(tmp_path: Path):
     with_server(limited, what)
 
 
+def test_a_rate_limit_may_be_a_date(tmp_path: Path):
+    def limited(request: dict, number: int) -> str | web.Response:
+        return status(429, Retry_After="Fri, 01 Jan 2100 00:00:00 GMT") if number == 1 else "[[7]]"
+
+    async def what(server: Server) -> None:
+        one = judge(server, tmp_path, form="pointwise", timeout_s=2.0, give_up_s=2.0)
+        with pytest.raises(JudgeError, match="another try would pass; the last of 1: it answered 429"):
+            await one.rate("p", "a")
+
+    with_server(limited, what)
+
+
+def test_two_judges_with_one_cache_have_one_budget(tmp_path: Path):
+    async def slow(request: dict, number: int) -> str:
+        await asyncio.sleep(0.05)
+        return "[[7]]"
+
+    async def what(server: Server) -> None:
+        both = [judge(server, tmp_path, form="pointwise", budget={"max_calls": 7}) for _ in range(2)]
+        asked = (one.rate("p", f"{number} {i}") for number, one in enumerate(both) for i in range(10))
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert results.count(7.0) == len(server.requests) == 7
+        assert sum(isinstance(result, JudgeBudgetError) for result in results) == 13
+
+    with_server(slow, what)
+
+
 def test_what_may_be_better_at_the_next_try_is_tried_again(tmp_path: Path):
     def shaky(request: dict, number: int) -> str | web.Response:
         bad = {1: status(500), 2: status(200, "<html>"), 3: status(200, '{"choices": []}')}
@@ -262,6 +289,19 @@ def test_ways_to_read_a_number(tmp_path: Path, keys: dict, said: str, rating: fl
         assert await judge(server, tmp_path, form="pointwise", **keys).rate("p", "a") == rating
 
     with_server(lambda request, number: said, what)
+
+
+def test_any_text_can_be_judged(tmp_path: Path):
+    """Half of a pair of surrogates comes from a tokenizer that cuts between bytes, or from an endpoint's JSON."""
+
+    async def what(server: Server) -> None:
+        one = judge(server, tmp_path, form="pointwise")
+        for text in ("\0", "{{ x }}", "\ud83d", "\U0001f600", "x" * 100_000):
+            assert await one.rate("p", text) == 7.0
+            assert await judge(server, tmp_path, form="pointwise").rate("p", text) == 7.0
+        assert len(server.requests) == 5
+
+    with_server(lambda request, number: "\ud83d [[7]]", what)
 
 
 def test_ways_to_read_a_preference(tmp_path: Path):

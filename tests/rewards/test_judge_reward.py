@@ -4,9 +4,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
+import yaml
 from judge_server import longer_is_better, question, serving
 
 from megatron_async_rlhf.config.judge import JudgeRewardSection
+from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.errors import ConfigError, DataError, JudgeBudgetError, JudgeError
 from megatron_async_rlhf.rewards.base import Score
 from megatron_async_rlhf.rewards.preflight import check_entry
@@ -99,15 +101,34 @@ def test_before_the_run_template_and_key_are_looked_at(tmp_path: Path):
     ("keys", "says"),
     [
         ({"url": "localhost:8000"}, "must be the address of an API"),
-        ({"url": "https://me:secret@x/v1"}, "must not have a name or password"),
         ({"range": [3, 3]}, "is empty"),
         ({"pattern": "("}, "is no regular expression"),
         ({"pattern": "[0-9]"}, "must have one group"),
         ({"pattern": "([0-9])", "json_key": "score"}, "remove one"),
-        ({"api_key_env": "sk-123"}, "pattern"),
         ({"timeout_s": 10.0}, "is below timeout_s = 10"),
     ],
 )
 def test_keys_that_will_not_do(keys: dict, says: str):
     with pytest.raises(ValueError, match=says):
         JudgeRewardSection(**{"url": "http://x/v1", **LIMITS, **keys})
+
+
+def test_the_address_may_be_that_of_the_api_or_of_its_chat():
+    for url in ("http://x/v1", "http://x/v1/", "http://x/v1/chat/completions"):
+        assert JudgeRewardSection(url=url, **LIMITS).url == "http://x/v1"
+
+
+@pytest.mark.parametrize(
+    "keys", [{"api_key": "s3cret"}, {"api_key_env": "s3cret"}, {"url": "https://me:s3cret@x/v1"}, {"url": "//s3cret@x"}]
+)
+def test_a_secret_in_the_configuration_is_refused_and_not_shown(keys: dict, tmp_path: Path):
+    tree = {
+        "model": {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96},
+        "data": {"train": "prompts.jsonl"},
+        "reward": {"type": "judge", "url": "http://x/v1", "model": "m", **keys},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"^reward.*api_key_env") as refused:
+        load_config(path)
+    assert "s3cret" not in str(refused.value)

@@ -88,6 +88,7 @@ def test_gsm8k_solutions_are_their_own_answers():
         assert judged(solution, f"#### {answer}1")[0] == 0.0
 
 
+@pytest.mark.slow
 def test_it_runs_in_workers_and_a_solution_without_an_answer_is_refused_before_the_run():
     def prompt(solution: str) -> Prompt:
         return Prompt(index=0, text="?", token_ids=[1], reference={"solution": solution}, origin="train.jsonl:7")

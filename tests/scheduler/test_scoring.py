@@ -54,6 +54,15 @@ def test_a_completion_without_an_end_earns_the_penalty_instead():
     assert facts["seen"] == 1.0
 
 
+def test_a_metric_that_only_some_completions_have_is_the_mean_over_those():
+    """Of groups scored before a resume that set `reward.on_error`."""
+    before, after = scored([completion(9)]), scored([completion(2)])
+    after.facts[0]["reward_failed"] = 1.0
+    for groups in ([before, after], [after, before]):
+        assert mean_facts(groups)["reward_failed"] == 1.0
+        assert mean_facts(groups)["reward"] == pytest.approx(0.55)
+
+
 def test_pairs_are_best_then_worst_and_ties_are_counted():
     batch = pairs_of([completion(3), completion(8, 1), completion()], [completion(4), completion(4, 4), completion(4)])
     sequences = [sequence for group in batch.groups for sequence in group.sequences]

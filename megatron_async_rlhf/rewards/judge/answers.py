@@ -57,7 +57,7 @@ class AnswerStore:
 
     async def keep(self, request: Mapping[str, Any], answer: Answer, tokens: int) -> None:
         def keep(database: sqlite3.Connection) -> None:
-            row = (key_of(request), json.dumps(request, ensure_ascii=False), answer.text, answer.cut)
+            row = (key_of(request), json.dumps(request), answer.text, answer.cut)
             database.execute("insert or replace into answers values (?, ?, ?, ?)", row)
             database.execute("update spent set tokens = tokens + ?", (tokens,))
 

@@ -1,9 +1,12 @@
 """One chat endpoint: requests with time limits, tried again while that can help, told in this project's errors."""
 
 import asyncio
+import json
 import os
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
@@ -125,11 +128,12 @@ class Endpoint:
 
     async def _kept(self, request: Mapping[str, Any], content: bytes) -> Answer:
         try:
-            completion = msgspec.json.decode(content, type=_Completion)
+            completion = msgspec.convert(json.loads(content), _Completion)  # msgspec's own reader refuses surrogates
             choice = completion.choices[0]
-        except (msgspec.MsgspecError, IndexError):
+        except (ValueError, RecursionError, msgspec.MsgspecError, IndexError):
             raise _Passing(f"it answered 200 with something that is no chat completion: {_shown(content)}") from None
-        answer = Answer(text=choice.message.content or "", cut=choice.finish_reason == "length")
+        text = (choice.message.content or "").encode(errors="replace").decode()  # a lone surrogate cannot be stored
+        answer = Answer(text=text, cut=choice.finish_reason == "length")
         await self._store.keep(request, answer, completion.usage.total_tokens if completion.usage else 0)
         return answer
 
@@ -166,9 +170,15 @@ def _next_wait(state: RetryCallState) -> float:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Of the header; its other form, a date, is taken for no advice."""
+    """From now on, of the header, which has seconds or a date; 0 if it says nothing that can be used."""
+    if retry_after is None:
+        return 0.0
     try:
-        return max(0.0, float(retry_after or 0.0))
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     except ValueError:
         return 0.0
 
