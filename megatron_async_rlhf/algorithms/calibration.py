@@ -50,7 +50,8 @@ def calibration(margins: Sequence[float]) -> dict[str, float]:
     for margin in margins:
         place = int((_sigmoid(abs(margin)) - 0.5) * 2 * BINS)
         bins.setdefault(min(place, BINS - 1), []).append(margin)
-    error, figures = 0.0, {}
+    error = 0.0
+    figures: dict[str, float] = {}
     for place, inside in sorted(bins.items()):
         confidence = fmean(_sigmoid(abs(margin)) for margin in inside)
         accuracy = sum(margin > 0 for margin in inside) / len(inside)

@@ -171,7 +171,9 @@ def test_pairs_that_are_too_long_can_be_dropped(place: Path, monkeypatch, capsys
     assert not ended.value.code
     rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
     tokenizer = Tokenizer.load(place / "policy")
-    sizes = [max(len(tokenizer.encode(row["prompt"] + row[side])) + 3 for side in ("chosen", "rejected")) for row in rows]
+    sizes = [
+        max(len(tokenizer.encode(row["prompt"] + row[side])) + 3 for side in ("chosen", "rejected")) for row in rows
+    ]
     short, long = sum(size <= 25 for size in sizes), sum(size > 25 for size in sizes)
     assert short and long
     assert f"# preference pairs: {short} to train on" in (out := capsys.readouterr().out)
