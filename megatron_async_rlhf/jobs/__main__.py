@@ -33,7 +33,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     addresses = Addresses.of(given.learner, given.generator, given.transfer, given.reward_server)
     job = import_module(f"megatron_async_rlhf.jobs.{given.job}")
-    own = {"recorded": given.recorded} if given.job == "replay" else {"resume_from": given.resume_from}
+    resumed = {"resume_from": given.resume_from}
+    own = {"train": resumed, "sft": resumed, "replay": {"recorded": given.recorded}}.get(given.job, {})
     raise SystemExit(asyncio.run(job.run_job(given.run_dir, addresses, **own)))
 
 

@@ -9,13 +9,17 @@ import torch
 from hf_models import FAMILIES, assert_same, random_bits, read_directory, write_shards
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.converter.convert import export_hf, import_hf
 from megatron_async_rlhf.converter.sources import open_holders
 from megatron_async_rlhf.converter.verify import compare
 from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.formats.classifier import describe_classifier
+from megatron_async_rlhf.learner.megatron.reward_learner import starting_weights
 from megatron_async_rlhf.models.architecture import architecture_of_hf
+from megatron_async_rlhf.models.hf_mapping import hf_shapes
+from megatron_async_rlhf.models.layout import matrix_shape
 
 SHAPE = {
     "vocab_size": 37, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
@@ -72,6 +76,26 @@ def test_a_language_model_is_not_taken_for_a_classifier(make_model, tmp_path: Pa
     assert architecture_of_hf(source).has_score_head
     with pytest.raises(CheckpointError, match=r"architectures = .* is a reward model's, but there is no tensor score"):
         import_hf(source, tmp_path / "checkpoint", tensor_parallel=1, pipeline_parallel=1, dtype=None)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_checkpoint_of_a_policy_starts_a_reward_model_as_its_directory_does(make_model, tmp_path: Path, family: str):
+    source = make_model(family, tied=True, dtype=torch.float32).directory
+    import_hf(source, tmp_path / "checkpoint", tensor_parallel=2, pipeline_parallel=2, dtype=None)
+    arch = architecture_of_hf(source).with_score_head()
+    found = []
+    for place in (source, tmp_path / "checkpoint"):
+        reader = starting_weights(RunConfig.model_validate({"model": {"hf": str(place)}}), arch)
+        tensors = {name: torch.empty(matrix_shape(shape)) for name, shape in hf_shapes(arch).items()}
+        for name, target in tensors.items():
+            reader.read_into(target, name, 0, 0)
+        found.append(tensors)
+    assert_same(*found)
+    assert 0.5 < found[0]["score.weight"].std() * 33**0.5 < 1.5
+    other = starting_weights(RunConfig.model_validate({"model": {"hf": str(source)}, "run": {"seed": 1}}), arch)
+    head = torch.empty(1, 32)
+    other.read_into(head, "score.weight", 0, 0)
+    assert not torch.equal(head, found[0]["score.weight"])
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ LAYOUTS = [
     Layout(pipeline=2, virtual_stages=2),
     Layout(tensor=2, pipeline=2),
     Layout(context=2),
-    Layout(data=2, distributed_optimizer=True),
     Layout(data=2, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
 ]
 KEYS = {
