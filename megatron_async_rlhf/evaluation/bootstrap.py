@@ -76,8 +76,8 @@ class Resampling(Struct, frozen=True, kw_only=True):
         """
         found = np.concatenate([statistic(drawn) for drawn in self._draws(n)])
         tail = (1 - self.confidence) / 2
-        low, high = np.quantile(found, np.array([tail, 1 - tail]))
-        return Interval(mean=estimate, low=float(low), high=float(high), n=n)
+        low, high = (float(np.quantile(found, share)) for share in (tail, 1 - tail))
+        return Interval(mean=estimate, low=low, high=high, n=n)
 
     def _draws(self, n: int) -> Iterator[np.ndarray]:
         """Positions of `n` prompts, [some resamples, n], until there are enough."""

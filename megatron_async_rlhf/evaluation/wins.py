@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from megatron_async_rlhf.evaluation.bootstrap import Interval, Resampling, columns
+from megatron_async_rlhf.evaluation.bootstrap import Interval, Resampling
 
 
 def wins(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:
@@ -19,6 +19,10 @@ def wins(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:
 
 
 def win_rate(ours: ArrayLike, theirs: ArrayLike, resampling: Resampling) -> Interval:
-    """Share of prompts that we win, ties counted half; from one score of each side per prompt, [prompts] each."""
-    left, right = columns(ours, theirs)
-    return resampling.mean(wins(left, right))
+    """Share of answers that win, ties counted half.
+
+    Args:
+        ours: score of each answer, [prompts] or [prompts, samples]; the n-th sample of one side meets the n-th of the other.
+    """
+    outcomes = wins(ours, theirs)
+    return resampling.mean(outcomes if outcomes.ndim == 1 else outcomes.mean(axis=1))

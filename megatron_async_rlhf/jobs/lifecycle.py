@@ -48,10 +48,15 @@ async def export_policy(config: RunConfig, run_dir: Path, learner: Learner, reco
 
 
 async def run_learner_alone(phases: Coroutine[Any, Any, None], learner: LearnerClient, recorder: Recorder) -> int:
-    """Run the phases of a process that drives a learner and no generators; its exit code. Every outcome leaves a summary.
+    """Run the phases of a process that drives a learner and no generators; its exit code."""
+    try:
+        return await run_to_the_end(phases, recorder)
+    finally:
+        learner.close()
 
-    An interrupt ends them where they are.
-    """
+
+async def run_to_the_end(phases: Coroutine[Any, Any, None], recorder: Recorder) -> int:
+    """Run phases that an interrupt ends where they are; the exit code. Every outcome leaves a summary."""
     task = asyncio.create_task(phases)
     for number in (signal.SIGINT, signal.SIGTERM, END_AT_ONCE):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
@@ -59,10 +64,10 @@ async def run_learner_alone(phases: Coroutine[Any, Any, None], learner: LearnerC
         await task
     except asyncio.CancelledError:
         return close_well(recorder, "interrupted")
+    except BaseExceptionGroup as group:
+        return close_failed(recorder, first_cause(group))
     except (AsyncRLHFError, OSError) as error:
         return close_failed(recorder, error)
-    finally:
-        learner.close()
     return close_well(recorder, "completed")
 
 
@@ -82,3 +87,16 @@ def close_failed(recorder: Recorder, error: BaseException) -> int:
         recorder.unresponsive("learner", since=time.time() - error.silent_s, why=line)
     recorder.close("failed", line, explained=explained)
     return EXIT_FAILED
+
+
+def first_cause(group: BaseExceptionGroup) -> BaseException:
+    """The exception that ended a task group; ours rather than a follow-up of another library."""
+    leaves: list[BaseException] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        error = stack.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            stack = [*error.exceptions, *stack]
+        else:
+            leaves.append(error)
+    return next((error for error in leaves if isinstance(error, AsyncRLHFError)), leaves[0])

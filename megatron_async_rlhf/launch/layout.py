@@ -32,19 +32,23 @@ class Layout(Struct, frozen=True):
     generators: list[list[Slot]]
 
 
-def lay_out(config: RunConfig, nodes: Sequence[Node], replicas: int) -> Layout:
+def lay_out(config: RunConfig, nodes: Sequence[Node], replicas: int, ranks: int | None = None) -> Layout:
     """Place the learner, and so many generator replicas.
+
+    Args:
+        ranks: of the learner, if not those configured; 0 for none.
 
     Raises:
         ConfigError: the machines have too few GPUs, or none has enough of them for a tensor-parallel group.
     """
     learner = config.learner
+    ranks = learner.world_size if ranks is None else ranks
     group = 1 if config.launch.tensor_parallel_across_nodes else learner.tensor_parallel
     if config.run.device == "cpu":
-        return _on_cores(nodes, learner.world_size, group, replicas, config.generator.tensor_parallel)
+        return _on_cores(nodes, ranks, group, replicas, config.generator.tensor_parallel)
     free = [list(range(len(node.gpus))) for node in nodes]
-    learners = [slot for slots in _take(free, learner.world_size // group, group, nodes, "learner") for slot in slots]
-    if config.weights.transport == "ipc":
+    learners = [slot for slots in _take(free, ranks // group, group, nodes, "learner") for slot in slots]
+    if config.weights.transport == "ipc" and ranks:
         return Layout(learners, [learners] * replicas)
     backwards = _take(free[::-1], replicas, config.generator.tensor_parallel, nodes[::-1], "generator")
     last = len(nodes) - 1

@@ -5,7 +5,7 @@ The same plan is printed by a dry run, and carried out on one machine and on man
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -18,7 +18,7 @@ from megatron_async_rlhf.generator.vllm.server import bf16_problem, records_vers
 from megatron_async_rlhf.jobs.lifecycle import END_AT_ONCE
 from megatron_async_rlhf.launch.layout import Slot, lay_out
 from megatron_async_rlhf.launch.nodes import Node
-from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, SERVED_DIR
 
 
 class ProcessSpec(Struct, frozen=True, kw_only=True):
@@ -47,12 +47,14 @@ class ProcessPlan(Struct, frozen=True, kw_only=True):
 
     Attributes:
         restarts: how often each generator may be started again.
+        on_request: generators that the controller asks for by these names, each set in the place of the one before.
     """
 
     learners: list[ProcessSpec]
     generators: list[ProcessSpec]
     controller: ProcessSpec
     restarts: int = 0
+    on_request: dict[str, list[ProcessSpec]] = {}
 
     @property
     def processes(self) -> list[ProcessSpec]:
@@ -119,6 +121,39 @@ def plan_learner_alone(
         learners=_learners(config, run_dir, slots, nodes),
         generators=[],
         controller=_controller(config, run_dir, nodes, addresses, job),
+    )
+
+
+def plan_evaluation(
+    config: RunConfig, run_dir: Path, contexts: Mapping[str, int], nodes: Sequence[Node]
+) -> ProcessPlan:
+    """Servers of one model after the other, on the same slots and at the same addresses, without a learner.
+
+    Args:
+        contexts: most tokens of a sequence, for each model by its name.
+
+    Raises:
+        ConfigError: the machines have too few GPUs.
+    """
+    replicas = lay_out(config, nodes, config.generator.replicas, ranks=0).generators
+    homes = [nodes[slots[0].node] for slots in replicas]
+    sites = [(home.address, home.generator_ports[i]) for i, home in enumerate(homes)]
+    servers = {
+        name: [
+            _generator(
+                config, f"{name}.{i}", slots, home,
+                server_command(config, run_dir / SERVED_DIR / name, site, context, serves=name),
+            )
+            for i, (slots, home, site) in enumerate(zip(replicas, homes, sites, strict=True))
+        ]
+        for name, context in contexts.items()
+    }  # fmt: skip
+    addresses = [argument for host, port in sites for argument in ("--generator", f"http://{host}:{port}")]
+    return ProcessPlan(
+        learners=[],
+        generators=[],
+        controller=_controller(config, run_dir, nodes, addresses, "evaluate"),
+        on_request=servers,
     )
 
 

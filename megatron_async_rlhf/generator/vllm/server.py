@@ -14,6 +14,15 @@ from megatron_async_rlhf.generator.vllm.plugin import BACKEND
 _BF16_ON_CPU_SINCE = (0, 32)
 _PREFILL_TOKENS = 4096  # prompt tokens of one engine step
 
+_PUSHED = (
+    *("--load-format", "dummy"),  # the first push brings the weights
+    *("--logprobs-mode", "processed_logprobs"),  # after temperature: what the sampler really used
+    *("--worker-extension-cls", "megatron_async_rlhf.generator.vllm.worker_extension.WeightInspection"),
+    *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
+)
+# Of what was sampled and of what was not alike: the model's own, whatever the temperature is.
+_LOADED = ("--load-format", "safetensors", "--logprobs-mode", "raw_logprobs")
+
 
 def server_command(
     config: RunConfig,
@@ -21,10 +30,12 @@ def server_command(
     address: tuple[str, int],
     context_length: int,
     budget: GpuBudget | None = None,
+    serves: str | None = None,
 ) -> list[str]:
-    """Arguments of vLLM's OpenAI server for replica weights that only ever come from the learner.
+    """Arguments of vLLM's OpenAI server: for weights that only ever come from the learner, or for a model as it is.
 
     Args:
+        serves: what to call the model whose weights are in `model_dir`; None: they will be pushed.
         budget: of a GPU that a learner rank is on too. Else vLLM measures what is free, and takes its share of that.
 
     The module is started directly: the `vllm` script of the CPU distribution looks up its metadata under
@@ -34,10 +45,9 @@ def server_command(
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model_dir)),
-        *("--served-model-name", "policy"),
+        *("--served-model-name", serves or "policy"),
         *("--host", host),
         *("--port", str(port)),
-        *("--load-format", "dummy"),  # the first push brings the weights
         *("--dtype", generator.dtype),
         *("--seed", str(config.run.seed)),
         *("--tensor-parallel-size", str(generator.tensor_parallel)),
@@ -45,16 +55,14 @@ def server_command(
         *("--max-num-seqs", str(generator.max_concurrent)),
         *("--max-num-batched-tokens", str(max(context_length, _PREFILL_TOKENS))),
         *("--generation-config", "vllm"),
-        *("--logprobs-mode", "processed_logprobs"),  # after temperature: what the sampler really used
         *("--scheduling-policy", "priority"),  # requests run in the controller's order, not the network's
-        *("--worker-extension-cls", "megatron_async_rlhf.generator.vllm.worker_extension.WeightInspection"),
-        *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
         "--enable-server-load-tracking",
         "--disable-uvicorn-access-log",
         *(["--enable-scale-out"] if _scale_out_is_optional() else []),  # tokens in, tokens out
         # Requests that keep their cache through an update hold blocks of older weights, and vLLM cannot empty its
         # prefix cache while they do: the next request with the same prompt would go on from those.
         *(["--no-enable-prefix-caching"] if config.schedule.in_flight_updates == "keep" else []),
+        *(_PUSHED if serves is None else _LOADED),
         *_device_arguments(config, budget),
     ]
 
