@@ -85,9 +85,14 @@ class Tokenizer:
         return self._with_specials.get_vocab_size(with_added_tokens=True)
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Id of each token, added ones included."""
+        return self._with_specials.get_vocab(with_added_tokens=True)
+
+    @property
     def last_token(self) -> tuple[int, str]:
         """The largest id, above `vocab_size` - 1 where the vocabulary has holes, and its token."""
-        return max((index, token) for token, index in self._with_specials.get_vocab(with_added_tokens=True).items())
+        return max((index, token) for token, index in self.vocabulary.items())
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, nothing added; special tokens spelled out in it stay text.

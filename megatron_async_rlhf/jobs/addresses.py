@@ -8,7 +8,7 @@ from msgspec import Struct
 class Addresses(Struct, frozen=True, kw_only=True):
     """
     Attributes:
-        learner: ZeroMQ address of learner rank 0.
+        learner: ZeroMQ address of learner rank 0; empty for a job that has none.
         generators: URLs; empty for a job that has none.
         transfer: host and port on which learner rank 0 meets the generators; None without generators.
     """
@@ -18,7 +18,7 @@ class Addresses(Struct, frozen=True, kw_only=True):
     transfer: tuple[str, int] | None = None
 
     @classmethod
-    def of(cls, learner: str, generators: Sequence[str], transfer: str | None) -> "Addresses":
+    def of(cls, learner: str | None, generators: Sequence[str], transfer: str | None) -> "Addresses":
         """As they stand on a command line."""
         host, _, port = (transfer or "").rpartition(":")
-        return cls(learner=learner, generators=list(generators), transfer=(host, int(port)) if transfer else None)
+        return cls(learner=learner or "", generators=list(generators), transfer=(host, int(port)) if transfer else None)

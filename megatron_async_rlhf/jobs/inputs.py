@@ -5,7 +5,7 @@ again to get the same objects.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -122,16 +122,16 @@ def check_inputs(config: RunConfig, template: Path) -> RunInputs:
     run_inputs = load_run_inputs(config, template)
     check_policy_weights(config, run_inputs.architecture)
     check_value_weights(config, run_inputs.architecture)
-    check_functions(config, run_inputs)
+    check_functions(config, [*run_inputs.train, *run_inputs.eval])
     return run_inputs
 
 
-def check_functions(config: RunConfig, run_inputs: RunInputs) -> None:
+def check_functions(config: RunConfig, prompts: Iterable[Prompt]) -> None:
     """
     Raises:
         ConfigError: a function of the user's cannot be imported, or cannot be called with what it is given.
     """
-    references = [prompt.reference for prompt in (*run_inputs.train, *run_inputs.eval)]
+    references = [prompt.reference for prompt in prompts]
     for place, entry in enumerate(config.rewards):
         if isinstance(entry, FunctionRewardSection):
             key = f"reward.{place}" if isinstance(config.reward, list) else "reward"
