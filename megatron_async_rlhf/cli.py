@@ -11,6 +11,7 @@ from megatron_async_rlhf.launch.command import replay, sft, train
 from megatron_async_rlhf.launch.evaluation import evaluate
 from megatron_async_rlhf.launch.nemo.command import launch
 from megatron_async_rlhf.limits import raise_soft_limits
+from megatron_async_rlhf.pipeline.command import pipeline
 from megatron_async_rlhf.simulate.command import simulate
 from megatron_async_rlhf.sweep.command import sweep
 from megatron_async_rlhf.usage import run_command_line
@@ -24,7 +25,7 @@ def _root() -> None:
     check_working_directory()
 
 
-for command in (doctor, train, simulate, launch, sft, replay, sweep, import_hf, export_hf, verify_weights):
+for command in (doctor, train, simulate, launch, sft, pipeline, replay, sweep, import_hf, export_hf, verify_weights):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -13,6 +13,18 @@ class DataError(AsyncRLHFError, ValueError):
     """Prompts or solutions that cannot be used: names the file and the line."""
 
 
+class RecordError(DataError):
+    """One record that cannot be used, among others that can: names the file and the line.
+
+    Attributes:
+        reason: in a few words, the same for all records with this fault: they are counted by it.
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class MappingError(AsyncRLHFError, ValueError):
     """Weights that do not fit the architecture they are mapped to: names the tensor and both shapes."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from megatron_async_rlhf.errors import DataError
+from megatron_async_rlhf.errors import DataError, RecordError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ONE_OBJECT = "each line must be one JSON object"
@@ -27,7 +27,11 @@ _OTHER_FORMATS = {
     b"\xff\xfe": "is UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
     b"version https://git-lfs": "is a Git LFS pointer, not the data; get it with git lfs pull",
+    b"<!DOCTYPE": "is a web page, not the data; download the file itself",
+    b"<!doctype": "is a web page, not the data; download the file itself",
+    b"<html": "is a web page, not the data; download the file itself",
 }
+NOT_JSON = "no JSON object"  # a reason for which a record is bad
 
 
 class JsonLine(Struct, frozen=True):
@@ -43,6 +47,17 @@ class JsonLine(Struct, frozen=True):
     record: dict[str, Any]
 
 
+class BadLine(Struct, frozen=True):
+    """A line that is no JSON object.
+
+    Attributes:
+        is_cut: it is the last one and has no line end.
+    """
+
+    error: RecordError
+    is_cut: bool
+
+
 def read_json_lines(path: Path, *, may_be_cut: bool = False) -> Iterator[JsonLine]:
     """The objects of a file, a line each; blank lines are skipped. Windows line ends and a byte order mark do not matter.
 
@@ -53,10 +68,23 @@ def read_json_lines(path: Path, *, may_be_cut: bool = False) -> Iterator[JsonLin
         OSError: the file cannot be read.
         DataError: a line is no JSON object (named as file:line), or the file is something else.
     """
-    content = path.read_bytes()
-    for start, what in _OTHER_FORMATS.items():
-        if content.startswith(start):
-            raise DataError(f"{path}: {what}; it must hold JSON lines")
+    for line in lines_of(path.read_bytes(), str(path)):
+        if isinstance(line, JsonLine):
+            yield line
+        elif may_be_cut and line.is_cut:
+            return
+        else:
+            raise line.error
+
+
+def lines_of(content: bytes, name: str) -> Iterator[JsonLine | BadLine]:
+    """The lines in the contents of the file `name`, as in `read_json_lines`; but bad ones are passed on.
+
+    Raises:
+        DataError: the file is something else.
+    """
+    if (what := other_format(content)) is not None:
+        raise DataError(f"{name}: {what}; it must hold JSON lines")
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         raw = line.removeprefix(_BYTE_ORDER_MARK)  # in the middle of a file too: files are put together with `cat`
@@ -64,34 +92,40 @@ def read_json_lines(path: Path, *, may_be_cut: bool = False) -> Iterator[JsonLin
             continue
         has_no_end = number == len(lines)
         try:
-            record = _parse(raw, f"{path}:{number}", has_no_end)
-        except DataError:
-            if may_be_cut and has_no_end:
-                return
-            raise
-        yield JsonLine(number, raw, record)
+            yield JsonLine(number, raw, _parse(raw, f"{name}:{number}", has_no_end))
+        except RecordError as error:
+            yield BadLine(error, has_no_end)
+
+
+def other_format(content: bytes) -> str | None:
+    """What a file is that begins like this, and what to do with it; None if it may be text."""
+    return next((what for start, what in _OTHER_FORMATS.items() if content.startswith(start)), None)
 
 
 def _parse(raw: bytes, where: str, has_no_end: bool) -> dict[str, Any]:
     """`has_no_end`: it is the last line and no line end follows, so that it may have been cut off."""
     if raw.strip(b"\0 \t\r") == b"":
-        raise DataError(f"{where}: only NUL bytes, which a crash of the machine leaves; remove the line")
+        raise _bad(f"{where}: only NUL bytes, which a crash of the machine leaves; remove the line")
     try:
         record = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
-        raise DataError(
+        raise _bad(
             f"{where}: not UTF-8 (byte 0x{raw[error.start]:02x} at column {error.start + 1}); save the file as UTF-8"
         ) from None
     except json.JSONDecodeError as error:
         what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-        raise DataError(f"{where}: not JSON ({what}); {_way_out(raw, has_no_end)}") from None
+        raise _bad(f"{where}: not JSON ({what}); {_way_out(raw, has_no_end)}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); {_ONE_OBJECT}") from None
+        raise _bad(f"{where}: not JSON ({error}); {_ONE_OBJECT}") from None
     if not isinstance(record, dict):
-        raise DataError(f"{where}: {json_type(record)}, not an object; {_ONE_OBJECT}")
+        raise _bad(f"{where}: {json_type(record)}, not an object; {_ONE_OBJECT}")
     if isinstance(record, _Repeating):
-        raise DataError(f"{where}: field {record.name!r} is there twice; remove one")
+        raise _bad(f"{where}: field {record.name!r} is there twice; remove one")
     return record
+
+
+def _bad(message: str) -> RecordError:
+    return RecordError(message, reason=NOT_JSON)
 
 
 def _way_out(raw: bytes, has_no_end: bool) -> str:

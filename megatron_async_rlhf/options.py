@@ -1,4 +1,4 @@
-"""Options and arguments that several commands have, and how a command warns."""
+"""Options and arguments that several commands have, and how a command warns and notes."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,3 +22,9 @@ NodeRankOption = Annotated[
 def warn(lines: Iterable[str]) -> None:
     for line in lines:
         typer.echo(f"warning: {line}", err=True)
+
+
+def note(lines: Iterable[str]) -> None:
+    """What has been decided without being asked, for whoever wants to see that it is right."""
+    for line in lines:
+        typer.echo(f"note: {line}", err=True)

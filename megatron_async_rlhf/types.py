@@ -26,6 +26,7 @@ class Prompt(Struct, frozen=True, kw_only=True):
         index: position in its split; with the run's seed it identifies the prompt for ever.
         text: what the user said, without the chat template; of several turns all, each after its role.
         token_ids: the templated prompt, [prompt_length].
+        messages: the conversation, as the data has it; empty in recordings of earlier versions.
         reference: what the verifier needs (task kind and answer, `#### number`...).
         solution: a good answer for the supervised warm start, without the end-of-sequence token; None if unknown.
         origin: file and line, or dataset and row, for messages; empty if it was made.
@@ -37,6 +38,7 @@ class Prompt(Struct, frozen=True, kw_only=True):
     reference: dict[str, Any]
     solution: str | None = None
     origin: str = ""
+    messages: list[Message] = []
 
     @property
     def name(self) -> str:
@@ -79,10 +81,17 @@ class Sequence(Struct, frozen=True, kw_only=True):
     Attributes:
         token_ids: prompt then completion, [prompt_length + completion_length].
         prompt_length: number of leading tokens the loss ignores.
+        ignored: further tokens that it ignores, from a first to before a last: what others say between two answers.
     """
 
     token_ids: list[int]
     prompt_length: int
+    ignored: list[tuple[int, int]] = []
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that the loss is of."""
+        return len(self.token_ids) - self.prompt_length - sum(end - start for start, end in self.ignored)
 
 
 class TrainingGroup(Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ ranks and the best alternative, and the version of the weights.
 
 `--slow-ms` scores with a function in worker processes that sleeps that long for every completion, as a slow verifier would:
 the samples per second that the workers could score are printed beside those that were, and the longest time that the event
-loop did nothing else, which is measured by a task that wants to run every millisecond.
+loop did nothing else, which is measured by a task that wants to run every 5 milliseconds.
 
 `samples/s of a core` divides by the controller's processor time, which other load on the machine disturbs less than the
 wall clock. The controller is fast enough if a core of it takes in what all generators of a cluster make.
@@ -38,6 +38,7 @@ from megatron_async_rlhf.data.builtin_task import make_examples
 from megatron_async_rlhf.data.prompts import PromptOrder, build_prompts
 from megatron_async_rlhf.data.tokenizer import Tokenizer, train_bpe_tokenizer
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
+from megatron_async_rlhf.interpreter import collect_rarely
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     Command,
@@ -59,6 +60,7 @@ from megatron_async_rlhf.types import PushReport, StepMetrics
 SHAPE = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 1024}
 VOCAB = 2000
 _WORKERS_START_S = 5.0
+_BEAT_S = 0.005
 
 
 def serve(port: int, length: int, core: int) -> None:
@@ -141,7 +143,7 @@ class CodingLearner:
 
 
 class Heartbeat:
-    """The longest that the event loop kept a task waiting."""
+    """The longest that the event loop kept a task waiting, which wakes rarely enough to cost nothing."""
 
     def __init__(self) -> None:
         self.longest = 0.0
@@ -149,8 +151,8 @@ class Heartbeat:
     async def beat(self) -> None:
         while True:
             before = time.perf_counter()
-            await asyncio.sleep(0.001)
-            self.longest = max(self.longest, time.perf_counter() - before - 0.001)
+            await asyncio.sleep(_BEAT_S)
+            self.longest = max(self.longest, time.perf_counter() - before - _BEAT_S)
 
 
 async def run(config: RunConfig, directory: Path, url: str) -> tuple[float, float, float]:
@@ -228,6 +230,7 @@ def main(
 ) -> None:
     """Print completions per second, by the wall clock and of a whole core."""
     os.sched_setaffinity(0, {0})
+    collect_rarely()  # as the controller process does
     head = f"{'K':>3}{'samples/s':>12}{'share of a core':>18}{'samples/s of a core':>22}{'event loop held up':>20}"
     print(head + (f"{'workers could':>15}" if slow_ms else ""))
     for number in k:

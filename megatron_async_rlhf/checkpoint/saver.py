@@ -13,7 +13,7 @@ from statistics import fmean
 
 from msgspec import Struct
 
-from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, best_version, has_own_reference
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, best_version
 from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, WriteError
@@ -36,21 +36,40 @@ class _Save(Struct, frozen=True):
     start: float
 
 
+class Kept(Struct, frozen=True, kw_only=True):
+    """Which checkpoint is kept beside the newest: the one with the `highest` or `lowest` mean of a metric."""
+
+    metric: str | None = None
+    best: str = "highest"
+
+
 class CheckpointSaver:
     """Of one run; implements `Checkpoints` of the scheduler."""
 
     def __init__(
-        self, config: RunConfig, run_dir: Path, learner: Learner, recorder: Recorder, resumed: RunState | None
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        learner: Learner,
+        recorder: Recorder,
+        resumed: RunState | None,
+        *,
+        kept: Kept,
+        has_reference: bool,
     ) -> None:
-        self._config = config
+        """
+        Args:
+            has_reference: a reference policy that is nowhere else is to be saved with the first checkpoint.
+        """
+        self._config, self._kept, self._has_reference = config, kept, has_reference
         self._template = run_dir / POLICY_TEMPLATE_DIR
         self._learner = learner
         self._recorder = recorder
         self._checkpoints = RunCheckpoints(run_dir)
         self._under_way: _Save | None = None
-        self._seen: list[float] = []  # of `keep_best`, since the last checkpoint
+        self._seen: list[float] = []  # of the metric, since the last checkpoint
         self._scores: dict[int, float] = {}
-        if resumed is not None and resumed.metric == config.checkpoint.keep_best:
+        if resumed is not None and resumed.metric == kept.metric:
             self._scores = dict(resumed.scores)
         self._metric_exists = bool(self._scores)
 
@@ -60,7 +79,7 @@ class CheckpointSaver:
         Raises:
             ConfigError: there is no such metric as `checkpoint.keep_best`.
         """
-        metric = self._config.checkpoint.keep_best
+        metric = self._kept.metric
         if metric is None:
             return
         if metric in metrics:
@@ -72,6 +91,21 @@ class CheckpointSaver:
                 f"checkpoint.keep_best = {metric}: metrics.jsonl has no such metric; choose one of "
                 f"{', '.join(sorted(metrics))}"
             )
+
+    @property
+    def best(self) -> int | None:
+        """The version of the checkpoint with the best mean, of those that are there; None without a metric."""
+        complete = self._checkpoints.versions()
+        scores = {version: score for version, score in self._scores.items() if version in complete}
+        return best_version(scores, self._kept.best)
+
+    def is_best(self, value: float) -> bool:
+        """Whether a checkpoint with this mean would be the best."""
+        sign = 1 if self._kept.best == "highest" else -1
+        return all(sign * value > sign * score for score in self._scores.values())
+
+    def path(self, version: int) -> Path:
+        return self._checkpoints.path(version)
 
     def is_due(self, version: int) -> bool:
         every = self._config.checkpoint.every_steps
@@ -86,12 +120,12 @@ class CheckpointSaver:
         Raises:
             LearnerError, WriteError: naming the directory. What was written of it is deleted.
         """
-        version, metric = state.version, self._config.checkpoint.keep_best
+        version, metric = state.version, self._kept.metric
         if self._seen:
             self._scores[version] = fmean(self._seen)
             self._seen = []
         directories = [self._checkpoints.path(version)]
-        if has_own_reference(self._config) and not self._checkpoints.reference.exists():
+        if self._has_reference and not self._checkpoints.reference.exists():
             directories.append(self._checkpoints.reference)
         frozen = RunState(controller=state, totals=self._recorder.totals, metric=metric, scores=self._scores)
         self._under_way = _Save(version, encode_run_state(frozen), directories, time.time())
@@ -153,7 +187,4 @@ class CheckpointSaver:
             self._checkpoints.put_in_place(directory)
 
     def _prune(self) -> None:
-        keys = self._config.checkpoint
-        complete = self._checkpoints.versions()
-        scores = {version: score for version, score in self._scores.items() if version in complete}
-        self._checkpoints.prune(keys.keep_last, best_version(scores, keys.best))
+        self._checkpoints.prune(self._config.checkpoint.keep_last, self.best)

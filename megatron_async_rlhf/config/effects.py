@@ -32,6 +32,7 @@ def _algorithms(*kinds: type[AlgorithmKeys]) -> tuple[str, ...]:
 _NEEDS = (
     _Needs(("learner.min_learning_rate",), "learner.lr_decay", ("linear", "cosine")),
     _Needs(("warm_start.min_learning_rate",), "warm_start.lr_decay", ("cosine", "linear")),
+    _Needs(("sft.min_learning_rate",), "sft.lr_decay", ("linear", "cosine")),
     _Needs(("generator.kv_cache_gib", "launch.pin_cores"), "run.device", ("cpu",)),
     _Needs(("generator.gpu_memory_share", "generator.cuda_graphs"), "run.device", ("cuda",)),
     _Needs(("learner.reference",), "algorithm.type", _algorithms(OnlineDPOSection, PolicyGradientKeys)),
@@ -39,7 +40,13 @@ _NEEDS = (
     _Needs(("algorithm.cispo_high",), "algorithm.loss", ("cispo",)),
     _Needs(("launch.slurm.user", "launch.slurm.port", "launch.slurm.identity"), "launch.slurm.tunnel", ("ssh",)),
 )
-_COLUMNS = ("data.prompt_field", "data.solution_field", "data.reference_fields")
+_COLUMNS = tuple(
+    f"data.{name}"
+    for name in (
+        *("prompt_field", "solution_field", "chosen_field", "rejected_field", "margin_field"),
+        *("reference_fields", "bad_records"),
+    )
+)
 
 
 def check_effects(config: RunConfig) -> None:

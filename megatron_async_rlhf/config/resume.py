@@ -10,7 +10,7 @@ from megatron_async_rlhf.errors import ConfigError
 # What is saved would mean something else under another value: weights, optimizer, prompt order, scored batches. Layout,
 # rates, steps, transport and telemetry may change.
 _FIXED = (
-    "run.seed", "model", "warm_start", "data", "reward", "algorithm", "generator.temperature", "learner.precision",
+    "run.seed", "model", "warm_start", "sft", "data", "reward", "algorithm", "generator.temperature", "learner.precision",
     "schedule.mode", "schedule.max_staleness", "schedule.prompts_per_step", "schedule.mini_batches", "schedule.epochs",
     "schedule.generation",
 )  # fmt: skip
@@ -18,6 +18,8 @@ _FIXED = (
 
 # Where prompts and weights are read. They may lie elsewhere now, as long as the contents are known to be the same.
 _PLACES = ("data.train", "data.eval", "model.hf")
+# The default until columns were recognised: nothing has changed as long as the same prompts come of it.
+_FORMER_DEFAULT = {"data.prompt_field": "prompt"}
 
 
 # The same of an evaluation: what its answers and scores are.
@@ -41,6 +43,8 @@ def check_same_run(
     before, after = _leaves(earlier.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
     for key in (*before, *after):
         if contents_are_compared and key in _PLACES and None not in (before.get(key), after.get(key)):
+            continue
+        if contents_are_compared and before.get(key) == _FORMER_DEFAULT.get(key) and after.get(key) is None:
             continue
         if any(key == one or key.startswith(f"{one}.") for one in fixed) and before.get(key) != after.get(key):
             raise ConfigError(

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
+from megatron_async_rlhf.config.data import DataSection
 from megatron_async_rlhf.config.section import FunctionName
-from megatron_async_rlhf.config.sections import DataSection
 from megatron_async_rlhf.config.written_key import Key, ReportingSection
 from megatron_async_rlhf.user_functions import split_name
 

@@ -3,6 +3,7 @@
 from pydantic import Field, model_validator
 
 from megatron_async_rlhf.config.algorithms import AlgorithmSection, OnlineDPOSection
+from megatron_async_rlhf.config.data import DataSection
 from megatron_async_rlhf.config.effects import check_effects
 from megatron_async_rlhf.config.evaluation import EvaluationSection
 from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
@@ -16,7 +17,6 @@ from megatron_async_rlhf.config.rewards import (
 from megatron_async_rlhf.config.section import Section
 from megatron_async_rlhf.config.sections import (
     CheckpointSection,
-    DataSection,
     GeneratorSection,
     LaunchSection,
     LearnerSection,
@@ -27,6 +27,7 @@ from megatron_async_rlhf.config.sections import (
     WarmStartSection,
     WeightsSection,
 )
+from megatron_async_rlhf.config.sft import SFTSection
 from megatron_async_rlhf.config.sweep import SweepSection
 from megatron_async_rlhf.suggestions import did_you_mean
 
@@ -38,6 +39,7 @@ class RunConfig(Section):
     model: ModelSection
     learner: LearnerSection = Field(default_factory=LearnerSection)
     warm_start: WarmStartSection = Field(default_factory=WarmStartSection)
+    sft: SFTSection | None = None  # what `async-rlhf sft` does; without it that makes the warm start
     generator: GeneratorSection = Field(default_factory=GeneratorSection)
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
     algorithm: AlgorithmSection = Field(default_factory=OnlineDPOSection)
@@ -57,13 +59,20 @@ class RunConfig(Section):
         return self.learner.world_size + own
 
     @property
+    def supervised(self) -> SFTSection:
+        """What `async-rlhf sft` does."""
+        return self.sft if self.sft is not None else SFTSection.of_warm_start(self.warm_start)
+
+    @property
     def rewards(self) -> list[RewardEntry]:
         """The entries of `reward`, also where it is one section and no list."""
         return self.reward if isinstance(self.reward, list) else [self.reward]
 
     @model_validator(mode="after")
     def check_rewards(self) -> "RunConfig":
-        for reward in self.rewards:
+        # A stage without rewards needs not name one; `train` says it of the prompts themselves.
+        is_stage = self.sft is not None and self.reward == BuiltinRewardSection()
+        for reward in [] if is_stage else self.rewards:
             check_reward_fits_data(reward, self.data)
         titles = [reward.title for reward in self.rewards]
         for title in titles:

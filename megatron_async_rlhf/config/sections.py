@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from megatron_async_rlhf.config.beats import LearnerTimeout, NodeTimeout
 from megatron_async_rlhf.config.cluster import SlurmKeys, Variables
-from megatron_async_rlhf.config.section import LocalPath, LocalSource, Section, synonyms
+from megatron_async_rlhf.config.section import LocalPath, Section, synonyms
 
 Device = Literal["cpu", "cuda"]
 _FLOAT32, _BFLOAT16 = ("fp32", "float32", "f32", "float"), ("bf16", "bfloat16", "bfloat")
@@ -300,24 +300,6 @@ class ScheduleSection(Section):
     @property
     def rollouts(self) -> int:
         return self.steps // self.updates_per_rollout
-
-
-class DataSection(Section):
-    """Where prompts come from: the built-in task, a JSONL file, or a Hugging Face dataset."""
-
-    train: LocalSource = "builtin"  # `builtin`, a .jsonl path, or `hf:<dataset>[:<config>]:<split>`
-    eval: LocalSource | None = (
-        None  # same forms; a relative path is tried beside data.train first. Default: split off train
-    )
-    train_prompts: PositiveInt | None = None  # use the first N; the built-in task makes as many as this (default 4096)
-    eval_prompts: PositiveInt = 256
-    prompt_field: str = "prompt"  # column with a text, or with a list of messages, whose last answer is the solution
-    solution_field: str | None = None  # column with a good answer: warm start and verifier read it
-    system_prompt: str | None = None  # system message of conversations that have none
-    instruction: str | None = None  # follows the last user message, after an empty line
-    reference_fields: list[str] = Field(default_factory=list)  # other columns that a reward of one's own is given
-    max_prompt_tokens: PositiveInt | None = None  # default: what the context leaves after max_new_tokens
-    long_prompts: Literal["refuse", "drop"] = "refuse"  # what happens to prompts longer than that
 
 
 class WeightsSection(Section):

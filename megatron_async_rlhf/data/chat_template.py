@@ -19,7 +19,7 @@ _MARKED = re.compile(_MARK.format(r"(\d+)"))
 
 
 class ChatTemplate:
-    """A conversation followed by the cue for the assistant to answer."""
+    """A conversation as the model reads it: up to the cue for the assistant to answer, or with the answer."""
 
     def __init__(self, source: str, variables: dict[str, str], *, now: datetime, where: str) -> None:
         """Compile `source`; `variables` are the special tokens by name, `where` begins every error message.
@@ -38,13 +38,14 @@ class ChatTemplate:
             raise DataError(f"{where}: the chat template does not compile ({_first_line(error)}); correct it") from None
         self.parts(("user",))  # see that it works
 
-    def parts(self, roles: tuple[str, ...]) -> list[str | int]:
+    def parts(self, roles: tuple[str, ...], *, is_answered: bool = False) -> list[str | int]:
         """What the template writes around messages of these roles, and in their places their numbers.
 
         Raises:
             DataError: it leaves one of them out, or does what `render` says.
         """
-        marked = self.render([Message(role, _MARK.format(place)) for place, role in enumerate(roles)])
+        messages = [Message(role, _MARK.format(place)) for place, role in enumerate(roles)]
+        marked = self.render(messages, is_answered=is_answered)
         pieces = _MARKED.split(marked)
         parts = [int(piece) if place % 2 else piece for place, piece in enumerate(pieces)]
         for place, role in enumerate(roles):
@@ -53,8 +54,11 @@ class ChatTemplate:
                 raise DataError(f"{self._where}: the chat template leaves {which} out; correct it")
         return parts
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The templated prompt as text.
+    def render(self, messages: Sequence[Message], *, is_answered: bool = False) -> str:
+        """The templated conversation as text.
+
+        Args:
+            is_answered: it ends with the assistant's answer, and not with the cue for one.
 
         Raises:
             DataError: the template itself refuses or fails.
@@ -62,7 +66,11 @@ class ChatTemplate:
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(
-                messages=conversation, tools=None, documents=None, add_generation_prompt=True, **self._variables
+                messages=conversation,
+                tools=None,
+                documents=None,
+                add_generation_prompt=not is_answered,
+                **self._variables,
             )
         except Exception as error:  # templates are programs and raise anything
             roles = ", ".join(message.role for message in messages)

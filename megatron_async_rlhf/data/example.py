@@ -30,3 +30,8 @@ class Example(Struct, frozen=True, kw_only=True):
     def text(self) -> str:
         """What the user said, see `Prompt.text`."""
         return text_of(self.messages)
+
+    @property
+    def name(self) -> str:
+        """See `Prompt.name`."""
+        return f"{self.origin or 'a made example'} ({self.text[:40]!r})"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from random import Random
+from typing import Generic, TypeVar
 
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.data.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ def build_prompts(
         prompt = Prompt(
             index=index,
             text=example.text,
+            messages=example.messages,
             token_ids=tokenizer.render_prompt(example.messages),
             reference=example.reference,
             solution=example.solution,
@@ -45,20 +47,23 @@ def build_prompts(
     return prompts
 
 
-class PromptOrder:
+_Item = TypeVar("_Item")
+
+
+class PromptOrder(Generic[_Item]):
     """The prompts in an endless sequence of epochs, each a shuffle of its own.
 
     What a step gets depends on the seed, the step and the batch size only, so a resumed run needs no state from here.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+    def __init__(self, prompts: Sequence[_Item], seed: int) -> None:
         """Raises DataError if there are no prompts."""
         if not prompts:
             raise DataError("there are no prompts to draw from; give data.train at least one")
         self._prompts = prompts
         self._seed = seed
 
-    def batch(self, step: int, size: int) -> list[Prompt]:
+    def batch(self, step: int, size: int) -> list[_Item]:
         """The prompts of a step, counted from 0, [size].
 
         Batches of one size follow each other without a gap, so each epoch has every prompt exactly once. A batch that
@@ -68,7 +73,7 @@ class PromptOrder:
             raise ValueError(f"no batch of {size} prompts at step {step}: size starts at 1, step at 0")
         return [self.at(position) for position in range(step * size, (step + 1) * size)]
 
-    def at(self, position: int) -> Prompt:
+    def at(self, position: int) -> _Item:
         """One prompt of the sequence, counted from 0."""
         epoch, place = divmod(position, len(self._prompts))
         return self._prompts[_shuffle(self._seed, epoch, len(self._prompts))[place]]

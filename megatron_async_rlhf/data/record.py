@@ -5,66 +5,101 @@ from typing import Any
 
 import msgspec
 
-from megatron_async_rlhf.config.sections import DataSection
-from megatron_async_rlhf.data.conversation import read_conversation, split_answer, valid_text
+from megatron_async_rlhf.data.columns import CHOSEN, ExampleColumns, PromptColumns
+from megatron_async_rlhf.data.conversation import WRONG_TYPE, read_conversation, split_answer, valid_text
 from megatron_async_rlhf.data.example import Example
-from megatron_async_rlhf.errors import DataError
+from megatron_async_rlhf.data.transcript import is_transcript, read_transcript
+from megatron_async_rlhf.errors import RecordError
 from megatron_async_rlhf.json_lines import json_type
 from megatron_async_rlhf.suggestions import closest
 from megatron_async_rlhf.types import Message
 
-
-def fields_of(data: DataSection) -> list[str]:
-    """The fields of a record that are read, without repetition."""
-    solution = [] if data.solution_field is None else [data.solution_field]
-    return list(dict.fromkeys([data.prompt_field, *solution, *data.reference_fields]))
+NO_FIELD = "a missing field"
 
 
-def example_of(record: Mapping[str, Any], where: str, data: DataSection) -> Example:
+def example_of(record: Mapping[str, Any], where: str, columns: ExampleColumns, reference_fields: list[str]) -> Example:
     """The example in a record; `where` (file and line) begins every error message.
 
     Raises:
-        DataError: a field is missing, the prompt is neither text nor messages, the solution is not text, or there is
+        RecordError: a field is missing, the prompt is neither text nor messages, the solution is not text, or there is
             nothing to answer.
     """
-    messages, answer = _conversation(record, where, data)
-    reference = {name: _plain(record, where, name) for name in data.reference_fields}
-    if data.solution_field is not None:
-        answer = _text(record, where, "data.solution_field", data.solution_field)
+    messages, answer = prompt_of(record, where, columns.prompt)
+    reference = {name: _plain(record, where, name) for name in reference_fields}
+    if columns.solution is not None:
+        answer = _solution(record, where, columns.solution)
     if answer is not None:
         reference |= {"solution": answer}
     return Example(messages=messages, reference=reference, solution=answer, origin=where)
 
 
-def _conversation(record: Mapping[str, Any], where: str, data: DataSection) -> tuple[list[Message], str | None]:
-    """The messages of the prompt, and the assistant's answer to them if the conversation goes on to it."""
-    place = f"{where}: field {data.prompt_field!r}"
-    value = _value(record, where, "data.prompt_field", data.prompt_field)
-    return split_answer(read_conversation(value, place), place)
+def prompt_of(record: Mapping[str, Any], where: str, columns: PromptColumns) -> tuple[list[Message], str | None]:
+    """The messages of the prompt, and the assistant's answer to them if the conversation goes on to it.
+
+    Raises:
+        RecordError: there is nothing to answer.
+    """
+    place = f"{where}: field {columns.prompt!r}"
+    value = value_of(record, where, "data.prompt_field", columns.prompt)
+    if columns.recognised and columns.prompt == CHOSEN and isinstance(value, str) and is_transcript(value):
+        messages = read_transcript(valid_text(value, place))
+    else:
+        messages = read_conversation(value, place)
+    prompt, answer = split_answer(messages, place)
+    if columns.further is not None and (further := _optional_text(record, where, columns.further)):
+        last = prompt.pop()
+        prompt.append(Message(last.role, f"{last.content}\n\n{further}"))
+    if columns.system is not None and prompt[0].role != "system":
+        if system := _optional_text(record, where, columns.system):
+            prompt.insert(0, Message("system", system))
+    return prompt, answer
 
 
-def _value(record: Mapping[str, Any], where: str, key: str, field: str) -> Any:
+def value_of(record: Mapping[str, Any], where: str, key: str, field: str) -> Any:
+    """
+    Raises:
+        RecordError: there is no such field; `key` of the configuration names another.
+    """
     if field not in record:
         present = ", ".join(map(repr, record)) or "none"
         meant = closest(field, record)
         advice = f"set {key}" if meant is None else f"did you mean {key} = {meant}?"
-        raise DataError(f"{where}: no field {field!r}, the fields present are {present}; {advice}")
+        raise RecordError(f"{where}: no field {field!r}, the fields present are {present}; {advice}", reason=NO_FIELD)
     return record[field]
 
 
 def _plain(record: Mapping[str, Any], where: str, field: str) -> Any:
-    value = _value(record, where, "data.reference_fields", field)
+    value = value_of(record, where, "data.reference_fields", field)
     try:
         msgspec.msgpack.encode(value)
     except (TypeError, UnicodeEncodeError, OverflowError) as error:
-        raise DataError(
-            f"{where}: field {field!r} of data.reference_fields is neither text nor numbers, lists or mappings of them: {error}"
+        raise RecordError(
+            f"{where}: field {field!r} of data.reference_fields is neither text nor numbers, lists or mappings of them: {error}",
+            reason=WRONG_TYPE,
         ) from None
     return value
 
 
-def _text(record: Mapping[str, Any], where: str, key: str, field: str) -> str:
-    value = _value(record, where, key, field)
+def _solution(record: Mapping[str, Any], where: str, field: str) -> str:
+    """A text, or a list with one message of the assistant."""
+    value = value_of(record, where, "data.solution_field", field)
+    place = f"{where}: field {field!r}"
+    if isinstance(value, list) and value:
+        last = read_conversation(value, place)[-1]
+        if last.role == "assistant":
+            return last.content
     if not isinstance(value, str):
-        raise DataError(f"{where}: field {field!r} is {json_type(value)}, not text; make it a string, or set {key}")
-    return valid_text(value, f"{where}: field {field!r}")
+        raise RecordError(
+            f"{place} is {json_type(value)}, not text; make it a string, or set data.solution_field", reason=WRONG_TYPE
+        )
+    return valid_text(value, place)
+
+
+def _optional_text(record: Mapping[str, Any], where: str, field: str) -> str:
+    """Empty where there is none."""
+    value = record.get(field)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RecordError(f"{where}: field {field!r} is {json_type(value)}, not text", reason=WRONG_TYPE)
+    return valid_text(value, f"{where}: field {field!r}") if value.strip() else ""

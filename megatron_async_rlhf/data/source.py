@@ -1,94 +1,85 @@
 """Which examples a run trains and evaluates on: `data.train` and `data.eval` taken together."""
 
-from random import Random
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from msgspec.structs import replace
 
-from megatron_async_rlhf.config.sections import DataSection
+from megatron_async_rlhf.config.data import DataSection
 from megatron_async_rlhf.data.builtin_task import make_examples
+from megatron_async_rlhf.data.columns import example_columns
 from megatron_async_rlhf.data.example import Example
-from megatron_async_rlhf.data.hub import read_hub
-from megatron_async_rlhf.data.jsonl import find_jsonl, read_jsonl
-from megatron_async_rlhf.errors import DataError
+from megatron_async_rlhf.data.files import find_local, is_local, open_local
+from megatron_async_rlhf.data.record import example_of
+from megatron_async_rlhf.data.report import DataReport, keep_good
+from megatron_async_rlhf.data.rows import Table
+from megatron_async_rlhf.data.splits import BUILTIN, Split, split_of
 from megatron_async_rlhf.types import Message
 
-_BUILTIN = "builtin"
 _BUILTIN_TRAIN_PROMPTS = 4096
 
 
-def load_examples(data: DataSection, split: Literal["train", "eval"], seed: int) -> list[Example]:
-    """The examples of one split, in the order of their source.
+def load_examples(data: DataSection, split: Split, seed: int, report: DataReport | None = None) -> list[Example]:
+    """The examples of one split, in the order of their source; no text is in both splits.
 
-    No text is in both splits: without `data.eval` a seeded draw of `eval_prompts` is held out of `data.train`, with it
-    whatever it contains is removed from train.
+    Args:
+        report: takes in what was recognised, and what became of every record.
 
     Raises:
         DataError: a source that is missing, broken or too small.
     """
-    if split == "eval":
-        return _eval_examples(data, seed)[: data.eval_prompts]
-    everything = _read(data, "train", seed)
-    reserved = {_key(example) for example in _eval_examples(data, seed)}
-    examples = [example for example in everything if _key(example) not in reserved]
-    if not examples:
-        raise DataError(
-            f"data.train = {data.train}: all its prompts are used for evaluation; give more, or another data.eval"
-        )
-    return examples[: data.train_prompts]
+
+    def read(part: Split, report: DataReport) -> list[Example]:
+        if source_of(data, part) == BUILTIN:
+            count = data.eval_prompts if part == "eval" else data.train_prompts or _BUILTIN_TRAIN_PROMPTS
+            examples = make_examples(seed, count, part)
+            report.read, report.used = report.read + count, report.used + count
+        else:
+            examples = _read(data, open_table(data, part), report)
+        return [replace(example, messages=completed(example.messages, data)) for example in examples]
+
+    return split_of(data, split, seed, read, report if report is not None else DataReport())
 
 
-def _eval_examples(data: DataSection, seed: int) -> list[Example]:
-    """Everything set apart for evaluation, at least `eval_prompts` of it."""
-    if data.eval is None and data.train != _BUILTIN:
-        return _hold_out(data, seed)
-    examples = _read(data, "eval", seed)
-    if len(examples) < data.eval_prompts:
-        raise DataError(
-            f"data.eval = {data.eval}: has {len(examples)} prompts, fewer than data.eval_prompts ="
-            f" {data.eval_prompts}; lower that or give more"
-        )
-    return examples
+def source_of(data: DataSection, split: Split) -> str:
+    """Where the split's examples or pairs are read, as the configuration has it."""
+    return data.train if split == "train" or data.eval is None else data.eval
 
 
-def _hold_out(data: DataSection, seed: int) -> list[Example]:
-    different = list({_key(example): example for example in _read(data, "train", seed)}.values())
-    if len(different) <= data.eval_prompts:
-        raise DataError(
-            f"data.train = {data.train}: holding out data.eval_prompts = {data.eval_prompts} of its {len(different)}"
-            " different prompts leaves none to train on; lower data.eval_prompts or give data.eval"
-        )
-    chosen = Random(f"hold-out/{seed}").sample(range(len(different)), data.eval_prompts)
-    return [different[index] for index in sorted(chosen)]
+def open_table(data: DataSection, split: Split) -> Table:
+    """The rows of the split's own source, which is not the built-in task.
+
+    Raises:
+        DataError: it is missing, or nobody can read its form.
+    """
+    value, key = source_of(data, split), "data.train" if data.eval is None else f"data.{split}"
+    if not is_local(value):
+        from megatron_async_rlhf.data.hub import hub_table
+
+        return hub_table(value, f"{key} = {value}")
+    path = find_local(value, key, beside=data.train if split == "eval" and data.eval is not None else None)
+    return open_local(path, key, f"{key} = {value}")
 
 
-def _read(data: DataSection, split: Literal["train", "eval"], seed: int) -> list[Example]:
-    """All that the split's own source has, with what the configuration adds to every conversation."""
-    return [_completed(example, data) for example in _read_source(data, split, seed)]
-
-
-def _completed(example: Example, data: DataSection) -> Example:
-    messages = list(example.messages)
+def completed(messages: Sequence[Message], data: DataSection) -> list[Message]:
+    """A conversation with what the configuration adds to every one."""
+    messages = list(messages)
     if data.instruction is not None:
         last = messages.pop()
         messages.append(Message(last.role, f"{last.content}\n\n{data.instruction}"))
     if data.system_prompt is not None and messages[0].role != "system":
         messages.insert(0, Message("system", data.system_prompt))
-    return replace(example, messages=messages)
+    return messages
 
 
-def _read_source(data: DataSection, split: Literal["train", "eval"], seed: int) -> list[Example]:
-    source = data.train if split == "train" or data.eval is None else data.eval
-    if source == _BUILTIN:
-        count = data.eval_prompts if split == "eval" else data.train_prompts or _BUILTIN_TRAIN_PROMPTS
-        return make_examples(seed, count, split)
-    key = f"data.{split}"
-    if source.startswith("hf:"):
-        return read_hub(source, key, data)
-    path = find_jsonl(source, key, beside=data.train if split == "eval" else None)
-    return read_jsonl(path, key, data)
+def _read(data: DataSection, table: Table, report: DataReport) -> list[Example]:
+    columns = example_columns(table, data)
+    if (said := columns.said(data)) is not None:
+        report.note(f"{table.source}: {said}")
+    names = [*columns.prompt.names, *([columns.solution] if columns.solution else []), *data.reference_fields]
 
+    def make(record: Mapping[str, Any], where: str) -> Example:
+        return example_of(record, where, columns, data.reference_fields)
 
-def _key(example: Example) -> tuple[tuple[str, str], ...]:
-    """What makes two prompts the same."""
-    return tuple((message.role, message.content.strip()) for message in example.messages)
+    rows = table.rows(list(dict.fromkeys(names)))
+    return keep_good(rows, make, source=table.source, bad_records=data.bad_records, report=report)

@@ -27,7 +27,8 @@ from megatron_async_rlhf.types import Message
 
 _PAD, _EOS, _USER, _ASSISTANT = SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")
 _CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}{% endfor %}"
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 _RAW_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{{ '' if loop.last else '\n\n' }}{% endfor %}"
@@ -114,9 +115,31 @@ class Tokenizer:
         Raises:
             DataError: the template fails on these messages or leaves one out, or `encode` does.
         """
-        rendered = self._template.render(messages)
+        return self._render(messages, is_answered=False)
+
+    def render_answered(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation that ends with the assistant's answer, up to the end-of-sequence token behind that.
+
+        They begin with those of `render_prompt`. A template that writes an answer in another way than it asks for one, or
+        does not end it with this token, has no say: the answer's own tokens and the end follow the prompt.
+
+        Raises:
+            DataError: as `render_prompt`.
+        """
+        *asked, answer = messages
+        prompt = self.render_prompt(asked)
+        try:
+            whole = self._render(messages, is_answered=True)
+        except DataError:  # made for prompts alone
+            whole = []
+        if whole[: len(prompt)] == prompt and self.eos_token_id in whole[len(prompt) :]:
+            return whole[: whole.index(self.eos_token_id, len(prompt)) + 1]
+        return [*prompt, *self.encode(answer.content), self.eos_token_id]
+
+    def _render(self, messages: Sequence[Message], *, is_answered: bool) -> list[int]:
+        rendered = self._template.render(messages, is_answered=is_answered)
         ids = self._encode_template(rendered)
-        parts, specials = self._own_parts(tuple(message.role for message in messages))
+        parts, specials = self._own_parts(tuple(message.role for message in messages), is_answered)
         if self._specials_of(ids) == specials or not self._brings_specials(rendered, parts):
             return ids
         # The messages brought special tokens of their own: only the template's parts may be read with them.
@@ -132,13 +155,13 @@ class Tokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of any ids; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
-        if skip_special_tokens:
+        if skip_special_tokens and not self._special_ids.isdisjoint(ids):
             ids = [index for index in ids if index not in self._special_ids]
         return self._with_specials.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def _parts(self, roles: tuple[str, ...]) -> tuple[list[str | int], list[int]]:
+    def _parts(self, roles: tuple[str, ...], is_answered: bool) -> tuple[list[str | int], list[int]]:
         """What the template writes around messages of these roles, and the special tokens in it."""
-        parts = self._template.parts(roles)
+        parts = self._template.parts(roles, is_answered=is_answered)
         own = (self._encode_template(part) for part in parts if isinstance(part, str))
         return parts, self._specials_of(chain.from_iterable(own))
 

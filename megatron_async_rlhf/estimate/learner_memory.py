@@ -36,6 +36,33 @@ FIXED_CUDA = 2048 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a learner is for.
+
+    Attributes:
+        sequences: of one optimizer step, at most, on all ranks.
+        has_pushes: its weights go to generators.
+    """
+
+    sequences: int
+    has_reference: bool = False
+    has_value_model: bool = False
+    has_pushes: bool = False
+
+    @classmethod
+    def of_run(cls, config: RunConfig) -> "Work":
+        """RL, and the warm start before it."""
+        algorithm, schedule = config.algorithm, config.schedule
+        warm_start = config.warm_start.batch_size if config.warm_start.steps else 0
+        return cls(
+            sequences=max(algorithm.trained_samples * schedule.prompts_per_step, warm_start),
+            has_reference=algorithm.has_reference,
+            has_value_model=algorithm.has_value_model,
+            has_pushes=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LearnerMemory:
     """Bytes of one rank. `host` lies in the machine's memory beside a GPU's, and is 0 on a CPU."""
 
@@ -56,42 +83,44 @@ class LearnerMemory:
         return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
 
 
-def learner_memory(config: RunConfig, arch: Architecture) -> list[LearnerMemory]:
-    """Of a rank of each pipeline stage, the first stage first."""
-    holdings = learner_holdings(arch, LearnerLayout.of(config.learner))
-    return [_stage_memory(config, arch, stage, holding) for stage, holding in enumerate(holdings)]
+def learner_memory(config: RunConfig, arch: Architecture, work: Work | None = None) -> list[LearnerMemory]:
+    """Of a rank of each pipeline stage, the first stage first.
+
+    Args:
+        work: default: that of a run.
+    """
+    holdings, work = learner_holdings(arch, LearnerLayout.of(config.learner)), work or Work.of_run(config)
+    return [_stage_memory(config, arch, work, stage, holding) for stage, holding in enumerate(holdings)]
 
 
-def micro_batch_tokens(config: RunConfig, arch: Architecture) -> int:
+def micro_batch_tokens(config: RunConfig, arch: Architecture, work: Work) -> int:
     """Tokens of the largest micro-batch of one rank: the budget, or all there is to train on if that is less."""
     learner = config.learner
-    samples = config.algorithm.trained_samples
-    trained = samples * arch.context_length * -(-config.schedule.prompts_per_step // learner.data_parallel)
-    solutions = 0
-    if config.warm_start.steps:
-        solutions = arch.context_length * -(-config.warm_start.batch_size // learner.data_parallel)
-    return min(learner.micro_batch_tokens, max(trained, solutions)) // learner.context_parallel
+    return min(learner.micro_batch_tokens, _step_tokens(config, arch, work)) // learner.context_parallel
 
 
-def micro_batches(config: RunConfig, arch: Architecture) -> int:
+def micro_batches(config: RunConfig, arch: Architecture, work: Work) -> int:
     """Most micro-batches of one step on one rank: all sequences at full length."""
-    prompts = -(-config.schedule.prompts_per_step // config.learner.data_parallel)
-    return -(-config.algorithm.trained_samples * arch.context_length * prompts // config.learner.micro_batch_tokens)
+    return -(-_step_tokens(config, arch, work) // config.learner.micro_batch_tokens)
 
 
-def _stage_memory(config: RunConfig, arch: Architecture, stage: int, holding: Holding) -> LearnerMemory:
+def _step_tokens(config: RunConfig, arch: Architecture, work: Work) -> int:
+    return arch.context_length * -(-work.sequences // config.learner.data_parallel)
+
+
+def _stage_memory(config: RunConfig, arch: Architecture, work: Work, stage: int, holding: Holding) -> LearnerMemory:
     learner = config.learner
     weights = _weights(learner, arch, stage, holding)
     on_cpu = config.run.device == "cpu"
-    reference = weights if config.algorithm.has_reference else 0
+    reference = weights if work.has_reference else 0
     resident = learner.reference == "resident"
     swapped = 0 if resident else 2 * reference  # in host memory: the reference's, and the policy's during its pass
     optimizer, optimizer_on_host = _optimizer(config, holding)
-    value, value_on_host = _value_model(config, arch, stage)
-    activations, backward = _forward_backward(config, arch, stage, holding)
+    value, value_on_host = _value_model(config, arch, stage) if work.has_value_model else (0, 0)
+    activations, backward = _forward_backward(config, arch, work, stage, holding)
     adam = _adam_temporaries(config, holding)
-    push = 2 * min(config.weights.staging_bytes, weights)
-    if config.weights.snapshot:
+    push = 2 * min(config.weights.staging_bytes, weights) if work.has_pushes else 0
+    if work.has_pushes and config.weights.snapshot:
         push += weights
     return LearnerMemory(
         weights=weights,
@@ -112,8 +141,6 @@ def _value_model(config: RunConfig, arch: Architecture, stage: int) -> tuple[int
 
     Its passes take turns with the policy's, whose output matrix makes those the larger ones.
     """
-    if not config.algorithm.has_value_model:
-        return 0, 0
     learner = config.learner
     holding = value_holdings(arch, LearnerLayout.of(learner))[stage]
     optimizer, on_host = _optimizer(config, holding)
@@ -158,13 +185,15 @@ def _adam_temporaries(config: RunConfig, holding: Holding) -> int:
     return 0 if learner.fp8 is not None else FLOAT32 * -(-holding.total // shared_by)
 
 
-def _forward_backward(config: RunConfig, arch: Architecture, stage: int, holding: Holding) -> tuple[int, int]:
+def _forward_backward(
+    config: RunConfig, arch: Architecture, work: Work, stage: int, holding: Holding
+) -> tuple[int, int]:
     """Bytes kept at the worst moment, and what the worst moment has on top."""
     learner = config.learner
     share = LayerShare.of(arch, learner)
-    stages, tokens = learner.pipeline_parallel, micro_batch_tokens(config, arch)
+    stages, tokens = learner.pipeline_parallel, micro_batch_tokens(config, arch, work)
     is_last = stage == stages - 1
-    chunks = chunks_in_flight(stage, stages, learner.virtual_stages, micro_batches(config, arch))
+    chunks = chunks_in_flight(stage, stages, learner.virtual_stages, micro_batches(config, arch, work))
     layers = arch.layers // (stages * learner.virtual_stages)
     row = share.item * share.hidden_kept * tokens
     kept = chunks * layers * layer_bytes(share, learner.recompute) * tokens

@@ -1,15 +1,24 @@
 """The estimate in words: tables of memory, whether each group of processes fits, and what to change if not."""
 
 import io
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.estimate.fitting import ACCURACY, RunMemory, advise, needed, run_memory, shares_gpu
+from megatron_async_rlhf.estimate.fitting import (
+    ACCURACY,
+    FIXED_CONTROL_CPU,
+    RunMemory,
+    advise,
+    needed,
+    run_memory,
+    shares_gpu,
+)
 from megatron_async_rlhf.estimate.generator_memory import GIB, GeneratorMemory
-from megatron_async_rlhf.estimate.learner_memory import LearnerMemory
+from megatron_async_rlhf.estimate.learner_memory import LearnerMemory, Work, learner_memory
 from megatron_async_rlhf.estimate.machine import machine_memory
 from megatron_async_rlhf.models.architecture import Architecture
 
@@ -38,6 +47,22 @@ def describe(config: RunConfig, arch: Architecture) -> list[str]:
     ]
 
 
+def describe_learner(config: RunConfig, arch: Architecture, work: Work) -> list[str]:
+    """Of a stage that has no generators, one line each."""
+    memory, room = learner_memory(config, arch, work), _room(config)
+    each = config.learner.world_size // len(memory)
+    fullest, together = max(rank.total for rank in memory), each * sum(rank.total + rank.host for rank in memory)
+    bytes_needed, what = fullest, "the fullest rank needs"
+    if config.run.device == "cpu":
+        bytes_needed, what = together + FIXED_CONTROL_CPU, "all processes together need"
+    fits = "fits" if bytes_needed <= room else "does not fit; lower learner.micro_batch_tokens, or use more ranks"
+    return [
+        "estimate, not a measurement: memory in GiB of one process, at its peak (docs/estimate.md)",
+        *_learner_table(memory),
+        f"{what} {_gib(bytes_needed)} of {_gib(room)} GiB: {fits}",
+    ]
+
+
 def refuse_too_large(config: RunConfig, arch: Architecture) -> None:
     """
     Raises:
@@ -58,18 +83,25 @@ def refuse_too_large(config: RunConfig, arch: Architecture) -> None:
         )
 
 
-def _tables(memory: RunMemory) -> list[str]:
+def _learner_table(memory: Sequence[LearnerMemory]) -> list[str]:
     learner = Table(box=None, pad_edge=False)
     learner.add_column("learner stage")
-    columns = tuple(name for name in _LEARNER_COLUMNS if name != "value" or memory.learner[0].value)
+    optional = ("value", "reference", "push")  # not all learners have them
+    columns = tuple(
+        name for name in _LEARNER_COLUMNS if name not in optional or any(getattr(rank, name) for rank in memory)
+    )
     _add_columns(learner, columns)
-    for stage, rank in enumerate(memory.learner):
+    for stage, rank in enumerate(memory):
         learner.add_row(str(stage), *_row(rank, columns))
+    return _lines(learner)
+
+
+def _tables(memory: RunMemory) -> list[str]:
     generator = Table(box=None, pad_edge=False)
     generator.add_column("generator")
     _add_columns(generator, _GENERATOR_COLUMNS)
     generator.add_row("a worker", *_row(memory.generator, _GENERATOR_COLUMNS))
-    return [*_lines(learner), *_lines(generator)]
+    return [*_learner_table(memory.learner), *_lines(generator)]
 
 
 def _add_columns(table: Table, names: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ import logging
 from importlib import import_module
 from pathlib import Path
 
+from megatron_async_rlhf.interpreter import collect_rarely
 from megatron_async_rlhf.jobs.addresses import Addresses
 
 JOBS = ("train", "sft", "replay", "evaluate")
@@ -27,10 +28,11 @@ def main() -> None:
     parser.add_argument("--resume-from", type=int, help="policy version of the checkpoint to go on from")
     parser.add_argument("--recorded", type=Path, help="the run to do again")
     given = parser.parse_args()
+    collect_rarely()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     addresses = Addresses.of(given.learner, given.generator, given.transfer)
     job = import_module(f"megatron_async_rlhf.jobs.{given.job}")
-    own = {"train": {"resume_from": given.resume_from}, "replay": {"recorded": given.recorded}}.get(given.job, {})
+    own = {"recorded": given.recorded} if given.job == "replay" else {"resume_from": given.resume_from}
     raise SystemExit(asyncio.run(job.run_job(given.run_dir, addresses, **own)))
 
 

@@ -15,8 +15,9 @@ from megatron_async_rlhf.config.algorithms import LOSS_ARGUMENTS, GRPOSection, P
 from megatron_async_rlhf.config.rewards import FunctionRewardSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.example import Example
-from megatron_async_rlhf.data.jsonl import find_jsonl
+from megatron_async_rlhf.data.files import find_local, is_local
 from megatron_async_rlhf.data.prompts import build_prompts
+from megatron_async_rlhf.data.report import DataReport
 from megatron_async_rlhf.data.solutions import solved_prompts
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.data.tokenizer import (
@@ -28,6 +29,7 @@ from megatron_async_rlhf.data.tokenizer import (
 )
 from megatron_async_rlhf.errors import ConfigError, DataError
 from megatron_async_rlhf.formats.directory import check_format, copy_hf_files, hf_files_of, is_checkpoint
+from megatron_async_rlhf.formats.hub_snapshot import is_snapshot
 from megatron_async_rlhf.formats.safetensors_files import SINGLE, find_files, find_weights, refuse_adapter, weight_files
 from megatron_async_rlhf.formats.tensor_spec import TensorSpec
 from megatron_async_rlhf.formats.value_source import check_value_source
@@ -44,6 +46,7 @@ from megatron_async_rlhf.models.layout_rules import check_layouts
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.function import TimeLimit, check_function, check_parameters, inspect_function
 from megatron_async_rlhf.rewards.registry import make_reward
+from megatron_async_rlhf.telemetry.summary import DataCounts
 from megatron_async_rlhf.types import Prompt, Sequence
 from megatron_async_rlhf.weights.plan import TransferPlan, configured_transfer
 
@@ -53,6 +56,7 @@ class RunInputs(Struct, frozen=True, kw_only=True):
 
     Attributes:
         solved: prompt and solution as one row by prompt index; empty without a warm start.
+        data: what became of the records that prompts are made of.
         transfer: how a push moves the policy to one generator.
     """
 
@@ -61,8 +65,19 @@ class RunInputs(Struct, frozen=True, kw_only=True):
     train: list[Prompt]
     eval: list[Prompt]
     solved: dict[int, Sequence]
+    data: DataReport
     reward: Reward
     transfer: TransferPlan
+
+    @property
+    def data_counts(self) -> DataCounts:
+        """For the summary of the run."""
+        return data_counts(self.data)
+
+
+def data_counts(report: DataReport) -> DataCounts:
+    """For the summary of a run or a stage."""
+    return DataCounts(read=report.read, used=report.used, dropped=dict(report.dropped))
 
 
 def make_model_template(config: RunConfig, directory: Path) -> None:
@@ -154,7 +169,7 @@ def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
     check_causal_model(described)
     architecture, transfer = resolve_architecture(config, described)
     if (described / "tokenizer.json").is_file():
-        _check_vocabulary(config, _read_tokenizer(config, described), architecture)
+        check_vocabulary(config, read_tokenizer(config, described), architecture)
     return architecture, transfer
 
 
@@ -198,14 +213,16 @@ def missing_inputs(config: RunConfig) -> list[str]:
         return [f"weights: torch, without which those in the checkpoint model.hf = {hf} cannot be read"]
     if hf is None or is_checkpoint(hf) or weight_files(hf):
         return []
+    if is_snapshot(hf):
+        return [f"weights: those of model.hf = {hf}, which a start downloads"]
     whole = f"in model.hf = {hf}; get the whole model and name its directory"
     missing = [f"weights: no {SINGLE} {whole}"]
     if not (hf / "tokenizer.json").is_file():
         missing.insert(0, f"tokenizer: no tokenizer.json {whole}")
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if source is not None and source.endswith(".jsonl"):
+        if source is not None and is_local(source):
             try:
-                find_jsonl(source, key, beside=config.data.train if key == "data.eval" else None)
+                find_local(source, key, beside=config.data.train if key == "data.eval" else None)
             except DataError as error:
                 missing.append(f"prompts: {error}")
     return missing
@@ -217,9 +234,9 @@ def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
     Raises:
         ConfigError, DataError: one line.
     """
-    tokenizer = _read_tokenizer(config, template)
+    tokenizer = read_tokenizer(config, template)
     architecture, transfer = resolve_architecture(config, template)
-    _check_vocabulary(config, tokenizer, architecture)
+    check_vocabulary(config, tokenizer, architecture)
     room = architecture.context_length - config.generator.max_new_tokens
     limit = config.data.max_prompt_tokens or room
     if limit > room:
@@ -228,17 +245,24 @@ def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
             f"together exceed the context of {architecture.context_length} tokens"
         )
     reward = make_reward(config.rewards)
-    splits = {}
+    splits, report = {}, DataReport()
     for split in ("train", "eval"):
-        examples = load_examples(config.data, split, config.run.seed)
+        examples = load_examples(config.data, split, config.run.seed, report)
         splits[split] = build_prompts(examples, tokenizer, limit, drop_long=config.data.long_prompts == "drop")
+        report.drop("longer than data.max_prompt_tokens", len(examples) - len(splits[split]))
         for prompt in splits[split]:
             reward.check(prompt)
     solved = {}
     if config.warm_start.steps:
         solved = solved_prompts(splits["train"], tokenizer, architecture.context_length)
     return RunInputs(
-        architecture=architecture, tokenizer=tokenizer, reward=reward, solved=solved, transfer=transfer, **splits
+        architecture=architecture,
+        tokenizer=tokenizer,
+        reward=reward,
+        solved=solved,
+        data=report,
+        transfer=transfer,
+        **splits,
     )
 
 
@@ -269,14 +293,14 @@ def _too_short_completions(config: RunConfig, run_inputs: RunInputs) -> list[str
     ]
 
 
-def _read_tokenizer(config: RunConfig, template: Path) -> Tokenizer:
+def read_tokenizer(config: RunConfig, template: Path) -> Tokenizer:
     try:
         return Tokenizer.load(template)
     except DataError as error:  # of a copy, which the user has never seen
         raise DataError(str(error).replace(str(template), f"model.hf = {config.model.hf}")) from None
 
 
-def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
+def check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
     (largest, token), rows = tokenizer.last_token, architecture.vocab_size
     if largest >= rows:
         raise ConfigError(

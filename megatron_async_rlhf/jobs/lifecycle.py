@@ -7,7 +7,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,28 +47,41 @@ async def export_policy(config: RunConfig, run_dir: Path, learner: Learner, reco
     await learner.execute(ExportWeights(directory=str(directory)))
 
 
-async def run_learner_alone(phases: Coroutine[Any, Any, None], learner: LearnerClient, recorder: Recorder) -> int:
-    """Run the phases of a process that drives a learner and no generators; its exit code."""
+async def run_learner_alone(
+    phases: Coroutine[Any, Any, bool | None],
+    learner: LearnerClient,
+    recorder: Recorder,
+    stop: Callable[[], None] | None = None,
+) -> int:
+    """As `run_to_the_end`, of a process that drives a learner and no generators."""
     try:
-        return await run_to_the_end(phases, recorder)
+        return await run_to_the_end(phases, recorder, stop)
     finally:
         learner.close()
 
 
-async def run_to_the_end(phases: Coroutine[Any, Any, None], recorder: Recorder) -> int:
-    """Run phases that an interrupt ends where they are; the exit code. Every outcome leaves a summary."""
+async def run_to_the_end(
+    phases: Coroutine[Any, Any, bool | None], recorder: Recorder, stop: Callable[[], None] | None = None
+) -> int:
+    """Run the phases of a process; its exit code. Every outcome leaves a summary.
+
+    Args:
+        phases: return whether they were stopped before their end.
+        stop: called on an interrupt; without it, that ends the phases where they are.
+    """
     task = asyncio.create_task(phases)
-    for number in (signal.SIGINT, signal.SIGTERM, END_AT_ONCE):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop or task.cancel)
+    asyncio.get_running_loop().add_signal_handler(END_AT_ONCE, task.cancel)
     try:
-        await task
+        was_stopped = await task
     except asyncio.CancelledError:
         return close_well(recorder, "interrupted")
     except BaseExceptionGroup as group:
         return close_failed(recorder, first_cause(group))
     except (AsyncRLHFError, OSError) as error:
         return close_failed(recorder, error)
-    return close_well(recorder, "completed")
+    return close_well(recorder, "interrupted" if was_stopped else "completed")
 
 
 def close_well(recorder: Recorder, status: Literal["completed", "interrupted"]) -> int:

@@ -83,6 +83,7 @@ async def run_job(run_dir: Path, addresses: Addresses, recorded: Path) -> int:
     config = load_config(run_dir / RESOLVED_CONFIG)
     run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     recorder = Recorder(config, run_dir, EventStream())
+    recorder.totals.data = run_inputs.data_counts
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
     phases = run_phases(config, run_dir, recorded, run_inputs, learner, recorder)
     return await run_learner_alone(phases, learner, recorder)

@@ -1,61 +1,181 @@
-"""Composition root of the controller process of `async-rlhf sft`: the warm start of a run, alone.
+"""Composition root of the controller process of `async-rlhf sft`: supervised fine-tuning on the data's own answers.
 
-    start learner ─> warm start ─> export
+    start learner ─> loss on held-out answers ─> steps ─> loss on held-out answers ─> export
+                                                  └─ checkpoints, and losses on held-out answers, on the way
 
-The same learner, data and phase as in a run (`train`), without generators, so that many runs can start from one policy:
-`model.hf: <run>/checkpoints/final`. An interrupted one exports nothing.
+The same learner as in a run, without generators. With a `sft` section it is a stage of its own; without one it makes the
+warm start of a run, alone, so that many runs can start from one policy: `model.hf: <run>/checkpoints/final`.
+
+An interrupted stage saves a checkpoint, exports nothing, and goes on with `--resume`.
 """
 
+import asyncio
+import math
 import time
 from pathlib import Path
 
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
+from megatron_async_rlhf.checkpoint.run_state import RunState, read_run_state
+from megatron_async_rlhf.checkpoint.saver import CheckpointSaver, Kept
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.jobs.addresses import Addresses
-from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs
+from megatron_async_rlhf.jobs.inputs import data_counts
 from megatron_async_rlhf.jobs.lifecycle import export_policy, run_learner_alone
+from megatron_async_rlhf.jobs.supervised_inputs import SupervisedInputs, load_supervised_inputs
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import Learner, Stop, WaitUntilReady
-from megatron_async_rlhf.scheduler.warm_start import warm_start
+from megatron_async_rlhf.learner.protocol import (
+    EvaluateSupervised,
+    Learner,
+    ResumeSupervised,
+    StartSupervised,
+    Stop,
+    TrainSupervised,
+    WaitUntilReady,
+)
+from megatron_async_rlhf.scheduler.state import ControllerState
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.telemetry.summary import RunTotals
 
-
-async def run_phases(
-    config: RunConfig, run_dir: Path, run_inputs: RunInputs, learner: Learner, recorder: Recorder
-) -> None:
-    """
-    Raises:
-        LearnerError: a step failed, or took longer than learner.timeout_s.
-    """
-    steps, size = config.warm_start.steps, config.warm_start.batch_size
-    began = time.time()
-    recorder.phase("start")
-    solvable = [prompt for prompt in run_inputs.train if prompt.index in run_inputs.solved]
-    await learner.execute(WaitUntilReady())
-    recorder.phase("warm start", steps=steps)
-    recorder.loop_started(startup_s=time.time() - began)
-    order = PromptOrder(solvable, config.run.seed)
-    await warm_start(config, learner, order, run_inputs.solved, recorder)
-    recorder.loop_ended()
-    trained = [run_inputs.solved[prompt.index] for step in range(steps) for prompt in order.batch(step, size)]
-    recorder.totals.steps = steps
-    recorder.totals.train_busy_s = recorder.totals.wall_s
-    recorder.totals.samples_trained = len(trained)
-    recorder.totals.tokens_trained = sum(len(s.token_ids) - s.prompt_length for s in trained)
-    await export_policy(config, run_dir, learner, recorder)
-    await learner.execute(Stop())
+_EVALUATED_TOGETHER = 256  # sequences of one command
+KEPT = Kept(metric="loss", best="lowest")  # of the checkpoints that have a held-out loss
 
 
-async def run_job(run_dir: Path, addresses: Addresses) -> int:
+class SFTJob:
+    """One stage, seen from the controller process."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        inputs: SupervisedInputs,
+        learner: Learner,
+        recorder: Recorder,
+        resumed: RunState | None = None,
+    ) -> None:
+        self._config, self._keys, self._run_dir, self._inputs = config, config.supervised, run_dir, inputs
+        self._learner, self._recorder = learner, recorder
+        self._checkpoints = RunCheckpoints(run_dir)
+        self._saver = CheckpointSaver(config, run_dir, learner, recorder, resumed, kept=KEPT, has_reference=False)
+        self._step = 0 if resumed is None else resumed.controller.version
+        self._save: asyncio.Task[None] | None = None
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Let the step under way finish, then save and end."""
+        self._is_stopped = True
+
+    async def run(self) -> bool:
+        """All phases; whether it was stopped before its end.
+
+        Raises:
+            LearnerError: a step failed, or took longer than learner.timeout_s.
+        """
+        began, recorder = time.time(), self._recorder
+        recorder.phase("start")
+        await self._learner.execute(WaitUntilReady())
+        await self._begin()
+        if not self._step:
+            await self._evaluate("before")
+        recorder.phase("train", steps=len(self._inputs.batches))
+        recorder.loop_started(startup_s=time.time() - began)
+        while self._step < len(self._inputs.batches) and not self._is_stopped:
+            await self._train()
+        recorder.loop_ended()
+        if self._save is not None:
+            await self._save
+        if self._is_stopped:
+            await self._save_now()
+        else:
+            await self._evaluate("after")
+            await self._export()
+        await self._learner.execute(Stop())
+        return self._is_stopped
+
+    async def _begin(self) -> None:
+        steps = len(self._inputs.batches)
+        if not self._step:
+            await self._learner.execute(StartSupervised(steps=steps))
+            return
+        self._recorder.phase(f"load checkpoint of step {self._step}")
+        await self._load(self._step)
+
+    async def _load(self, step: int) -> None:
+        path = str(self._checkpoints.path(step))
+        await self._learner.execute(ResumeSupervised(checkpoint=path, steps=len(self._inputs.batches)))
+
+    async def _train(self) -> None:
+        """One step, and what is due after it."""
+        sequences = [self._inputs.train.rows[row] for row in self._inputs.batches[self._step]]
+        self._step += 1
+        answer = await self._learner.execute(TrainSupervised(step=self._step, sequences=sequences))
+        assert answer.metrics is not None  # which is what the command was for
+        self._recorder.totals.tokens_trained += sum(row.num_targets for row in sequences)
+        self._recorder.supervised_step(
+            self._step, len(self._inputs.batches), answer.metrics.values, len(sequences), answer.spans
+        )
+        is_best = False
+        if self._keys.eval_every is not None and self._step % self._keys.eval_every == 0:
+            loss = await self._evaluate(f"step {self._step}")
+            is_best = self._keys.export == "best" and self._saver.is_best(loss)
+            self._saver.observe({"loss": loss})
+        if is_best or self._saver.is_due(self._step):
+            await self._save_now()
+
+    async def _save_now(self) -> None:
+        """Freeze the state; its files are written while training goes on."""
+        if self._save is not None:
+            await self._save
+            self._save = None
+        if self._saver.is_saved(self._step):
+            return
+        await self._saver.start(ControllerState(version=self._step))
+        self._save = asyncio.create_task(self._saver.complete())
+        if self._is_stopped or not self._config.checkpoint.async_save:
+            await self._save
+
+    async def _evaluate(self, when: str) -> float:
+        """The loss on held-out answers; not a number if there are none."""
+        rows, start = self._inputs.held_out, time.time()
+        if not rows:
+            return math.nan
+        total = 0.0
+        for first in range(0, len(rows), _EVALUATED_TOGETHER):
+            part = rows[first : first + _EVALUATED_TOGETHER]
+            answer = await self._learner.execute(EvaluateSupervised(sequences=part))
+            assert answer.metrics is not None  # which is what the command was for
+            total += answer.metrics.values["loss"] * answer.metrics.values["tokens"]
+        tokens = sum(row.num_targets for row in rows)
+        loss = total / tokens
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        self._recorder.evaluated(
+            when, metrics, start, time.time(), version=self._step, samples=len(rows), tokens=tokens
+        )
+        return loss
+
+    async def _export(self) -> None:
+        best = self._saver.best
+        if self._keys.export == "best" and best is not None and best != self._step:
+            self._recorder.note(f"the policy after step {best} had the lowest held-out loss: exporting that")
+            await self._load(best)
+        await export_policy(self._config, self._run_dir, self._learner, self._recorder)
+
+
+async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None) -> int:
     """Run all phases; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
-    run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
-    totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0)
+    inputs = load_supervised_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
+    resumed = None if resume_from is None else read_run_state(RunCheckpoints(run_dir).path(resume_from))
+    if resumed is None:
+        totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0, data=data_counts(inputs.data))
+    else:
+        totals = resumed.totals
     recorder = Recorder(config, run_dir, EventStream(), totals=totals)
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
-    phases = run_phases(config, run_dir, run_inputs, learner, recorder)
-    return await run_learner_alone(phases, learner, recorder)
+    job = SFTJob(config, run_dir, inputs, learner, recorder, resumed)
+    limit = config.checkpoint.max_run_seconds
+    if limit is not None:
+        asyncio.get_running_loop().call_later(limit, job.stop)
+    return await run_learner_alone(job.run(), learner, recorder, stop=job.stop)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState, read_run_state
-from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
+from megatron_async_rlhf.checkpoint.saver import CheckpointSaver, Kept
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
@@ -84,6 +84,7 @@ class Job:
         self.recorder = Recorder(
             config, run_dir, EventStream(), generator_bytes=held, totals=resumed.totals if resumed else None
         )
+        self.recorder.totals.data = run_inputs.data_counts
         self._pool = GeneratorPool(
             generators,
             max_concurrent=config.generator.max_concurrent,
@@ -96,7 +97,15 @@ class Job:
         prompts = PromptOrder(run_inputs.train, config.run.seed)
         evaluation = Evaluation(config, run_inputs.eval, run_inputs.reward, self.recorder)
         self._weight_sync = WeightSync(learner, config, transfer)
-        self._saver = CheckpointSaver(config, run_dir, learner, self.recorder, resumed)
+        self._saver = CheckpointSaver(
+            config,
+            run_dir,
+            learner,
+            self.recorder,
+            resumed,
+            kept=Kept(metric=config.checkpoint.keep_best, best=config.checkpoint.best),
+            has_reference=has_own_reference(config),
+        )
         self._controller = Controller(
             config,
             learner=learner,

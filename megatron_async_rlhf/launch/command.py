@@ -1,5 +1,6 @@
 """`async-rlhf train`, `sft` and `replay`: from the command line to what is started; `launch.start` does that."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ from megatron_async_rlhf.converter.command import compare_holders
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
-from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption, warn
+from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption, note, warn
 from megatron_async_rlhf.telemetry.files import (
     EXPORT_DIR,
     METRICS,
@@ -50,7 +51,7 @@ def train(
     from megatron_async_rlhf.launch.run_directory import check_writable
     from megatron_async_rlhf.launch.start import prepare_machine, run
 
-    resolved = load_for_run(config, set, resume)
+    resolved = load_for_run(config, set, resume, weights=not dry_run)
     if not dry_run:
         check_installed("torch", "megatron", "vllm")
         prepare_machine(resolved, node_rank, places_problem(resolved), threads_problem(resolved))
@@ -67,24 +68,32 @@ def sft(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the last checkpoint in run.dir; from the beginning if there is none."
+        ),
+    ] = False,
     node_rank: NodeRankOption = 0,
 ) -> None:
-    """Run the warm start alone, `warm_start` and `data` of a configuration, and export the policy.
+    """Fine-tune the policy on the answers in `data`, as the section `sft` says, and export it.
 
-    RL runs then start from it with model.hf=<run>/checkpoints/final and warm_start.steps=0.
+    Without that section the warm start of a run is made, alone. RL runs then start from the policy with
+    model.hf=<run>/checkpoints/final and warm_start.steps=0.
 
     Example: async-rlhf sft examples/quickstart.yaml -s run.name=sft
     """
-    from megatron_async_rlhf.jobs.inputs import check_inputs, make_model_template
     from megatron_async_rlhf.launch.dry_run import print_sft_plan
-    from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.resume import load_for_run
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
-    from megatron_async_rlhf.launch.start import Start, prepare_machine, run
+    from megatron_async_rlhf.launch.start import prepare_machine, run
 
-    resolved = load_for_run(config, set, resume=False)
-    if not resolved.warm_start.steps:
-        raise ConfigError("warm_start.steps = 0: sft makes the steps of the warm start; set at least 1")
+    resolved = load_for_run(config, set, resume, weights=not dry_run)
+    if resolved.sft is None and not resolved.warm_start.steps:
+        raise ConfigError(
+            "sft: the configuration has no section of that name, and without one the steps of the warm start are made, of "
+            "which warm_start.steps = 0 has none; add `sft: {epochs: 1}`, or set warm_start.steps"
+        )
     if dry_run:
         check_writable(resolved)
         check_inputs_apart(resolved)
@@ -92,15 +101,7 @@ def sft(
     check_installed("torch", "megatron")
     prepare_machine(resolved, node_rank)
 
-    def decide(fleet: "Fleet", scratch: Path) -> Start:
-        check_inputs_apart(resolved)
-        template = scratch / "model"
-        make_model_template(resolved, template)
-        check_inputs(resolved, template)
-        plan = plan_learner_alone(resolved, resolved.run.path.absolute(), fleet.nodes, "sft")
-        return Start(plan=plan, template=template)
-
-    raise typer.Exit(run(resolved, decide))
+    raise typer.Exit(run(resolved, lambda fleet, scratch: _decide_sft(resolved, resume, fleet, scratch)))
 
 
 def replay(
@@ -183,6 +184,7 @@ def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: P
         make_model_template(config, template)
     run_inputs = check_inputs(config, template)
     refuse_too_large(config, run_inputs.architecture)
+    note(run_inputs.data.notes)
     warn(data_warnings(config, run_inputs))
     digests, warnings = check_resumed_inputs(config, run_inputs, is_new=version is None)
     warn(warnings)
@@ -191,14 +193,52 @@ def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: P
     return Start(plan=plan, template=template, version=version, digests=digests)
 
 
+def _decide_sft(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "Start | None":
+    """How many steps there are the data says, so that is read first."""
+    from megatron_async_rlhf.jobs.inputs import make_model_template
+    from megatron_async_rlhf.jobs.supervised_inputs import check_supervised_inputs
+    from megatron_async_rlhf.launch.plan import plan_learner_alone
+    from megatron_async_rlhf.launch.resume import Resumption, find_resumption
+    from megatron_async_rlhf.launch.run_directory import check_inputs_apart
+    from megatron_async_rlhf.launch.start import Start
+
+    run_dir = config.run.path.absolute()
+    template = run_dir / POLICY_TEMPLATE_DIR
+    if not (resume and (run_dir / RESOLVED_CONFIG).is_file()):
+        check_inputs_apart(config)
+        template = scratch / "model"
+        make_model_template(config, template)
+    inputs = check_supervised_inputs(config, template)
+    note(inputs.data.notes)
+    steps = len(inputs.batches)
+    key = "sft.steps" if config.sft is not None else "warm_start.steps"
+    found = find_resumption(config, steps=steps, key=key, has_reference=False) if resume else Resumption()
+    if _is_finished(found):
+        return None
+    if found.version is None and template == run_dir / POLICY_TEMPLATE_DIR:  # which is set aside now
+        check_inputs_apart(config)
+        template = shutil.copytree(template, scratch / "model")
+    plan = plan_learner_alone(config, run_dir, fleet.nodes, "sft", resume_from=found.version)
+    return Start(plan=plan, template=template, version=found.version)
+
+
 def _find_resumption(config: RunConfig, resume: bool) -> "Resumption":
     """What a run goes on from, told to the user; a new one must not take the place of what it reads."""
+    from megatron_async_rlhf.checkpoint.run_checkpoints import has_own_reference
     from megatron_async_rlhf.launch.resume import Resumption, find_resumption
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart
 
-    found = find_resumption(config) if resume else Resumption()
-    if found.note:
-        typer.echo(found.note)
-    if found.version is None and not found.finished:
+    found = Resumption()
+    if resume:
+        steps, has_reference = config.schedule.steps, has_own_reference(config)
+        found = find_resumption(config, steps=steps, key="schedule.steps", has_reference=has_reference)
+    if not _is_finished(found) and found.version is None:
         check_inputs_apart(config)
     return found
+
+
+def _is_finished(found: "Resumption") -> bool:
+    """Tells the user what was found."""
+    if found.note:
+        typer.echo(found.note)
+    return found.finished

@@ -50,6 +50,11 @@ class Display:
                 self._state["learner"] = f"supervised loss {loss:.3f}"
                 if step == steps or time.monotonic() - self._last_line > _LINE_EVERY_S:
                     self._plain(f"warm start {step}/{steps}  loss {loss:.3f}")
+            case {"event": "supervised_step", "step": step, "steps": steps, "loss": loss}:
+                self._state["phase"] = f"step {step}/{steps}"
+                self._state["learner"] = f"supervised loss {loss:.3f}"
+                if step == steps or time.monotonic() - self._last_line > _LINE_EVERY_S:
+                    self._plain(f"step {step}/{steps}  loss {loss:.3f}")
             case {"event": "step"}:
                 self._state["phase"] = f"step {event['step']}/{event['steps']}"
                 self._state["last step"] = _step_line(event)

@@ -8,8 +8,10 @@ import typer
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.fitting import gpu_budget
-from megatron_async_rlhf.estimate.report import describe
+from megatron_async_rlhf.estimate.learner_memory import Work
+from megatron_async_rlhf.estimate.report import describe, describe_learner
 from megatron_async_rlhf.jobs.inputs import check_description, check_inputs, make_model_template, missing_inputs
+from megatron_async_rlhf.jobs.supervised_inputs import check_supervised_inputs
 from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.launch.plan import plan_learner_alone, plan_processes
 from megatron_async_rlhf.simulate import prediction
@@ -20,16 +22,18 @@ def print_plan(config: RunConfig) -> None:
     missing = missing_inputs(config)
     if missing:
         architecture, transfer = check_description(config)
-        prompts = "# prompts: not checked"
+        prompts = ["prompts: not checked"]
     else:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             make_model_template(config, Path(scratch))
             run_inputs = check_inputs(config, Path(scratch))
         architecture, transfer = run_inputs.architecture, run_inputs.transfer
-        prompts = f"# prompts: {len(run_inputs.train)} to train on, {len(run_inputs.eval)} held out"
+        counts = f"prompts: {len(run_inputs.train)} to train on, {len(run_inputs.eval)} held out"
+        prompts = [counts, *run_inputs.data.notes]
     typer.echo(dump_config(config))
     typer.echo(f"# policy: {architecture.num_parameters / 1e6:.2f} M parameters")
-    typer.echo(prompts)
+    for line in prompts:
+        typer.echo(f"# {line}")
     slices = sum(len(message) for messages in transfer.streams.values() for message in messages)
     rounds = max(len(messages) for messages in transfer.streams.values())
     megabytes = transfer.num_bytes * config.generator.replicas / 1e6
@@ -48,17 +52,25 @@ def print_plan(config: RunConfig) -> None:
 
 
 def print_sft_plan(config: RunConfig) -> None:
-    """Of a warm start alone: what it learns from, and its processes."""
+    """Of supervised fine-tuning: what it learns from, and its processes."""
     with tempfile.TemporaryDirectory() as scratch:
         make_model_template(config, Path(scratch))
-        run_inputs = check_inputs(config, Path(scratch))
-    steps, size = config.warm_start.steps, config.warm_start.batch_size
+        inputs = check_supervised_inputs(config, Path(scratch))
+    train, batches = inputs.train, inputs.batches
     typer.echo(dump_config(config))
-    typer.echo(f"# policy: {run_inputs.architecture.num_parameters / 1e6:.2f} M parameters")
+    typer.echo(f"# policy: {inputs.architecture.num_parameters / 1e6:.2f} M parameters")
     typer.echo(
-        f"# solutions: {len(run_inputs.solved)} of {len(run_inputs.train)} prompts to train on have one that fits"
+        f"# answered conversations: {len(train.rows)} to train on, {len(inputs.held_out)} held out; left out: "
+        f"{train.unanswered} without an answer, {train.too_long} too long"
     )
-    typer.echo(f"# {steps} steps of {size} sequences: {steps * size / len(run_inputs.solved):.1f} epochs")
+    sequences = sum(map(len, batches))
+    typer.echo(
+        f"# {len(batches)} steps of {sequences / len(batches):.4g} sequences: {sequences / len(train.rows):.1f} epochs"
+    )
+    for line in describe_learner(config, inputs.architecture, Work(sequences=max(map(len, batches)))):
+        typer.echo(f"# {line}")
+    for line in inputs.data.notes:
+        typer.echo(f"# {line}")
     nodes = planned_nodes(config)
     for process in plan_learner_alone(config, config.run.path.absolute(), nodes, "sft").processes:
         typer.echo(f"# {process.name}: {nodes[process.node].name}: {' '.join(process.arguments)}")

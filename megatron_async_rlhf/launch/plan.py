@@ -102,21 +102,26 @@ def plan_processes(
         *(argument for host, port in sites for argument in ("--generator", f"http://{host}:{port}")),
         *("--transfer", "{}:{}".format(*_learner_address(layout.learners, nodes, 2))),
     ]
-    resume = [] if resume_from is None else ["--resume-from", str(resume_from)]
     return ProcessPlan(
         learners=_learners(config, run_dir, layout.learners, nodes),
         generators=generators,
-        controller=_controller(config, run_dir, nodes, [*addresses, *resume], "train"),
+        controller=_controller(config, run_dir, nodes, [*addresses, *_resumption(resume_from)], "train"),
         restarts=config.generator.restarts if records_versions() else 0,
     )
 
 
 def plan_learner_alone(
-    config: RunConfig, run_dir: Path, nodes: Sequence[Node], job: str, arguments: Sequence[str] = ()
+    config: RunConfig,
+    run_dir: Path,
+    nodes: Sequence[Node],
+    job: str,
+    arguments: Sequence[str] = (),
+    *,
+    resume_from: int | None = None,
 ) -> ProcessPlan:
     """The same without generators: learner ranks on all cores or GPUs, and that job as their controller."""
     slots = lay_out(config, nodes, replicas=0).learners
-    addresses = ["--learner", _commands_at(slots, nodes), *arguments]
+    addresses = ["--learner", _commands_at(slots, nodes), *arguments, *_resumption(resume_from)]
     return ProcessPlan(
         learners=_learners(config, run_dir, slots, nodes),
         generators=[],
@@ -155,6 +160,10 @@ def plan_evaluation(
         controller=_controller(config, run_dir, nodes, addresses, "evaluate"),
         on_request=servers,
     )
+
+
+def _resumption(version: int | None) -> list[str]:
+    return [] if version is None else ["--resume-from", str(version)]
 
 
 def _controller(config: RunConfig, run_dir: Path, nodes: Sequence[Node], arguments: list[str], job: str) -> ProcessSpec:

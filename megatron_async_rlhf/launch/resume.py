@@ -6,11 +6,12 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.resume import check_same_run
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
+from megatron_async_rlhf.formats.hub_snapshot import with_local_models
 from megatron_async_rlhf.telemetry.files import INPUTS, RESOLVED_CONFIG
 from megatron_async_rlhf.telemetry.summary import read_summary
 
@@ -29,12 +30,20 @@ class Resumption(Struct, frozen=True, kw_only=True):
     finished: bool = False
 
 
-def load_for_run(config: Path, overrides: Sequence[str], resume: bool) -> RunConfig:
+def load_for_run(config: Path, overrides: Sequence[str], resume: bool, *, weights: bool = True) -> RunConfig:
     """The configuration to run; a run's directory stands for that run, wherever it has been moved to.
 
+    Args:
+        weights: of models that are named as at the hub, also get these, and not only what describes them.
+
     Raises:
-        ConfigError: a line for each problem of the configuration; or a run's directory for a new run.
+        ConfigError: a line for each problem of the configuration; or a run's directory for a new run; or a model cannot
+            be had.
     """
+    return with_local_models(_load(config, overrides, resume), weights=weights)
+
+
+def _load(config: Path, overrides: Sequence[str], resume: bool) -> RunConfig:
     if not (config / RESOLVED_CONFIG).is_file():
         return load_config(config, overrides)
     if not resume:
@@ -48,14 +57,18 @@ def load_for_run(config: Path, overrides: Sequence[str], resume: bool) -> RunCon
     return load_config(config, [f"run.dir={json.dumps(str(config.absolute()), ensure_ascii=False)}", *overrides])
 
 
-def find_resumption(config: RunConfig) -> Resumption:
+def find_resumption(config: RunConfig, *, steps: int, key: str, has_reference: bool) -> Resumption:
     """Look into `run.dir`.
+
+    Args:
+        steps: that the run is to make, as `key` says.
+        has_reference: a checkpoint is no use without the reference policy in the run's directory.
 
     Raises:
         ConfigError: a key has changed that must not, or a completed run without a checkpoint is to make more steps.
         CheckpointError: the newest checkpoint is broken.
     """
-    run_dir, steps = config.run.path.absolute(), config.schedule.steps
+    run_dir = config.run.path.absolute()
     if not (run_dir / RESOLVED_CONFIG).is_file():
         return Resumption(note=f"{run_dir} holds no run yet: starting from the beginning")
     summary, checkpoints = read_summary(run_dir), RunCheckpoints(run_dir)
@@ -63,7 +76,7 @@ def find_resumption(config: RunConfig) -> Resumption:
     finished, versions = completed and made >= steps, checkpoints.versions()
     if completed and not (finished or versions):
         raise ConfigError(
-            f"schedule.steps = {steps}: {run_dir} is completed after {made} steps and has no checkpoint to go on from, "
+            f"{key} = {steps}: {run_dir} is completed after {made} steps and has no checkpoint to go on from, "
             "which takes checkpoint.every_steps from its start; run without --resume to start over"
         )
     if not (finished or versions):
@@ -74,14 +87,12 @@ def find_resumption(config: RunConfig) -> Resumption:
         return Resumption(note=f"{run_dir} is completed: all {made} steps are made", finished=True)
     version = versions[-1]
     if version > steps:
-        raise ConfigError(
-            f"schedule.steps = {steps} is below the {version} steps of {checkpoints.path(version)}; raise it"
-        )
-    _check(config, checkpoints, version, versions[:-1])
+        raise ConfigError(f"{key} = {steps} is below the {version} steps of {checkpoints.path(version)}; raise it")
+    _check(checkpoints, version, versions[:-1], has_reference)
     return Resumption(note=f"going on from {checkpoints.path(version)}", version=version)
 
 
-def _check(config: RunConfig, checkpoints: RunCheckpoints, version: int, older: list[int]) -> None:
+def _check(checkpoints: RunCheckpoints, version: int, older: list[int], has_reference: bool) -> None:
     from megatron_async_rlhf.checkpoint.integrity import (
         check_reference,
         check_run_checkpoint,
@@ -89,7 +100,7 @@ def _check(config: RunConfig, checkpoints: RunCheckpoints, version: int, older: 
 
     way_out = "run without --resume"
     try:
-        if has_own_reference(config):
+        if has_reference:
             check_reference(checkpoints.reference)
         if older:
             way_out = f"delete {checkpoints.path(version)} to go on from step {older[-1]}"

@@ -11,6 +11,7 @@ from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.run_state import read_run_state
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.files import is_local
 from megatron_async_rlhf.errors import ConfigError, DataError
 from megatron_async_rlhf.jobs.inputs import value_source
 from megatron_async_rlhf.json_lines import read_json_lines
@@ -115,7 +116,7 @@ def check_inputs_apart(config: RunConfig) -> None:
         inputs["eval.against"] = config.eval.against if isinstance(config.eval.against, Path) else None
         inputs["eval.kl_to"] = config.eval.kl_to
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        inputs[key] = Path(source) if source is not None and source.endswith(".jsonl") else None
+        inputs[key] = Path(source) if source is not None and is_local(source) else None
     for key, given in inputs.items():
         if given is not None and given.resolve().is_relative_to(config.run.path.resolve()):
             raise ConfigError(

@@ -30,6 +30,7 @@ class Stage(Struct, frozen=True, kw_only=True):
     Attributes:
         arguments: of `async-rlhf`.
         config: YAML, on the standard input; empty if the command takes none.
+        gpus_per_node: of its machines; None: as the launch's configuration says.
         resumes: put back into the queue, it goes on with `--resume`.
         result: where what it makes lies.
     """
@@ -38,6 +39,7 @@ class Stage(Struct, frozen=True, kw_only=True):
     arguments: list[str]
     config: str = ""
     nodes: int = 1
+    gpus_per_node: int | None = None
     resumes: bool = False
     result: Path
 
@@ -96,8 +98,10 @@ def expand_stages(
 
 
 def _sft(tree: dict[str, Any], base: RunConfig) -> Stage:
-    if not base.warm_start.steps:
-        raise ConfigError("warm_start.steps = 0: the stage sft makes the steps of the warm start; set at least 1")
+    if base.sft is None and not base.warm_start.steps:
+        raise ConfigError(
+            "--stages sft: the configuration has no section sft, and warm_start.steps = 0; set one of them"
+        )
     own = copy.deepcopy(tree)
     directory = base.run.path.with_name(f"{base.run.path.name}-sft")
     set_key(own, "run.name", f"{base.run.name}-sft")

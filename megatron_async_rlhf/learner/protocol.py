@@ -26,10 +26,29 @@ class WaitUntilReady(Command, frozen=True, kw_only=True, tag=True):
     """Answers as soon as the model is built on every rank."""
 
 
+class StartSupervised(Command, frozen=True, kw_only=True, tag=True):
+    """A fresh optimizer for `steps` steps of supervised fine-tuning, a stage of its own."""
+
+    steps: int
+
+
+class ResumeSupervised(Command, frozen=True, kw_only=True, tag=True):
+    """Instead of StartSupervised: goes on from a checkpoint, after the steps that it has made."""
+
+    checkpoint: str
+    steps: int
+
+
 class TrainSupervised(Command, frozen=True, kw_only=True, tag=True):
-    """The `step`-th optimizer step of the warm start."""
+    """The `step`-th optimizer step of the warm start or of supervised fine-tuning."""
 
     step: int
+    sequences: list[Sequence]
+
+
+class EvaluateSupervised(Command, frozen=True, kw_only=True, tag=True):
+    """The loss of TrainSupervised on these sequences, nothing changed."""
+
     sequences: list[Sequence]
 
 
@@ -144,7 +163,10 @@ class Stop(Command, frozen=True, kw_only=True, tag=True):
 # What a learner receives.
 AnyCommand = (
     WaitUntilReady
+    | StartSupervised
+    | ResumeSupervised
     | TrainSupervised
+    | EvaluateSupervised
     | StartReinforcement
     | ResumeReinforcement
     | RolloutHeader
@@ -165,7 +187,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     id: int
     error: str | None = None
     error_kind: Literal["", "non_finite", "transfer", "write"] = ""
-    metrics: StepMetrics | None = None  # of TrainSupervised
+    metrics: StepMetrics | None = None  # of TrainSupervised and EvaluateSupervised
     steps: list[StepMetrics] = []  # of TrainRollout, one per optimizer step
     # of each sequence's completion tokens, in the command's order, before any update the command made; of a rollout
     # those of its first mini-batch

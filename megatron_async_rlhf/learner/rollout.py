@@ -30,6 +30,7 @@ class Samples:
         rewards: by group.
         lengths, prompt_lengths: tokens of each sample, with its prompt and of that, [samples].
         are_sampled: whether all have the sampler's log-probabilities of their completion tokens.
+        ignored: of the samples that have some, the tokens behind the prompt that no loss is of.
         tokens, sampler_logprobs: of the samples that this rank trains on, by sample: [length], [length - prompt_length].
         bins: which units share a micro-batch, of this rank; None if that is to be planned.
     """
@@ -39,6 +40,7 @@ class Samples:
     prompt_lengths: list[int]
     are_sampled: bool = False
     tokens: dict[int, np.ndarray] = field(default_factory=dict)
+    ignored: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     sampler_logprobs: dict[int, np.ndarray] = field(default_factory=dict)
     bins: list[list[int]] | None = None
 
@@ -47,7 +49,9 @@ class Samples:
 
     @property
     def completion_tokens(self) -> int:
-        return sum(self.lengths) - sum(self.prompt_lengths)
+        """Those that a loss is of."""
+        ignored = sum(end - start for parts in self.ignored.values() for start, end in parts)
+        return sum(self.lengths) - sum(self.prompt_lengths) - ignored
 
     @classmethod
     def of_sequences(cls, sequences: Sequence[Row]) -> "Samples":
@@ -57,6 +61,7 @@ class Samples:
             lengths=[len(row.token_ids) for row in sequences],
             prompt_lengths=[row.prompt_length for row in sequences],
             tokens={i: np.array(row.token_ids, _TOKEN) for i, row in enumerate(sequences)},
+            ignored={i: row.ignored for i, row in enumerate(sequences) if row.ignored},
         )
 
     @classmethod

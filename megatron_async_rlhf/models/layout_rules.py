@@ -10,33 +10,20 @@ _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def check_layouts(config: RunConfig, arch: Architecture) -> None:
-    """Refuse layouts that cannot hold the model.
+    """Refuse layouts of a run that cannot hold the model.
 
     Raises:
         ConfigError: one line naming key, value and rule.
     """
-    check_shape(arch)
-    check_tensor_parallel("learner.tensor_parallel", config.learner.tensor_parallel, arch)
-    check_interleaved_rows("learner.tensor_parallel", config.learner.tensor_parallel, arch)
+    check_learner_layout(config.learner, arch)
     check_tensor_parallel("generator.tensor_parallel", config.generator.tensor_parallel, arch)
     _check_padded_vocabulary("generator.tensor_parallel", config.generator.tensor_parallel, arch)
-    check_pipeline_parallel("learner.pipeline_parallel", config.learner.pipeline_parallel, arch)
-    _check_virtual_stages(config.learner, arch)
-    if config.learner.fp8 is not None:
-        _check_bf16_layers(config.learner.fp8, config.learner.pipeline_parallel, arch)
-        _check_fp8_sizes(config.learner.fp8, config.learner, arch)
     if config.generator.max_new_tokens >= arch.context_length:
         raise ConfigError(
             f"generator.max_new_tokens = {config.generator.max_new_tokens} leaves no room for a prompt in "
             f"the context of {arch.context_length} tokens"
         )
-    together = config.algorithm.sequences_together
-    if config.learner.micro_batch_tokens < together * arch.context_length:
-        what = "a preference pair of the longest sequences" if together == 2 else "one of the longest sequences"
-        raise ConfigError(
-            f"learner.micro_batch_tokens = {config.learner.micro_batch_tokens} must hold {what}: at least "
-            f"{together} x {arch.context_length} = {together * arch.context_length}"
-        )
+    check_micro_batch(config.learner, config.algorithm.sequences_together, arch)
     if config.run.device == "cpu" and arch.head_dim not in _CPU_HEAD_SIZES:
         hf = config.model.hf
         whose = "" if hf is None else f"model.hf = {hf}: "
@@ -44,6 +31,39 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
         raise ConfigError(
             f"{whose}the head size {arch.head_dim} (hidden_size / heads, or head_dim) is not one that vLLM runs on a CPU: "
             f"{', '.join(str(size) for size in _CPU_HEAD_SIZES)}; {change}"
+        )
+
+
+def check_learner_layout(learner: LearnerSection, arch: Architecture) -> None:
+    """Refuse a layout of the learner that cannot hold the model.
+
+    Raises:
+        ConfigError: one line naming key, value and rule.
+    """
+    check_shape(arch)
+    check_tensor_parallel("learner.tensor_parallel", learner.tensor_parallel, arch)
+    check_interleaved_rows("learner.tensor_parallel", learner.tensor_parallel, arch)
+    check_pipeline_parallel("learner.pipeline_parallel", learner.pipeline_parallel, arch)
+    _check_virtual_stages(learner, arch)
+    if learner.fp8 is not None:
+        _check_bf16_layers(learner.fp8, learner.pipeline_parallel, arch)
+        _check_fp8_sizes(learner.fp8, learner, arch)
+
+
+def check_micro_batch(learner: LearnerSection, together: int, arch: Architecture) -> None:
+    """Refuse a budget that one unit of a loss would exceed.
+
+    Args:
+        together: sequences that stay together.
+
+    Raises:
+        ConfigError: one line naming key, value and rule.
+    """
+    if learner.micro_batch_tokens < together * arch.context_length:
+        what = "a preference pair of the longest sequences" if together == 2 else "one of the longest sequences"
+        raise ConfigError(
+            f"learner.micro_batch_tokens = {learner.micro_batch_tokens} must hold {what}: at least "
+            f"{together} x {arch.context_length} = {together * arch.context_length}"
         )
 
 

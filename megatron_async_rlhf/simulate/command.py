@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.formats.hub_snapshot import with_local_models
 from megatron_async_rlhf.options import SetOption
 from megatron_async_rlhf.simulate.lengths import parse_lengths
 from megatron_async_rlhf.simulate.scenario import Scenario
@@ -61,7 +62,7 @@ def simulate(
 
     from megatron_async_rlhf.simulate.report import show
 
-    whole = load_config(config, set)
+    whole = with_local_models(load_config(config, set), weights=False)
     report = _simulated(
         whole,
         _sized(config, set, whole, samples),
@@ -90,7 +91,7 @@ def _sized(file: Path, overrides: list[str], config: RunConfig, samples: int | N
     if samples is not None:
         rollouts = -(-samples // (schedule.groups_per_rollout * config.algorithm.samples_per_prompt))
         steps = rollouts * schedule.updates_per_rollout
-    return load_config(file, [*overrides, f"schedule.steps={steps}"])
+    return with_local_models(load_config(file, [*overrides, f"schedule.steps={steps}"]), weights=False)
 
 
 def _simulated(

@@ -41,7 +41,7 @@ def sweep(
     from megatron_async_rlhf.sweep.results import collect, write_results
     from megatron_async_rlhf.sweep.table import print_points
 
-    whole = expand(read_tree(config, set))
+    whole = expand(read_tree(config, set), weights=not (dry_run or report_only))
     points = whole.only(parse_only(only))
     check_directory(whole.directory)
     console = Console(

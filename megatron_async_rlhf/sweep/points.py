@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from megatron_async_rlhf.config.load import check_tree, set_key
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sweep import SweepSection
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.formats.hub_snapshot import with_local_models
 from megatron_async_rlhf.launch.stages import start_from
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR
 
@@ -69,23 +71,29 @@ class Sweep(Struct, frozen=True, kw_only=True):
         return chosen
 
 
-def expand(tree: dict[str, Any]) -> Sweep:
+def expand(tree: dict[str, Any], *, weights: bool = True) -> Sweep:
     """All runs that the sections in `tree` stand for.
+
+    Args:
+        weights: of models that are named as at the hub, also get these, and not only what describes them.
 
     Raises:
         ConfigError: a line for each problem of the configuration itself, or for each point that cannot run.
     """
-    base = check_tree(tree)
+    base = with_local_models(check_tree(tree), weights=weights)
     if base.sweep is None:
         raise ConfigError("sweep: missing; give the configuration a sweep section, as in examples/sweep.yaml")
     directory = base.run.path
-    warm_start = _warm_start(tree, base, directory) if base.warm_start.steps else None
+    warm_start = None
+    if base.warm_start.steps:
+        warm_start = with_local_models(_warm_start(tree, base, directory), weights=weights)
     if warm_start is not None:
         _check_axes_leave_the_start_alone(base.sweep)
     points, problems = [], []
     for labels in _combinations(base.sweep):
         try:
-            points.append(_point(tree, labels, base.sweep, directory, warm_start))
+            point = _point(tree, labels, base.sweep, directory, warm_start)
+            points.append(replace(point, config=with_local_models(point.config, weights=weights)))
         except ConfigError as error:
             problems.append(f"{name_of(labels)}: {'; '.join(str(error).splitlines())}")
     if problems:
@@ -139,7 +147,7 @@ def _warm_start(tree: dict[str, Any], base: RunConfig, directory: Path) -> RunCo
     resolved = base.model_dump(mode="json")
     facts = [base.run.seed, base.learner.precision, *(resolved[key] for key in _WARM_START_KEYS)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    own = {section: copy.deepcopy(keys) for section, keys in tree.items() if section != "sweep"}
+    own = {section: copy.deepcopy(keys) for section, keys in tree.items() if section not in ("sweep", "sft")}
     set_key(own, "run.name", "warm_start")
     set_key(own, "run.dir", str(directory / f"warm_start-{digest}"))
     return check_tree(own)

@@ -14,8 +14,8 @@ import msgspec
 from msgspec import Struct
 
 from megatron_async_rlhf.config.sweep import SweepSection
+from megatron_async_rlhf.launch.progress import progress_of
 from megatron_async_rlhf.sweep.points import Labels, Point, Sweep, name_of
-from megatron_async_rlhf.sweep.progress import progress_of
 from megatron_async_rlhf.telemetry.files import METRICS, read_steps, replace_file, writing
 from megatron_async_rlhf.telemetry.summary import read_summary
 

@@ -6,8 +6,8 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
+from megatron_async_rlhf.launch.progress import progress_of
 from megatron_async_rlhf.sweep.points import Point, Sweep
-from megatron_async_rlhf.sweep.progress import progress_of
 from megatron_async_rlhf.sweep.results import Group, PointResult
 
 

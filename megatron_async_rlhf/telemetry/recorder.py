@@ -98,6 +98,19 @@ class Recorder:
         self._events.emit("warm_start", step=step, steps=self._config.warm_start.steps, loss=values["loss"])
         self._wandb.warm_start(step, values)
 
+    def supervised_step(self, step: int, steps: int, values: dict[str, float], sequences: int, spans: Iterable[Span]):
+        """One of supervised fine-tuning, on so many sequences: a line of metrics.jsonl, an event, a W&B step."""
+        self._spans += spans
+        line = {"step": step, "time": self._clock(), "num_sequences": sequences, **values}
+        self._write_line(METRICS, json.dumps(line))
+        self._wandb.step(step, line)
+        self.totals.steps += 1
+        self.totals.samples_trained += sequences
+        if self._loop_start is not None:
+            self.totals.wall_s = self.totals.train_busy_s = self._clock() - self._loop_start
+        self._events.emit("supervised_step", step=step, steps=steps, loss=values["loss"])
+        self.write_summary(*UNFINISHED)
+
     def loop_started(self, startup_s: float) -> None:
         """The RL loop begins: its wall clock starts, or goes on."""
         self.totals.startup_s += startup_s
@@ -226,15 +239,26 @@ class Recorder:
             self.totals.logprob_gap.add(*gaps)
 
     def evaluated(
-        self, when: str, metrics: dict[str, float], start: float, end: float, *, version: int, samples: int
+        self,
+        when: str,
+        metrics: dict[str, float],
+        start: float,
+        end: float,
+        *,
+        version: int,
+        samples: int,
+        tokens: int | None = None,
     ) -> None:
-        """Held-out metrics `before` or `after` RL, or at a `step` of it: of `samples` completions of a policy version."""
+        """Held-out metrics `before` or `after` training, or at a `step` of it, of one policy version.
+
+        Args:
+            samples: completions, or answers of the data.
+            tokens: of these; default: as the metrics say.
+        """
         self.totals.evaluation[when] = metrics
-        args: dict[str, int | float] = {
-            "version": version,
-            "samples": samples,
-            "tokens": round(metrics["response_length"] * samples),
-        }
+        if tokens is None:
+            tokens = round(metrics["response_length"] * samples)
+        args: dict[str, int | float] = {"version": version, "samples": samples, "tokens": tokens}
         self._spans.append(Span(name=f"evaluate {when}", start=start, end=end, process="evaluation", args=args))
         self._events.emit("evaluated", when=when, metrics=metrics)
         values = {f"eval/{name}": value for name, value in metrics.items()}

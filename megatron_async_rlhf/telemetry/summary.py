@@ -49,6 +49,14 @@ class Mean(Struct):
 UNFINISHED = "interrupted", "it is still going on, or was killed before it could say how it ended"
 
 
+class DataCounts(Struct):
+    """What became of the records that a run's prompts are made of: `read` is `used` and all that is `dropped`."""
+
+    read: int = 0
+    used: int = 0
+    dropped: dict[str, int] = {}
+
+
 class RunTotals(Struct):
     """What a run has done so far. `_s` are seconds of wall clock."""
 
@@ -77,6 +85,7 @@ class RunTotals(Struct):
     pushes_verified: int = 0
     logprob_gap: Mean = field(default_factory=Mean)
     evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
+    data: DataCounts = field(default_factory=DataCounts)
 
     @classmethod
     def of(cls, config: RunConfig) -> "RunTotals":
@@ -98,6 +107,7 @@ class RunTotals(Struct):
             "algorithm": self.algorithm,
             "max_staleness": self.staleness_bound,
             "steps": self.steps,
+            "data": to_builtins(self.data),
             "startup_seconds": round(self.startup_s, 3),
             "wall_seconds": round(self.wall_s, 3),
             "generate_busy_seconds": round(self.generate_busy_s, 3),

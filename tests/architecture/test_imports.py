@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = [
     ["types", "errors", "devices", "environment", "limits", "suggestions", "options", "algorithms", "evaluation"],
     ["user_functions"],
-    ["config", "installed", "interpreter", "json_lines"],
+    ["config", "hub", "installed", "interpreter", "json_lines"],
     ["models", "data", "telemetry", "usage"],
     ["formats", "rewards"],
     ["weights", "estimate"],
@@ -28,7 +28,7 @@ ORDER = [
     ["converter", "jobs"],
     ["simulate"],
     ["launch"],
-    ["sweep"],
+    ["sweep", "pipeline"],
     ["cli"],
     ["__main__"],
 ]
@@ -169,7 +169,7 @@ CONTROLLER = (
     "cli",
 )
 WITHOUT_TORCH = [
-    "types", "errors", "config.load", "models.layout_rules", "data.source", "data.packing", "rewards.registry", "learner.protocol", "models.flops",
+    "types", "errors", "config.load", "models.layout_rules", "data.source", "data.pairs", "data.packing", "rewards.registry", "learner.protocol", "models.flops",
     "generator.protocol", "generator.seeds", "weights.plan", "weights.roster", *(name for name in MODULES if name.split(".")[0] in CONTROLLER and not name.startswith("launch.nemo.")),
 ]  # fmt: skip
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from hf_models import make_hf_model
 
-from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state, read_run_state
 from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import dump_config, load_config
@@ -97,7 +97,10 @@ class Found:
         return load_config(self.file, [f"run.dir={self.run}", *overrides])
 
     def resume(self, *overrides: str):
-        return find_resumption(self.config(*overrides))
+        config = self.config(*overrides)
+        return find_resumption(
+            config, steps=config.schedule.steps, key="schedule.steps", has_reference=has_own_reference(config)
+        )
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def test_a_bad_value(tmp_path, overrides, message):
     [
         (['{"prompt": "1+1?", "answer": "#### 2"}', "{broken"], "train.jsonl:2"),
         ([], "no prompts"),
-        (['{"question": "1+1?", "answer": "#### 2"}'], "train.jsonl:1"),
+        (['{"task": "1+1?", "answer": "#### 2"}'], "train.jsonl:1"),
         (['{"prompt": "9+9?", "answer": "two"}'], "####"),
     ],
 )

@@ -254,16 +254,16 @@ def test_a_data_file(told, content: str | bytes, named: list[str]):
 
 
 SOURCES = [
-    ("x.parquet", "hf:x.parquet:train"),
-    ("x.csv", "hf:x.csv:train"),
-    ("x.json", "hf:x.json:train"),
-    ("x.txt", "hf:x.txt:train"),
-    ("x.jsonl.gz", "gunzip"),
-    ("x.JSONL", "rename it to x.jsonl"),
-    ("x.ndjson", "rename it to x.jsonl"),
-    ("x.foo", "is no .jsonl file"),
-    ("folder", "hf:folder:train"),
-    ("saved", "to_json"),
+    ("x.parquet", "is no Parquet file"),
+    ("x.csv", "has no prompts"),
+    ("x.json", "x.json:1: not JSON"),
+    ("x.txt", "data.solution_field"),
+    ("x.jsonl.gz", "is not compressed with gzip"),
+    ("x.jsonl.zst", "unzstd"),
+    ("x.ndjson", "x.ndjson:1: not JSON"),
+    ("x.foo", "its name does not say how to read it"),
+    ("folder", "any data files"),
+    ("saved", "datasets cannot load it"),
     ("none.jsonl", "no such file"),
     ("none.parquet", "no such file"),
     ("openai/gsm8k", "hf:openai/gsm8k:<split>"),
@@ -283,7 +283,7 @@ def test_a_source_of_data(told, source: str, way_out: str):
     Path("saved/state.json").write_text("{}")
     Path("c.yaml").write_text(OWN.replace("t.jsonl", json.dumps(source)))
     line = told("train", "c.yaml", "--dry-run")
-    assert line.startswith(f"data.train = {source}" if source else "data.train is empty") and way_out in line
+    assert line.startswith((f"data.train = {source}" if source else "data.train is empty", source)) and way_out in line
 
 
 def test_there_are_enough_of_them():
@@ -326,3 +326,16 @@ def test_a_runs_directory_stands_for_the_run(told, capsys: pytest.CaptureFixture
     output = capsys.readouterr().out
     assert f"{Path('run').absolute()} has no checkpoint yet" in output  # wherever it has been moved to
     assert "seed: 3" in output
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_what_is_recognised_and_left_out_is_said(command: str, capsys: pytest.CaptureFixture[str]):
+    rows = [{"question": f"{number} + 1?", "answer": f"#### {number + 1}"} for number in range(6)]
+    rows += [{"question": "", "answer": "#### 1"}, {"question": "2 + 2?", "answer": None}]
+    Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("c.yaml").write_text(OWN + "warm_start: {steps: 1}\n")
+    assert run_command_line(app, [command, "c.yaml", "--dry-run", "-s", "data.bad_records=drop"]) == 0
+    output = capsys.readouterr().out
+    assert "# data.train = t.jsonl: prompts in 'question' (data.prompt_field" in output
+    assert "# data.train = t.jsonl: 1 of 8 records are left out for an empty prompt; the first: t.jsonl:7: " in output
+    assert "# data.train = t.jsonl: 1 of 8 records are left out for a wrong type; the first: t.jsonl:8: " in output

@@ -98,7 +98,7 @@ def test_what_a_run_writes_down_loads_again(example: Path, tmp_path: Path):
 
 def test_the_table_names_keys_that_exist(load):
     """Else a key that is renamed would silently be refused no more."""
-    configs = [load(algorithm={"type": "grpo"}, launch={"slurm": {}}), load(algorithm={"type": "ppo"})]
+    configs = [load(algorithm={"type": "grpo"}, launch={"slurm": {}}, sft={}), load(algorithm={"type": "ppo"})]
     for keys, chooser, values in _NEEDS:
         for key in (*keys, chooser):
             assert any(_value_of(config, key) != (None, None) or key.endswith(OPTIONAL) for config in configs), key

@@ -6,9 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from templates_in_use import TEMPLATES_IN_USE
 from transformers import AutoTokenizer
 
-from megatron_async_rlhf.config.sections import DataSection
+from megatron_async_rlhf.config.data import DataSection
 from megatron_async_rlhf.data.conversation import one_turn, read_conversation, split_answer, text_of
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.data.tokenizer import Tokenizer, set_chat_template
@@ -43,6 +44,13 @@ CONVERSATIONS = [
     conversation("What is it?", system="Be brief."),
     conversation("a", "b", "c", "d", "e", system=" Answer\nin verse. "),
     conversation("x", system=""),
+    conversation("x", system=" \n"),
+    conversation("", "An answer.", "And now?"),
+    conversation(" \n", "", "x\n\n"),
+    conversation("same", "same", "same", system="same"),
+    conversation("\u202eשלום\u202c", "👩‍👩‍👧 ẛ̣ ﬁ", "\u2028\u00a0\ufeff\x7f", system="İstanbul"),
+    conversation("[INST] x [/INST]", "</s><|im_end|>", "[SYSTEM_PROMPT]", system="<|im_start|>system"),
+    conversation('"quoted" \\n \\u0041 {"a": [1]}', "<think>\nno\n</think>\n\nYes.", "ok"),
 ]
 
 
@@ -53,16 +61,33 @@ def real_conversations() -> list[list[Message]]:
     ]
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
-def test_templates_give_what_transformers_gives(byte_directory: Path, tmp_path: Path, template: Path):
-    directory = Path(shutil.copytree(byte_directory, tmp_path / "copy"))
-    shutil.copy(template, directory / "chat_template.jinja")
-    config = json.loads((directory / "tokenizer_config.json").read_text())
-    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<pad>"}))
+def with_template(directory: Path, source: str, form: str) -> Path:
+    """A tokenizer's directory with this template, in one of the forms in which directories have it."""
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"bos_token": "<pad>"}
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    other = "{{ messages[0].content }} with {{ tools }}"
+    if form == "in a file":
+        (directory / "chat_template.jinja").write_text(source)
+    elif form == "in the configuration":
+        config["chat_template"] = source
+    elif form == "in a list by name":
+        named = {"tool_use": other, "default": source, "rag": other}
+        config["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
+    else:
+        (directory / "chat_template.jinja").write_text(source)
+        (directory / "additional_chat_templates").mkdir()
+        (directory / "additional_chat_templates/tool_use.jinja").write_text(other)
+    path.write_text(json.dumps(config))
+    return directory
+
+
+def check_equal(directory: Path, conversations: list[list[Message]]) -> int:
+    """Hold our rendering to that of Transformers; how many conversations the template does not refuse."""
     theirs = AutoTokenizer.from_pretrained(directory)
     ours = Tokenizer.load(directory)
     equal = 0
-    for messages in CONVERSATIONS + real_conversations():
+    for messages in conversations:
         chat = [{"role": message.role, "content": message.content} for message in messages]
         try:
             expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
@@ -73,7 +98,45 @@ def test_templates_give_what_transformers_gives(byte_directory: Path, tmp_path: 
             continue
         assert ours.render_prompt(messages) == expected, messages
         equal += 1
-    assert equal >= 5
+    return equal
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_give_what_transformers_gives(byte_directory: Path, tmp_path: Path, template: Path):
+    directory = Path(shutil.copytree(byte_directory, tmp_path / "copy"))
+    with_template(directory, template.read_text(), "in a file")
+    assert check_equal(directory, CONVERSATIONS + real_conversations()) >= 5
+
+
+@pytest.mark.parametrize(
+    "form", ["in a file", "in the configuration", "in a list by name", "in a file, others in a folder"]
+)
+@pytest.mark.parametrize("name", TEMPLATES_IN_USE)
+def test_templates_in_every_form_give_what_transformers_gives(
+    byte_directory: Path, tmp_path: Path, name: str, form: str
+):
+    directory = Path(shutil.copytree(byte_directory, tmp_path / "copy"))
+    with_template(directory, TEMPLATES_IN_USE[name], form)
+    without_system = sum(messages[0].role != "system" for messages in CONVERSATIONS)
+    equal = check_equal(directory, CONVERSATIONS)
+    assert equal == (without_system if name == "Mistral v1" else len(CONVERSATIONS))
+    assert check_equal(directory, real_conversations()) == len(real_conversations())
+
+
+def test_contents_in_parts_are_what_a_template_makes_of_them(byte_directory: Path, tmp_path: Path):
+    """Of one that takes parts; they are joined here, so that any other can take them as well."""
+    directory = Path(shutil.copytree(byte_directory, tmp_path / "copy"))
+    with_template(directory, TEMPLATES_IN_USE["Mistral v7"], "in a file")
+    chat = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Größe "}, {"type": "text", "text": "of x?\n"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "3"}]},
+        {"role": "user", "content": [{"type": "text", "text": ""}, {"type": "text", "text": "Sure?"}]},
+    ]
+    expected = AutoTokenizer.from_pretrained(directory).apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
+    assert Tokenizer.load(directory).render_prompt(read_conversation(chat, "f:1")) == expected
 
 
 def test_a_message_that_a_template_leaves_out_is_an_error(byte_directory: Path, tmp_path: Path):
@@ -96,6 +159,7 @@ def test_no_message_can_end_a_turn_or_open_another_one(byte_directory: Path, con
         for message in messages:
             (role,) = tokenizer._encode_template(f"<{message.role}>")
             expected += [role, *content_ids(message.content)]
+            expected += [tokenizer.eos_token_id] if message.role == "assistant" else []
         assert tokenizer.render_prompt(messages) == [*expected, *tokenizer._encode_template("<assistant>")]
 
 

@@ -24,8 +24,17 @@ def test_prompts_carry_their_example(byte_directory):
         Example(messages=one_turn("c"), reference={}),
     ]
     first, second = build_prompts(examples, Tokenizer.load(byte_directory), 4)
-    assert first == Prompt(index=0, text="ab", token_ids=[258, 97, 98, 259], reference={"solution": "x"}, solution="x")
-    assert second == Prompt(index=1, text="c", token_ids=[258, 99, 259], reference={}, solution=None)
+    assert first == Prompt(
+        index=0,
+        text="ab",
+        token_ids=[258, 97, 98, 259],
+        reference={"solution": "x"},
+        solution="x",
+        messages=one_turn("ab"),
+    )
+    assert second == Prompt(
+        index=1, text="c", token_ids=[258, 99, 259], reference={}, solution=None, messages=one_turn("c")
+    )
 
 
 def test_first_prompt_that_is_too_long_is_named(byte_directory):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_async_rlhf.config.sections import DataSection
+from megatron_async_rlhf.config.data import DataSection
 from megatron_async_rlhf.data.builtin_task import make_examples
 from megatron_async_rlhf.data.conversation import one_turn
 from megatron_async_rlhf.data.example import Example
@@ -104,8 +104,8 @@ def test_relative_eval_is_tried_beside_train_first(tmp_path, monkeypatch):
         (b'\n["a"]\n', r"t\.jsonl:2: a list, not an object"),
         (b"null\n", r"t\.jsonl:1: null, not an object"),
         (
-            b'{"question": "a", "id": 1}\n',
-            r"t\.jsonl:1: no field 'prompt', the fields present are 'question', 'id'; set data.prompt_field",
+            b'{"utterance": "a", "id": 1}\n',
+            r"t\.jsonl:1: no field 'prompt', the fields present are 'utterance', 'id'; set data.prompt_field",
         ),
         (b"{}\n", r"t\.jsonl:1: no field 'prompt', the fields present are none"),
         (b'{"prompt": " \\n"}\n', r"t\.jsonl:1: field 'prompt' is empty"),
@@ -140,8 +140,7 @@ def test_files_that_are_not_there(tmp_path, monkeypatch):
         DataSection(train=train, eval="none.jsonl"),
         rf"data.eval = none.jsonl: no such file \({tmp_path}/data/none.jsonl or {tmp_path}/none.jsonl\)",
     )
-    refused(DataSection(train=str(tmp_path)), "is a directory; give a .jsonl file")
-    refused(DataSection(train="folder.jsonl"), "is a directory; give a .jsonl file")
+    refused(DataSection(train="folder.jsonl"), "data.train = folder.jsonl: datasets cannot load it .*any data files")
     refused(DataSection(train="built-in"), "data.train = built-in: write `builtin`")
 
 
@@ -221,8 +220,8 @@ def test_malformed_hub_source(source):
 
 def test_hub_rows_are_checked(hub, monkeypatch):
     refused(
-        DataSection(train="hf:x:train"),
-        r"hf:x:train row 0: no field 'prompt', the fields present are 'question', 'answer'",
+        DataSection(train="hf:x:train", prompt_field="text"),
+        r"hf:x:train row 0: no field 'text', the fields present are 'question', 'answer'",
     )
     import datasets
 
@@ -234,12 +233,12 @@ def test_hub_failures_are_one_line(monkeypatch):
     import datasets
 
     def fail(*args, **kwargs):
-        raise ConnectionError("no route\nto host")
+        raise RuntimeError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     refused(
         DataSection(train="hf:x:train"),
-        r"data.train = hf:x:train: datasets cannot load it \(ConnectionError: no route\); check name, config, split",
+        r"data.train = hf:x:train: datasets cannot load it \(RuntimeError: no route\); check name, config, split",
     )
 
 

@@ -40,6 +40,7 @@ def test_a_run_in_every_layout(start, layout, mode, bound):
     in_force = 0 if mode == "sync" else bound
     assert (summary["status"], summary["mode"], summary["max_staleness"]) == ("completed", mode, in_force)
     assert summary["steps"] == 4
+    assert summary["data"]["read"] == 64 + 50 == summary["data"]["used"] + sum(summary["data"]["dropped"].values())
     assert summary["staleness"]["max"] <= in_force
     if in_force == 1:  # the paper's schedule: the first batch on-policy, every later one a step off
         assert [line["staleness/max"] for line in run.lines("metrics.jsonl")] == [0, 1, 1, 1]

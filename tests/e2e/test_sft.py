@@ -26,7 +26,8 @@ def sft(directory: Path, steps: int) -> list[float]:
     assert result.returncode == 0, result.stdout + result.stderr
     summary = json.loads((directory / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["samples_trained"]) == ("completed", steps, steps * 8)
-    return [json.loads(line)["loss"] for line in (directory / "warm_start.jsonl").read_text().splitlines()]
+    assert summary["data"]["read"] == 64 + 50 == summary["data"]["used"] + sum(summary["data"]["dropped"].values())
+    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow

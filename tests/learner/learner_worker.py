@@ -14,6 +14,7 @@ import torch
 from forked_ranks import run_ranks
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from msgspec import structs
 
 from megatron_async_rlhf.algorithms.supervised import supervised_loss
 from megatron_async_rlhf.config.root import RunConfig
@@ -24,7 +25,7 @@ from megatron_async_rlhf.learner.megatron.learner import MegatronLearner
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.learner.megatron.training.batching import cut_micro_batches
 from megatron_async_rlhf.learner.megatron.transfer.weights import named_parameters
-from megatron_async_rlhf.learner.protocol import ExportWeights, Score, TrainRollout, TrainSupervised
+from megatron_async_rlhf.learner.protocol import EvaluateSupervised, ExportWeights, Score, TrainRollout, TrainSupervised
 from megatron_async_rlhf.learner.rollout import Rollout, Samples
 from megatron_async_rlhf.models.architecture import architecture_of, architecture_of_hf
 from megatron_async_rlhf.types import Sequence, StepMetrics, TrainingGroup
@@ -103,7 +104,7 @@ def gradients_of(learner: MegatronLearner, sequences: list[Sequence]) -> dict[st
     def loss(batch, logprobs_T):
         return supervised_loss(logprobs_T, batch.mask_T, num_tokens=count)
 
-    learner.policy.accumulate(learner._warm_start_passes, learner._cut(Samples.of_sequences(sequences)), loss)
+    learner.policy.accumulate(learner._supervised_passes, learner._cut(Samples.of_sequences(sequences)), loss)
     return {name: parameter.main_grad.clone() for name, parameter in named_parameters(learner.chunks).items()}
 
 
@@ -145,6 +146,12 @@ def train(learner: MegatronLearner, job: dict, directory: Path) -> dict:
         torch.save(logits, directory / "logits.pt")
     learner.export_weights(ExportWeights(directory=str(directory / "initial")))
     torch.save(gradients_of(learner, sequences), directory / f"gradients{learner.placement.rank}.pt")
+    interrupted = [
+        structs.replace(sequence, ignored=[(sequence.prompt_length + 1, len(sequence.token_ids) - 1)])
+        for sequence in sequences
+        if len(sequence.token_ids) - sequence.prompt_length > 2
+    ]
+    result["evaluated"] = learner.evaluate_supervised(EvaluateSupervised(sequences=interrupted)).metrics.values
     runs = count_runs(learner)
     result["supervised"] = [
         counted(learner.train_supervised(TrainSupervised(step=step, sequences=sequences)).metrics)

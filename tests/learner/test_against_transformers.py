@@ -103,6 +103,17 @@ def assert_same_training(ours: list[dict], theirs: list[dict], ours_after: dict,
 
 
 @pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_supervised_loss_leaves_out_what_lies_between_two_answers(run: LayoutRun, name: str):
+    """The worker ignores all of an answer but its first and its last token."""
+    model = transformers_model(run, name, "initial")
+    rows = [completion_logprobs(model, row, 1.0) for row in make_sequences() if len(row[0]) - row[1] > 2]
+    theirs = -torch.stack([row[[0, -1]] for row in rows]).mean()
+    for result in run.ranks:
+        assert result[name]["evaluated"] == pytest.approx({"loss": theirs.item(), "tokens": 2 * len(rows)}, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_supervised_steps(single: LayoutRun, name: str):
     model = transformers_model(single, name, "initial")
     optimizer = adamw(model, WARM_START)

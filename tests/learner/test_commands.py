@@ -36,7 +36,7 @@ def test_pairs_are_counted(run: LayoutRun):
     assert [(step["num_pairs"], step["num_sequences"]) for step in steps] == [(5, 10), (1, 2), (5, 10)]
 
 
-@pytest.mark.parametrize(("stage", "what"), [("supervised", "warm start step 2"), ("preferences", "step 1")])
+@pytest.mark.parametrize(("stage", "what"), [("supervised", "supervised step 2"), ("preferences", "step 1")])
 def test_a_loss_that_is_not_finite_is_refused_on_every_rank(run: LayoutRun, stage: str, what: str):
     for rank in run.ranks:
         assert rank["blow up"][stage]["kind"] == "NonFiniteLossError"

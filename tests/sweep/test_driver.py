@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.launch.progress import progress_of
 from megatron_async_rlhf.sweep.driver import Driver, check_directory, parse_only
 from megatron_async_rlhf.sweep.points import Sweep
-from megatron_async_rlhf.sweep.progress import progress_of
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 AXES = {"beta": {"algorithm.beta": [0.1, 0.2, 0.3]}}

@@ -27,7 +27,13 @@ from megatron_async_rlhf.types import Completion, Prompt
 
 DOCS = Path(__file__).parents[2] / "docs/run_directory.md"
 MODEL = "model={layers: 2, hidden_size: 64, ffn_size: 96, heads: 2, context_length: 96}"
-BY_NAME = {"status", "versions", "eval", "staleness.histogram"}  # what is below these is named by what it is about
+BY_NAME = {
+    "status",
+    "versions",
+    "eval",
+    "staleness.histogram",
+    "data.dropped",
+}  # what is below these is named by what it is about
 
 
 def names(keys: Iterable[Key], source: str = "controller") -> set[str]:

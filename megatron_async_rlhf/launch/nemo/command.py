@@ -13,8 +13,10 @@ from megatron_async_rlhf.config.load import check_tree, read_tree, set_key
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.warnings import config_warnings
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.launch.recipe import Recipe, is_recipe, load_recipe, stages_of
 from megatron_async_rlhf.launch.stages import Stage, expand_stages, parse_stages
 from megatron_async_rlhf.options import SetOption, warn
+from megatron_async_rlhf.telemetry.summary import read_summary
 
 _SET_UP = "bash tools/setup_launch_env.sh"
 _TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names a directory and jobs
@@ -28,12 +30,17 @@ def _slurm(help: str) -> Any:
 
 
 def launch(
-    config: Annotated[Path, typer.Argument(help="YAML configuration, such as examples/quickstart.yaml.")],
+    config: Annotated[
+        Path, typer.Argument(help="YAML configuration, such as examples/quickstart.yaml, or a recipe of stages.")
+    ],
     executor: Annotated[
         Literal["local", "slurm"], typer.Option(help="Where the stages run: this machine, or a Slurm cluster.")
     ],
     set: SetOption = [],
-    stages: Annotated[str, typer.Option(help="Comma-separated stages to run: sft, train, export.")] = "train",
+    stages: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated stages to run: sft, train, export. Default: train; of a recipe all."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the experiment; default: run.name.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what an earlier launch has left.")] = False,
     export_to: Annotated[Path | None, typer.Option(help="What export writes; default: <run.dir>-hf.")] = None,
@@ -61,20 +68,47 @@ def launch(
 
     Example: async-rlhf launch examples/quickstart.yaml --executor slurm --account team --stages sft,train --dry-run
     """
-    tree = read_tree(config, set)
+    recipe = load_recipe(config, set) if is_recipe(config) else None
+    if recipe is not None and (stages or export_to or resume or nodes):
+        raise ConfigError(
+            f"{config} is a recipe, which names its stages, and their machines in launch.nodes: remove --stages, "
+            "--export-to, --resume and --nodes; stages that are done are not made again"
+        )
+    tree = read_tree(config, set) if recipe is None else recipe.stages[0].config.model_dump(mode="json")
     options = dict(account=account, partition=partition, time=time, tunnel=tunnel, host=host, user=user)
-    options |= dict(job_dir=job_dir, project_dir=project_dir, container=container)
-    given = {key: value for key, value in options.items() if value is not None}
-    for key, value in given.items():
+    given = options | dict(job_dir=job_dir, project_dir=project_dir, container=container)
+    given = {key: value for key, value in given.items() if value is not None}
+    resolved = _resolved(tree, given, nodes)
+    _check_executor(executor, resolved, list(given))
+    title = _checked_title(name or (resolved.run.name if recipe is None else recipe.name))
+    warn(config_warnings(resolved))
+    slurm = (resolved.launch.slurm or SlurmKeys()) if executor == "slurm" else None
+    parts = _left(recipe) if recipe else _parts(tree, stages or "train", slurm, resume, export_to)
+    _find_nemo_run(slurm)
+    if slurm is None:
+        raise typer.Exit(_run_here(title, parts, python, dry_run))
+    raise typer.Exit(_run_on_slurm(title, parts, resolved, python, dry_run, wait))
+
+
+def _resolved(tree: dict[str, Any], slurm_keys: dict[str, Any], nodes: int | None) -> RunConfig:
+    """With what the options say, which goes into the tree too."""
+    for key, value in slurm_keys.items():
         set_key(tree, f"launch.slurm.{key}", value)
     if nodes is not None:
         set_key(tree, "launch.nodes", nodes)
-    resolved = check_tree(tree)
-    _check_executor(executor, resolved, list(given))
-    title = _checked_title(name or resolved.run.name)
-    warn(config_warnings(resolved))
-    slurm = (resolved.launch.slurm or SlurmKeys()) if executor == "slurm" else None
-    parts = expand_stages(
+    return check_tree(tree)
+
+
+def _left(recipe: Recipe) -> list[Stage]:
+    """The stages that are not completed."""
+    return [part for part in stages_of(recipe) if read_summary(part.result).get("status") != "completed"]
+
+
+def _parts(
+    tree: dict[str, Any], stages: str, slurm: SlurmKeys | None, resume: bool, export_to: Path | None
+) -> list[Stage]:
+    """The stages that one configuration stands for."""
+    return expand_stages(
         tree,
         parse_stages(stages),
         resume=resume,
@@ -82,10 +116,6 @@ def launch(
         directory=(slurm and slurm.project_dir) or Path.cwd(),
         seconds=None if slurm is None else slurm.time_s,
     )
-    _find_nemo_run(slurm)
-    if slurm is None:
-        raise typer.Exit(_run_here(title, parts, python, dry_run))
-    raise typer.Exit(_run_on_slurm(title, parts, resolved, python, dry_run, wait))
 
 
 def _checked_title(title: str) -> str:

@@ -74,7 +74,7 @@ def slurm_jobs(title: str, stages: Sequence[Stage], config: RunConfig, python: s
     keys = config.launch.slurm or SlurmKeys()
     elsewhere = keys.container is not None or keys.tunnel == "ssh"
     interpreter = python or keys.python or ("python3" if elsewhere else own_python())
-    gpus = config.launch.gpus_per_node if config.run.device == "cuda" else None
+    own = config.launch.gpus_per_node if config.run.device == "cuda" else None
     return [
         Job(
             name=stage.name,
@@ -87,7 +87,7 @@ def slurm_jobs(title: str, stages: Sequence[Stage], config: RunConfig, python: s
                     setup=keys.setup,
                 )
             ),
-            executor=slurm_executor(keys, title=title, nodes=stage.nodes, gpus_per_node=gpus),
+            executor=slurm_executor(keys, title=title, nodes=stage.nodes, gpus_per_node=stage.gpus_per_node or own),
         )
         for stage in stages
     ]

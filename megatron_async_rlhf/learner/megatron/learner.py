@@ -22,10 +22,19 @@ from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.state.background_save import BackgroundSave
 from megatron_async_rlhf.learner.megatron.state.host_copy import on_host
-from megatron_async_rlhf.learner.megatron.state.training_state import weights_state
+from megatron_async_rlhf.learner.megatron.state.training_state import (
+    load_training_state,
+    training_state,
+    weights_state,
+)
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch, cut_micro_batches
 from megatron_async_rlhf.learner.megatron.training.reinforcement import Reinforcement
-from megatron_async_rlhf.learner.megatron.training.steps import Passes, gather_policy_logprobs, read_logprobs
+from megatron_async_rlhf.learner.megatron.training.steps import (
+    Passes,
+    gather_policy_logprobs,
+    read_logprobs,
+    sum_over_replicas,
+)
 from megatron_async_rlhf.learner.megatron.training.trained_model import ModelStep, TrainedModel, training_step
 from megatron_async_rlhf.learner.megatron.transfer.weight_push import WeightPush
 from megatron_async_rlhf.learner.megatron.transfer.weights import (
@@ -37,14 +46,17 @@ from megatron_async_rlhf.learner.megatron.transfer.weights import (
 from megatron_async_rlhf.learner.meter import Meter
 from megatron_async_rlhf.learner.protocol import (
     Answer,
+    EvaluateSupervised,
     ExportWeights,
     FinishCheckpoint,
     FinishPush,
     JoinTransfer,
     PushWeights,
     ResumeReinforcement,
+    ResumeSupervised,
     SaveCheckpoint,
     Score,
+    StartSupervised,
     TrainSupervised,
 )
 from megatron_async_rlhf.learner.rollout import Rollout, Samples
@@ -74,26 +86,51 @@ class MegatronLearner:
         self._push = WeightPush(config, arch, placement, named_parameters(self.chunks))
         self._save = BackgroundSave(placement)
         self._passes = self._passes_at(config.generator.temperature)
-        # The warm start imitates text; only RL sees the policy through the sampling temperature.
-        self._warm_start_passes = self._passes_at(1.0)
+        # Supervised steps imitate text; only RL sees the policy through the sampling temperature.
+        self._supervised_passes = self._passes_at(1.0)
         self.policy.restart(config.warm_start, max(config.warm_start.steps, 1))
 
+    def start_supervised(self, command: StartSupervised) -> None:
+        """Begin supervised fine-tuning, after which the policy's version is the number of its steps."""
+        self.policy.restart(self.config.supervised.optimizer_keys(command.steps), command.steps)
+        self.version = 0
+
+    def resume_supervised(self, command: ResumeSupervised) -> Answer:
+        """Go on from a checkpoint: weights, optimizer, and the steps that were made."""
+        self.policy.restart(self.config.supervised.optimizer_keys(command.steps), command.steps)
+        self.version = load_training_state(Path(command.checkpoint), [self.policy], self.placement.control)
+        return self._answer(command.id)
+
     def train_supervised(self, command: TrainSupervised) -> Answer:
-        """One warm-start step over `command.sequences`."""
+        """One supervised step over `command.sequences`."""
         samples = Samples.of_sequences(command.sequences)
         batches, num_tokens = self._cut(samples), samples.completion_tokens
         if not num_tokens:
-            raise LearnerError(f"warm start step {command.step}: no sequence has a completion to learn from")
+            raise LearnerError(f"supervised step {command.step}: no sequence has an answer to learn from")
 
         def loss(batch: MicroBatch, logprobs_T: torch.Tensor):
             return supervised_loss(logprobs_T, batch.mask_T, num_tokens=num_tokens)
 
-        lesson = ModelStep(model=self.policy, passes=self._warm_start_passes, loss=loss)
-        (metrics,) = training_step([lesson], batches, self._wait_for_push, f"warm start step {command.step}")
+        lesson = ModelStep(model=self.policy, passes=self._supervised_passes, loss=loss)
+        (metrics,) = training_step([lesson], batches, self._wait_for_push, f"supervised step {command.step}")
+        self.version = command.step
         lengths = _positions([samples])
         flops = 3 * forward_flops(self.arch, lengths, num_tokens)  # backward counts as two
         metrics |= self._meter.step_metrics(sum(lengths), flops, self._peak_flops)
         return self._answer(command.id, metrics)
+
+    def evaluate_supervised(self, command: EvaluateSupervised) -> Answer:
+        """Mean negative log-likelihood of the answers' tokens, and how many there are."""
+        samples = Samples.of_sequences(command.sequences)
+        batches, total = self._cut(samples), torch.zeros(1, dtype=torch.float64)
+        self.gather_parameters()
+        with self._meter.span("evaluate"):
+            passes = self._supervised_passes.forward_pass(self.chunks, batches)
+            for batch, logprobs_T in zip(batches, passes, strict=False):
+                total -= logprobs_T[batch.mask_T].double().sum().cpu()
+            total = sum_over_replicas(total, self.placement)
+        num_tokens = samples.completion_tokens
+        return self._answer(command.id, {"loss": float(total) / num_tokens, "tokens": float(num_tokens)})
 
     def start_reinforcement(self) -> None:
         """Freeze a copy of the policy as the reference, if there is to be one; begin RL at version 0."""
@@ -111,13 +148,12 @@ class MegatronLearner:
 
     def save_checkpoint(self, command: SaveCheckpoint) -> Answer:
         """Start writing a checkpoint, and the reference policy if it is asked for."""
-        rl = self._started("SaveCheckpoint")
         with self._meter.span("start checkpoint"):
             states = {}
             if command.reference is not None:
-                with rl.reference_chunks() as chunks:
+                with self._started("SaveCheckpoint with a reference").reference_chunks() as chunks:
                     states[Path(command.reference)] = on_host(weights_state(chunks))
-            states[Path(command.checkpoint)] = rl.state(self.version, snapshot=command.snapshot)
+            states[Path(command.checkpoint)] = self._state(snapshot=command.snapshot)
             self._save.start(states)
         return self._answer(command.id)
 
@@ -210,6 +246,13 @@ class MegatronLearner:
     def close(self) -> None:
         """Leave every group but the learner's own; there are no more commands."""
         self._push.close()
+
+    def _state(self, *, snapshot: bool) -> dict[str, Any]:
+        """What training goes on from. Collective."""
+        if self.reinforcement is not None:
+            return self.reinforcement.state(self.version, snapshot=snapshot)
+        self.gather_parameters()
+        return training_state([self.policy], self.version, snapshot=snapshot)
 
     def _begin_reinforcement(self) -> Reinforcement:
         """The weights as they are become the reference; fresh optimizers."""

@@ -35,16 +35,19 @@ from megatron_async_rlhf.learner.protocol import (
     WAITING_MESSAGES,
     Answer,
     AnyCommand,
+    EvaluateSupervised,
     ExportWeights,
     FinishCheckpoint,
     FinishPush,
     JoinTransfer,
     PushWeights,
     ResumeReinforcement,
+    ResumeSupervised,
     RolloutHeader,
     SaveCheckpoint,
     Score,
     StartReinforcement,
+    StartSupervised,
     Stop,
     TrainSupervised,
     WaitUntilReady,
@@ -141,8 +144,15 @@ def _execute(learner: MegatronLearner, channel: CommandChannel, command: AnyComm
     match command:
         case WaitUntilReady():
             return Answer(id=command.id)
+        case StartSupervised():
+            learner.start_supervised(command)
+            return Answer(id=command.id)
+        case ResumeSupervised():
+            return learner.resume_supervised(command)
         case TrainSupervised():
             return learner.train_supervised(command)
+        case EvaluateSupervised():
+            return learner.evaluate_supervised(command)
         case StartReinforcement():
             learner.start_reinforcement()
             return Answer(id=command.id)

@@ -134,10 +134,7 @@ def cut_micro_batches(samples: Samples, unit: int, budget: int, placement: Place
         bins = plan_micro_batches(samples.lengths, unit, budget, placement)[placement.data_rank]
     groups = [[i for u in sorted(units) for i in range(u * unit, (u + 1) * unit)] for units in bins]
     groups += [[]] * (-len(groups) % placement.batch_multiple)
-    rows = [
-        ([_Row(samples.tokens[i], samples.prompt_lengths[i]) for i in group] or [_NOTHING] * unit, group or [-1] * unit)
-        for group in groups
-    ]
+    rows = [([_row(samples, i) for i in group] or [_NOTHING] * unit, group or [-1] * unit) for group in groups]
     width = 0
     if placement.virtual_stages > 1:  # interleaved stages exchange tensors of one shape, see `model`
         width = max(sum(_positions(len(row.token_ids), placement) for row in group) for group, _ in rows)
@@ -149,9 +146,14 @@ class _Row(NamedTuple):
 
     token_ids: np.ndarray
     prompt_length: int
+    ignored: list[tuple[int, int]]
 
 
-_NOTHING = _Row(np.zeros(2, np.int32), 2)  # keeps ranks in step
+_NOTHING = _Row(np.zeros(2, np.int32), 2, [])  # keeps ranks in step
+
+
+def _row(samples: Samples, index: int) -> _Row:
+    return _Row(samples.tokens[index], samples.prompt_lengths[index], samples.ignored.get(index, []))
 
 
 def _positions(length: int, placement: Placement) -> int:
@@ -187,6 +189,8 @@ def _lay(rows: Seq[_Row], indices: list[int], width: int, placement: Placement) 
         if len(ids) > 1:
             targets_T[start : start + used] = ids[1:]
             mask_T[start + max(rows[s].prompt_length - 1, 0) : start + used] = True
+            for first, end in rows[s].ignored:
+                mask_T[start + first - 1 : start + end - 1] = False
         num_tokens += used if indices[s] >= 0 else 0
     return MicroBatch(
         tokens_T=tokens_T,

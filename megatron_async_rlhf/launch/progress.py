@@ -1,4 +1,4 @@
-"""What has become of each run of a sweep, as its directory tells."""
+"""What has become of a run that a sweep or a pipeline started, as its directory tells."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.telemetry.files import RESOLVED_CONFIG
 from megatron_async_rlhf.telemetry.summary import read_summary
 
-# `changed`: there is a run, but of another configuration than the sweep's now.
+# `changed`: there is a run, but of another configuration than it is now.
 Status = Literal["completed", "failed", "interrupted", "changed", "to do"]
 
 

@@ -1,0 +1,43 @@
+"""`async-rlhf pipeline`: from a recipe to stages that are run, and what came of them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_async_rlhf.launch.surroundings import check_surroundings
+from megatron_async_rlhf.launch.terminal import outlive_readers
+from megatron_async_rlhf.options import warn
+
+
+def pipeline(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, or a folder with pipeline.yaml, such as examples/mini.")],
+    set: Annotated[
+        list[str], typer.Option("--set", "-s", help="Override one key: stage.section.key=value. Repeatable.")
+    ] = [],
+) -> None:
+    """Run the stages of a recipe one after the other: SFT, reward model, RLHF, evaluation.
+
+    Stages that are done are skipped, one that was cut off goes on. Exit code 0 if all are completed, 1 if one failed, 130 if
+    it was interrupted.
+
+    Example: async-rlhf pipeline examples/mini
+    """
+    from rich.console import Console
+
+    from megatron_async_rlhf.launch.recipe import load_recipe
+    from megatron_async_rlhf.pipeline.driver import PIPELINE, Driver
+
+    loaded = load_recipe(recipe, set)
+    warn(check_surroundings())
+    outlive_readers()
+    console = Console(highlight=False, soft_wrap=True)
+    with console.status("") as status:
+        driver = Driver(
+            loaded,
+            note=lambda line: console.print(line, markup=False),
+            watch=lambda line: status.update(line.replace("[", r"\[")),
+        )
+        code = driver.run()
+    console.print(f"{loaded.directory / PIPELINE}", markup=False)
+    raise typer.Exit(code)
