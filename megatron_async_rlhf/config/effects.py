@@ -63,6 +63,13 @@ def check_effects(config: RunConfig) -> None:
                     f"{key} = {shown(value)} has no effect with {chooser} = {shown(chosen)}: remove it, or set {chooser} = "
                     f"{' or '.join(map(shown, values))}"
                 )
+    other, name = ("cuda", "gpu_memory_share") if config.run.device == "cpu" else ("cpu", "kv_cache_gib")
+    for key, section in config.reward_models.items():
+        if (value := getattr(section, name)) != type(section).model_fields[name].default:
+            raise ValueError(
+                f"{key}.{name} = {shown(value)} has no effect with run.device = {config.run.device}: remove it, or set "
+                f"run.device = {other}"
+            )
     for key in _COLUMNS:
         value, default = _value_of(config, key)
         if value != default and config.data.train == "builtin" and config.data.eval in (None, "builtin"):

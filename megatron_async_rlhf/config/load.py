@@ -85,19 +85,30 @@ def check_tree(tree: dict[str, Any]) -> RunConfig:
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set `section.key` in `tree`, making the sections on the way.
+    """Set `section.key` in `tree`, making the sections on the way; a number is an entry of a list, as in `reward.0.weight`.
 
     Raises:
-        ConfigError: a section on the way is a value.
+        ConfigError: a section on the way is a value, or a list has no such entry.
     """
-    node, parts = tree, key.split(".")
-    for depth, part in enumerate(parts[:-1]):
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {key!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
-    node[parts[-1]] = value
+    node: Any = tree
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[:depth])
+        if isinstance(node, list):
+            if not part.isdecimal() or int(part) >= len(node):
+                entries = f"{where}.0 to {where}.{len(node) - 1}" if node else "none"
+                raise ConfigError(f"override {key!r}: {where} is a list, whose entries are {entries}")
+            place: Any = int(part)
+        elif isinstance(node, dict):
+            place = part
+        else:
+            raise ConfigError(f"override {key!r}: {where} is a value, not a section")
+        if depth == len(parts) - 1:
+            node[place] = value
+            return
+        if isinstance(node, dict) and node.get(place) is None:
+            node[place] = {}
+        node = node[place]
 
 
 def dump_config(config: RunConfig) -> str:

@@ -16,8 +16,25 @@ _FIXED = (
 )  # fmt: skip
 
 
+# How a reward model is served; which it is stays the same.
+_SERVING = tuple(
+    f"reward.{name}"
+    for name in (
+        *(
+            "url",
+            "replicas",
+            "tensor_parallel",
+            "kv_cache_gib",
+            "gpu_memory_share",
+            "start_timeout_s",
+            "request_timeout_s",
+        ),
+        "restarts",
+    )
+)
+
 # Where prompts and weights are read. They may lie elsewhere now, as long as the contents are known to be the same.
-_PLACES = ("data.train", "data.eval", "model.hf")
+_PLACES = ("data.train", "data.eval", "model.hf", "reward.model")
 # The default until columns were recognised: nothing has changed as long as the same prompts come of it.
 _FORMER_DEFAULT = {"data.prompt_field": "prompt"}
 
@@ -44,7 +61,8 @@ def check_same_run(
     for key in (*before, *after):
         if contents_are_compared and key in _PLACES and None not in (before.get(key), after.get(key)):
             continue
-        if contents_are_compared and before.get(key) == _FORMER_DEFAULT.get(key) and after.get(key) is None:
+        is_former_default = before.get(key) == _FORMER_DEFAULT.get(key) and after.get(key) is None
+        if key in _SERVING or (contents_are_compared and is_former_default):
             continue
         if any(key == one or key.startswith(f"{one}.") for one in fixed) and before.get(key) != after.get(key):
             raise ConfigError(

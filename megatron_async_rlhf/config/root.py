@@ -8,6 +8,7 @@ from megatron_async_rlhf.config.effects import check_effects
 from megatron_async_rlhf.config.evaluation import EvaluationSection
 from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
 from megatron_async_rlhf.config.metrics import metric_names
+from megatron_async_rlhf.config.reward_model_section import RewardModelSection
 from megatron_async_rlhf.config.rewards import (
     BuiltinRewardSection,
     RewardEntry,
@@ -56,7 +57,7 @@ class RunConfig(Section):
     def gpus(self) -> int:
         """That a run on GPUs takes: with ipc learner and generator share theirs."""
         own = 0 if self.weights.transport == "ipc" else self.generator.workers
-        return self.learner.world_size + own
+        return self.learner.world_size + own + self.reward_workers
 
     @property
     def supervised(self) -> SFTSection:
@@ -67,6 +68,32 @@ class RunConfig(Section):
     def rewards(self) -> list[RewardEntry]:
         """The entries of `reward`, also where it is one section and no list."""
         return self.reward if isinstance(self.reward, list) else [self.reward]
+
+    @property
+    def reward_models(self) -> dict[str, RewardModelSection]:
+        """Those of `rewards`, by their keys in the configuration."""
+        keys = (
+            [f"reward.{place}" for place in range(len(self.rewards))] if isinstance(self.reward, list) else ["reward"]
+        )
+        entries = zip(keys, self.rewards, strict=True)
+        return {key: entry for key, entry in entries if isinstance(entry, RewardModelSection)}
+
+    @property
+    def served_reward_models(self) -> dict[str, RewardModelSection]:
+        """Those whose servers the run starts."""
+        return {key: section for key, section in self.reward_models.items() if section.url is None}
+
+    @property
+    def reward_workers(self) -> int:
+        """Of all replicas of these."""
+        return sum(section.replicas * section.tensor_parallel for section in self.served_reward_models.values())
+
+    @property
+    def data_read(self) -> DataSection:
+        """`data`, with the columns that its rewards read by themselves among `reference_fields`."""
+        columns = [column for reward in self.rewards for column in reward.columns]
+        fields = list(dict.fromkeys([*self.data.reference_fields, *columns]))
+        return self.data.model_copy(update={"reference_fields": fields})
 
     @model_validator(mode="after")
     def check_rewards(self) -> "RunConfig":
@@ -155,16 +182,18 @@ class RunConfig(Section):
         if self.run.device == "cpu":
             return self
         learners, workers = self.learner.world_size, self.generator.workers
-        if self.weights.transport == "ipc":
-            if (learners, workers) != (1, 1):
-                raise ValueError(
-                    f"weights.transport = ipc is for one learner rank and one generator on the same GPU, not learner.ranks = "
-                    f"{learners} and generator.replicas x tensor_parallel = {workers}; set weights.transport = nccl"
-                )
-        elif self.gpus > self.launch.nodes * self.launch.gpus_per_node:
+        if self.weights.transport == "ipc" and (learners, workers) != (1, 1):
             raise ValueError(
-                f"learner.ranks = {learners} and generator.replicas x tensor_parallel = {workers} need "
-                f"{self.gpus} GPUs, above launch.nodes = {self.launch.nodes} with launch.gpus_per_node = "
+                f"weights.transport = ipc is for one learner rank and one generator on the same GPU, not learner.ranks = "
+                f"{learners} and generator.replicas x tensor_parallel = {workers}; set weights.transport = nccl"
+            )
+        if self.gpus > self.launch.nodes * self.launch.gpus_per_node:
+            rewards = self.reward_workers
+            parts = f"learner.ranks = {learners} and generator.replicas x tensor_parallel = {workers}"
+            if rewards:
+                parts = f"{parts.replace(' and ', ', ')} and reward.replicas x tensor_parallel = {rewards}"
+            raise ValueError(
+                f"{parts} need {self.gpus} GPUs, above launch.nodes = {self.launch.nodes} with launch.gpus_per_node = "
                 f"{self.launch.gpus_per_node}"
             )
         return self

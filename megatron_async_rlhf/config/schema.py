@@ -97,7 +97,7 @@ def _below(kind: Any, part: str | int) -> list[Any]:
     if is_section(kind):
         field = kind.model_fields.get(part)
         return _alternatives(field.annotation) if field is not None else []
-    if get_origin(kind) in (list, dict):
+    if get_origin(kind) is (list if isinstance(part, int) else dict):
         return _alternatives(get_args(kind)[-1])
     return []
 

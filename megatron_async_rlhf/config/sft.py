@@ -6,6 +6,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_async_rlhf.config.sections import OptimizerKeys, WarmStartSection
 
+BATCH_SIZE = 64
+
 
 class SFTSection(OptimizerKeys):
     """Supervised fine-tuning on the answers of `data.train`; the losses are means over the step's target tokens.
@@ -45,6 +47,11 @@ class SFTSection(OptimizerKeys):
     def of_warm_start(cls, keys: WarmStartSection) -> "SFTSection":
         """What `async-rlhf sft` makes of a configuration without this section."""
         return cls(**keys.model_dump())
+
+    @property
+    def sequences_per_step(self) -> int:
+        """At most; of `batch_tokens` as many as there are tokens, for what cannot know better."""
+        return self.batch_tokens or self.batch_size or BATCH_SIZE
 
     def optimizer_keys(self, steps: int) -> OptimizerKeys:
         """Of a stage with so many steps."""

@@ -16,7 +16,10 @@ ModelConfigOption = Annotated[
 
 
 def import_hf(
-    hf_dir: Annotated[Path, typer.Argument(help="Hugging Face directory: safetensors, config.json, tokenizer.")],
+    hf_dir: Annotated[
+        Path,
+        typer.Argument(help="Hugging Face directory (safetensors, config.json, tokenizer), or a name at the hub."),
+    ],
     out: Annotated[Path, typer.Argument(help="The checkpoint to write; must not exist, or be empty.")],
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks the files are cut for.")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(min=1, help="Pipeline stages the files are cut for.")] = 1,
@@ -30,8 +33,15 @@ def import_hf(
     """
     check_installed("torch")
     from megatron_async_rlhf.converter.convert import import_hf
+    from megatron_async_rlhf.formats.hub_snapshot import local_model
 
-    import_hf(hf_dir, out, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, dtype=dtype)
+    import_hf(
+        local_model(hf_dir, "HF_DIR"),
+        out,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        dtype=dtype,
+    )
     typer.echo(f"wrote {out}")
 
 

@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
 
-from megatron_async_rlhf.config.sft import SFTSection
+from megatron_async_rlhf.config.sft import BATCH_SIZE, SFTSection
 from megatron_async_rlhf.data.prompts import PromptOrder
-
-_BATCH_SIZE = 64
 
 
 def plan_batches(lengths: Sequence[int], keys: SFTSection, seed: int) -> list[list[int]]:
@@ -32,7 +30,7 @@ def _cut(rows: Iterator[int], lengths: Sequence[int], keys: SFTSection) -> Itera
         if keys.batch_tokens is not None:
             is_full = bool(batch) and tokens + lengths[row] > keys.batch_tokens
         else:
-            is_full = len(batch) == (keys.batch_size or _BATCH_SIZE)
+            is_full = len(batch) == (keys.batch_size or BATCH_SIZE)
         if is_full:
             yield batch
             batch, tokens = [], 0

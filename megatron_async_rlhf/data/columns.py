@@ -6,6 +6,7 @@ Alpaca (`instruction`, `input`, `output`), Dolly (`instruction`, `context`, `res
 UltraFeedback (`chosen`, `rejected`).
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, TypeVar
@@ -38,6 +39,7 @@ _CHOICES = (
     ("response_0", "response_1", "better_response_id"),
 )
 BLANK = "blank"
+_NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LOOKED_AT = 100  # rows: the first ones may be empty
 
 _Layout = TypeVar("_Layout")
@@ -186,22 +188,27 @@ def _recognised(table: Table, of: Callable[[Mapping[str, str]], _Layout | None])
 
 
 def _kind_of(value: Any) -> str | None:
-    """`messages`, `answer` (messages of the assistant alone), `transcript`, `text`, `blank` or `number`; None if nothing."""
+    """What a value is; None if it is nothing that is looked for.
+
+    `messages`, `answer` (messages of the assistant alone), `transcript`, `text`, `numeral` (a text too), `blank`, `number`.
+    """
     if isinstance(value, str):
         if not value.strip():
             return BLANK
-        return "transcript" if is_transcript(value) else "text"
+        if is_transcript(value):
+            return "transcript"
+        return "numeral" if _NUMERAL.fullmatch(value.strip()) else "text"
     if isinstance(value, int | float) and not isinstance(value, bool):
         return "number"
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
         first = value[0]
         if {"role", "content"} <= first.keys() or {"from", "value"} <= first.keys():
-            return "answer" if first.get("role", first.get("from")) in ("assistant", "gpt") else "messages"
+            return "answer" if (first.get("role") or first.get("from")) in ("assistant", "gpt") else "messages"
     return None
 
 
 def _is_text(kinds: Mapping[str, str], name: str) -> bool:
-    return kinds.get(name) in ("text", "transcript")
+    return kinds.get(name) in ("text", "transcript", "numeral")
 
 
 def _conversation_column(kinds: Mapping[str, str], source: str) -> PromptColumns | None:
@@ -244,7 +251,9 @@ def _solution_column(kinds: Mapping[str, str], prompt: PromptColumns, data: Data
 
 
 def _margin_columns(kinds: Mapping[str, str]) -> tuple[str, ...]:
-    return next((names for names in _MARGINS if all(kinds.get(name) == "number" for name in names)), ())
+    # In a CSV file numbers are texts.
+    are_numbers = {name for name, kind in kinds.items() if kind in ("number", "numeral")}
+    return next((names for names in _MARGINS if are_numbers.issuperset(names)), ())
 
 
 def _only(found: Iterable[str], what: str, key: str, source: str) -> str:

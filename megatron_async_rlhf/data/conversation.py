@@ -85,9 +85,11 @@ def valid_text(text: str, where: str) -> str:
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise RecordError(f"{where} is {json_type(value)}, not a mapping with `role` and `content`", reason=WRONG_TYPE)
-    if "role" in value and "content" in value:
+    # A table of both kinds has all four, and leaves two empty.
+    is_sharegpt = "from" in value and "value" in value and value.get("role") is None
+    if "role" in value and "content" in value and not is_sharegpt:
         role, content = value["role"], value["content"]
-    elif "from" in value and "value" in value:
+    elif is_sharegpt:
         role, content = value["from"], value["value"]
         role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     else:

@@ -90,6 +90,8 @@ def loaded(load: Callable[[], Any], source: str, advice: str = "check the file")
         return load()
     except DataError:
         raise
+    except ModuleNotFoundError as error:
+        raise DataError(f"{source}: {error.name} is not installed, which reads it; install `datasets`") from None
     except Exception as error:  # the library and what is below it raise dozens of types
         raise DataError(f"{source}: datasets cannot load it ({described(error)}); {advice}") from None
 

@@ -185,7 +185,7 @@ def _margin(record: Mapping[str, Any], where: str, columns: PairColumns) -> floa
     numbers = []
     for name in columns.margin:
         value = value_of(record, where, "data.margin_field", name)
-        if value is None:
+        if value is None or value == "":  # as CSV writes nothing
             return None
         try:
             number = math.nan if isinstance(value, bool) else float(value)  # of a CSV file it is text

@@ -31,7 +31,10 @@ _CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-_RAW_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{{ '' if loop.last else '\n\n' }}{% endfor %}"
+_RAW_TEMPLATE = (
+    "{% for message in messages %}{% if not loop.first and message['role'] != 'assistant' %}{{ '\n\n' }}{% endif %}"
+    "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 BYTE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 DATE = "date.txt"  # not one of Hugging Face's, so an export does not have it
 
@@ -45,9 +48,10 @@ class Tokenizer:
         bos_token_id: None if the directory names none.
     """
 
-    def __init__(self, directory: Path, now: datetime) -> None:
+    def __init__(self, directory: Path, now: datetime, template: Path | None = None) -> None:
         # Two instances, because whether special tokens in the input are recognised is a state of the tokenizer.
-        files, self._text_only = read_tokenizer_files(directory), read_tokenizer_files(directory).backend
+        files = read_tokenizer_files(directory, template)
+        self._text_only = read_tokenizer_files(directory, template).backend
         self._with_specials, named = files.backend, files.named
         # A token with a name is never spelled by a prompt, even if the vocabulary does not call it special.
         plain = {token.content: token for token in self._text_only.get_added_tokens_decoder().values()}
@@ -71,14 +75,18 @@ class Tokenizer:
         self._own_parts = lru_cache(maxsize=64)(self._parts)
 
     @classmethod
-    def load(cls, directory: Path | str) -> "Tokenizer":
+    def load(cls, directory: Path | str, *, template: Path | None = None, date_from: Path | None = None) -> "Tokenizer":
         """Read the tokenizer, its special tokens and the chat template of a directory.
+
+        Args:
+            template: file of another chat template.
+            date_from: a directory with the date for the template, if it is not this one.
 
         Raises:
             DataError: one of them is missing or broken, or no end-of-sequence token is named.
         """
         directory = Path(directory)
-        return cls(directory, _read_date(directory))
+        return cls(directory, _read_date(date_from or directory), template)
 
     @property
     def vocab_size(self) -> int:
@@ -116,6 +124,14 @@ class Tokenizer:
             DataError: the template fails on these messages or leaves one out, or `encode` does.
         """
         return self._render(messages, is_answered=False)
+
+    def render_conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of the chat template around a conversation that ends with the assistant's answer, all that it writes.
+
+        Raises:
+            DataError: as `render_prompt`.
+        """
+        return self._render(messages, is_answered=True)
 
     def render_answered(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation that ends with the assistant's answer, up to the end-of-sequence token behind that.
@@ -216,7 +232,7 @@ def set_chat_template(directory: Path | str, source: Path | Literal["none"] | No
     """Give a tokenizer's directory another chat template: a file, or none; None leaves it its own.
 
     Without a template prompts are what the tokenizer makes of a text: its tokens, after those with which it begins every
-    text. Several messages are separated by empty lines.
+    text. Messages are separated by empty lines, but an answer follows its prompt at once, and ends with its token.
 
     Raises:
         DataError: the file cannot be read, or the tokenizer.

@@ -46,8 +46,11 @@ class TokenizerFiles:
     template: str
 
 
-def read_tokenizer_files(directory: Path) -> TokenizerFiles:
+def read_tokenizer_files(directory: Path, template: Path | None = None) -> TokenizerFiles:
     """
+    Args:
+        template: file of another chat template.
+
     Raises:
         DataError: one is missing or broken, or asks for what this version does not do; one line.
     """
@@ -77,6 +80,8 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
         texts = dict.fromkeys(str(token) for token in (*named.values(), *extra))
         backend.add_tokens([AddedToken(text, special=True) for text in texts])
     names = {key: str(token) for key, token in named.items()}
+    if template is not None:
+        return TokenizerFiles(backend, names, _read_text(template, template.parent))
     return TokenizerFiles(backend, names, _read_template(directory, settings))
 
 

@@ -1,6 +1,7 @@
 """Conversations written as one text, with `Human:` and `Assistant:` before each turn, as Anthropic's HH data has them."""
 
 import re
+from os.path import commonprefix
 
 from megatron_async_rlhf.types import Message
 
@@ -22,12 +23,7 @@ def read_transcript(text: str) -> list[Message]:
 
 def split_transcripts(one: str, other: str) -> tuple[str, str, str]:
     """What two transcripts share up to their last common `Assistant:`, and what follows in each."""
-    shared = 0
-    for shared, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            break
-    else:
-        shared = min(len(one), len(other))
+    shared = len(commonprefix([one, other]))
     place = one.rfind(ASSISTANT, 0, shared)
     end = 0 if place < 0 else place + len(ASSISTANT)
     return one[:end], one[end:], other[end:]

@@ -60,7 +60,7 @@ def examine() -> Iterator[Finding]:
     yield from _fused_parts()
     yield _program("Slurm", "sbatch", "--version", "only for launching with sbatch; runs on one machine need none")
     for name, module, purpose in (
-        ("datasets", "datasets", "data.train = hf:..."),
+        ("datasets", "datasets", "data.train = hf:..., CSV and Parquet files"),
         ("W&B", "wandb", "telemetry.wandb"),
         ("NeMo-Run", "nemo_run", "async-rlhf launch; in an environment of its own: bash tools/setup_launch_env.sh"),
     ):
@@ -81,7 +81,9 @@ def problems(config: RunConfig) -> list[str]:
         return ["run.device = cuda, but torch sees no GPU here: check nvidia-smi and torch.version.cuda, or set cpu"]
     found = []
     if config.launch.nodes == 1 and count < config.gpus:  # of several machines the layout over them tells
-        found.append(f"the run needs {config.gpus} GPUs (learner.ranks and generators), this machine has {count}")
+        found.append(
+            f"the run needs {config.gpus} GPUs (learner.ranks, generators and reward models), this machine has {count}"
+        )
     learner, memory_gib = config.learner, config.launch.gpu_memory_gib
     smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(count)) / _GIB
     # Data sheets count a little more than CUDA finds.

@@ -9,6 +9,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.generator_memory import GIB, GeneratorMemory, GpuBudget, generator_memory
 from megatron_async_rlhf.estimate.learner_memory import FIXED_CUDA, MIB, LearnerMemory, learner_memory
+from megatron_async_rlhf.estimate.reward_memory import RewardMemory, reward_memory
 from megatron_async_rlhf.estimate.save_memory import save_memory
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.models.layout_rules import check_layouts
@@ -36,12 +37,14 @@ class RunMemory:
     Attributes:
         learner: a rank of each pipeline stage.
         generator: a worker.
+        rewards: a worker of each reward model that the run serves.
         host: all processes on a CPU together; beside GPUs, what the learner ranks keep in the machine's memory.
         save: the part of it that is there while a checkpoint is written.
     """
 
     learner: list[LearnerMemory]
     generator: GeneratorMemory
+    rewards: list[RewardMemory]
     host: int
     save: int
 
@@ -57,6 +60,7 @@ def run_memory(config: RunConfig, arch: Architecture) -> RunMemory:
     fixed = FIXED_WORKER_CPU if on_cpu else FIXED_CUDA
     beside = round((1 + ACCURACY) * max(rank.total for rank in learner)) if shares_gpu(config) else 0
     generator = generator_memory(config, arch, fixed=fixed, beside=beside)
+    rewards = reward_memory(config, fixed=fixed)
     ranks_of_stage = config.learner.world_size // len(learner)
     save = config.learner.tensor_parallel * sum(save_memory(config, arch))
     host = ranks_of_stage * sum(rank.host for rank in learner) + save
@@ -64,7 +68,9 @@ def run_memory(config: RunConfig, arch: Architecture) -> RunMemory:
         workers = config.generator.workers
         host += ranks_of_stage * sum(rank.total for rank in learner) + workers * generator.total
         host += config.generator.replicas * FIXED_SERVER_CPU + FIXED_CONTROL_CPU
-    return RunMemory(learner=learner, generator=generator, host=host, save=save)
+        for section, worker in zip(config.served_reward_models.values(), rewards, strict=True):
+            host += section.replicas * (section.tensor_parallel * worker.total + FIXED_SERVER_CPU)
+    return RunMemory(learner=learner, generator=generator, rewards=rewards, host=host, save=save)
 
 
 def needed(config: RunConfig, memory: RunMemory) -> int:
@@ -124,7 +130,7 @@ def _changes(config: RunConfig, arch: Architecture) -> Iterator[tuple[str, dict]
     yield "learner.recompute = full", {"recompute": "full"}
     if on_gpu:
         yield "learner.reference = swapped", {"reference": "swapped"}
-        free = config.launch.nodes * config.launch.gpus_per_node - config.generator.workers
+        free = config.launch.nodes * config.launch.gpus_per_node - config.generator.workers - config.reward_workers
         for tensor in (2, 4, 8):
             ranks = tensor * learner.pipeline_parallel * learner.context_parallel
             if tensor > learner.tensor_parallel and ranks <= free:

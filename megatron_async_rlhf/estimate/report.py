@@ -20,6 +20,7 @@ from megatron_async_rlhf.estimate.fitting import (
 from megatron_async_rlhf.estimate.generator_memory import GIB, GeneratorMemory
 from megatron_async_rlhf.estimate.learner_memory import LearnerMemory, Work, learner_memory
 from megatron_async_rlhf.estimate.machine import machine_memory
+from megatron_async_rlhf.estimate.reward_memory import RewardMemory
 from megatron_async_rlhf.models.architecture import Architecture
 
 _LEARNER_COLUMNS = (
@@ -34,6 +35,7 @@ _LEARNER_COLUMNS = (
     "fixed",
 )
 _GENERATOR_COLUMNS = ("weights", "cache", "activations", "push", "fixed")
+_REWARD_COLUMNS = ("weights", "cache", "activations", "fixed")
 
 
 def describe(config: RunConfig, arch: Architecture) -> list[str]:
@@ -44,6 +46,7 @@ def describe(config: RunConfig, arch: Architecture) -> list[str]:
         *_tables(memory),
         *_verdict_on_learner(config, arch, memory),
         *_verdict_on_generator(config, arch, memory.generator),
+        *(_verdict_on_reward_model(config, worker) for worker in memory.rewards),
     ]
 
 
@@ -101,7 +104,15 @@ def _tables(memory: RunMemory) -> list[str]:
     generator.add_column("generator")
     _add_columns(generator, _GENERATOR_COLUMNS)
     generator.add_row("a worker", *_row(memory.generator, _GENERATOR_COLUMNS))
-    return [*_learner_table(memory.learner), *_lines(generator)]
+    tables = [generator]
+    if memory.rewards:
+        rewards = Table(box=None, pad_edge=False)
+        rewards.add_column("reward model")
+        _add_columns(rewards, _REWARD_COLUMNS)
+        for worker in memory.rewards:
+            rewards.add_row(f"a worker of {worker.key}", *_row(worker, _REWARD_COLUMNS))
+        tables.append(rewards)
+    return [*_learner_table(memory.learner), *(line for table in tables for line in _lines(table))]
 
 
 def _add_columns(table: Table, names: tuple[str, ...]) -> None:
@@ -109,7 +120,7 @@ def _add_columns(table: Table, names: tuple[str, ...]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
 
 
-def _row(memory: LearnerMemory | GeneratorMemory, names: tuple[str, ...]) -> list[str]:
+def _row(memory: LearnerMemory | GeneratorMemory | RewardMemory, names: tuple[str, ...]) -> list[str]:
     return [_gib(getattr(memory, name)) for name in (*names, "total")]
 
 
@@ -160,6 +171,22 @@ def _verdict_on_generator(config: RunConfig, arch: Architecture, worker: Generat
     if worker.total > room:
         return [f"{what}: does not fit; lower generator.gpu_memory_share = {generator.gpu_memory_share:g}"]
     return [f"{what}: fits"]
+
+
+def _verdict_on_reward_model(config: RunConfig, worker: RewardMemory) -> str:
+    on_cpu = config.run.device == "cpu"
+    what = (
+        f"{worker.key}.model: its cache holds {worker.cache_tokens} tokens, {worker.sequences} sequences of "
+        f"{worker.context_length}"
+    )
+    if not on_cpu:
+        what += f"; a worker needs {_gib(worker.total)} of {_gib(_room(config))} GiB"
+    if not worker.sequences:
+        key = "kv_cache_gib" if on_cpu else "gpu_memory_share"
+        return f"{what}: does not fit; raise {worker.key}.{key} or {worker.key}.tensor_parallel"
+    if not on_cpu and worker.total > _room(config):
+        return f"{what}: does not fit; lower {worker.key}.gpu_memory_share"
+    return what if on_cpu else f"{what}: fits"
 
 
 def _room(config: RunConfig) -> int:

@@ -24,15 +24,16 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--learner", help="ZeroMQ address of learner rank 0")
     parser.add_argument("--generator", action="append", default=[], help="URL of a generator; repeat for more")
+    parser.add_argument("--reward-server", action="append", default=[], help="URL of a reward model's server; repeat")
     parser.add_argument("--transfer", help="host:port learner rank 0 meets the generators on")
     parser.add_argument("--resume-from", type=int, help="policy version of the checkpoint to go on from")
     parser.add_argument("--recorded", type=Path, help="the run to do again")
     given = parser.parse_args()
     collect_rarely()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    addresses = Addresses.of(given.learner, given.generator, given.transfer)
+    addresses = Addresses.of(given.learner, given.generator, given.transfer, given.reward_server)
     job = import_module(f"megatron_async_rlhf.jobs.{given.job}")
-    own = {"recorded": given.recorded} if given.job == "replay" else {"resume_from": given.resume_from}
+    own = {"replay": {"recorded": given.recorded}, "evaluate": {}}.get(given.job, {"resume_from": given.resume_from})
     raise SystemExit(asyncio.run(job.run_job(given.run_dir, addresses, **own)))
 
 

@@ -35,6 +35,7 @@ from megatron_async_rlhf.jobs.evaluated_models import (
 from megatron_async_rlhf.jobs.evaluation_results import Answers, EvaluatedPrompt, answer_lines, evaluation_of, means
 from megatron_async_rlhf.jobs.kept_answers import KeptAnswers
 from megatron_async_rlhf.jobs.lifecycle import run_to_the_end
+from megatron_async_rlhf.jobs.reward_models import ServedRewards
 from megatron_async_rlhf.rewards.base import Score
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import (
@@ -62,6 +63,7 @@ class Evaluator:
         self._config, self._run_dir, self._inputs, self._recorder = config, run_dir, inputs, recorder
         self._section = section_of(config)
         self._urls = addresses.generators
+        self._rewards = ServedRewards(config, inputs.reward, addresses.rewards, recorder)
         directory = run_dir / ANSWERS_DIR
         sides = [POLICY, *([AGAINST] if self._section.against is not None else [])]
         self._sampled: dict[str, KeptAnswers[list[Completion]]] = {
@@ -93,12 +95,14 @@ class Evaluator:
                 prompts = [model.prompts[prompt.index] for prompt in self._inputs.prompts]
                 await self._ask_all(name, model, prompts, self._sampled[name].found, self._sampler(name))
         self._recorder.phase("score")
+        await self._rewards.start(self._run_dir, self._inputs.train)
         for side in self._sampled:
             await self._score(side)
         self._recorder.loop_ended()
         self._write()
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        await self._rewards.close()
         for kept in self._kept:
             kept.close()
 
@@ -230,5 +234,5 @@ async def run_job(run_dir: Path, addresses: Addresses) -> int:
     try:
         return await run_to_the_end(evaluator.run(), recorder)
     finally:
-        evaluator.close()
+        await evaluator.close()
         inputs.reward.close()

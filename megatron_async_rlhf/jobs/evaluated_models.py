@@ -13,6 +13,7 @@ from megatron_async_rlhf.data.prompts import build_prompts
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import ConfigError, DataError
+from megatron_async_rlhf.jobs.reward_models import load_reward_models
 from megatron_async_rlhf.models.architecture import Architecture, policy_architecture
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.registry import make_reward
@@ -40,11 +41,13 @@ class EvaluationInputs(Struct, frozen=True, kw_only=True):
     Attributes:
         models: by `POLICY`, `AGAINST` and `KL_TO`, as far as there are any.
         prompts: as the policy sees them; those that every model has room for.
+        train: the prompts to train on, if a reward model's scores are centred on their solutions.
     """
 
     models: dict[str, EvaluatedModel]
     prompts: list[Prompt]
     reward: Reward
+    train: list[Prompt] = []
 
 
 def section_of(config: RunConfig) -> EvaluationSection:
@@ -111,9 +114,14 @@ def load_evaluation(config: RunConfig, directories: Mapping[str, Path]) -> Evalu
                     "data.solution_field, or eval.against = null"
                 )
     reward = make_reward(config.rewards)
+    load_reward_models(config, reward, directories[POLICY])
     for prompt in prompts:
         reward.check(prompt)
-    return EvaluationInputs(models=models, prompts=prompts, reward=reward)
+    train = []
+    if any(section.center_on_solutions for section in config.reward_models.values()):
+        limit, tokenizer = models[POLICY].context_length, models[POLICY].tokenizer
+        train = build_prompts(load_examples(config.data, "train", config.run.seed), tokenizer, limit, drop_long=True)
+    return EvaluationInputs(models=models, prompts=prompts, reward=reward, train=train)
 
 
 def _load_model(

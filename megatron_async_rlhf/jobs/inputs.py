@@ -5,14 +5,14 @@ again to get the same objects.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from importlib.util import find_spec
 from pathlib import Path
 
 from msgspec import Struct
 
 from megatron_async_rlhf.config.algorithms import LOSS_ARGUMENTS, GRPOSection, PPOSection
-from megatron_async_rlhf.config.rewards import FunctionRewardSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.data.files import find_local, is_local
@@ -33,6 +33,7 @@ from megatron_async_rlhf.formats.hub_snapshot import is_snapshot
 from megatron_async_rlhf.formats.safetensors_files import SINGLE, find_files, find_weights, refuse_adapter, weight_files
 from megatron_async_rlhf.formats.tensor_spec import TensorSpec
 from megatron_async_rlhf.formats.value_source import check_value_source
+from megatron_async_rlhf.jobs.reward_models import check_reward_models, length_warnings, load_reward_models
 from megatron_async_rlhf.models.architecture import (
     Architecture,
     architecture_of,
@@ -44,8 +45,10 @@ from megatron_async_rlhf.models.architecture import (
 from megatron_async_rlhf.models.hf_mapping import check_shapes
 from megatron_async_rlhf.models.layout_rules import check_layouts
 from megatron_async_rlhf.rewards.base import Reward
-from megatron_async_rlhf.rewards.function import TimeLimit, check_function, check_parameters, inspect_function
+from megatron_async_rlhf.rewards.function import check_parameters, inspect_function
+from megatron_async_rlhf.rewards.preflight import check_entry
 from megatron_async_rlhf.rewards.registry import make_reward
+from megatron_async_rlhf.rewards.workers import TimeLimit
 from megatron_async_rlhf.telemetry.summary import DataCounts
 from megatron_async_rlhf.types import Prompt, Sequence
 from megatron_async_rlhf.weights.plan import TransferPlan, configured_transfer
@@ -69,14 +72,9 @@ class RunInputs(Struct, frozen=True, kw_only=True):
     reward: Reward
     transfer: TransferPlan
 
-    @property
-    def data_counts(self) -> DataCounts:
-        """For the summary of the run."""
-        return data_counts(self.data)
-
 
 def data_counts(report: DataReport) -> DataCounts:
-    """For the summary of a run or a stage."""
+    """For the summary of the run."""
     return DataCounts(read=report.read, used=report.used, dropped=dict(report.dropped))
 
 
@@ -99,7 +97,7 @@ def _make_fresh_template(config: RunConfig, directory: Path) -> None:
     if config.model.tokenizer == "bpe":
         assert config.model.vocab_size is not None  # it goes with bpe
         train_bpe_tokenizer(
-            directory, _texts(load_examples(config.data, "train", config.run.seed)), config.model.vocab_size
+            directory, _texts(load_examples(config.data_read, "train", config.run.seed)), config.model.vocab_size
         )
     else:
         make_byte_tokenizer(directory)
@@ -138,19 +136,18 @@ def check_inputs(config: RunConfig, template: Path) -> RunInputs:
     check_policy_weights(config, run_inputs.architecture)
     check_value_weights(config, run_inputs.architecture)
     check_functions(config, [*run_inputs.train, *run_inputs.eval])
+    check_reward_models(config, run_inputs.reward, run_inputs.train)
     return run_inputs
 
 
-def check_functions(config: RunConfig, prompts: Iterable[Prompt]) -> None:
+def check_functions(config: RunConfig, prompts: Seq[Prompt]) -> None:
     """
     Raises:
         ConfigError: a function of the user's cannot be imported, or cannot be called with what it is given.
+        ConfigError, DataError: a reward lacks a package, or cannot score a prompt.
     """
-    references = [prompt.reference for prompt in prompts]
     for place, entry in enumerate(config.rewards):
-        if isinstance(entry, FunctionRewardSection):
-            key = f"reward.{place}" if isinstance(config.reward, list) else "reward"
-            check_function(key, entry, references)
+        check_entry(f"reward.{place}" if isinstance(config.reward, list) else "reward", entry, prompts)
     algorithm = config.algorithm
     if isinstance(algorithm, GRPOSection) and algorithm.loss_function is not None:
         name, limit = f"algorithm.loss_function = {algorithm.loss_function}", config.learner.timeout_s
@@ -167,6 +164,7 @@ def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
     assert config.model.hf is not None
     described = hf_files_of(config.model.hf)
     check_causal_model(described)
+    load_reward_models(config, make_reward(config.rewards), described)
     architecture, transfer = resolve_architecture(config, described)
     if (described / "tokenizer.json").is_file():
         check_vocabulary(config, read_tokenizer(config, described), architecture)
@@ -244,10 +242,11 @@ def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
             f"data.max_prompt_tokens = {limit} and generator.max_new_tokens = {config.generator.max_new_tokens} "
             f"together exceed the context of {architecture.context_length} tokens"
         )
-    reward = make_reward(config.rewards)
+    reward = make_reward(config.rewards, config.run.path)
+    load_reward_models(config, reward, template)
     splits, report = {}, DataReport()
     for split in ("train", "eval"):
-        examples = load_examples(config.data, split, config.run.seed, report)
+        examples = load_examples(config.data_read, split, config.run.seed, report)
         splits[split] = build_prompts(examples, tokenizer, limit, drop_long=config.data.long_prompts == "drop")
         report.drop("longer than data.max_prompt_tokens", len(examples) - len(splits[split]))
         for prompt in splits[split]:
@@ -268,7 +267,11 @@ def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
 
 def data_warnings(config: RunConfig, run_inputs: RunInputs) -> list[str]:
     """What is possible and yet hardly meant, a line each."""
-    return [*_too_few_prompts(config, len(run_inputs.train)), *_too_short_completions(config, run_inputs)]
+    return [
+        *_too_few_prompts(config, len(run_inputs.train)),
+        *_too_short_completions(config, run_inputs),
+        *length_warnings(config, run_inputs.reward, [*run_inputs.train, *run_inputs.eval]),
+    ]
 
 
 def _too_few_prompts(config: RunConfig, prompts: int) -> list[str]:

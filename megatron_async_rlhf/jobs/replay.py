@@ -15,7 +15,7 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ReplayError
 from megatron_async_rlhf.jobs.addresses import Addresses
-from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs
+from megatron_async_rlhf.jobs.inputs import RunInputs, data_counts, load_run_inputs
 from megatron_async_rlhf.jobs.lifecycle import begin_reinforcement, export_policy, run_learner_alone
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import Answer, Learner, Stop, WaitUntilReady, rollout_span
@@ -83,7 +83,7 @@ async def run_job(run_dir: Path, addresses: Addresses, recorded: Path) -> int:
     config = load_config(run_dir / RESOLVED_CONFIG)
     run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     recorder = Recorder(config, run_dir, EventStream())
-    recorder.totals.data = run_inputs.data_counts
+    recorder.totals.data = data_counts(run_inputs.data)
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
     phases = run_phases(config, run_dir, recorded, run_inputs, learner, recorder)
     return await run_learner_alone(phases, learner, recorder)

@@ -168,10 +168,8 @@ async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None) 
     config = load_config(run_dir / RESOLVED_CONFIG)
     inputs = load_supervised_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     resumed = None if resume_from is None else read_run_state(RunCheckpoints(run_dir).path(resume_from))
-    if resumed is None:
-        totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0, data=data_counts(inputs.data))
-    else:
-        totals = resumed.totals
+    totals = RunTotals(mode="sync", algorithm="sft", staleness_bound=0) if resumed is None else resumed.totals
+    totals.data = data_counts(inputs.data)
     recorder = Recorder(config, run_dir, EventStream(), totals=totals)
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
     job = SFTJob(config, run_dir, inputs, learner, recorder, resumed)

@@ -12,6 +12,7 @@ from megatron_async_rlhf.data.solutions import AnsweredRows, answered_rows
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.formats.directory import hf_files_of
 from megatron_async_rlhf.jobs.inputs import (
     RunInputs,
     check_inputs,
@@ -30,7 +31,7 @@ class SupervisedInputs(Struct, frozen=True, kw_only=True):
     Attributes:
         held_out: rows that are not trained on, for the loss on them.
         batches: of each optimizer step, which rows of `train`.
-        data: what became of the records that the rows are made of.
+        data: what became of the records that rows are made of.
     """
 
     architecture: Architecture
@@ -59,21 +60,25 @@ def load_supervised_inputs(config: RunConfig, template: Path, run_inputs: RunInp
         report = run_inputs.data
     else:
         tokenizer = read_tokenizer(config, template)
-        architecture = policy_architecture(config.model, template)
-        check_learner_layout(config.learner, architecture)
-        check_micro_batch(config.learner, 1, architecture)
+        architecture = _architecture(config, template)
         check_vocabulary(config, tokenizer, architecture)
         limit = config.sft.max_tokens or architecture.context_length
-        if limit > architecture.context_length:
-            raise ConfigError(
-                f"sft.max_tokens = {limit} is above the context of {architecture.context_length} tokens; lower it"
-            )
         report = DataReport()
         train = _rows(config, tokenizer, limit, "train", report)
         held_out = _rows(config, tokenizer, limit, "eval", report).rows
     lengths = [len(row.token_ids) for row in train.rows]
     batches = plan_batches(lengths, config.supervised, config.run.seed)
     return SupervisedInputs(architecture=architecture, train=train, held_out=held_out, batches=batches, data=report)
+
+
+def describe_supervised(config: RunConfig) -> Architecture:
+    """Of a model of which only the description is here: all that can be checked without its weights.
+
+    Raises:
+        ConfigError: one line.
+    """
+    assert config.model.hf is not None
+    return _architecture(config, hf_files_of(config.model.hf))
 
 
 def check_supervised_inputs(config: RunConfig, template: Path) -> SupervisedInputs:
@@ -89,13 +94,24 @@ def check_supervised_inputs(config: RunConfig, template: Path) -> SupervisedInpu
     return inputs
 
 
+def _architecture(config: RunConfig, template: Path) -> Architecture:
+    architecture, keys = policy_architecture(config.model, template), config.supervised
+    check_learner_layout(config.learner, architecture)
+    check_micro_batch(config.learner, 1, architecture)
+    if keys.max_tokens is not None and keys.max_tokens > architecture.context_length:
+        raise ConfigError(
+            f"sft.max_tokens = {keys.max_tokens} is above the context of {architecture.context_length} tokens; lower it"
+        )
+    return architecture
+
+
 def _rows(
     config: RunConfig, tokenizer: Tokenizer, limit: int, split: Literal["train", "eval"], report: DataReport
 ) -> AnsweredRows:
     assert config.sft is not None  # it says what a row is
     examples = load_examples(config.data, split, config.run.seed, report)
     drop_long = config.data.long_prompts == "drop"
-    made = answered_rows(examples, tokenizer, limit, answers=config.sft.answers, drop_long=drop_long)
-    report.drop("without an answer", made.unanswered)
-    report.drop("longer than sft.max_tokens", made.too_long)
-    return made
+    answered = answered_rows(examples, tokenizer, limit, answers=config.sft.answers, drop_long=drop_long)
+    report.drop("no answer of the assistant", answered.unanswered)
+    report.drop("longer than sft.max_tokens", answered.too_long)
+    return answered

@@ -2,7 +2,7 @@
 
     start learner ─> warm start ─> reference ─┐
                                               ├─> push version 0 ─> evaluate ─> RL loop ─> export ─> evaluate
-    start generators ─────────────────────────┘
+    start generators, reward models ──────────┘
 
 A run that goes on from a checkpoint loads it instead of the warm start, pushes its version and is not evaluated before.
 An interrupted run saves a checkpoint, and gives up an evaluation that is not over. In the warm start there is nothing to
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState, read_run_state
-from megatron_async_rlhf.checkpoint.saver import CheckpointSaver, Kept
+from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
@@ -33,7 +33,7 @@ from megatron_async_rlhf.generator.places import places
 from megatron_async_rlhf.generator.protocol import Generator
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.jobs.addresses import Addresses
-from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs
+from megatron_async_rlhf.jobs.inputs import RunInputs, data_counts, load_run_inputs
 from megatron_async_rlhf.jobs.lifecycle import (
     END_AT_ONCE,
     begin_reinforcement,
@@ -42,6 +42,7 @@ from megatron_async_rlhf.jobs.lifecycle import (
     export_policy,
     first_cause,
 )
+from megatron_async_rlhf.jobs.reward_models import ServedRewards
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ResumeReinforcement, Stop, WaitUntilReady
 from megatron_async_rlhf.models.hf_mapping import elements_held
@@ -70,7 +71,7 @@ class Job:
         run_inputs: RunInputs,
         learner: LearnerClient,
         generators: list[VLLMGenerator],
-        transfer: tuple[str, int],
+        addresses: Addresses,
         resumed: RunState | None,
     ) -> None:
         self._config = config
@@ -84,7 +85,7 @@ class Job:
         self.recorder = Recorder(
             config, run_dir, EventStream(), generator_bytes=held, totals=resumed.totals if resumed else None
         )
-        self.recorder.totals.data = run_inputs.data_counts
+        self.recorder.totals.data = data_counts(run_inputs.data)
         self._pool = GeneratorPool(
             generators,
             max_concurrent=config.generator.max_concurrent,
@@ -94,18 +95,12 @@ class Job:
             on_lost=self._lost,
             on_silent=self._silent,
         )
+        self._rewards = ServedRewards(config, run_inputs.reward, addresses.rewards, self.recorder)
         prompts = PromptOrder(run_inputs.train, config.run.seed)
         evaluation = Evaluation(config, run_inputs.eval, run_inputs.reward, self.recorder)
-        self._weight_sync = WeightSync(learner, config, transfer)
-        self._saver = CheckpointSaver(
-            config,
-            run_dir,
-            learner,
-            self.recorder,
-            resumed,
-            kept=Kept(metric=config.checkpoint.keep_best, best=config.checkpoint.best),
-            has_reference=has_own_reference(config),
-        )
+        assert addresses.transfer is not None  # a training job has generators
+        self._weight_sync = WeightSync(learner, config, addresses.transfer)
+        self._saver = CheckpointSaver.of_run(config, run_dir, learner, self.recorder, resumed)
         self._controller = Controller(
             config,
             learner=learner,
@@ -131,6 +126,7 @@ class Job:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._start_learner())
                 tasks.create_task(self._start_generators())
+                tasks.create_task(self._rewards.start(self._run_dir, self._run_inputs.train))
         except* _GivenUp:
             self.cut_short = True
         if self.cut_short:
@@ -155,6 +151,9 @@ class Job:
         if self.cut_short:
             await self._save()
         await self._learner.execute(Stop())
+
+    async def close(self) -> None:
+        await self._rewards.close()
 
     async def out_of_time(self) -> None:
         """As `interrupt`, because `checkpoint.max_run_seconds` are over; but a warm start goes on to its end, and is saved."""
@@ -257,9 +256,8 @@ async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None) 
     config = load_config(run_dir / RESOLVED_CONFIG)
     run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     resumed = None if resume_from is None else read_run_state(RunCheckpoints(run_dir).path(resume_from))
-    assert addresses.transfer is not None  # a training job has generators
     async with _connected(config, run_inputs, addresses) as (learner, generators):
-        job = Job(config, run_dir, run_inputs, learner, generators, addresses.transfer, resumed)
+        job = Job(config, run_dir, run_inputs, learner, generators, addresses, resumed)
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None  # a coroutine runs in one
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -275,6 +273,8 @@ async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None) 
             return _fail(job, error)
         except asyncio.CancelledError:
             return _fail(job, ProcessDiedError("ended because another process of the run has"))
+        finally:
+            await job.close()
         return close_well(job.recorder, "interrupted" if job.cut_short else "completed")
 
 

@@ -11,7 +11,7 @@ from megatron_async_rlhf.estimate.fitting import gpu_budget
 from megatron_async_rlhf.estimate.learner_memory import Work
 from megatron_async_rlhf.estimate.report import describe, describe_learner
 from megatron_async_rlhf.jobs.inputs import check_description, check_inputs, make_model_template, missing_inputs
-from megatron_async_rlhf.jobs.supervised_inputs import check_supervised_inputs
+from megatron_async_rlhf.jobs.supervised_inputs import SupervisedInputs, check_supervised_inputs, describe_supervised
 from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.launch.plan import plan_learner_alone, plan_processes
 from megatron_async_rlhf.simulate import prediction
@@ -52,25 +52,33 @@ def print_plan(config: RunConfig) -> None:
 
 
 def print_sft_plan(config: RunConfig) -> None:
-    """Of supervised fine-tuning: what it learns from, and its processes."""
-    with tempfile.TemporaryDirectory() as scratch:
-        make_model_template(config, Path(scratch))
-        inputs = check_supervised_inputs(config, Path(scratch))
-    train, batches = inputs.train, inputs.batches
+    """Of supervised fine-tuning: what it learns from, and its processes. Of a model that is not here, what its shape says."""
+    missing = missing_inputs(config)
+    if missing:
+        architecture, sequences = describe_supervised(config), config.supervised.sequences_per_step
+        said = ["answered conversations: not checked"]
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            make_model_template(config, Path(scratch))
+            inputs = check_supervised_inputs(config, Path(scratch))
+        architecture, sequences = inputs.architecture, max(map(len, inputs.batches))
+        said = [*_said_of(inputs), *inputs.data.notes]
     typer.echo(dump_config(config))
-    typer.echo(f"# policy: {inputs.architecture.num_parameters / 1e6:.2f} M parameters")
-    typer.echo(
-        f"# answered conversations: {len(train.rows)} to train on, {len(inputs.held_out)} held out; left out: "
-        f"{train.unanswered} without an answer, {train.too_long} too long"
-    )
-    sequences = sum(map(len, batches))
-    typer.echo(
-        f"# {len(batches)} steps of {sequences / len(batches):.4g} sequences: {sequences / len(train.rows):.1f} epochs"
-    )
-    for line in describe_learner(config, inputs.architecture, Work(sequences=max(map(len, batches)))):
-        typer.echo(f"# {line}")
-    for line in inputs.data.notes:
+    typer.echo(f"# policy: {architecture.num_parameters / 1e6:.2f} M parameters")
+    for line in (*said, *describe_learner(config, architecture, Work(sequences=sequences))):
         typer.echo(f"# {line}")
     nodes = planned_nodes(config)
     for process in plan_learner_alone(config, config.run.path.absolute(), nodes, "sft").processes:
         typer.echo(f"# {process.name}: {nodes[process.node].name}: {' '.join(process.arguments)}")
+    for line in missing:
+        typer.echo(f"# not checked, and needed for a start: {line}")
+
+
+def _said_of(inputs: SupervisedInputs) -> list[str]:
+    train, batches = inputs.train, inputs.batches
+    sequences = sum(map(len, batches))
+    return [
+        f"answered conversations: {len(train.rows)} to train on, {len(inputs.held_out)} held out; left out: "
+        f"{train.unanswered} without an answer, {train.too_long} too long",
+        f"{len(batches)} steps of {sequences / len(batches):.4g} sequences: {sequences / len(train.rows):.1f} epochs",
+    ]

@@ -13,6 +13,7 @@ import typer
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.config.resume import FIXED_OF_EVALUATION, check_same_run
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.formats.hub_snapshot import local_model
 from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
 from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption
@@ -65,7 +66,7 @@ def load_for_evaluation(config: Path, overrides: Sequence[str], resume: bool) ->
     Raises:
         ConfigError, CheckpointError: one line for each problem.
     """
-    from megatron_async_rlhf.jobs.evaluated_models import section_of, sources_of
+    from megatron_async_rlhf.jobs.evaluated_models import KEYS, section_of, sources_of
     from megatron_async_rlhf.launch.resume import load_for_run
 
     if (config / RESOLVED_CONFIG).is_file() and not (config / ANSWERS_DIR).is_dir():  # a run, and not an evaluation
@@ -74,7 +75,7 @@ def load_for_evaluation(config: Path, overrides: Sequence[str], resume: bool) ->
     else:
         resolved = load_for_run(config, overrides, resume)
     section, run_section = section_of(resolved), resolved.run
-    sources = {name: _policy_in(path) for name, path in sources_of(resolved).items()}
+    sources = {name: _policy_in(path, KEYS[name]) for name, path in sources_of(resolved).items()}
     if run_section.dir is None:
         run_section = run_section.model_copy(update={"dir": run_section.path.with_name(run_section.name + _SUFFIX)})
     changed: dict[str, Path] = {name: sources[name] for name in ("against", "kl_to") if name in sources}
@@ -91,9 +92,10 @@ def _quoted(path: Path) -> str:
     return json.dumps(str(path), ensure_ascii=False)
 
 
-def _policy_in(path: Path) -> Path:
+def _policy_in(path: Path, key: str) -> Path:
+    """The directory with the weights of what `key` names, which may be a model at the hub."""
     if not (path / RESOLVED_CONFIG).is_file():
-        return path
+        return local_model(path, key)
     from megatron_async_rlhf.converter.sources import resolve  # brings torch
 
     return resolve(path)
@@ -107,6 +109,7 @@ def check_evaluation(config: RunConfig, scratch: Path) -> "EvaluationInputs":
     """
     from megatron_async_rlhf.jobs.evaluated_models import config_for, load_evaluation, sources_of
     from megatron_async_rlhf.jobs.inputs import check_functions, check_policy_weights, make_model_template
+    from megatron_async_rlhf.jobs.reward_models import check_reward_models
 
     templates = {name: scratch / name for name in sources_of(config)}
     for name, template in templates.items():
@@ -115,6 +118,7 @@ def check_evaluation(config: RunConfig, scratch: Path) -> "EvaluationInputs":
     for name, model in inputs.models.items():
         check_policy_weights(config_for(config, name), model.architecture)
     check_functions(config, inputs.prompts)
+    check_reward_models(config, inputs.reward, inputs.train)
     return inputs
 
 
@@ -210,6 +214,6 @@ def _print_plan(config: RunConfig, resume: bool) -> None:
     nodes = planned_nodes(config)
     contexts: Mapping[str, int] = {name: model.context_length for name, model in inputs.models.items()}
     plan = plan_evaluation(config, config.run.path.absolute(), contexts, nodes)
-    for process in [spec for specs in plan.on_request.values() for spec in specs] + [plan.controller]:
+    for process in [*(spec for specs in plan.on_request.values() for spec in specs), *plan.processes]:
         where = f"GPUs {process.gpus}" if process.gpus else "any core"
         typer.echo(f"# {process.name}: {nodes[process.node].name}, {where}: {' '.join(process.arguments)}")

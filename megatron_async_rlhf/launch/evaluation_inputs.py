@@ -8,7 +8,13 @@ from msgspec import Struct
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.jobs.evaluated_models import KEYS, EvaluationInputs, sources_of
-from megatron_async_rlhf.launch.input_digests import PromptSet, digest_code, digest_prompts, digest_weights
+from megatron_async_rlhf.launch.input_digests import (
+    PromptSet,
+    digest_code,
+    digest_prompts,
+    digest_reward_models,
+    digest_weights,
+)
 from megatron_async_rlhf.telemetry.files import INPUTS, replace_file
 
 
@@ -17,11 +23,13 @@ class EvaluationDigests(Struct, frozen=True, kw_only=True):
     Attributes:
         weights: of each model.
         reward: of the source code that scores.
+        reward_models: of the weights of reward models; None without any.
     """
 
     prompts: PromptSet
     weights: dict[str, str]
     reward: str
+    reward_models: str | None = None
 
 
 def digest_evaluation(config: RunConfig, inputs: EvaluationInputs) -> EvaluationDigests:
@@ -33,6 +41,7 @@ def digest_evaluation(config: RunConfig, inputs: EvaluationInputs) -> Evaluation
         prompts=digest_prompts(inputs.prompts),
         weights={name: digest_weights(source, KEYS[name]) for name, source in sources_of(config).items()},
         reward=digest_code(inputs.reward),
+        reward_models=digest_reward_models(config),
     )
 
 
@@ -66,5 +75,8 @@ def check_same_evaluation(config: RunConfig, now: EvaluationDigests) -> None:
                 f"{KEYS[name]} = {sources_of(config)[name]}: its weights are not those of the answers in "
                 f"{config.run.path}{way_out}"
             )
+    if before.reward_models != now.reward_models:
+        where = ", ".join(f"{key}.model = {section.model}" for key, section in config.reward_models.items())
+        raise ConfigError(f"{where}: the weights are not those of the scores in {config.run.path}{way_out}")
     if before.reward != now.reward:
         raise ConfigError(f"reward: its code is not that of the scores in {config.run.path}{way_out}")

@@ -40,25 +40,28 @@ class InputDigests(Struct, frozen=True, kw_only=True):
     Attributes:
         weights: of `model.hf`; None without it.
         reward: of the source code that scores.
+        reward_models: of the weights in the directories of reward models; None without any, and of runs of before.
     """
 
     train: PromptSet
     eval: PromptSet
     weights: str | None
     reward: str | None
+    reward_models: str | None = None
     format: int = _FORMAT
 
 
 def digest_inputs(config: RunConfig, run_inputs: RunInputs) -> InputDigests:
     """
     Raises:
-        ConfigError: the weights of `model.hf` cannot be read.
+        ConfigError: the weights of `model.hf`, or of a reward model, cannot be read.
     """
     return InputDigests(
         train=digest_prompts(run_inputs.train),
         eval=digest_prompts(run_inputs.eval),
         weights=None if config.model.hf is None else digest_weights(config.model.hf),
         reward=digest_code(run_inputs.reward),
+        reward_models=digest_reward_models(config),
     )
 
 
@@ -130,6 +133,9 @@ def check_same_inputs(run_dir: Path, config: RunConfig, now: InputDigests, *, st
         raise ConfigError(
             f"model.hf = {config.model.hf}: its weights are not those that the run in {run_dir} was started with{way_out}"
         )
+    if before.reward_models != now.reward_models:
+        where = ", ".join(f"{key}.model = {section.model}" for key, section in config.reward_models.items())
+        raise ConfigError(f"{where}: the weights are not those that the run in {run_dir} was started with{way_out}")
     if before.reward != now.reward:
         types = ", ".join(reward.type for reward in config.rewards)
         return [f"reward.type = {types}: its code has changed since the run in {run_dir} was started"]
@@ -157,6 +163,12 @@ def digest_prompts(prompts: Sequence[Prompt]) -> PromptSet:
         solutions=_digest(_packed([prompt.reference, prompt.solution]) for prompt in prompts),
         tokens=_digest(_packed(prompt.token_ids) for prompt in prompts),
     )
+
+
+def digest_reward_models(config: RunConfig) -> str | None:
+    """Of the weights of all reward models; None without any."""
+    models = [_packed(digest_weights(section.model, f"{key}.model")) for key, section in config.reward_models.items()]
+    return _digest(models) if models else None
 
 
 def digest_weights(directory: Path, key: str = "model.hf") -> str:

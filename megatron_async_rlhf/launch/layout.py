@@ -1,8 +1,8 @@
-"""Which machine, and which GPU or core of it, every learner rank and generator worker gets. Pure.
+"""Which machine, and which GPU or core of it, every learner rank and every worker of a server gets. Pure.
 
-Learner ranks fill machines from the first on, generators from the last, so that each side keeps together. On GPUs
-every rank and worker has its own; a tensor-parallel group stays on one machine, where its links are fast. On CPUs both
-sides are spread evenly, and share cores when there are too few.
+Learner ranks fill machines from the first on, generators from the last, then the servers of reward models, so that each
+side keeps together. On GPUs every rank and worker has its own; a tensor-parallel group stays on one machine, where its
+links are fast. On CPUs learner and servers are spread evenly, and each side shares its cores when there are too few.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,17 @@ class Layout(Struct, frozen=True):
     Attributes:
         learners: of each rank, [ranks].
         generators: of each worker of each replica, [replicas, tensor parallel].
+        rewards: the same of each reward model whose servers the run starts, [models, replicas, tensor parallel].
     """
 
     learners: list[Slot]
     generators: list[list[Slot]]
+    rewards: list[list[list[Slot]]] = []
 
 
 def lay_out(config: RunConfig, nodes: Sequence[Node], replicas: int, ranks: int | None = None) -> Layout:
-    """Place the learner, and so many generator replicas.
+    """Place the learner, and so many generator replicas with the servers of reward models; without generators nobody asks
+    those.
 
     Args:
         ranks: of the learner, if not those configured; 0 for none.
@@ -44,15 +47,27 @@ def lay_out(config: RunConfig, nodes: Sequence[Node], replicas: int, ranks: int 
     learner = config.learner
     ranks = learner.world_size if ranks is None else ranks
     group = 1 if config.launch.tensor_parallel_across_nodes else learner.tensor_parallel
+    servers = [
+        (section.replicas, section.tensor_parallel) for section in config.served_reward_models.values() if replicas
+    ]
     if config.run.device == "cpu":
-        return _on_cores(nodes, ranks, group, replicas, config.generator.tensor_parallel)
+        kinds = [(replicas, config.generator.tensor_parallel), *servers]
+        learners, (generators, *rewards) = _on_cores(nodes, ranks, group, kinds)
+        return Layout(learners, generators, rewards)
     free = [list(range(len(node.gpus))) for node in nodes]
     learners = [slot for slots in _take(free, ranks // group, group, nodes, "learner") for slot in slots]
     if config.weights.transport == "ipc" and ranks:
-        return Layout(learners, [learners] * replicas)
-    backwards = _take(free[::-1], replicas, config.generator.tensor_parallel, nodes[::-1], "generator")
+        generators = [learners] * replicas
+    else:
+        generators = _take_backwards(free, replicas, config.generator.tensor_parallel, nodes, "generator")
+    return Layout(learners, generators, [_take_backwards(free, *server, nodes, "reward") for server in servers])
+
+
+def _take_backwards(free: list[list[int]], count: int, size: int, nodes: Sequence[Node], side: str) -> list[list[Slot]]:
+    """As `_take`, from the last machine on; in the order of machines."""
     last = len(nodes) - 1
-    return Layout(learners, sorted([Slot(last - slot.node, slot.device) for slot in slots] for slots in backwards))
+    taken = _take(free[::-1], count, size, nodes[::-1], side)
+    return sorted([Slot(last - slot.node, slot.device) for slot in slots] for slots in taken)
 
 
 def _take(free: list[list[int]], count: int, size: int, nodes: Sequence[Node], side: str) -> list[list[Slot]]:
@@ -63,7 +78,7 @@ def _take(free: list[list[int]], count: int, size: int, nodes: Sequence[Node], s
             taken.append([Slot(node, device) for device in devices[:size]])
             del devices[:size]
     if len(taken) < count:
-        key = "learner.ranks" if side == "learner" else "generator.replicas x tensor_parallel"
+        key = "learner.ranks" if side == "learner" else f"{side}.replicas x tensor_parallel"
         raise ConfigError(
             f"{key} = {count * size}: only {len(taken) * size} have a place, in groups of {side}.tensor_parallel = {size} on "
             f"one machine; free GPUs left: {', '.join(f'{len(f)} on {n.name}' for f, n in zip(free, nodes, strict=True))}; "
@@ -72,15 +87,28 @@ def _take(free: list[list[int]], count: int, size: int, nodes: Sequence[Node], s
     return taken
 
 
-def _on_cores(nodes: Sequence[Node], ranks: int, group: int, replicas: int, workers: int) -> Layout:
-    learners, generators = _shares(ranks // group, len(nodes)), _shares(replicas, len(nodes))[::-1]
-    layout = Layout([], [])
+def _on_cores(
+    nodes: Sequence[Node], ranks: int, group: int, kinds: Sequence[tuple[int, int]]
+) -> tuple[list[Slot], list[list[list[Slot]]]]:
+    """Slots of learner ranks, and of each kind of servers.
+
+    Args:
+        kinds: replicas, and workers of each of them.
+    """
+    learners, shares = (
+        _shares(ranks // group, len(nodes)),
+        [_shares(replicas, len(nodes))[::-1] for replicas, _ in kinds],
+    )
+    placed: list[Slot] = []
+    servers: list[list[list[Slot]]] = [[] for _ in kinds]
     for i, node in enumerate(nodes):
-        mine, theirs = place_on_cores(learners[i] * group, generators[i] * workers, node.cores)
-        layout.learners.extend(Slot(i, core) for core in mine)
-        slots = [Slot(i, core) for core in theirs]
-        layout.generators.extend(slots[first : first + workers] for first in range(0, len(slots), workers))
-    return layout
+        here = [share[i] * workers for share, (_, workers) in zip(shares, kinds, strict=True)]
+        mine, theirs = place_on_cores(learners[i] * group, sum(here), node.cores)
+        placed.extend(Slot(i, core) for core in mine)
+        slots = iter([Slot(i, core) for core in theirs])
+        for kind, share, (_, workers) in zip(servers, shares, kinds, strict=True):
+            kind.extend([next(slots) for _ in range(workers)] for _ in range(share[i]))
+    return placed, servers
 
 
 def _shares(count: int, nodes: int) -> list[int]:
@@ -89,9 +117,9 @@ def _shares(count: int, nodes: int) -> list[int]:
 
 
 def place_on_cores(ranks: int, workers: int, cores: Sequence[int]) -> tuple[list[int], list[int]]:
-    """A core of one machine for each learner rank and each generator worker, [ranks] and [workers].
+    """A core of one machine for each learner rank and each worker of a server, [ranks] and [workers].
 
-    Learner ranks fill cores from the front, generator workers from the back; when there are not enough, each side
+    Learner ranks fill cores from the front, workers from the back; when there are not enough, each side
     shares its own, so that a busy side never slows the other.
     """
     if len(cores) == 1:

@@ -27,6 +27,7 @@ class Node(Struct, frozen=True, kw_only=True):
         gpus: their names, as CUDA_VISIBLE_DEVICES wants them.
         ports: `PORTS` that nobody listens on.
         generator_ports: one for each replica, whether or not it will run here.
+        reward_ports: one for each replica of each reward model that the run serves.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Node(Struct, frozen=True, kw_only=True):
     gpus: list[str]
     ports: list[int]
     generator_ports: list[int]
+    reward_ports: list[int] = []
 
 
 def this_node(config: RunConfig, gpus: int, address: str = LOOPBACK) -> Node:
@@ -48,14 +50,16 @@ def this_node(config: RunConfig, gpus: int, address: str = LOOPBACK) -> Node:
         ConfigError: a configured port is in use, or no interface has the address.
     """
     generator_ports = _generator_ports(config)
+    ports = free_ports(PORTS + _reward_servers(config), taken=generator_ports)
     return Node(
         name=node_name(),
         address=address,
         interface=_interface_of(address),
         cores=sorted(os.sched_getaffinity(0)),
         gpus=_gpu_names(gpus),
-        ports=free_ports(PORTS, taken=generator_ports),
+        ports=ports[:PORTS],
         generator_ports=generator_ports,
+        reward_ports=ports[PORTS:],
     )
 
 
@@ -71,6 +75,7 @@ def planned_nodes(config: RunConfig) -> list[Node]:
             generator_ports=[
                 (config.generator.port or 20100) + replica for replica in range(config.generator.replicas)
             ],
+            reward_ports=list(range(20200, 20200 + _reward_servers(config))),
         )
         for i in range(config.launch.nodes)
     ]
@@ -165,6 +170,10 @@ def _generator_ports(config: RunConfig) -> list[int]:
         if not _is_free(port):
             raise ConfigError(f"generator.port = {first}: port {port} is in use; free it, or set 0 to pick one")
     return ports
+
+
+def _reward_servers(config: RunConfig) -> int:
+    return sum(section.replicas for section in config.served_reward_models.values())
 
 
 def _is_free(port: int) -> bool:

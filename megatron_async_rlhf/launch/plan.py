@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -18,6 +19,8 @@ from megatron_async_rlhf.generator.vllm.server import bf16_problem, records_vers
 from megatron_async_rlhf.jobs.lifecycle import END_AT_ONCE
 from megatron_async_rlhf.launch.layout import Slot, lay_out
 from megatron_async_rlhf.launch.nodes import Node
+from megatron_async_rlhf.models.classifier import read_classifier
+from megatron_async_rlhf.serving import reward_model_command
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, SERVED_DIR
 
 
@@ -28,6 +31,8 @@ class ProcessSpec(Struct, frozen=True, kw_only=True):
     Attributes:
         node: which machine, counted from the first, which supervises.
         end_signal: ends it at once, when nothing is left to be saved.
+        restarts: how often it may be started again once training has begun, if it dies or does nothing.
+        restarts_key: of the configuration, that says so.
         blocks_terminate: neither it nor what it starts ever gets a SIGTERM: a scheduler sends that to all of a job, which
             still needs it to finish its step and save.
     """
@@ -40,25 +45,32 @@ class ProcessSpec(Struct, frozen=True, kw_only=True):
     node: int = 0
     end_signal: int = signal.SIGTERM
     blocks_terminate: bool = False
+    restarts: int = 0
+    restarts_key: str = ""
 
 
 class ProcessPlan(Struct, frozen=True, kw_only=True):
     """All processes, in starting order; the controller is the one that decides when the run is over.
 
     Attributes:
-        restarts: how often each generator may be started again.
         on_request: generators that the controller asks for by these names, each set in the place of the one before.
+        rewards: servers of reward models.
     """
 
     learners: list[ProcessSpec]
     generators: list[ProcessSpec]
     controller: ProcessSpec
-    restarts: int = 0
     on_request: dict[str, list[ProcessSpec]] = {}
+    rewards: list[ProcessSpec] = []
+
+    @property
+    def servers(self) -> list[ProcessSpec]:
+        """Those without which a run can go on for a while."""
+        return [*self.generators, *self.rewards]
 
     @property
     def processes(self) -> list[ProcessSpec]:
-        return [*self.generators, *self.learners, self.controller]
+        return [*self.servers, *self.learners, self.controller]
 
 
 def plan_processes(
@@ -70,7 +82,7 @@ def plan_processes(
     *,
     budget: GpuBudget | None = None,
 ) -> ProcessPlan:
-    """Learner ranks, generators and the controller, which is on the first machine.
+    """Learner ranks, generators, servers of reward models, and the controller, which is on the first machine.
 
     Args:
         resume_from: policy version of the checkpoint to go on from.
@@ -88,26 +100,50 @@ def plan_processes(
     if config.run.device == "cpu" and config.generator.dtype == "bfloat16" and (problem := bf16_problem()):
         raise ConfigError(f"generator.dtype = bfloat16: {problem}")
     layout = lay_out(config, nodes, config.generator.replicas)
-    homes = [nodes[slots[0].node] for slots in layout.generators]
-    sites = [(home.address, home.generator_ports[i]) for i, home in enumerate(homes)]
+    rewards, reward_urls = plan_reward_servers(config, layout.rewards, nodes)
+    sites = _sites(layout.generators, nodes)
     template = run_dir / POLICY_TEMPLATE_DIR
-    generators = [
-        _generator(
-            config, f"generator.{i}", slots, home, server_command(config, template, site, context_length, budget)
-        )
-        for i, (slots, home, site) in enumerate(zip(layout.generators, homes, sites, strict=True))
-    ]
+    commands = [server_command(config, template, site, context_length, budget) for site in sites]
+    restarts = _Restarts("generator.restarts", config.generator.restarts if records_versions() else 0)
+    generators = _generators(config, "generator", layout.generators, nodes, commands, restarts)
     addresses = [
         *("--learner", _commands_at(layout.learners, nodes)),
         *(argument for host, port in sites for argument in ("--generator", f"http://{host}:{port}")),
+        *(argument for url in reward_urls for argument in ("--reward-server", url)),
         *("--transfer", "{}:{}".format(*_learner_address(layout.learners, nodes, 2))),
     ]
     return ProcessPlan(
         learners=_learners(config, run_dir, layout.learners, nodes),
         generators=generators,
+        rewards=rewards,
         controller=_controller(config, run_dir, nodes, [*addresses, *_resumption(resume_from)], "train"),
-        restarts=config.generator.restarts if records_versions() else 0,
     )
+
+
+def plan_reward_servers(
+    config: RunConfig, slots: Sequence[Sequence[Sequence[Slot]]], nodes: Sequence[Node]
+) -> tuple[list[ProcessSpec], list[str]]:
+    """The servers of all reward models that a run serves itself, and their addresses in the same order.
+
+    Args:
+        slots: of each worker, [models, replicas, tensor parallel].
+
+    Raises:
+        ConfigError: a model is not there.
+    """
+    specs: list[ProcessSpec] = []
+    urls: list[str] = []
+    for (key, section), replicas in zip(config.served_reward_models.items(), slots, strict=True):
+        context = section.context_length or read_classifier(f"{key}.model", section.model).context_length
+        for workers in replicas:
+            home = nodes[workers[0].node]
+            site = home.address, home.reward_ports[len(specs)]
+            command = reward_model_command.server_command(section, config, site, context)
+            environment = reward_model_command.server_environment(section, config, _device_names(config, workers, home))
+            restarts = _Restarts(f"{key}.restarts", section.restarts)
+            specs.append(_server(config, f"reward.{len(specs)}", workers, home, command, environment, restarts))
+            urls.append("http://{}:{}".format(*site))
+    return specs, urls
 
 
 def plan_learner_alone(
@@ -132,7 +168,8 @@ def plan_learner_alone(
 def plan_evaluation(
     config: RunConfig, run_dir: Path, contexts: Mapping[str, int], nodes: Sequence[Node]
 ) -> ProcessPlan:
-    """Servers of one model after the other, on the same slots and at the same addresses, without a learner.
+    """Servers of one model after the other, on the same slots and at the same addresses, without a learner; those of reward
+    models are there all the time.
 
     Args:
         contexts: most tokens of a sequence, for each model by its name.
@@ -140,26 +177,49 @@ def plan_evaluation(
     Raises:
         ConfigError: the machines have too few GPUs.
     """
-    replicas = lay_out(config, nodes, config.generator.replicas, ranks=0).generators
-    homes = [nodes[slots[0].node] for slots in replicas]
-    sites = [(home.address, home.generator_ports[i]) for i, home in enumerate(homes)]
-    servers = {
-        name: [
-            _generator(
-                config, f"{name}.{i}", slots, home,
-                server_command(config, run_dir / SERVED_DIR / name, site, context, serves=name),
-            )
-            for i, (slots, home, site) in enumerate(zip(replicas, homes, sites, strict=True))
-        ]
-        for name, context in contexts.items()
-    }  # fmt: skip
-    addresses = [argument for host, port in sites for argument in ("--generator", f"http://{host}:{port}")]
+    layout = lay_out(config, nodes, config.generator.replicas, ranks=0)
+    rewards, reward_urls = plan_reward_servers(config, layout.rewards, nodes)
+    sites = _sites(layout.generators, nodes)
+    never = _Restarts("", 0)  # what is answered stays, and the command can be given again
+    servers = {}
+    for name, context in contexts.items():
+        directory = run_dir / SERVED_DIR / name
+        commands = [server_command(config, directory, site, context, serves=name) for site in sites]
+        servers[name] = _generators(config, name, layout.generators, nodes, commands, never)
+    addresses = [
+        *(argument for host, port in sites for argument in ("--generator", f"http://{host}:{port}")),
+        *(argument for url in reward_urls for argument in ("--reward-server", url)),
+    ]
     return ProcessPlan(
         learners=[],
         generators=[],
+        rewards=rewards,
         controller=_controller(config, run_dir, nodes, addresses, "evaluate"),
         on_request=servers,
     )
+
+
+def _sites(replicas: Sequence[Sequence[Slot]], nodes: Sequence[Node]) -> list[tuple[str, int]]:
+    """Address and port of each generator."""
+    homes = [nodes[slots[0].node] for slots in replicas]
+    return [(home.address, home.generator_ports[i]) for i, home in enumerate(homes)]
+
+
+def _generators(
+    config: RunConfig,
+    name: str,
+    replicas: Sequence[Sequence[Slot]],
+    nodes: Sequence[Node],
+    commands: Sequence[list[str]],
+    restarts: "_Restarts",
+) -> list[ProcessSpec]:
+    """Servers `name.0`, `name.1` ..., one for each command."""
+    specs = []
+    for i, (slots, command) in enumerate(zip(replicas, commands, strict=True)):
+        home = nodes[slots[0].node]
+        environment = server_environment(config, _device_names(config, slots, home))
+        specs.append(_server(config, f"{name}.{i}", slots, home, command, environment, restarts))
+    return specs
 
 
 def _resumption(version: int | None) -> list[str]:
@@ -180,22 +240,40 @@ def _controller(config: RunConfig, run_dir: Path, nodes: Sequence[Node], argumen
     )
 
 
-def _generator(config: RunConfig, name: str, slots: Sequence[Slot], node: Node, arguments: list[str]) -> ProcessSpec:
-    """One server, on the machine of all its workers."""
-    on_gpus, devices = config.run.device == "cuda", [slot.device for slot in slots]
-    names = [node.gpus[device] if on_gpus else str(device) for device in devices]
+class _Restarts(NamedTuple):
+    """How often a server may be started again, and the key of the configuration that says so."""
+
+    key: str
+    limit: int
+
+
+def _server(
+    config: RunConfig,
+    name: str,
+    slots: Sequence[Slot],
+    node: Node,
+    arguments: list[str],
+    environment: dict[str, str],
+    restarts: _Restarts,
+) -> ProcessSpec:
+    """One vLLM server, on the machine of all its workers."""
     return ProcessSpec(
         name=name,
         arguments=arguments,
-        environment=_environment(
-            config, server_environment(config, names) | _network(node) | {"VLLM_HOST_IP": node.address}
-        ),
+        environment=_environment(config, environment | _network(node) | {"VLLM_HOST_IP": node.address}),
         cores=[],  # vLLM binds its workers itself; its front end may run wherever there is room
-        gpus=devices if on_gpus else [],
+        gpus=[slot.device for slot in slots] if config.run.device == "cuda" else [],
         node=slots[0].node,
         end_signal=signal.SIGINT,  # which vLLM takes as it takes a SIGTERM
         blocks_terminate=True,
+        restarts=restarts.limit,
+        restarts_key=restarts.key,
     )
+
+
+def _device_names(config: RunConfig, slots: Sequence[Slot], node: Node) -> list[str]:
+    """As vLLM's environment names the GPUs or cores."""
+    return [node.gpus[slot.device] if config.run.device == "cuda" else str(slot.device) for slot in slots]
 
 
 def _learners(config: RunConfig, run_dir: Path, slots: Sequence[Slot], nodes: Sequence[Node]) -> list[ProcessSpec]:

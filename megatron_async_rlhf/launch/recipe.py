@@ -101,9 +101,9 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
             )
     stages: list[Stage] = []
     problems = []
-    for stage in keys.stages:
+    for number, stage in enumerate(keys.stages):
         try:
-            stages.append(_stage(stage, file, directory, [one.name for one in stages], by_stage.get(stage.name, [])))
+            stages.append(_stage(stage, file, directory, names[:number], by_stage.get(stage.name, [])))
         except ConfigError as error:
             problems += [f"{stage.name}: {line}" for line in str(error).splitlines()]
     if problems:

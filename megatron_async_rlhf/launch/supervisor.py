@@ -1,18 +1,18 @@
 """Runs a job: starts every process on its machine, shows progress, watches them all, and ends them together.
 
     start all ─> watch ──┬─ controller ends with 0 ───────────────> completed
-                         ├─ a generator dies in training ──> start it again, same name, port, cores and log
+                         ├─ a server dies in training ──> start it again, same name, port, cores and log
                          ├─ the controller asks for other servers ──> end those there are, start the others
-                         ├─ the controller says that one does nothing ──> kill it: a generator has died
+                         ├─ the controller says that one does nothing ──> kill it: a server has died
                          ├─ any other death, a machine is lost ──> end the others ──> failed, naming it
                          └─ Ctrl-C, SIGTERM, SIGHUP, or a file `stop` in the run directory
                                 └──> controller finishes its step, saves and exports ──> interrupted
 
-A generator that has been started again `generator.restarts` times stays down when it dies once more: the controller
-goes on with the others, and ends the run when none is left. Before training begins a death is more likely a setting
+A server, a generator's or a reward model's, that has been started again `restarts` times stays down when it dies once
+more: the controller goes on with the others, and ends the run when none is left. Before training begins a death is more likely a setting
 that cannot work, and ends the run.
 
-The supervisor never talks to learner or generators; it owns only their lives. The controller's events come
+The supervisor never talks to learner or servers; it owns only their lives. The controller's events come
 through its standard output.
 """
 
@@ -72,7 +72,7 @@ class Supervisor:
         self._interrupts = 0
         self._stop_file = run_dir / STOP
         self._training = False
-        self._restarts = {spec.name: 0 for spec in plan.generators}
+        self._restarts = {spec.name: 0 for spec in plan.servers if spec.restarts}
         self._started: dict[str, float] = {}  # seconds since the epoch
         self._learner_is_silent = False
         self._killed: dict[str, str] = {}  # processes that did nothing, and how that was found
@@ -197,35 +197,32 @@ class Supervisor:
 
     def _dead(self) -> list[Process]:
         """Processes that ended when they should not have. Learner ranks leave just before the controller does, and a
-        generator that may no longer be started again is the controller's affair."""
+        server that may no longer be started again is the controller's affair."""
         learners = {spec.name for spec in self._plan.learners}
-        expendable = set(self._restarts) if self._can_revive() else set()
+        expendable = set(self._restarts) if self._training else set()
         return [
             p
             for p in self._processes
             if p.returncode is not None and p.name not in expendable and not (p.returncode == 0 and p.name in learners)
         ]
 
-    def _can_revive(self) -> bool:
-        return self._training and self._plan.restarts > 0
-
     def _revive(self) -> None:
-        """Start generators that died again, unless they have been too often."""
-        if not self._can_revive():
+        """Start servers that died again, unless they have been too often."""
+        if not self._training:
             return
         for i, process in enumerate(self._processes):
-            used = self._restarts.get(process.name)
-            if used is None or process.returncode is None or used > self._plan.restarts:
+            used, limit = self._restarts.get(process.name), process.spec.restarts
+            if used is None or process.returncode is None or used > limit:
                 continue
             self._restarts[process.name] = used + 1
             process.kill_group(signal.SIGKILL)  # its workers hold the cores, and perhaps the port
             process.clean_up()
-            if used == self._plan.restarts:
-                self._display.note(f"{process.name} {process.ending()}; generator.restarts = {used} are used up")
+            if used == limit:
+                self._display.note(
+                    f"{process.name} {process.ending()}; {process.spec.restarts_key} = {used} are used up"
+                )
                 continue
-            self._display.note(
-                f"{process.name} {process.ending()}; started again ({used + 1} of {self._plan.restarts})"
-            )
+            self._display.note(f"{process.name} {process.ending()}; started again ({used + 1} of {limit})")
             self._killed.pop(process.name, None)
             self._processes[i] = self._start_process(process.spec)
 

@@ -27,6 +27,7 @@ def pipeline(
 
     from megatron_async_rlhf.launch.recipe import load_recipe
     from megatron_async_rlhf.pipeline.driver import PIPELINE, Driver
+    from megatron_async_rlhf.pipeline.plot import write_plot
 
     loaded = load_recipe(recipe, set)
     warn(check_surroundings())
@@ -39,5 +40,7 @@ def pipeline(
             watch=lambda line: status.update(line.replace("[", r"\[")),
         )
         code = driver.run()
-    console.print(f"{loaded.directory / PIPELINE}", markup=False)
+    for path in (loaded.directory / PIPELINE, write_plot(loaded)):
+        if path is not None:
+            console.print(f"{path}", markup=False)
     raise typer.Exit(code)

@@ -1,40 +1,20 @@
-"""A user's own function as a reward: called in worker processes, each call with a time limit.
-
-    score ──> a free worker calls the function ──> scores, or one line on what is wrong with them
-                     │
-                     └── it takes too long, or the worker dies: the worker is replaced
+"""A user's own function as a reward, called in worker processes with all completions of a prompt.
 
 The event loop only waits. A function that fails ends the run, or earns its completions 0 (`reward.on_error`).
 """
 
-import asyncio
-import logging
-import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from pebble import ProcessExpired, ProcessPool
+from typing import Any
 
 from megatron_async_rlhf.config.rewards import FunctionRewardSection
 from megatron_async_rlhf.errors import ConfigError, RewardError
 from megatron_async_rlhf.rewards.base import Score
-from megatron_async_rlhf.rewards.function_worker import begin, call, describe
+from megatron_async_rlhf.rewards.failing import plain_scores, scores_after
+from megatron_async_rlhf.rewards.function_worker import call, describe
+from megatron_async_rlhf.rewards.workers import TimeLimit, Workers, call_apart
 from megatron_async_rlhf.types import Completion, Prompt
 from megatron_async_rlhf.user_functions import Parameters, file_of
-
-_log = logging.getLogger(__name__)
-
-# A worker may be ended by whoever ends a whole job, which tells every process of it.
-_ATTEMPTS = 2
-
-
-class TimeLimit(NamedTuple):
-    """Of one call, and the key of the configuration that says so."""
-
-    key: str
-    seconds: float
 
 
 class FunctionReward:
@@ -47,8 +27,7 @@ class FunctionReward:
     def __init__(self, section: FunctionRewardSection) -> None:
         self._section = section
         self._name = f"reward function {section.function}"
-        self._pool: ProcessPool | None = None
-        self._starting = asyncio.Lock()
+        self._workers = Workers(section.workers, TimeLimit("reward.timeout_s", section.timeout_s))
 
     def check(self, prompt: Prompt) -> None:
         """Every prompt will do: only the function knows what it needs."""
@@ -61,35 +40,24 @@ class FunctionReward:
             "prompt": prompt.text,
             "completions": [completion.text for completion in completions],
         }
-        may_fail = self._section.on_error == "zero"
+        on_error = self._section.on_error
         try:
             scores = await self._call(given)
         except RewardError as error:
             failure = f"{self._name} {error}; the prompt is {prompt.name}"
-            if not may_fail:
-                raise RewardError(f"{failure}. Correct the function, or set reward.on_error = zero") from None
-            _log.error("%s", failure)
-            return [Score(reward=0.0, metrics={"reward_failed": 1.0}, failure=failure) for _ in completions]
-        return [Score(reward=score, metrics={"reward_failed": 0.0} if may_fail else {}) for score in scores]
+            return scores_after(failure, len(completions), on_error, way_out="Correct the function")
+        return plain_scores(scores, on_error)
 
     def sources(self) -> list[Path]:
         path = file_of(self._section.function)
         return [] if path is None else [path]
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
+        self._workers.close()
 
     async def _call(self, given: Mapping[str, Any]) -> list[float]:
         """Raises RewardError: what went wrong, to follow the function's name."""
-        async with self._starting:  # many prompts may be the first
-            if self._pool is None:
-                self._pool = await asyncio.to_thread(_started_pool, self._section.workers)
-        pool = self._pool
-        limit = TimeLimit("reward.timeout_s", self._section.timeout_s)
-        answer = await _outcome(pool, limit, call, self._section.function, given)
+        answer = await self._workers.call(call, self._section.function, given)
         if isinstance(answer, str):
             raise RewardError(answer)
         return answer
@@ -123,14 +91,10 @@ def inspect_function(name: str, function: str, limit: TimeLimit) -> Parameters:
     Raises:
         ConfigError: it cannot be imported in time.
     """
-    pool = _started_pool(1)
     try:
-        answer = asyncio.run(_outcome(pool, limit, describe, function))
+        answer = call_apart(limit, describe, function)
     except RewardError as error:
         answer = str(error)
-    finally:
-        pool.stop()
-        pool.join()
     if isinstance(answer, str):
         raise ConfigError(f"{name} {answer}")
     return answer
@@ -152,27 +116,3 @@ def check_parameters(
         raise ConfigError(
             f"{kwargs_key}.{unknown[0]}: the function has no such parameter, only {', '.join(parameters.names)}"
         )
-
-
-async def _outcome(pool: ProcessPool, limit: TimeLimit, what: Callable[..., Any], *arguments: Any) -> Any:
-    """What a worker answers.
-
-    Raises:
-        RewardError: it did not.
-    """
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            return await asyncio.wrap_future(pool.schedule(what, arguments, timeout=limit.seconds))
-        except TimeoutError:
-            raise RewardError(f"did not return within {limit.key} = {limit.seconds:g}") from None
-        except ProcessExpired as error:
-            if attempt == _ATTEMPTS:
-                raise RewardError(f"ended its process {attempt} times, with exit code {error.exitcode}") from None
-        except BrokenProcessPool as error:
-            raise RewardError(f"has no processes to run in: {error}") from None
-    raise AssertionError("unreachable")
-
-
-def _started_pool(workers: int) -> ProcessPool:
-    """In processes made anew: a copy of this one would have its sockets."""
-    return ProcessPool(max_workers=workers, initializer=begin, context=multiprocessing.get_context("spawn"))

@@ -7,17 +7,11 @@ not survive the way to another process.
 import asyncio
 import inspect
 import math
-import os
 from numbers import Real
 from typing import Any
 
 from megatron_async_rlhf.errors import UserFunctionError
 from megatron_async_rlhf.user_functions import Parameters, find_function, parameters_of, raised
-
-
-def begin() -> None:
-    """What the function prints must not get between the lines of the controller's standard output."""
-    os.dup2(2, 1)
 
 
 def describe(function: str) -> Parameters | str:

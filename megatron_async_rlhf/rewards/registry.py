@@ -1,24 +1,36 @@
 """From the configuration's `reward` to the object that scores."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import assert_never
 
+from megatron_async_rlhf.config.judge import JudgeRewardSection
 from megatron_async_rlhf.config.rewards import (
     BuiltinRewardSection,
     FunctionRewardSection,
     Gsm8kRewardSection,
+    IfevalRewardSection,
+    LengthRewardSection,
+    MathRewardSection,
     RewardEntry,
+    RewardModelSection,
 )
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.builtin import BuiltinReward
 from megatron_async_rlhf.rewards.function import FunctionReward
 from megatron_async_rlhf.rewards.gsm8k import Gsm8kReward
+from megatron_async_rlhf.rewards.ifeval import Ifeval
+from megatron_async_rlhf.rewards.judge.reward import JudgeReward
+from megatron_async_rlhf.rewards.length import LengthReward
+from megatron_async_rlhf.rewards.math_answer import MathAnswer
+from megatron_async_rlhf.rewards.reward_model import ModelReward
+from megatron_async_rlhf.rewards.verifier import Verification, WorkerVerifier
 from megatron_async_rlhf.rewards.weighted_sum import Part, WeightedSum
 
 
-def make_reward(entries: Sequence[RewardEntry]) -> Reward:
-    """The reward that these entries describe together."""
-    rewards = [_make(entry) for entry in entries]
+def make_reward(entries: Sequence[RewardEntry], run_dir: Path = Path(".")) -> Reward:
+    """The reward that these entries describe together. In `run_dir` it may keep what it has found out."""
+    rewards = [_make(entry, run_dir) for entry in entries]
     if len(rewards) == 1 and entries[0].weight == 1:
         return rewards[0]
     return WeightedSum(
@@ -29,7 +41,7 @@ def make_reward(entries: Sequence[RewardEntry]) -> Reward:
     )
 
 
-def _make(entry: RewardEntry) -> Reward:
+def _make(entry: RewardEntry, run_dir: Path) -> Reward:
     match entry:
         case BuiltinRewardSection():
             return BuiltinReward()
@@ -37,5 +49,22 @@ def _make(entry: RewardEntry) -> Reward:
             return Gsm8kReward(entry.format_reward)
         case FunctionRewardSection():
             return FunctionReward(entry)
+        case RewardModelSection():
+            return ModelReward(entry)
+        case LengthRewardSection():
+            return LengthReward(entry)
+        case JudgeRewardSection():
+            return JudgeReward(entry, run_dir)
+        case IfevalRewardSection() | MathRewardSection():
+            return WorkerVerifier(entry, verification_of(entry))
         case unknown:
             assert_never(unknown)
+
+
+def verification_of(entry: IfevalRewardSection | MathRewardSection) -> Verification:
+    """What its workers do."""
+    match entry:
+        case IfevalRewardSection():
+            return Ifeval(mode=entry.mode, aggregate=entry.aggregate)
+        case MathRewardSection():
+            return MathAnswer()

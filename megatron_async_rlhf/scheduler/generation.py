@@ -24,7 +24,7 @@ from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.scoring import ScoredGroup, score_group
 from megatron_async_rlhf.scheduler.signal import Signal
 from megatron_async_rlhf.scheduler.state import ReadyGroup
-from megatron_async_rlhf.telemetry.busy import GeneratorsBusy
+from megatron_async_rlhf.telemetry.busy import ServersBusy
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Completion
 
@@ -75,7 +75,7 @@ class Generation:
         self._clock = clock
         self._samplers: dict[int, asyncio.Task] = {}  # by group index; those of a rollout share one
         self.ready = {group.index: group for group in ready}
-        self.busy = GeneratorsBusy(clock, on_any=recorder.generators_were_busy, on_one=recorder.generator_was_busy)
+        self.busy = ServersBusy(clock, on_any=recorder.generators_were_busy, on_one=recorder.server_was_busy)
 
     def cancel(self) -> None:
         """Give up what is under way."""
@@ -129,11 +129,17 @@ class Generation:
         start = self._clock()
         requests = [self._request(ticket) for ticket in tickets]
         extra = self._held_out() if evaluating else []
-        async with self._under_way(len(tickets)):
+        scoring: dict[int, asyncio.Task[ScoredGroup]] = {}  # by place; each begins when its completions are there
+        async with self._under_way(len(tickets)), _tasks() as tasks:
+
+            def score(place: int, completions: list[Completion]) -> None:
+                if place < len(tickets):
+                    scoring[place] = tasks.create_task(self._score(tickets[place], completions))
+
             with self.busy.any:
-                completions = await self._pool.sample_together([*requests, *extra])
+                completions = await self._pool.sample_together([*requests, *extra], score)
             took = self._clock() - start
-            scored = await asyncio.gather(*map(self._score, tickets, completions[: len(requests)]))
+            scored = await asyncio.gather(*(scoring[place] for place in range(len(tickets))))
             for ticket, group in zip(tickets, scored, strict=True):
                 self._arrived(ticket, group, took)
             if evaluating:
@@ -226,3 +232,13 @@ class Generation:
 
     async def _waited_for_no_more(self, late: set[int]) -> None:
         await self._changed.wait_until(lambda: not late & self._pacer.stragglers())
+
+
+@asynccontextmanager
+async def _tasks() -> AsyncIterator[asyncio.TaskGroup]:
+    """Tasks beside the body; the first of all that fails ends all, and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None

@@ -25,11 +25,10 @@ from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, Gener
 from megatron_async_rlhf.generator.protocol import Generator, Receiver, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
 from megatron_async_rlhf.scheduler.signal import Signal
-from megatron_async_rlhf.telemetry.busy import GeneratorsBusy
+from megatron_async_rlhf.serving.returning import wait_for_return
+from megatron_async_rlhf.telemetry.busy import ServersBusy
 from megatron_async_rlhf.types import Completion
 
-_WATCH_S = 0.5
-_RESTART_S = 5.0  # so soon after its loss a generator's process has been started again
 _MAX_LOSSES_PER_REQUEST = 9  # a request that outlives this many generators probably kills them
 
 
@@ -89,7 +88,7 @@ class GeneratorPool:
         self._on_silent = on_silent
         self._changed = Signal()
         self.on_change: Callable[[], Awaitable[None]] | None = None
-        self.busy = GeneratorsBusy(time.time, on_any=lambda span: None, on_one=lambda span: None)
+        self.busy = ServersBusy(time.time, on_any=lambda span: None, on_one=lambda span: None)
         self._last_loss = "none answered"
         self._held = False  # by a push
         self._dealing = False  # by `sample_together`, while requests queue at paused engines
@@ -115,16 +114,30 @@ class GeneratorPool:
         """Completions that could start at once."""
         return self._room
 
-    async def sample_together(self, requests: Sequence[SamplingRequest]) -> list[list[Completion]]:
-        """Completions of every request, in order, which is the one they run in. Nothing else may be running."""
+    async def sample_together(
+        self,
+        requests: Sequence[SamplingRequest],
+        on_complete: Callable[[int, list[Completion]], None] = lambda place, completions: None,
+    ) -> list[list[Completion]]:
+        """Completions of every request, in order, which is the one they run in. Nothing else may be running.
+
+        Args:
+            on_complete: told of each request's completions as soon as they are there, with its place in the order.
+        """
         requests = [msgspec.structs.replace(request, order=place) for place, request in enumerate(requests)]
         async with asyncio.TaskGroup() as tasks:
             self._dealing = True
             try:
                 members = await self._paused_members()
                 shares = [requests[i :: len(members)] for i in range(len(members))]
+
+                async def sampled(member: Member, request: SamplingRequest) -> list[Completion]:
+                    completions = await self._sample_at(member, request)
+                    on_complete(request.order, completions)
+                    return completions
+
                 pending = [
-                    [tasks.create_task(self._sample_at(member, request)) for request in share]
+                    [tasks.create_task(sampled(member, request)) for request in share]
                     for member, share in zip(members, shares, strict=True)
                 ]
                 queued = zip(members, map(len, shares), strict=True)
@@ -193,28 +206,16 @@ class GeneratorPool:
 
     async def _is_back(self, member: Member) -> bool:
         """Wait until a lost generator answers, and mark it returned; False if it is in use again by then."""
-        generator, clock = member.generator, asyncio.get_running_loop().time
-        lost = heard = clock()  # a refused connection is a sign of life: something is being started
-        while member.standing is Standing.LOST:
-            try:
-                await generator.probe()
-            except GeneratorSilentError as error:
-                if clock() - heard >= self._silence_limit_s:
-                    self._on_silent(generator, GeneratorSilentError(str(error), silent_s=clock() - heard))
-                    heard = clock()
-            except GeneratorError:
-                heard = clock()
-            else:
-                if member.standing is not Standing.LOST:
-                    return False
-                await self._stand(Standing.RETURNED, member)
-                return True
-            if clock() - lost >= self._return_timeout_s:
-                why = f"{generator.name}: not ready within generator.start_timeout_s = {self._return_timeout_s:g}"
-                self._on_silent(generator, GeneratorSilentError(why, silent_s=clock() - lost - _RESTART_S))
-                lost = clock()
-            await asyncio.sleep(_WATCH_S)
-        return False
+        is_back = await wait_for_return(
+            member.generator,
+            is_lost=lambda: member.standing is Standing.LOST,
+            return_timeout_s=self._return_timeout_s,
+            silence_limit_s=self._silence_limit_s,
+            on_silent=lambda error: self._on_silent(member.generator, error),
+        )
+        if is_back:
+            await self._stand(Standing.RETURNED, member)
+        return is_back
 
     async def mark_lost(self, generator: Receiver, error: GeneratorGoneError) -> None:
         """A generator does not answer any more."""

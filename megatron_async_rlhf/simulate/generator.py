@@ -14,7 +14,7 @@ from typing import Any
 from megatron_async_rlhf.config.sections import GeneratorSection
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError, InvariantError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
-from megatron_async_rlhf.generator.silence import StallDetector
+from megatron_async_rlhf.serving.silence import StallDetector
 from megatron_async_rlhf.simulate.engine import Engine, EngineSequence
 from megatron_async_rlhf.simulate.exchange import Exchange
 from megatron_async_rlhf.simulate.invariants import Ledger

@@ -1,4 +1,4 @@
-"""When the generators were at work, as spans, although each works on many requests at once."""
+"""When servers were at work, as spans, although each works on many requests at once."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -51,29 +51,33 @@ class BusyTime:
             self._since, self._done = None, {}
 
 
-class GeneratorsBusy:
-    """When anything was being sampled: by any generator, for the totals, and by each of them, for its own lane.
+class ServersBusy:
+    """When anything was being done: by any server, for the totals, and by each of them, for its own lane.
 
     Attributes:
-        any: of all generators together.
+        any: of all servers together.
     """
 
-    def __init__(self, clock: Callable[[], float], *, on_any: OnSpan, on_one: OnSpan) -> None:
-        self._clock, self._on_one = clock, on_one
-        self.any = BusyTime("generate", "generators", clock, on_any)
+    def __init__(self, clock: Callable[[], float], *, what: str = "generate", on_any: OnSpan, on_one: OnSpan) -> None:
+        """
+        Args:
+            what: they do, the name of every span.
+        """
+        self._clock, self._what, self._on_one = clock, what, on_one
+        self.any = BusyTime(what, "", clock, on_any)
         self._one: dict[str, BusyTime] = {}
         self._frozen = False
 
-    def at(self, generator: str) -> BusyTime:
-        """Of one generator."""
-        if generator not in self._one:
-            self._one[generator] = BusyTime("generate", generator, self._clock, self._on_one)
+    def at(self, server: str) -> BusyTime:
+        """Of one server."""
+        if server not in self._one:
+            self._one[server] = BusyTime(self._what, server, self._clock, self._on_one)
             if self._frozen:
-                self._one[generator].freeze()
-        return self._one[generator]
+                self._one[server].freeze()
+        return self._one[server]
 
     def freeze(self) -> None:
-        """All generators are paused."""
+        """All of them are paused."""
         self._frozen = True
         for busy in (self.any, *self._one.values()):
             busy.freeze()

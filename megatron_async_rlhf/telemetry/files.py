@@ -33,6 +33,7 @@ SERVED_DIR = "served"  # of an evaluation: each model as its servers load it
 ANSWERS_DIR = "progress"  # of an evaluation: what it has so far, to go on from
 ANSWERS = "answers.jsonl"
 EVALUATION = "eval.json"
+REWARD_CENTERS = "reward_centers.json"  # what is subtracted from a reward model's scores, by the reward's key
 FAILED_BATCH = "non_finite_batch.json"
 
 _RESERVE_BYTES = 64 * 2**10

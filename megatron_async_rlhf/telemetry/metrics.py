@@ -34,6 +34,7 @@ SUMMARY = [
         ("wall_seconds", "s", "the RL loop: first batch submitted to last push done"),
         ("generate_busy_seconds", "s", "of it, something was being sampled, by any generator; not while weights change"),
         ("train_busy_seconds", "s", "of it, the learner had a rollout to train"),
+        ("reward_busy_seconds", "s", "of it, a reward model's server was scoring (`reward_model`)"),
         ("overlap_efficiency", "share", "the larger of the two busy times over `wall_seconds`: 1 means the slower side never waited"),
         ("samples_generated", "completions", "that were begun: the sum of the next five, of a run with generators"),
         ("samples_trained", "completions", "that were trained on, once or in several epochs"),
@@ -92,8 +93,8 @@ TRACE_ARGS = [
     Key(*row)
     for row in (
         ("version", "steps", "policy version: after a step, of a push, of an evaluation or of a checkpoint"),
-        ("samples", "completions", "that were trained on, sampled meanwhile, or held out"),
-        ("tokens", "tokens", "of these completions"),
+        ("samples", "completions", "that were trained on, sampled or scored meanwhile, or held out"),
+        ("tokens", "tokens", "of these completions; scored ones with their conversations"),
         ("bytes", "bytes", "of weights that arrived at generator workers"),
         ("digests", "digests", "that were compared"),
     )

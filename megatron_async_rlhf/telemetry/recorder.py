@@ -142,8 +142,13 @@ class Recorder:
         """At least one completion was being sampled."""
         self.totals.generate_busy_s += span.end - span.start
 
-    def generator_was_busy(self, span: Span) -> None:
-        """One of them was sampling."""
+    def reward_models_were_busy(self, span: Span) -> None:
+        """At least one completion was being scored by a server."""
+        if self._loop_start is not None:  # evaluations before and after are no part of the loop
+            self.totals.reward_busy_s += span.end - span.start
+
+    def server_was_busy(self, span: Span) -> None:
+        """A generator was sampling, or a reward model's server scoring."""
         self._spans.append(span)
 
     def learner_was_busy(self, rollout: Span, parts: Sequence[Span]) -> None:

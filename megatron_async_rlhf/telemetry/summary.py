@@ -68,6 +68,7 @@ class RunTotals(Struct):
     wall_s: float = 0.0
     generate_busy_s: float = 0.0
     train_busy_s: float = 0.0
+    reward_busy_s: float = 0.0
     samples_generated: int = 0
     samples_trained: int = 0
     samples_not_selected: int = 0
@@ -112,6 +113,7 @@ class RunTotals(Struct):
             "wall_seconds": round(self.wall_s, 3),
             "generate_busy_seconds": round(self.generate_busy_s, 3),
             "train_busy_seconds": round(self.train_busy_s, 3),
+            "reward_busy_seconds": round(self.reward_busy_s, 3),
             "overlap_efficiency": round(max(self.generate_busy_s, self.train_busy_s) / self.wall_s, 4)
             if self.wall_s
             else 0.0,

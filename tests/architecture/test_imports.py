@@ -19,7 +19,7 @@ ORDER = [
     ["types", "errors", "devices", "environment", "limits", "suggestions", "options", "algorithms", "evaluation"],
     ["user_functions"],
     ["config", "hub", "installed", "interpreter", "json_lines"],
-    ["models", "data", "telemetry", "usage"],
+    ["models", "data", "serving", "telemetry", "usage"],
     ["formats", "rewards"],
     ["weights", "estimate"],
     ["generator", "learner"],

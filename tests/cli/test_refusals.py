@@ -157,7 +157,7 @@ COMMAND_LINES = [
     (["trian", "c.yaml"], ["no command trian", "did you mean train?"]),
     (["export", "a", "b"], ["no command export", "did you mean export-hf?"]),
     (["xyzzy"], ["no command xyzzy", "train, "]),
-    (["sft", "c.yaml"], ["warm_start.steps = 0", "at least 1"]),
+    (["sft", "c.yaml"], ["warm_start.steps = 0", "sft: {epochs: 1}"]),
     (["sweep", "c.yaml"], ["sweep: missing", "examples/sweep.yaml"]),
     (["sweep", "c.yaml", "--max-seconds", "soon"], ["--max-seconds", "must be a number"]),
     (["replay", "c.yaml"], ["c.yaml is no run"]),
@@ -312,7 +312,10 @@ def test_sft_has_a_dry_run(capsys: pytest.CaptureFixture[str]):
     assert run_command_line(app, ["sft", "c.yaml", "--dry-run", "-s", "warm_start.steps=4"]) == 0
     output = capsys.readouterr()
     assert output.err == "" and "steps: 4" in output.out
-    assert "# solutions: 32 of 32 prompts" in output.out and "# 4 steps of 64 sequences: 8.0 epochs" in output.out
+    assert (
+        "# answered conversations: 32 to train on" in output.out
+        and "# 4 steps of 64 sequences: 8.0 epochs" in output.out
+    )
     assert "# learner.0: " in output.out and "generator.0" not in output.out
     assert sorted(path.name for path in Path().iterdir()) == ["c.yaml"]
 

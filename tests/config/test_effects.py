@@ -9,7 +9,11 @@ from megatron_async_rlhf.config.effects import _NEEDS, _value_of
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.errors import ConfigError
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
+EXAMPLES = sorted(  # the stages of a recipe are no runs by themselves; tests/pipeline has them
+    path
+    for path in (Path(__file__).parents[2] / "examples").rglob("*.yaml")
+    if not (path.parent / "pipeline.yaml").exists()
+)
 CUDA = {"run": {"device": "cuda"}, "weights": {"transport": "nccl"}}
 GSM8K = {"data": {"train": "train.jsonl", "solution_field": "answer"}, "reward": {"type": "gsm8k"}}
 # What is set in vain, and the whole line.
@@ -51,6 +55,11 @@ IN_VAIN = [
         "data.prompt_field = question has no effect with data.train = builtin, which has no columns: remove it, or set data.train",
     ),
     ({"data": {"solution_field": "answer"}}, "data.solution_field = answer has no effect with data.train = builtin"),
+    (
+        {"data": {"chosen_field": "a", "rejected_field": "b"}},
+        "data.chosen_field = a has no effect with data.train = builtin",
+    ),
+    ({"data": {"bad_records": "drop"}}, "data.bad_records = drop has no effect with data.train = builtin"),
 ]
 IN_USE = [
     {**GSM8K, "reward": {"type": "gsm8k", "format_reward": 0.3}},

@@ -11,7 +11,11 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.errors import ConfigError
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml"))
+EXAMPLES = sorted(  # the stages of a recipe are no runs by themselves; tests/pipeline has them
+    path
+    for path in (Path(__file__).parents[2] / "examples").rglob("*.yaml")
+    if not (path.parent / "pipeline.yaml").exists()
+)
 
 
 def test_defaults(load):
@@ -166,7 +170,7 @@ BAD_VALUES = [
     ("algorithm", {"samples_per_prompt": 1}, ["algorithm.samples_per_prompt = 1", "at least 2"]),
     ("algorithm", {"beta": -0.1}, ["algorithm.beta = -0.1", "greater than 0"]),
     ("algorithm", {"loss": "hinge"}, ["algorithm.loss = hinge", "'sigmoid' or 'ipo'"]),
-    ("reward", [{"type": "gsm8k"}, {"type": "length"}], ["reward.1.type = length", "one of builtin, gsm8k, function"]),
+    ("reward", [{"type": "gsm8k"}, {"type": "taste"}], ["reward.1.type = taste", "one of builtin, gsm8k, function"]),
     ("reward", [{"type": "builtin", "format_reward": 0.2}], ["reward.0.format_reward", "reward.0.type = gsm8k"]),
     ("reward", [{}, {"type": "builtin"}], ["2 entries are called builtin", "name"]),
     ("reward", [{}, 3], ["reward.1 = 3", "{type: builtin}"]),
@@ -179,6 +183,8 @@ BAD_VALUES = [
         ["reward.kwargs.completions", "rename one"],
     ),
     ("reward", {"type": "gsm8k"}, ["reward.type = gsm8k", "data.train", "data.solution_field"]),
+    ("reward", {"type": "math"}, ["reward.type = math", "data.train", "data.solution_field"]),
+    ("reward", {"type": "ifeval"}, ["reward.type = ifeval", "data.train", "instruction_id_list and kwargs"]),
     ("reward", {"type": "gsm8k", "format_reward": 2}, ["reward.format_reward = 2", "at most 1"]),
     (
         "data",
@@ -203,6 +209,13 @@ def test_a_verifier_or_warm_start_without_solutions_is_refused(load):
     refused(lambda: load(data=data, reward=reward), "data.solution_field")
     refused(lambda: load(data=data, reward=reward, warm_start={"steps": 5}), "data.solution_field")
     assert load(data=data | {"solution_field": "answer"}, reward=reward, warm_start={"steps": 5}).warm_start.steps == 5
+
+
+def test_the_former_default_of_the_prompt_column_is_passed_over_where_nothing_has_columns(load):
+    """It stands in the resolved configurations of older runs."""
+    assert load(data={"prompt_field": "prompt"}) == load()
+    data, reward = {"train": "t.jsonl", "prompt_field": "prompt", "solution_field": "a"}, {"type": "gsm8k"}
+    assert load(data=data, reward=reward).data.prompt_field == "prompt"
 
 
 BAD_ON_GPUS = [
@@ -252,6 +265,15 @@ def test_a_long_value_is_shortened(load):
 )
 def test_a_bad_override_is_refused(load, override: str, named: list[str]):
     refused(lambda: load(override, run={"seed": 1}), *named)
+
+
+def test_a_number_is_an_entry_of_a_list(load):
+    rewards = [{"type": "builtin", "name": "a"}, {"type": "builtin", "name": "b"}]
+    assert [entry.weight for entry in load("reward.1.weight=3", reward=rewards).rewards] == [1.0, 3.0]
+    refused(
+        lambda: load("reward.2.weight=3", reward=rewards), "reward is a list, whose entries are reward.0 to reward.1"
+    )
+    refused(lambda: load("reward.weight=3", reward=rewards), "reward is a list, whose entries are reward.0 to reward.1")
 
 
 @pytest.mark.parametrize(

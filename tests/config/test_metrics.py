@@ -1,7 +1,14 @@
 """Which metrics a run has follows from its configuration; all that are documented are some run's."""
 
+from megatron_async_rlhf.config.judge import JudgeRewardSection
 from megatron_async_rlhf.config.metrics import metric_names
-from megatron_async_rlhf.config.rewards import BuiltinRewardSection, FunctionRewardSection, Gsm8kRewardSection
+from megatron_async_rlhf.config.rewards import (
+    BuiltinRewardSection,
+    FunctionRewardSection,
+    Gsm8kRewardSection,
+    IfevalRewardSection,
+    MathRewardSection,
+)
 from megatron_async_rlhf.telemetry.metrics import METRICS
 
 
@@ -25,6 +32,8 @@ def test_in_a_list_every_reward_has_a_metric_of_its_own_and_its_name_before_the_
 def test_every_documented_metric_is_some_runs(load):
     sections = ({"type": "online_dpo"}, {"type": "ppo"}, {"type": "grpo", "correction": {"type": "truncate"}})
     function = FunctionRewardSection(function="a.py:b", on_error="zero")
-    rewards = ([Gsm8kRewardSection()], [function])
+    endpoint = {"url": "http://localhost:8000/v1", "model": "m"}
+    judges = [[JudgeRewardSection(form=form, **endpoint)] for form in ("pairwise", "pointwise")]
+    rewards = ([Gsm8kRewardSection()], [function], [IfevalRewardSection()], [MathRewardSection()], *judges)
     found = {n for s in sections for r in rewards for n in metric_names(load(algorithm=s).algorithm, r)}
     assert found | {"step", "time"} == {key.name for key in METRICS}

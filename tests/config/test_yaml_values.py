@@ -9,6 +9,7 @@ from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.config.schema import section_at, types_at
 from megatron_async_rlhf.config.sections import WandbKeys
 from megatron_async_rlhf.config.yaml_values import parse_value
+from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.stages import expand_stages
 from megatron_async_rlhf.suggestions import closest
 from megatron_async_rlhf.sweep.points import expand
@@ -116,6 +117,15 @@ def test_values_that_a_sweep_moves_are_what_their_keys_want(tmp_path: Path, load
     points = expand(parse_value(path.read_text())).points
     assert [(point.name, point.config.weights.verify) for point in points] == [("every-a", "every"), ("off-a", "off")]
     assert points[0].config.learner.learning_rate == 1e-6
+
+
+def test_an_address_in_a_section_that_might_be_a_list_is_text():
+    """Not a key that lacks the space after its colon."""
+    tree = parse_value("reward:\n  type: judge\n  url: http://localhost:8000/v1\n")
+    assert tree["reward"]["url"] == "http://localhost:8000/v1"
+    assert parse_value("reward: [{type: judge, url: http://localhost/v1}]")["reward"][0]["url"] == "http://localhost/v1"
+    with pytest.raises(ConfigError, match="reward = type:gsm8k lacks the space"):
+        parse_value("reward: type:gsm8k")
 
 
 def test_stages_get_what_was_written(tmp_path: Path, load):

@@ -97,6 +97,7 @@ PUBLISHED = {
         [("user", "Add.\n\n1 2")], "3", ["instruction", "context", "response"],
     ),
     "GSM8K": ({"question": "1+1?", "answer": "2\n#### 2"}, [("user", "1+1?")], "2\n#### 2", ["question", "answer"]),
+    "numbers as answers": ({"question": "1+1?", "answer": "2"}, [("user", "1+1?")], "2", ["question", "answer"]),
     "ShareGPT": (
         {"id": "x", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
         [("user", "Hi")], "Hello.", ["conversations"],

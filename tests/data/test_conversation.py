@@ -187,6 +187,8 @@ LIST = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"
         ([{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}], conversation("u", "a")),
         ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], one_turn("ab")),
         ([{"role": "user", "content": ["a", "b"]}], one_turn("ab")),
+        ([{"role": None, "content": None, "from": "human", "value": "u"}], one_turn("u")),
+        ([{"role": "user", "content": "u", "from": None, "value": None}], one_turn("u")),
         ([{"role": "user", "content": "u", "name": "x", "tool_calls": None}], one_turn("u")),
     ],
 )
@@ -202,6 +204,7 @@ def test_conversations_are_read(value: object, messages: list[Message]):
         ([{"role": "user"}], "message 1, has 'role', and not `role` and `content`"),
         ([{}], "message 1, has nothing, and not"),
         ([{"role": 3, "content": "x"}], "has a number as its role"),
+        ([{"role": None, "content": "x"}], "has null as its role"),
         ([{"role": "user", "content": None}], "has null as its content"),
         ([{"role": "user", "content": [{"type": "image"}]}], "a part of the content that is of the type 'image'"),
         ([{"role": "user", "content": [3]}], "a part of the content that is a number"),

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,12 @@ def test_what_lies_beside_the_training_data(tmp_path: Path):
         Path(f"data/{name}.csv").write_text(f"prompt,answer\n{name},a\n")
     data = DataSection(train="data/train.csv", eval="test.csv", eval_prompts=1, solution_field="answer")
     assert [example.text for example in load_examples(data, "eval", 0)] == ["test"]
+
+
+@pytest.mark.parametrize("source", ["a.csv", "a.parquet", "hf:org/data:train"])
+def test_without_the_library_what_it_reads_is_refused_and_the_rest_is_not(source: str, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a.csv", "a.parquet", "a.jsonl", "a.json"):
+        WRITTEN[name]()
+    monkeypatch.setitem(sys.modules, "datasets", None)  # an import fails
+    assert "datasets is not installed, which reads it; install `datasets`" in refusal_of(source)
+    assert len(examples_of("a.jsonl")) == len(examples_of("a.json")) == len(RECORDS)

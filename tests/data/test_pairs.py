@@ -183,6 +183,14 @@ def test_a_pair_without_a_margin_has_none_among_others_that_have_one():
     assert [pair.margin for pair in pairs] == [1.0, None]
 
 
+def test_scores_of_a_csv_file_are_numbers():
+    Path("t.csv").write_text("prompt,chosen,rejected,score_chosen,score_rejected\n1 + 1,2,3,7.5,1e0\n2 + 2,4,5,,\n")
+    Path("e.jsonl").write_text('{"prompt": "x", "chosen": "y", "rejected": "z"}\n')
+    data = DataSection(train="t.csv", eval="e.jsonl", eval_prompts=1)
+    pairs = load_pairs(data, "train", 0)
+    assert [(pair.chosen, pair.rejected, pair.margin) for pair in pairs] == [("2", "3", 6.5), ("4", "5", None)]
+
+
 def test_sides_that_are_missing_are_named():
     with pytest.raises(
         DataError, match="no field 'chosen', the fields present are 'prompt', 'a'; set data.chosen_field"

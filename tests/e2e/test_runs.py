@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from tiny_reward_model import make_reward_model, scores_of
 from trace_nesting import dropped, slices
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -10,17 +11,21 @@ from megatron_async_rlhf.config.metrics import metric_names
 from megatron_async_rlhf.telemetry.metrics import METRICS, SUMMARY, TRACE_ARGS, WARM_START
 
 LAYOUTS = [
-    pytest.param((1, 1, 1), "async", 1, id="tp1-generator-tp1"),
-    pytest.param((1, 2, 1), "sync", 1, id="pp2-generator-tp1-sync", marks=pytest.mark.thorough),
-    pytest.param((2, 2, 2), "async", 2, id="tp2-pp2-generator-tp2"),
+    pytest.param((1, 1, 1), "async", 1, False, id="tp1-generator-tp1"),
+    pytest.param((1, 2, 1), "sync", 1, False, id="pp2-generator-tp1-sync", marks=pytest.mark.thorough),
+    pytest.param((2, 2, 2), "async", 2, True, id="tp2-pp2-generator-tp2-reward-model"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "mode", "bound"), LAYOUTS)
-def test_a_run_in_every_layout(start, layout, mode, bound):
+@pytest.mark.parametrize(("layout", "mode", "bound", "has_reward_model"), LAYOUTS)
+def test_a_run_in_every_layout(start, tmp_path, layout, mode, bound, has_reward_model):
     tensor, pipeline, generator_tensor = layout
+    reward = f"{{type: reward_model, model: {tmp_path / 'rm'}, center_on_solutions: 8}}"
+    if has_reward_model:
+        make_reward_model(tmp_path / "rm")
     run = start(
+        f"reward={reward if has_reward_model else '{type: builtin}'}",
         f"learner.tensor_parallel={tensor}",
         f"learner.pipeline_parallel={pipeline}",
         f"generator.tensor_parallel={generator_tensor}",
@@ -66,6 +71,8 @@ def test_a_run_in_every_layout(start, layout, mode, bound):
     assert {"generator.0", "learner", "learner.0", "weights", "evaluation"} <= {
         e["args"]["name"] for e in events if e["ph"] == "M"
     }
+    if has_reward_model:
+        assert_rewards_are_the_models(run, tmp_path / "rm")
     assert list((run.directory / "wandb").glob("offline-run-*"))
     assert_export_answers_like_the_generators(run)
 
@@ -83,6 +90,19 @@ def assert_names_are_documented(run):
     assert {name for event in trace["traceEvents"] if event["ph"] == "X" for name in event.get("args", {})} == {
         key.name for key in TRACE_ARGS
     }
+
+
+def assert_rewards_are_the_models(run, directory):
+    """Of held-out completions that ended, those that Transformers computes; every completion is in the server's lane."""
+    center = json.loads((run.directory / "reward_centers.json").read_text())["reward"]
+    lines = run.lines("evaluations.jsonl")
+    expected = scores_of(directory, ((line["prompt"], line["completion"]) for line in lines))
+    unfinished = load_config(run.directory / "config.yaml").algorithm.missing_eos_reward
+    for line, score in zip(lines, expected, strict=True):
+        assert line["reward"] == unfinished or line["reward"] + center == pytest.approx(score, abs=1e-4)
+    assert 0 < run.summary()["reward_busy_seconds"] <= run.summary()["wall_seconds"]
+    spans = slices(json.loads((run.directory / "trace.json").read_text()))["reward.0", "reward.0"]
+    assert sum(span["args"]["samples"] for span in spans) == 4 * 8 * 3 + 2 * 50 + 8
 
 
 def assert_export_answers_like_the_generators(run):

@@ -15,7 +15,7 @@ from megatron_async_rlhf import limits
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.places import places, places_problem, threads_problem
-from megatron_async_rlhf.generator.vllm.connection import NO_LIMIT, Connection
+from megatron_async_rlhf.serving.connection import NO_LIMIT, Connection
 
 FILES = resource.RLIMIT_NOFILE
 SAMPLE = "/inference/v1/generate"

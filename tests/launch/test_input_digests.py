@@ -107,6 +107,14 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_warning(run: Run):
         run.check()
 
 
+def test_a_run_from_before_columns_were_recognised_goes_on(run: Run):
+    """Its resolved configuration has `prompt_field: prompt`, which was the default."""
+    earlier = run.config("data.prompt_field=prompt")
+    check_same_run(earlier, run.config("data.prompt_field=null"), contents_are_compared=True)
+    with pytest.raises(ConfigError, match="data.prompt_field = null: the run in runs/run was started with prompt"):
+        check_same_run(earlier, run.config("data.prompt_field=null"))
+
+
 def test_the_same_data_may_lie_elsewhere(run: Run):
     earlier = run.config()
     Path("moved").mkdir()
@@ -160,7 +168,8 @@ def test_a_small_file_is_read_whole(tmp_path: Path):
         content = bytearray(40)
         content[number] = 1
         (tmp_path / "a.safetensors").write_bytes(content)
-        (tmp_path / f"{input_digests._weights(tmp_path)}.seen").touch()
+        digest = input_digests._weights("model.hf", tmp_path)
+        (tmp_path / f"{digest}.seen").touch()
     assert len(list(tmp_path.glob("*.seen"))) == 40
 
 

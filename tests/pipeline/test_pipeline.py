@@ -10,6 +10,7 @@ import yaml
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.recipe import Recipe, load_recipe
 from megatron_async_rlhf.pipeline.driver import Driver
+from megatron_async_rlhf.pipeline.plot import write_plot
 
 STAND_IN = Path(__file__).parents[1] / "sweep" / "stand_in.py"
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
@@ -118,6 +119,18 @@ def test_figures_of_stages_are_repeated(rig: Rig):
     assert rig.record["proxy"]["accuracy"] == {"mean": 0.9, "low": 0.8, "high": 0.95}
 
 
+def test_rewards_with_parts_are_drawn(rig: Rig):
+    rig.drive()
+    recipe, run = rig.load(), rig.folder / "runs/small/rl"
+    assert write_plot(recipe) is None
+    steps = [
+        {"step": n, "reward/proxy": 0.1 * n, "reward/gold": 0.05 * n, "kl_to_reference": 0.01 * n} for n in (1, 2, 3)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    path = write_plot(recipe)
+    assert path is not None and path.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -144,3 +157,15 @@ def test_what_is_wrong_with_a_recipe_is_one_line(rig: Rig, change: dict, line: s
 def test_an_override_names_its_stage(rig: Rig, override: str, line: str):
     with pytest.raises(ConfigError, match=line):
         rig.load(override)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    sorted((Path(__file__).parents[2] / "examples").glob("*/pipeline.yaml")),
+    ids=lambda path: path.parent.name,
+)
+def test_the_recipes_load(recipe: Path):
+    loaded = load_recipe(recipe.parent)
+    assert loaded.name == recipe.parent.name
+    used = {recipe.name, *(stage["config"] for stage in yaml.safe_load(recipe.read_text())["stages"])}
+    assert {path.name for path in recipe.parent.glob("*.yaml")} == used, "a file of no stage"

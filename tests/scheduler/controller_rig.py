@@ -6,9 +6,8 @@ import random
 
 from scheduler_fakes import FakeGenerator, FakeLearner
 
-from megatron_async_rlhf.checkpoint.run_checkpoints import has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState
-from megatron_async_rlhf.checkpoint.saver import CheckpointSaver, Kept
+from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.learner.protocol import PushWeights, TrainRollout
@@ -69,15 +68,7 @@ class Rig:
             generator_bytes=8,
             totals=resumed.totals if resumed else None,
         )
-        self.saver = CheckpointSaver(
-            self.config,
-            directory,
-            self.learner,
-            self.recorder,
-            resumed,
-            kept=Kept(metric=self.config.checkpoint.keep_best, best=self.config.checkpoint.best),
-            has_reference=has_own_reference(self.config),
-        )
+        self.saver = CheckpointSaver.of_run(self.config, directory, self.learner, self.recorder, resumed)
         prompts = [Prompt(index=i, text=str(i), token_ids=[1, 2], reference={}) for i in range(20)]
         self.prompts = PromptOrder(prompts, seed)
         self.controller = Controller(

@@ -9,6 +9,7 @@ from scheduler_fakes import FakeGenerator, FakeLearner
 
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import load_run_inputs, make_model_template
 from megatron_async_rlhf.jobs.train import Job
 from megatron_async_rlhf.learner.protocol import Answer, Command, ExportWeights, Score, TrainRollout, TrainSupervised
@@ -54,7 +55,15 @@ class Run:
         rng = random.Random(0)
         self.learner = Learner(rng)
         self.generator = Generator("generator.0", rng)
-        self.job = Job(config, directory, run_inputs, self.learner, [self.generator], ("127.0.0.1", 1), None)
+        self.job = Job(
+            config,
+            directory,
+            run_inputs,
+            self.learner,
+            [self.generator],
+            Addresses(learner="", transfer=("127.0.0.1", 1)),
+            None,
+        )
         self.saved = RunCheckpoints(directory).versions
 
     def __call__(self) -> "Run":

@@ -6,8 +6,8 @@ import pytest
 
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
 from megatron_async_rlhf.generator.protocol import SamplingRequest
-from megatron_async_rlhf.scheduler import pool as pool_module
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
+from megatron_async_rlhf.serving import returning
 from megatron_async_rlhf.types import Completion, Prompt
 
 PROMPT = Prompt(index=0, text="p", token_ids=[1, 2], reference={})
@@ -132,7 +132,7 @@ def test_requests_of_a_dead_generator_go_elsewhere_and_count_as_lost():
 
 
 def test_a_generator_that_is_back_serves_after_a_push_only(monkeypatch):
-    monkeypatch.setattr(pool_module, "_WATCH_S", 0.001)
+    monkeypatch.setattr(returning, "_WATCH_S", 0.001)
 
     async def test():
         engines, pool = make()
@@ -167,7 +167,7 @@ def test_after_a_failed_push_nobody_holds_weights():
 
 
 def test_when_all_are_gone_for_good_somebody_says_so(monkeypatch):
-    monkeypatch.setattr(pool_module, "_WATCH_S", 0.001)
+    monkeypatch.setattr(returning, "_WATCH_S", 0.001)
 
     async def test():
         engines, pool = make(timeout=0.05)
@@ -182,7 +182,7 @@ def test_when_all_are_gone_for_good_somebody_says_so(monkeypatch):
 
 
 def test_whoever_is_back_is_waited_for_however_long_its_weights_take(monkeypatch):
-    monkeypatch.setattr(pool_module, "_WATCH_S", 0.001)
+    monkeypatch.setattr(returning, "_WATCH_S", 0.001)
 
     async def test():
         (engine,), pool = make(1, timeout=0.02)
@@ -272,7 +272,7 @@ def test_a_generator_that_answers_nothing_is_reported_once_with_all_its_requests
 
 
 def test_a_lost_generator_whose_engine_leaves_probes_unanswered_is_reported_again(monkeypatch):
-    monkeypatch.setattr(pool_module, "_WATCH_S", 0.001)
+    monkeypatch.setattr(returning, "_WATCH_S", 0.001)
 
     async def test():
         silent = []
@@ -297,8 +297,8 @@ def test_a_lost_generator_whose_engine_leaves_probes_unanswered_is_reported_agai
 
 
 def test_a_generator_that_never_gets_ready_again_is_reported_although_others_serve(monkeypatch):
-    monkeypatch.setattr(pool_module, "_WATCH_S", 0.001)
-    monkeypatch.setattr(pool_module, "_RESTART_S", 0.01)
+    monkeypatch.setattr(returning, "_WATCH_S", 0.001)
+    monkeypatch.setattr(returning, "_RESTART_S", 0.01)
 
     async def test():
         silent = []

@@ -1,9 +1,11 @@
 import asyncio
 
 import pytest
+from controller_rig import LengthReward, Rig
 
 from megatron_async_rlhf.algorithms.reward_shaping import RewardMoments
 from megatron_async_rlhf.config.algorithms import OnlineDPOSection
+from megatron_async_rlhf.errors import RewardError
 from megatron_async_rlhf.rewards.base import Score, Verifier
 from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_facts, score_group
 from megatron_async_rlhf.scheduler.training_batch import select_training_samples
@@ -71,3 +73,42 @@ def test_gaps_are_taken_over_tokens_of_the_same_version_only():
     gaps = logprob_gaps([completion(1, 2), completion()], [[-0.25, -0.75], []], version=1)
     assert gaps == [0.25]
     assert logprob_gaps([completion(1)], [[-0.5]], version=3) == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_groups_of_a_batch_are_scored_as_they_complete_and_leave_together(tmp_path, fails):
+    """Scoring the first group begins while others are sampled; what is trained on does not depend on that."""
+
+    class Watching(LengthReward):
+        first = asyncio.Event()
+
+        async def score(self, prompt, completions):
+            self.first.set()
+            if fails:
+                raise RewardError("no score")
+            return await super().score(prompt, completions)
+
+    async def go() -> None:
+        rig = Rig(tmp_path, reward=Watching(), mode="sync", steps=2)
+        (generator,) = rig.generators
+        sample, complete = generator.sample, 0
+
+        async def last_waits_for_a_score(request):
+            nonlocal complete
+            completions = await sample(request)
+            complete += 1
+            if complete == 3:  # of the first batch
+                async with asyncio.timeout(10):
+                    await Watching.first.wait()
+            return completions
+
+        generator.sample = last_waits_for_a_score
+        if fails:
+            with pytest.raises(RewardError, match="no score"):
+                await rig.controller.run()
+            assert rig.recorder.totals.samples_cancelled == rig.recorder.totals.samples_generated == 6
+            return
+        await rig.controller.run()
+        assert rig.order() == ["0", "p1", "1", "p2"]
+
+    asyncio.run(go())

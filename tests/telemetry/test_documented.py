@@ -9,14 +9,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from trace_nesting import slices
 
+from megatron_async_rlhf.config.judge import JudgeRewardSection
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.rewards import FunctionRewardSection
 from megatron_async_rlhf.config.written_key import Key
 from megatron_async_rlhf.rewards.builtin import BuiltinReward
 from megatron_async_rlhf.rewards.function import FunctionReward
 from megatron_async_rlhf.rewards.gsm8k import Gsm8kReward
+from megatron_async_rlhf.rewards.ifeval import Ifeval
+from megatron_async_rlhf.rewards.judge.reward import JudgeReward
+from megatron_async_rlhf.rewards.math_answer import MathAnswer
+from megatron_async_rlhf.rewards.verifier import Task
 from megatron_async_rlhf.simulate.scenario import Scenario
 from megatron_async_rlhf.simulate.simulation import Simulation
 from megatron_async_rlhf.simulate.virtual_time import run_in_virtual_time
@@ -87,7 +93,7 @@ def test_metrics_of_the_controller(run):
     assert reported - of_the_learner == names(METRICS)
 
 
-def test_metrics_of_the_rewards():
+def test_metrics_of_the_rewards(tmp_path):
     prompt = Prompt(index=0, text="", token_ids=[1], reference={"kind": "copy", "answer": "1", "solution": "#### 1"})
     completion = Completion(token_ids=[1], logprobs=[0.0], versions=[0], finished=True, text="#### 1")
     reported = {
@@ -95,6 +101,16 @@ def test_metrics_of_the_rewards():
     }
     section = FunctionRewardSection(function="nowhere.py:score", on_error="zero")
     (score,) = asyncio.run(FunctionReward(section).score(prompt, [completion]))
+    reported |= MathAnswer().judge(Task("", {"solution": "1"}), "1")[1].keys()
+    instruction = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    reported |= Ifeval(mode="strict", aggregate="all").judge(Task("", instruction), "1")[1].keys()
+    for form in ("pairwise", "pointwise"):  # that nobody answers
+        keys = {"form": form, "on_error": "zero", "timeout_s": 0.1, "give_up_s": 0.1}
+        section = JudgeRewardSection(url="http://127.0.0.1:9/v1", model="m", **keys)
+        (failed, _) = asyncio.run(
+            JudgeReward(section, tmp_path).score(prompt, [completion, replace(completion, text="2")])
+        )
+        reported |= failed.metrics.keys()
     assert reported | set(score.metrics) == names(METRICS, "reward")
 
 

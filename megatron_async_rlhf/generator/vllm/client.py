@@ -17,8 +17,8 @@ from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
-from megatron_async_rlhf.generator.silence import StallDetector
-from megatron_async_rlhf.generator.vllm.connection import NO_LIMIT, Connection
+from megatron_async_rlhf.serving.connection import NO_LIMIT, Connection
+from megatron_async_rlhf.serving.silence import StallDetector
 from megatron_async_rlhf.types import Completion
 
 # vLLM's `RequestOutputKind`. Left to its default, 0.26 answers a request for several samples with those that ended in

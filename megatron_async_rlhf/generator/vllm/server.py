@@ -1,7 +1,6 @@
 """The command line and environment that start one vLLM server. Plain strings: no vllm import, no process."""
 
 import json
-import sys
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -10,9 +9,9 @@ from pathlib import Path
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.generator_memory import GpuBudget
 from megatron_async_rlhf.generator.vllm.plugin import BACKEND
+from megatron_async_rlhf.serving.vllm_command import ON_CPU, common_arguments, common_environment
 
 _BF16_ON_CPU_SINCE = (0, 32)
-_PREFILL_TOKENS = 4096  # prompt tokens of one engine step
 
 _PUSHED = (
     *("--load-format", "dummy"),  # the first push brings the weights
@@ -37,27 +36,22 @@ def server_command(
     Args:
         serves: what to call the model whose weights are in `model_dir`; None: they will be pushed.
         budget: of a GPU that a learner rank is on too. Else vLLM measures what is free, and takes its share of that.
-
-    The module is started directly: the `vllm` script of the CPU distribution looks up its metadata under
-    another name and fails.
     """
-    generator, (host, port) = config.generator, address
+    generator = config.generator
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(model_dir)),
-        *("--served-model-name", serves or "policy"),
-        *("--host", host),
-        *("--port", str(port)),
-        *("--dtype", generator.dtype),
-        *("--seed", str(config.run.seed)),
-        *("--tensor-parallel-size", str(generator.tensor_parallel)),
-        *("--max-model-len", str(context_length)),
-        *("--max-num-seqs", str(generator.max_concurrent)),
-        *("--max-num-batched-tokens", str(max(context_length, _PREFILL_TOKENS))),
+        *common_arguments(
+            model_dir,
+            serves or "policy",
+            address,
+            dtype=generator.dtype,
+            seed=config.run.seed,
+            tensor_parallel=generator.tensor_parallel,
+            context_length=context_length,
+            max_concurrent=generator.max_concurrent,
+        ),
         *("--generation-config", "vllm"),
         *("--scheduling-policy", "priority"),  # requests run in the controller's order, not the network's
         "--enable-server-load-tracking",
-        "--disable-uvicorn-access-log",
         *(["--enable-scale-out"] if _scale_out_is_optional() else []),  # tokens in, tokens out
         # Requests that keep their cache through an update hold blocks of older weights, and vLLM cannot empty its
         # prefix cache while they do: the next request with the same prompt would go on from those.
@@ -104,8 +98,7 @@ def _vllm_mentions(files: str, word: str) -> bool:
 
 def _device_arguments(config: RunConfig, budget: GpuBudget | None) -> list[str]:
     if config.run.device == "cpu":
-        # A prompt is prefilled in one go: in vLLM 0.32 a seeded request whose prefill is cut in two crashes the worker.
-        return ["--enforce-eager", "--no-enable-chunked-prefill"]
+        return ON_CPU
     memory = ["--gpu-memory-utilization", str(budget.share if budget else config.generator.gpu_memory_share)]
     if budget:
         # vLLM would take what the learner allocates meanwhile for its own, and give up where the learner frees some.
@@ -122,19 +115,12 @@ def server_environment(config: RunConfig, devices: list[str]) -> dict[str, str]:
     if config.run.device == "cuda":
         # Its second model runner rounds logits / temperature to the dtype of the weights before it samples, and says what it
         # sampled from: with bf16 further from the learner's policy than one that divides in float32, as the first does.
-        placed = {"CUDA_VISIBLE_DEVICES": ",".join(devices), "VLLM_USE_V2_MODEL_RUNNER": "0"}
+        own = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     else:
-        placed = {
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join(devices),
-            "VLLM_CPU_KVCACHE_SPACE": str(config.generator.kv_cache_gib),
-            # Matrices are repacked with every push: else glibc keeps holes of all their sizes (80 % more memory).
-            "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
-            "OMP_NUM_THREADS": "1",
-        }
-    return placed | {
+        # Matrices are repacked with every push: else glibc keeps holes of all their sizes (80 % more memory).
+        own = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
+    return common_environment(config.run.device, devices, kv_cache_gib=config.generator.kv_cache_gib) | {
+        **own,
         "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and weight-update routes
-        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
-        "VLLM_NO_USAGE_STATS": "1",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it filters tokens, which we never do, and may not be installed
-        "TOKENIZERS_PARALLELISM": "false",
     }

@@ -16,8 +16,13 @@ class StallDetector:
     paused nothing is expected of it.
     """
 
-    def __init__(self, name: str, limit_s: float) -> None:
+    def __init__(self, name: str, limit_s: float, *, section: str = "generator") -> None:
+        """
+        Args:
+            section: of the configuration, where `request_timeout_s` stands.
+        """
         self._name = name
+        self._section = section
         self._limit_s = limit_s
         self._broken = float("-inf")  # when it last was
         self._paused = False
@@ -67,7 +72,7 @@ class StallDetector:
                 if left <= 0:
                     raise GeneratorSilentError(
                         f"{self._name}: has answered no request for {self._limit_s:g} s; see its log, or raise "
-                        "generator.request_timeout_s",
+                        f"{self._section}.request_timeout_s",
                         silent_s=self._limit_s,
                     )
                 await asyncio.wait([task], timeout=left)

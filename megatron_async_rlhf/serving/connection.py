@@ -12,7 +12,8 @@ from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, Gener
 from megatron_async_rlhf.limits import open_files
 
 NO_LIMIT = 0.0
-_SAMPLE = "/inference/v1/generate"
+CLASSIFY = "/classify"
+_TAKE_PLACES = {"/inference/v1/generate", CLASSIFY}
 _ENDING = b"Server shutting down"  # what vLLM's engine says to whatever it is asked after it was told to end
 # Of a connection that this machine does not even try to make: the server has nothing to do with it.
 _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
@@ -22,12 +23,19 @@ class Connection:
     """JSON in, JSON out. A request that is cancelled here is cancelled at the server too.
 
     Attributes:
-        places: requests for samples that may be under way at once; others wait for one to end, in order. All other
-            requests are sent at once.
+        places: requests for samples or scores that may be under way at once; others wait for one to end, in order. All
+            other requests are sent at once.
     """
 
-    def __init__(self, name: str, url: str, timeout_s: float, places: int = 2**16) -> None:
+    def __init__(
+        self, name: str, url: str, timeout_s: float, places: int = 2**16, *, section: str = "generator"
+    ) -> None:
+        """
+        Args:
+            section: of the configuration, where `request_timeout_s` and `max_concurrent` stand.
+        """
         self._name = name
+        self._section = section
         self._timeout_s = timeout_s
         self.places = places
         self._free_places = asyncio.Semaphore(places)
@@ -78,7 +86,7 @@ class Connection:
         self, method: str, path: str, body: dict | None, limit: float, answer: Any = dict[str, Any]
     ) -> Any:
         name = self._name
-        place = self._free_places if path == _SAMPLE else contextlib.nullcontext()
+        place = self._free_places if path in _TAKE_PLACES else contextlib.nullcontext()
         try:
             async with (
                 place,
@@ -89,7 +97,7 @@ class Connection:
                 status, content = response.status, await response.read()
         except TimeoutError:
             raise GeneratorSilentError(
-                f"{name}: no answer to {path} within {limit:g} s; see its log, or raise generator.request_timeout_s",
+                f"{name}: no answer to {path} within {limit:g} s; see its log, or raise {self._section}.request_timeout_s",
                 silent_s=limit,
             ) from None
         except aiohttp.ClientError as error:
@@ -110,7 +118,7 @@ class Connection:
         if number in (errno.EMFILE, errno.ENFILE):
             raise GeneratorError(
                 f"{self._name}: no further connection, the limit of open files ({open_files()}) is reached; raise it "
-                "(ulimit -n), or lower generator.max_concurrent"
+                f"(ulimit -n), or lower {self._section}.max_concurrent"
             ) from None
         if number in _OURS:
             raise GeneratorError(f"{self._name}: this machine makes no further connection ({error})") from None

@@ -1,0 +1,67 @@
+"""Memory of one worker of a reward model's server (a vLLM process), in bytes, as of a generator's worker without pushes."""
+
+from dataclasses import dataclass
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.generator_memory import CACHE_BLOCK_TOKENS, GIB, PREFILL_TOKENS
+from megatron_async_rlhf.formats.classifier_weights import classifier_numbers
+from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
+from megatron_async_rlhf.models.classifier import read_classifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardMemory:
+    """Bytes of one worker of a model.
+
+    Attributes:
+        key: of the model's section.
+        cache: key-value cache; negative if nothing is left for it.
+        cache_tokens: tokens whose keys and values the cache holds.
+        context_length: tokens of the longest sequence.
+    """
+
+    key: str
+    weights: int
+    cache: int
+    activations: int
+    fixed: int
+    cache_tokens: int
+    context_length: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations + self.fixed
+
+    @property
+    def sequences(self) -> int:
+        """That fit the cache at full length; vLLM keeps one block to itself."""
+        return max(0, self.cache_tokens - CACHE_BLOCK_TOKENS) // self.context_length
+
+
+def reward_memory(config: RunConfig, *, fixed: int) -> list[RewardMemory]:
+    """Of each reward model that the run serves.
+
+    Raises:
+        ConfigError, CheckpointError: there is no such model.
+    """
+    found = []
+    for key, section in config.served_reward_models.items():
+        model = read_classifier(f"{key}.model", section.model)
+        item, parallel = ITEM_BYTES[section.dtype], section.tensor_parallel
+        context = section.context_length or model.context_length
+        weights = item * -(-classifier_numbers(f"{key}.model", section.model, model) // parallel)
+        activations = item * max(context, PREFILL_TOKENS) * (2 * model.hidden_size + 3 * model.ffn_size // parallel)
+        room = round(section.gpu_memory_share * config.launch.gpu_memory_gib * GIB)
+        cache = section.kv_cache_gib * GIB if config.run.device == "cpu" else room - weights - activations
+        found.append(
+            RewardMemory(
+                key=key,
+                weights=weights,
+                cache=cache,
+                activations=activations,
+                fixed=fixed,
+                cache_tokens=max(0, cache) // (item * max(model.cache_numbers // parallel, 1)),
+                context_length=context,
+            )
+        )
+    return found

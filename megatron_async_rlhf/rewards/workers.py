@@ -1,0 +1,82 @@
+"""Functions called in worker processes, each call with a time limit: what they do, or break, never holds up the caller.
+
+call ──> a free worker calls the function ──> what it returns
+                 │
+                 └── it takes too long, or the worker dies: the worker is replaced
+"""
+
+import asyncio
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
+
+from pebble import ProcessExpired, ProcessPool
+
+from megatron_async_rlhf.errors import RewardError
+
+# A worker may be ended by whoever ends a whole job, which tells every process of it.
+_ATTEMPTS = 2
+
+
+class TimeLimit(NamedTuple):
+    """Of one call, and the key of the configuration that says so."""
+
+    key: str
+    seconds: float
+
+
+class Workers:
+    """They start with the first call, and know nothing of this process: a copy of it would have its sockets."""
+
+    def __init__(self, count: int, limit: TimeLimit) -> None:
+        self._count, self._limit = count, limit
+        self._pool: ProcessPool | None = None
+        self._starting = asyncio.Lock()
+
+    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns; it should not raise, as an exception may not survive the way between processes.
+
+        Raises:
+            RewardError: it did not return. The message follows the name of what was called.
+        """
+        async with self._starting:  # many calls may be the first
+            if self._pool is None:
+                self._pool = await asyncio.to_thread(self._start)
+        pool = self._pool
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return await asyncio.wrap_future(pool.schedule(function, arguments, timeout=self._limit.seconds))
+            except TimeoutError:
+                raise RewardError(f"did not return within {self._limit.key} = {self._limit.seconds:g}") from None
+            except ProcessExpired as error:
+                if attempt == _ATTEMPTS:
+                    raise RewardError(f"ended its process {attempt} times, with exit code {error.exitcode}") from None
+            except BrokenProcessPool as error:
+                raise RewardError(f"has no processes to run in: {error}") from None
+        raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+    def _start(self) -> ProcessPool:
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPool(max_workers=self._count, initializer=_begin, context=spawn)
+
+
+def call_apart(limit: TimeLimit, function: Callable[..., Any], *arguments: Any) -> Any:
+    """One call in a process of its own, waited for. Raises RewardError as `Workers.call`."""
+    workers = Workers(1, limit)
+    try:
+        return asyncio.run(workers.call(function, *arguments))
+    finally:
+        workers.close()
+
+
+def _begin() -> None:
+    """What the function prints must not get between the lines of the controller's standard output."""
+    os.dup2(2, 1)

@@ -1,0 +1,68 @@
+"""What the command lines and environments of all vLLM servers of a run have in common. Plain strings: no vllm import."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_async_rlhf.config.sections import Device
+
+_PREFILL_TOKENS = 4096  # prompt tokens of one engine step
+
+
+def common_arguments(
+    model_dir: Path,
+    name: str,
+    address: tuple[str, int],
+    *,
+    dtype: str,
+    seed: int,
+    tensor_parallel: int,
+    context_length: int,
+    max_concurrent: int,
+) -> list[str]:
+    """Of vLLM's OpenAI server for this model, which its clients call `name`.
+
+    The module is started directly: the `vllm` script of the CPU distribution looks up its metadata under
+    another name and fails.
+    """
+    host, port = address
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model_dir)),
+        *("--served-model-name", name),
+        *("--host", host),
+        *("--port", str(port)),
+        *("--dtype", dtype),
+        *("--seed", str(seed)),
+        *("--tensor-parallel-size", str(tensor_parallel)),
+        *("--max-model-len", str(context_length)),
+        *("--max-num-seqs", str(max_concurrent)),
+        *("--max-num-batched-tokens", str(max(context_length, _PREFILL_TOKENS))),
+        "--disable-uvicorn-access-log",
+    ]
+
+
+def common_environment(device: Device, devices: Sequence[str], *, kv_cache_gib: int) -> dict[str, str]:
+    """On top of ours.
+
+    Args:
+        devices: a core or a GPU for each tensor-parallel worker, as their numbers or names.
+        kv_cache_gib: on a CPU.
+    """
+    if device == "cuda":
+        placed = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+    else:
+        placed = {
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(devices),
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+            "OMP_NUM_THREADS": "1",
+        }
+    return placed | {
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+# In one go, without graphs: in vLLM 0.32 a seeded request whose prefill is cut in two crashes the worker.
+ON_CPU = ["--enforce-eager", "--no-enable-chunked-prefill"]
