@@ -6,6 +6,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from megatron_async_rlhf.config.evaluation import EvaluationSection
+from megatron_async_rlhf.config.judge import JudgeRewardSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sections import ModelSection
 from megatron_async_rlhf.data.example import Example
@@ -96,6 +97,7 @@ def load_evaluation(config: RunConfig, directories: Mapping[str, Path]) -> Evalu
     Raises:
         ConfigError, DataError: one line.
     """
+    _check_rewards(config)
     examples = load_examples(config.data, "eval", config.run.seed)
     models: dict[str, EvaluatedModel] = {}
     for name, directory in directories.items():
@@ -113,7 +115,7 @@ def load_evaluation(config: RunConfig, directories: Mapping[str, Path]) -> Evalu
                     f"{prompt.name}: has no solution, which eval.against = references compares with; set "
                     "data.solution_field, or eval.against = null"
                 )
-    reward = make_reward(config.rewards)
+    reward = make_reward(config.rewards, config.run.path)
     load_reward_models(config, reward, directories[POLICY])
     for prompt in prompts:
         reward.check(prompt)
@@ -122,6 +124,17 @@ def load_evaluation(config: RunConfig, directories: Mapping[str, Path]) -> Evalu
         limit, tokenizer = models[POLICY].context_length, models[POLICY].tokenizer
         train = build_prompts(load_examples(config.data, "train", config.run.seed), tokenizer, limit, drop_long=True)
     return EvaluationInputs(models=models, prompts=prompts, reward=reward, train=train)
+
+
+def _check_rewards(config: RunConfig) -> None:
+    """What compares the answers of one policy with each other says nothing of the policy."""
+    for place, entry in enumerate(config.rewards):
+        if isinstance(entry, JudgeRewardSection) and entry.form == "pairwise" and entry.against == "group":
+            key = f"reward.{place}" if isinstance(config.reward, list) else "reward"
+            raise ConfigError(
+                f"{key}.against = group: the judge compares the answers of one policy with each other, so their mean is 0.5 "
+                f"whatever they are; set {key}.against = solution, or {key}.form = pointwise"
+            )
 
 
 def _load_model(

@@ -74,6 +74,7 @@ REFUSED = [
     (["eval.samples=4", "eval.temperature=1", "eval.k=[1,8]"], "eval.k = 8: pass@8 needs at least 8 answers"),
     (["eval.judged_by=builtin"], "eval.judged_by = builtin has no effect with eval.against = null"),
     (["eval.against=references", "eval.judged_by=buildin"], "eval.judged_by = buildin: no entry of reward has this name; did you mean builtin"),
+    (["reward={type: judge, url: 'http://localhost:1/v1', model: m, form: pairwise}"], "reward.against = group: the judge compares"),
     (["eval.confidence=95"], "eval.confidence = 95: must be less than 1"),
     (["eval.temprature=1"], "did you mean eval.temperature"),
     (["eval.kl_to=nowhere"], "nowhere"),
