@@ -8,6 +8,7 @@ from megatron_async_rlhf.converter.command import export_hf, import_hf, verify_w
 from megatron_async_rlhf.doctor.command import doctor
 from megatron_async_rlhf.interpreter import check_working_directory, print_anything, use_utf8
 from megatron_async_rlhf.launch.command import replay, sft, train
+from megatron_async_rlhf.launch.evaluation import evaluate
 from megatron_async_rlhf.launch.nemo.command import launch
 from megatron_async_rlhf.launch.reward_model_command import reward_model
 from megatron_async_rlhf.limits import raise_soft_limits
@@ -40,6 +41,7 @@ for command in (
     verify_weights,
 ):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Which keys a resumed run must share with the run it goes on with."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_async_rlhf.config.root import RunConfig
@@ -27,10 +28,19 @@ _PLACES = ("data.train", "data.eval", "model.hf", "reward.model")
 _FORMER_DEFAULT = {"data.prompt_field": "prompt"}
 
 
-def check_same_run(earlier: RunConfig, now: RunConfig, *, contents_are_compared: bool = False) -> None:
+# The same of an evaluation: what its answers and scores are.
+FIXED_OF_EVALUATION = (
+    "run.seed", "model", "data", "reward", "eval", "generator.max_new_tokens", "generator.dtype",
+)  # fmt: skip
+
+
+def check_same_run(
+    earlier: RunConfig, now: RunConfig, *, contents_are_compared: bool = False, fixed: Sequence[str] = _FIXED
+) -> None:
     """Refuse to go on under another configuration.
 
     Args:
+        fixed: keys that must not change.
         contents_are_compared: by digests of what is read (`launch.input_digests`), so that its path does not matter.
 
     Raises:
@@ -43,7 +53,7 @@ def check_same_run(earlier: RunConfig, now: RunConfig, *, contents_are_compared:
         is_former_default = before.get(key) == _FORMER_DEFAULT.get(key) and after.get(key) is None
         if key in _SERVING or (contents_are_compared and is_former_default):
             continue
-        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED) and before.get(key) != after.get(key):
+        if any(key == one or key.startswith(f"{one}.") for one in fixed) and before.get(key) != after.get(key):
             raise ConfigError(
                 f"{key} = {shown(after.get(key))}: the run in {now.run.path} was started with {shown(before.get(key))}; "
                 "set that again, or start another run without --resume"

@@ -5,6 +5,7 @@ from pydantic import Field, model_validator
 from megatron_async_rlhf.config.algorithms import AlgorithmSection, OnlineDPOSection
 from megatron_async_rlhf.config.data import DataSection
 from megatron_async_rlhf.config.effects import check_effects
+from megatron_async_rlhf.config.evaluation import EvaluationSection
 from megatron_async_rlhf.config.learner_rules import check_device, check_parallelism
 from megatron_async_rlhf.config.metrics import metric_names
 from megatron_async_rlhf.config.reward_model_section import RewardModelSection
@@ -52,6 +53,7 @@ class RunConfig(Section):
     telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
     sweep: SweepSection | None = None  # what `async-rlhf sweep` makes of this configuration; a run ignores it
+    eval: EvaluationSection | None = None  # what `async-rlhf eval` measures; a run ignores it
 
     @property
     def gpus(self) -> int:
@@ -112,6 +114,16 @@ class RunConfig(Section):
                 raise ValueError(
                     f"reward: {titles.count(title)} entries are called {title}; give each a name of its own (name: ...)"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def check_judge(self) -> "RunConfig":
+        titles, judge = [reward.title for reward in self.rewards], self.eval and self.eval.judged_by
+        if judge and judge not in titles:
+            raise ValueError(
+                f"eval.judged_by = {judge}: no entry of reward has this name; "
+                f"{did_you_mean(judge, titles, otherwise=f'there are {titles}')}"
+            )
         return self
 
     @model_validator(mode="after")

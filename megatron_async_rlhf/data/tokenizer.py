@@ -94,9 +94,14 @@ class Tokenizer:
         return self._with_specials.get_vocab_size(with_added_tokens=True)
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Id of each token, added ones included."""
+        return self._with_specials.get_vocab(with_added_tokens=True)
+
+    @property
     def last_token(self) -> tuple[int, str]:
         """The largest id, above `vocab_size` - 1 where the vocabulary has holes, and its token."""
-        return max((index, token) for token, index in self._with_specials.get_vocab(with_added_tokens=True).items())
+        return max((index, token) for token, index in self.vocabulary.items())
 
     def padding_apart_from_end(self) -> tuple[int, str] | None:
         """A special token that no sequence ends with, and its text: the padding token, if it is another than the

@@ -4,6 +4,7 @@ python -m megatron_async_rlhf.jobs train --run-dir runs/x --learner tcp://... --
 python -m megatron_async_rlhf.jobs sft --run-dir runs/x --learner tcp://...
 python -m megatron_async_rlhf.jobs reward_model --run-dir runs/x --learner tcp://...
 python -m megatron_async_rlhf.jobs replay --run-dir runs/x.replay --learner tcp://... --recorded runs/x
+python -m megatron_async_rlhf.jobs evaluate --run-dir runs/x-eval --generator http://...
 """
 
 import argparse
@@ -15,14 +16,14 @@ from pathlib import Path
 from megatron_async_rlhf.interpreter import collect_rarely
 from megatron_async_rlhf.jobs.addresses import Addresses
 
-JOBS = ("train", "sft", "reward_model", "replay")
+JOBS = ("train", "sft", "reward_model", "replay", "evaluate")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("job", choices=JOBS)
     parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--learner", required=True, help="ZeroMQ address of learner rank 0")
+    parser.add_argument("--learner", help="ZeroMQ address of learner rank 0")
     parser.add_argument("--generator", action="append", default=[], help="URL of a generator; repeat for more")
     parser.add_argument("--reward-server", action="append", default=[], help="URL of a reward model's server; repeat")
     parser.add_argument("--transfer", help="host:port learner rank 0 meets the generators on")

@@ -8,7 +8,7 @@ from msgspec import Struct
 class Addresses(Struct, frozen=True, kw_only=True):
     """
     Attributes:
-        learner: ZeroMQ address of learner rank 0.
+        learner: ZeroMQ address of learner rank 0; empty for a job that has none.
         generators: URLs; empty for a job that has none.
         rewards: URLs of the servers of reward models that the run has started, in the order of the configuration.
         transfer: host and port on which learner rank 0 meets the generators; None without generators.
@@ -21,12 +21,12 @@ class Addresses(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(
-        cls, learner: str, generators: Sequence[str], transfer: str | None, rewards: Sequence[str] = ()
+        cls, learner: str | None, generators: Sequence[str], transfer: str | None, rewards: Sequence[str] = ()
     ) -> "Addresses":
         """As they stand on a command line."""
         host, _, port = (transfer or "").rpartition(":")
         return cls(
-            learner=learner,
+            learner=learner or "",
             generators=list(generators),
             rewards=list(rewards),
             transfer=(host, int(port)) if transfer else None,

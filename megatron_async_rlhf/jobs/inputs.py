@@ -6,6 +6,7 @@ again to get the same objects.
 
 import json
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -137,18 +138,17 @@ def check_inputs(config: RunConfig, template: Path) -> RunInputs:
     run_inputs = load_run_inputs(config, template)
     check_policy_weights(config, run_inputs.architecture)
     check_value_weights(config, run_inputs.architecture)
-    check_functions(config, run_inputs)
+    check_functions(config, [*run_inputs.train, *run_inputs.eval])
     check_reward_models(config, run_inputs.reward, run_inputs.train)
     return run_inputs
 
 
-def check_functions(config: RunConfig, run_inputs: RunInputs) -> None:
+def check_functions(config: RunConfig, prompts: Seq[Prompt]) -> None:
     """
     Raises:
         ConfigError: a function of the user's cannot be imported, or cannot be called with what it is given.
         ConfigError, DataError: a reward lacks a package, or cannot score a prompt.
     """
-    prompts = [*run_inputs.train, *run_inputs.eval]
     for place, entry in enumerate(config.rewards):
         check_entry(f"reward.{place}" if isinstance(config.reward, list) else "reward", entry, prompts)
     algorithm = config.algorithm

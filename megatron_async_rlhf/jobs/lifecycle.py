@@ -53,7 +53,17 @@ async def run_learner_alone(
     recorder: Recorder,
     stop: Callable[[], None] | None = None,
 ) -> int:
-    """Run the phases of a process that drives a learner and no generators; its exit code. Every outcome leaves a summary.
+    """As `run_to_the_end`, of a process that drives a learner and no generators."""
+    try:
+        return await run_to_the_end(phases, recorder, stop)
+    finally:
+        learner.close()
+
+
+async def run_to_the_end(
+    phases: Coroutine[Any, Any, bool | None], recorder: Recorder, stop: Callable[[], None] | None = None
+) -> int:
+    """Run the phases of a process; its exit code. Every outcome leaves a summary.
 
     Args:
         phases: return whether they were stopped before their end.
@@ -67,10 +77,10 @@ async def run_learner_alone(
         was_stopped = await task
     except asyncio.CancelledError:
         return close_well(recorder, "interrupted")
+    except BaseExceptionGroup as group:
+        return close_failed(recorder, first_cause(group))
     except (AsyncRLHFError, OSError) as error:
         return close_failed(recorder, error)
-    finally:
-        learner.close()
     return close_well(recorder, "interrupted" if was_stopped else "completed")
 
 
@@ -90,3 +100,16 @@ def close_failed(recorder: Recorder, error: BaseException) -> int:
         recorder.unresponsive("learner", since=time.time() - error.silent_s, why=line)
     recorder.close("failed", line, explained=explained)
     return EXIT_FAILED
+
+
+def first_cause(group: BaseExceptionGroup) -> BaseException:
+    """The exception that ended a task group; ours rather than a follow-up of another library."""
+    leaves: list[BaseException] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        error = stack.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            stack = [*error.exceptions, *stack]
+        else:
+            leaves.append(error)
+    return next((error for error in leaves if isinstance(error, AsyncRLHFError)), leaves[0])

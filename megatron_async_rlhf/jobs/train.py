@@ -23,7 +23,6 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import (
     AsyncRLHFError,
-    GeneratorError,
     GeneratorSilentError,
     MismatchError,
     ProcessDiedError,
@@ -41,6 +40,7 @@ from megatron_async_rlhf.jobs.lifecycle import (
     close_failed,
     close_well,
     export_policy,
+    first_cause,
 )
 from megatron_async_rlhf.jobs.reward_models import ServedRewards
 from megatron_async_rlhf.learner.client import LearnerClient
@@ -201,17 +201,8 @@ class Job:
             await self._saver.complete()
 
     async def _start_generators(self) -> None:
-        limit = self._config.generator.start_timeout_s
         for generator in self._generators:
-            try:
-                async with asyncio.timeout(limit):
-                    while not await generator.is_ready():
-                        await asyncio.sleep(0.25)
-            except TimeoutError:
-                raise GeneratorError(
-                    f"{generator.name} was not ready within {limit:g} s; see logs/{generator.name}.log, or raise "
-                    "generator.start_timeout_s"
-                ) from None
+            await generator.wait_until_ready(self._config.generator.start_timeout_s)
             self.recorder.activity("generators", f"{generator.name} is up")
 
     async def _evaluate(self, when: str) -> None:
@@ -277,7 +268,7 @@ async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None) 
         try:
             await job.run()
         except BaseExceptionGroup as group:
-            return _fail(job, _first_cause(group))
+            return _fail(job, first_cause(group))
         except (AsyncRLHFError, OSError) as error:
             return _fail(job, error)
         except asyncio.CancelledError:
@@ -291,16 +282,3 @@ def _fail(job: Job, error: BaseException) -> int:
     if isinstance(error, MismatchError):
         job.recorder.mismatched(error.compared, len(error.mismatches))
     return close_failed(job.recorder, error)
-
-
-def _first_cause(group: BaseExceptionGroup) -> BaseException:
-    """The exception that ended a task group; ours rather than a follow-up of another library."""
-    leaves: list[BaseException] = []
-    stack: list[BaseException] = [group]
-    while stack:
-        error = stack.pop(0)
-        if isinstance(error, BaseExceptionGroup):
-            stack = [*error.exceptions, *stack]
-        else:
-            leaves.append(error)
-    return next((error for error in leaves if isinstance(error, AsyncRLHFError)), leaves[0])

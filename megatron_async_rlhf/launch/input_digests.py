@@ -16,6 +16,7 @@ from megatron_async_rlhf.checkpoint.run_checkpoints import has_own_reference
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs
+from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.telemetry.files import INPUTS, POLICY_TEMPLATE_DIR, replace_file
 from megatron_async_rlhf.types import Prompt
 
@@ -56,11 +57,11 @@ def digest_inputs(config: RunConfig, run_inputs: RunInputs) -> InputDigests:
         ConfigError: the weights of `model.hf`, or of a reward model, cannot be read.
     """
     return InputDigests(
-        train=_prompts(run_inputs.train),
-        eval=_prompts(run_inputs.eval),
-        weights=None if config.model.hf is None else _weights("model.hf", config.model.hf),
-        reward=_digest(path.read_bytes() for path in run_inputs.reward.sources()),
-        reward_models=_reward_models(config),
+        train=digest_prompts(run_inputs.train),
+        eval=digest_prompts(run_inputs.eval),
+        weights=None if config.model.hf is None else digest_weights(config.model.hf),
+        reward=digest_code(run_inputs.reward),
+        reward_models=digest_reward_models(config),
     )
 
 
@@ -150,7 +151,12 @@ def _difference(before: PromptSet, now: PromptSet) -> str | None:
     return f"{next(what for part, what in parts.items() if getattr(before, part) != getattr(now, part))} differ"
 
 
-def _prompts(prompts: Sequence[Prompt]) -> PromptSet:
+def digest_code(reward: Reward) -> str:
+    """Of the files with the code that scores."""
+    return _digest(path.read_bytes() for path in reward.sources())
+
+
+def digest_prompts(prompts: Sequence[Prompt]) -> PromptSet:
     return PromptSet(
         count=len(prompts),
         texts=_digest(_packed(prompt.text) for prompt in prompts),
@@ -159,13 +165,21 @@ def _prompts(prompts: Sequence[Prompt]) -> PromptSet:
     )
 
 
-def _reward_models(config: RunConfig) -> str | None:
-    models = [_packed(_weights(f"{key}.model", section.model)) for key, section in config.reward_models.items()]
+def digest_reward_models(config: RunConfig) -> str | None:
+    """Of the weights of all reward models; None without any."""
+    models = [_packed(digest_weights(section.model, f"{key}.model")) for key, section in config.reward_models.items()]
     return _digest(models) if models else None
 
 
-def _weights(key: str, directory: Path) -> str:
-    """Of the names, the sizes and samples of the contents of its weight files."""
+def digest_weights(directory: Path, key: str = "model.hf") -> str:
+    """Of the names, the sizes and samples of the contents of its weight files.
+
+    Args:
+        key: of the configuration, that names the directory.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
     try:
         files = sorted(path for path in directory.iterdir() if path.suffix in _WEIGHT_FILES)
         return _digest(part for path in files for part in _samples(path))

@@ -34,25 +34,29 @@ class Layout(Struct, frozen=True):
     rewards: list[list[list[Slot]]] = []
 
 
-def lay_out(config: RunConfig, nodes: Sequence[Node], replicas: int) -> Layout:
+def lay_out(config: RunConfig, nodes: Sequence[Node], replicas: int, ranks: int | None = None) -> Layout:
     """Place the learner, and so many generator replicas with the servers of reward models; without generators nobody asks
     those.
+
+    Args:
+        ranks: of the learner, if not those configured; 0 for none.
 
     Raises:
         ConfigError: the machines have too few GPUs, or none has enough of them for a tensor-parallel group.
     """
     learner = config.learner
+    ranks = learner.world_size if ranks is None else ranks
     group = 1 if config.launch.tensor_parallel_across_nodes else learner.tensor_parallel
     servers = [
         (section.replicas, section.tensor_parallel) for section in config.served_reward_models.values() if replicas
     ]
     if config.run.device == "cpu":
         kinds = [(replicas, config.generator.tensor_parallel), *servers]
-        learners, (generators, *rewards) = _on_cores(nodes, learner.world_size, group, kinds)
+        learners, (generators, *rewards) = _on_cores(nodes, ranks, group, kinds)
         return Layout(learners, generators, rewards)
     free = [list(range(len(node.gpus))) for node in nodes]
-    learners = [slot for slots in _take(free, learner.world_size // group, group, nodes, "learner") for slot in slots]
-    if config.weights.transport == "ipc":
+    learners = [slot for slots in _take(free, ranks // group, group, nodes, "learner") for slot in slots]
+    if config.weights.transport == "ipc" and ranks:
         generators = [learners] * replicas
     else:
         generators = _take_backwards(free, replicas, config.generator.tensor_parallel, nodes, "generator")

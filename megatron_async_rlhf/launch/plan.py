@@ -5,7 +5,7 @@ The same plan is printed by a dry run, and carried out on one machine and on man
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from megatron_async_rlhf.launch.layout import Slot, lay_out
 from megatron_async_rlhf.launch.nodes import Node
 from megatron_async_rlhf.models.classifier import read_classifier
 from megatron_async_rlhf.serving import reward_model_command
-from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR
+from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, SERVED_DIR
 
 
 class ProcessSpec(Struct, frozen=True, kw_only=True):
@@ -53,12 +53,14 @@ class ProcessPlan(Struct, frozen=True, kw_only=True):
     """All processes, in starting order; the controller is the one that decides when the run is over.
 
     Attributes:
+        on_request: generators that the controller asks for by these names, each set in the place of the one before.
         rewards: servers of reward models.
     """
 
     learners: list[ProcessSpec]
     generators: list[ProcessSpec]
     controller: ProcessSpec
+    on_request: dict[str, list[ProcessSpec]] = {}
     rewards: list[ProcessSpec] = []
 
     @property
@@ -99,22 +101,11 @@ def plan_processes(
         raise ConfigError(f"generator.dtype = bfloat16: {problem}")
     layout = lay_out(config, nodes, config.generator.replicas)
     rewards, reward_urls = plan_reward_servers(config, layout.rewards, nodes)
-    homes = [nodes[slots[0].node] for slots in layout.generators]
-    sites = [(home.address, home.generator_ports[i]) for i, home in enumerate(homes)]
+    sites = _sites(layout.generators, nodes)
     template = run_dir / POLICY_TEMPLATE_DIR
+    commands = [server_command(config, template, site, context_length, budget) for site in sites]
     restarts = _Restarts("generator.restarts", config.generator.restarts if records_versions() else 0)
-    generators = [
-        _server(
-            config,
-            f"generator.{i}",
-            slots,
-            home,
-            server_command(config, template, site, context_length, budget),
-            server_environment(config, _device_names(config, slots, home)),
-            restarts,
-        )
-        for i, (slots, home, site) in enumerate(zip(layout.generators, homes, sites, strict=True))
-    ]
+    generators = _generators(config, "generator", layout.generators, nodes, commands, restarts)
     addresses = [
         *("--learner", _commands_at(layout.learners, nodes)),
         *(argument for host, port in sites for argument in ("--generator", f"http://{host}:{port}")),
@@ -173,6 +164,63 @@ def plan_learner_alone(
         generators=[],
         controller=_controller(config, run_dir, nodes, addresses, job),
     )
+
+
+def plan_evaluation(
+    config: RunConfig, run_dir: Path, contexts: Mapping[str, int], nodes: Sequence[Node]
+) -> ProcessPlan:
+    """Servers of one model after the other, on the same slots and at the same addresses, without a learner; those of reward
+    models are there all the time.
+
+    Args:
+        contexts: most tokens of a sequence, for each model by its name.
+
+    Raises:
+        ConfigError: the machines have too few GPUs.
+    """
+    layout = lay_out(config, nodes, config.generator.replicas, ranks=0)
+    rewards, reward_urls = plan_reward_servers(config, layout.rewards, nodes)
+    sites = _sites(layout.generators, nodes)
+    never = _Restarts("", 0)  # what is answered stays, and the command can be given again
+    servers = {}
+    for name, context in contexts.items():
+        directory = run_dir / SERVED_DIR / name
+        commands = [server_command(config, directory, site, context, serves=name) for site in sites]
+        servers[name] = _generators(config, name, layout.generators, nodes, commands, never)
+    addresses = [
+        *(argument for host, port in sites for argument in ("--generator", f"http://{host}:{port}")),
+        *(argument for url in reward_urls for argument in ("--reward-server", url)),
+    ]
+    return ProcessPlan(
+        learners=[],
+        generators=[],
+        rewards=rewards,
+        controller=_controller(config, run_dir, nodes, addresses, "evaluate"),
+        on_request=servers,
+    )
+
+
+def _sites(replicas: Sequence[Sequence[Slot]], nodes: Sequence[Node]) -> list[tuple[str, int]]:
+    """Address and port of each generator."""
+    homes = [nodes[slots[0].node] for slots in replicas]
+    return [(home.address, home.generator_ports[i]) for i, home in enumerate(homes)]
+
+
+def _generators(
+    config: RunConfig,
+    name: str,
+    replicas: Sequence[Sequence[Slot]],
+    nodes: Sequence[Node],
+    commands: Sequence[list[str]],
+    restarts: "_Restarts",
+) -> list[ProcessSpec]:
+    """Servers `name.0`, `name.1` ..., one for each command."""
+    specs = []
+    for i, (slots, command) in enumerate(zip(replicas, commands, strict=True)):
+        home = nodes[slots[0].node]
+        environment = server_environment(config, _device_names(config, slots, home))
+        specs.append(_server(config, f"{name}.{i}", slots, home, command, environment, restarts))
+    return specs
 
 
 def _resumption(version: int | None) -> list[str]:

@@ -74,6 +74,20 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
     return directory
 
 
+def keep_run_directory(config: RunConfig) -> Path:
+    """The directory as it is, with this configuration.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    directory = config.run.path.absolute()
+    try:
+        replace_file(directory / RESOLVED_CONFIG, dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
+    return directory
+
+
 def check_writable(config: RunConfig) -> None:
     """Find out early, leaving nothing behind.
 
@@ -98,6 +112,9 @@ def check_inputs_apart(config: RunConfig) -> None:
         ConfigError: it does.
     """
     inputs = {"model.hf": config.model.hf, "algorithm.value_hf": value_source(config)}
+    if config.eval is not None:
+        inputs["eval.against"] = config.eval.against if isinstance(config.eval.against, Path) else None
+        inputs["eval.kl_to"] = config.eval.kl_to
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         inputs[key] = Path(source) if source is not None and is_local(source) else None
     for key, given in inputs.items():

@@ -1,4 +1,4 @@
-"""What `train`, `sft` and `replay` have in common: from a configuration to processes that are supervised until they end.
+"""What `train`, `sft`, `replay` and `eval` have in common: from a configuration to processes that are supervised until they end.
 
 this machine ─> the other machines ─> run directory is ours ─> inputs, plan (the command's own) ─> directory ─> supervise
 """
@@ -18,7 +18,12 @@ from megatron_async_rlhf.launch.input_digests import InputDigests, write_input_d
 from megatron_async_rlhf.launch.nodes import check_node_rank
 from megatron_async_rlhf.launch.owner import owning
 from megatron_async_rlhf.launch.plan import ProcessPlan
-from megatron_async_rlhf.launch.run_directory import check_writable, create_run_directory, reopen_run_directory
+from megatron_async_rlhf.launch.run_directory import (
+    check_writable,
+    create_run_directory,
+    keep_run_directory,
+    reopen_run_directory,
+)
 from megatron_async_rlhf.launch.supervisor import Supervisor
 from megatron_async_rlhf.launch.surroundings import check_surroundings
 from megatron_async_rlhf.launch.terminal import outlive_readers
@@ -32,12 +37,16 @@ class Start(Struct, frozen=True, kw_only=True):
     Attributes:
         template: the policy without its weights; a new run's directory gets a copy.
         version: of the checkpoint that a run goes on from.
+        keeps: what is in the directory already, and is gone on with as it is.
+        prepare: makes what else belongs into the directory, before anything is started.
         digests: of what the run reads, to be remembered if they are not yet.
     """
 
     plan: ProcessPlan
     template: Path
     version: int | None = None
+    keeps: bool = False
+    prepare: Callable[[Path], None] | None = None
     digests: InputDigests | None = None
 
 
@@ -78,12 +87,16 @@ def run(config: RunConfig, decide: Callable[[Fleet, Path], Start | None]) -> int
         run_dir = _open_directory(config, start)
         if start.digests is not None and not (run_dir / INPUTS).is_file():  # of a resumed run what it began with counts
             write_input_digests(run_dir, start.digests)
+        if start.prepare is not None:
+            start.prepare(run_dir)
         outlive_readers()
         return Supervisor(config, start.plan, run_dir, Display(), fleet).run()
 
 
 def _open_directory(config: RunConfig, start: Start) -> Path:
     """A new one says where an earlier run went."""
+    if start.keeps:
+        return keep_run_directory(config)
     if start.version is not None:
         return reopen_run_directory(config, start.version)
     run_dir, aside = create_run_directory(config, start.template)

@@ -2,6 +2,7 @@
 
     start all ─> watch ──┬─ controller ends with 0 ───────────────> completed
                          ├─ a server dies in training ──> start it again, same name, port, cores and log
+                         ├─ the controller asks for other servers ──> end those there are, start the others
                          ├─ the controller says that one does nothing ──> kill it: a server has died
                          ├─ any other death, a machine is lost ──> end the others ──> failed, naming it
                          └─ Ctrl-C, SIGTERM, SIGHUP, or a file `stop` in the run directory
@@ -20,6 +21,7 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,7 @@ class Supervisor:
         self._killed: dict[str, str] = {}  # processes that did nothing, and how that was found
         self._failure: str | None = None  # the controller's own account, if it gave one
         self._explained = False  # it says all there is to know
+        self._requested: str | None = None  # servers that the controller asks for
         self._totals: dict[str, Any] = {}  # its summary, if it could not write that down itself
 
     def run(self) -> int:
@@ -96,6 +99,8 @@ class Supervisor:
         saved = status == "failed" and RunCheckpoints(self._run_dir).versions()
         if saved or (status == "interrupted" and self._plan.generators):
             self._display.note("the same command with --resume goes on from its last checkpoint")
+        if status != "completed" and self._plan.on_request:
+            self._display.note("the same command with --resume keeps the answers that are there, and goes on")
         return _EXIT_CODES[status]
 
     def _start(self) -> None:
@@ -140,6 +145,7 @@ class Supervisor:
         deadline = None
         while True:
             self._drain_events()
+            self._change_servers()
             self._write_pids()
             if self._controller.returncode == 0:
                 return "completed", None, []
@@ -177,6 +183,17 @@ class Supervisor:
                 # Who ends a whole job tells every process of it to end.
                 return ("interrupted" if asked else status), error, tail
             time.sleep(_POLL_S)
+
+    def _change_servers(self) -> None:
+        """If the controller has asked for others than there are."""
+        if self._requested is None or self._interrupts:
+            return
+        name, self._requested = self._requested, None
+        replaced = {spec.name for specs in self._plan.on_request.values() for spec in specs}
+        self._end([process for process in self._processes if process.name in replaced])
+        self._processes = [process for process in self._processes if process.name not in replaced]
+        for spec in self._plan.on_request[name]:
+            self._processes.insert(0, self._start_process(spec))  # the controller stays the last
 
     def _dead(self) -> list[Process]:
         """Processes that ended when they should not have. Learner ranks leave just before the controller does, and a
@@ -252,6 +269,8 @@ class Supervisor:
             if event["event"] == "unresponsive":
                 self._learner_is_silent |= event["name"] == "learner"
                 self._kill(event["name"], event["since"], event["why"])
+            if event["event"] == "serve":
+                self._requested = event["name"]
             if event["event"] == "closed" and event["status"] == "failed":
                 self._failure, self._explained = event["error"], event.get("explained", False)
             if event["event"] == "closed":
@@ -270,18 +289,21 @@ class Supervisor:
         self._interrupts += 1
 
     def _end_all(self) -> None:
+        self._end(self._processes)
+
+    def _end(self, processes: Sequence[Process]) -> None:
         """What ends each of them, and SIGKILL after the grace period."""
-        for process in self._processes:
+        for process in processes:
             if process.spec is self._plan.controller:
                 process.signal(process.spec.end_signal)  # to W&B's process, a child of it, it talks until the end
             else:
                 process.kill_group(process.spec.end_signal)
         deadline = time.monotonic() + self._config.launch.shutdown_grace_s
-        while time.monotonic() < deadline and any(process.returncode is None for process in self._processes):
+        while time.monotonic() < deadline and any(process.returncode is None for process in processes):
             time.sleep(_POLL_S)
-        for process in self._processes:
+        for process in processes:
             process.kill_group(signal.SIGKILL)
-        for process in self._processes:
+        for process in processes:
             process.clean_up()
 
     def _write_last_summary(self, status: str, error: str | None, tail: list[str]) -> None:

@@ -46,8 +46,8 @@ class Connection:
             url, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=5.0), trust_env=False
         )
 
-    async def get(self, path: str) -> dict[str, Any]:
-        return await self._request("GET", path, None, self._timeout_s)
+    async def get(self, path: str, answer: Any = dict[str, Any]) -> Any:
+        return await self._request("GET", path, None, self._timeout_s, answer)
 
     async def post(
         self, path: str, body: dict | None = None, timeout_s: float | None = None, answer: Any = dict[str, Any]

@@ -29,6 +29,10 @@ REFERENCE_DIR = "checkpoints/reference"  # the reference policy's weights, unles
 RUN_STATE = "run_state.msgpack"  # in a checkpoint: the controller's part
 EXPORT_DIR = "checkpoints/final"  # the finished policy as a Hugging Face directory
 ROLLOUT_DIR = "rollouts"  # what was trained on, with schedule.record
+SERVED_DIR = "served"  # of an evaluation: each model as its servers load it
+ANSWERS_DIR = "progress"  # of an evaluation: what it has so far, to go on from
+ANSWERS = "answers.jsonl"
+EVALUATION = "eval.json"
 REWARD_CENTERS = "reward_centers.json"  # what is subtracted from a reward model's scores, by the reward's key
 FAILED_BATCH = "non_finite_batch.json"
 

@@ -78,6 +78,10 @@ class Recorder:
         """What `learner` or `generators` is doing from now on."""
         self._events.emit("activity", side=side, what=what)
 
+    def request_servers(self, name: str) -> None:
+        """Whoever supervises is to start the servers of this model, in the place of those there are."""
+        self._events.emit("serve", name=name)
+
     def unresponsive(self, name: str, since: float, why: str) -> None:
         """A generator, or the learner, has done nothing since then; its processes may be alive.
 

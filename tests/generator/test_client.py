@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer
-from megatron_async_rlhf.errors import GeneratorGoneError, GeneratorSilentError
+from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.types import Completion, Prompt
@@ -62,7 +62,7 @@ async def connected(
 
 @asynccontextmanager
 async def serving(
-    application: web.Application, tokenizer: Tokenizer, probe_timeout_s: float = 20.0
+    application: web.Application, tokenizer: Tokenizer, probe_timeout_s: float = 20.0, serves: str | None = None
 ) -> AsyncIterator[VLLMGenerator]:
     """A client of this server."""
     runner = web.AppRunner(application)
@@ -77,6 +77,7 @@ async def serving(
         tensor_parallel=1,
         request_timeout_s=20.0,
         probe_timeout_s=probe_timeout_s,
+        serves=serves,
     )
     try:
         yield client
@@ -234,5 +235,64 @@ def test_nobody_waits_for_requests_at_a_server_that_was_given_up(tokenizer):
             client.give_up()
             with pytest.raises(GeneratorGoneError, match="generator.0: was given up"):
                 await waiting
+
+    asyncio.run(go())
+
+
+def model_server(name: str, rows: list | None = None) -> web.Application:
+    """A server that has loaded a model itself, and has these log-probabilities of a prompt."""
+
+    async def models(request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": name, "object": "model"}]})
+
+    async def generate(request: web.Request) -> web.Response:
+        body = await request.json()
+        if "prompt_logprobs" in body["sampling_params"]:
+            return web.json_response({"choices": [], "prompt_logprobs": rows})
+        return web.json_response({"choices": [choice(65, 257, reason="stop", version="default")]})
+
+    async def anything_else(request: web.Request) -> web.Response:
+        return web.json_response({})
+
+    application = web.Application()
+    application.router.add_get("/v1/models", models)
+    application.router.add_post("/inference/v1/generate", generate)
+    application.router.add_route("*", "/{path:.*}", anything_else)
+    return application
+
+
+def test_a_server_of_another_model_is_not_ready(tokenizer):
+    """The one before may still have the address."""
+
+    async def go() -> None:
+        for there, ready in (("policy", True), ("against", False)):
+            async with serving(model_server(there), tokenizer, serves="policy") as client:
+                assert await client.is_ready() is ready
+        async with serving(model_server("against"), tokenizer, serves="policy") as client:
+            with pytest.raises(GeneratorError, match=r"was not ready within 0\.1 s; .*generator\.start_timeout_s"):
+                await client.wait_until_ready(0.1)
+
+    asyncio.run(go())
+
+
+def test_a_model_that_the_server_has_loaded_needs_no_version(tokenizer):
+    async def go() -> None:
+        async with serving(model_server("policy"), tokenizer, serves="policy") as client:
+            (completion,) = await client.sample(request())
+            assert completion.token_ids == [65, 257]
+
+    asyncio.run(go())
+
+
+def test_log_probabilities_are_those_of_the_tokens_asked_for(tokenizer):
+    rows = [None, *({str(token): {"logprob": -token / 100}, "9": {"logprob": -0.1}} for token in (66, 67, 68))]
+
+    async def go() -> None:
+        async with serving(model_server("kl_to", rows), tokenizer, serves="kl_to") as client:
+            assert await client.logprobs([65, 66, 67, 68], 2) == [-0.67, -0.68]
+            with pytest.raises(GeneratorError, match="4 log-probabilities came for 3 tokens"):
+                await client.logprobs([65, 66, 67], 2)
+            with pytest.raises(GeneratorError, match="log-probabilities came"):
+                await client.logprobs([65, 66, 67, 68], 0)
 
     asyncio.run(go())

@@ -12,7 +12,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.fitting import gpu_budget
 from megatron_async_rlhf.generator.vllm import server
 from megatron_async_rlhf.launch.nodes import this_node
-from megatron_async_rlhf.launch.plan import ProcessPlan, plan_processes
+from megatron_async_rlhf.launch.plan import ProcessPlan, plan_evaluation, plan_processes
 from megatron_async_rlhf.models.architecture import architecture_of
 
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
@@ -125,6 +125,45 @@ def test_what_only_one_device_needs(on_cpu: bool):
     assert ("--enforce-eager" in generator.arguments) == on_cpu
     assert ("CUDA_DEVICE_MAX_CONNECTIONS" in learner.environment) != on_cpu
     assert bool(learner.cores) == on_cpu
+
+
+def plan_of_evaluation(*models: str, **sections) -> ProcessPlan:
+    config = RunConfig.model_validate({"model": MODEL} | sections)
+    return plan_evaluation(config, Path("/runs/x"), dict.fromkeys(models, 96), [this_node(config, gpus=2)])
+
+
+def test_models_are_evaluated_on_the_same_slots_without_a_learner(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    on_gpus = sections_on_gpus("nccl", {"ranks": 2}, {"replicas": 2}) | {"launch": {"gpus_per_node": 4}}
+    made = plan_of_evaluation("policy", "kl_to", **on_gpus)
+    assert [spec.name for spec in made.processes] == ["controller"]
+    assert {name: [(spec.name, spec.gpus) for spec in specs] for name, specs in made.on_request.items()} == {
+        "policy": [("policy.0", [0]), ("policy.1", [1])],
+        "kl_to": [("kl_to.0", [0]), ("kl_to.1", [1])],
+    }
+    for name, specs in made.on_request.items():
+        command = " ".join(specs[0].arguments)
+        assert f"--model /runs/x/served/{name} --served-model-name {name}" in command
+        assert "--logprobs-mode raw_logprobs" in command
+        assert "dummy" not in command and "weight-transfer" not in command
+    urls = [argument for argument in made.controller.arguments if argument.startswith("http")]
+    assert len(urls) == len(set(urls)) == 2
+    assert "--learner" not in made.controller.arguments
+
+
+def test_reward_models_are_served_beside_every_model_that_is_evaluated(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    reward = {"type": "reward_model", "model": str(describe_reward_model(tmp_path / "rm"))}
+    made = plan_of_evaluation("policy", "against", **sections_on_gpus("nccl", {}, {}), reward=reward)
+    assert [(spec.name, spec.gpus) for spec in made.processes] == [("reward.0", [1]), ("controller", [])]
+    assert [[spec.gpus for spec in specs] for specs in made.on_request.values()] == [[[0]], [[0]]]
+    port = made.rewards[0].arguments[made.rewards[0].arguments.index("--port") + 1]
+    assert f"--reward-server http://127.0.0.1:{port}" in " ".join(made.controller.arguments)
+
+
+def test_one_gpu_is_enough_to_evaluate_what_was_trained_on_one():
+    (spec,) = plan_of_evaluation("policy", **sections_on_gpus("ipc", {}, {})).on_request["policy"]
+    assert spec.gpus == [0]
 
 
 @pytest.mark.parametrize(("generation", "together"), [("batch", "1"), ("streaming", "32")])

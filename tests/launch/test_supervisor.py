@@ -80,6 +80,7 @@ class Run:
         restarts: int,
         phase: str = "train",
         controller: tuple[str, ...] = (CONTROLLER,),
+        on_request: tuple[str, ...] = (),
     ) -> None:
         monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
         self.directory, self.output = directory, io.StringIO()
@@ -88,6 +89,7 @@ class Run:
             generators=[process(f"generator.{i}", STAND, restarts=restarts) for i in range(2)],
             rewards=[process("reward.0", STAND, restarts=restarts)],
             controller=process("controller", controller[0], str(directory), *(controller[1:] or [phase])),
+            on_request={name: [process(f"{name}.{i}", STAND) for i in range(2)] for name in on_request},
         )
         config = RunConfig.model_validate({"model": MODEL, "launch": {"shutdown_grace_s": 1.0}})
         supervisor = Supervisor(config, plan, directory, Display(Console(file=self.output, width=500)), Fleet(list))
@@ -118,7 +120,13 @@ class Run:
 
     def report_silent(self, name: str, since: float) -> None:
         """As the controller does of a generator that has done nothing since then."""
-        event = {"event": "unresponsive", "name": name, "since": since, "why": f"{name}: has answered no request"}
+        self.tell({"event": "unresponsive", "name": name, "since": since, "why": f"{name}: has answered no request"})
+
+    def request(self, name: str) -> None:
+        """As the controller does that needs the servers of another model."""
+        self.tell({"event": "serve", "name": name})
+
+    def tell(self, event: dict) -> None:
         (self.directory / "new").write_text(json.dumps(event))
         (self.directory / "new").rename(self.directory / "tell")
         self.wait(lambda: not (self.directory / "tell").exists())
@@ -167,6 +175,34 @@ def test_a_generator_that_must_not_be_started_again_ends_the_run(tmp_path, monke
     run.kill("generator.1")
     assert run.join() == 1
     assert "error: generator.1 was killed by SIGKILL" in run.output.getvalue()
+
+
+def is_there(pid: int) -> bool:
+    """Not ended, even if its parent has not looked yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_servers_that_the_controller_asks_for_take_the_place_of_those_before(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, restarts=0, phase="start", on_request=("policy", "against"))
+    untouched = run.pids
+    run.request("policy")
+    run.wait(lambda: run.log("policy.0") == run.log("policy.1") == "up\n")
+    run.wait(lambda: {"policy.0", "policy.1"} <= run.pids.keys())
+    before = {name: run.pids[name] for name in ("policy.0", "policy.1")}
+    run.request("against")
+    run.wait(lambda: run.log("against.0") == run.log("against.1") == "up\n")
+    assert not any(map(is_there, before.values()))
+    run.wait(lambda: "against.1" in run.pids)
+    after = {name: run.pids[name] for name in ("against.0", "against.1")}
+    assert run.pids == untouched | after
+    run.kill("against.1")
+    assert run.join() == 1
+    assert "error: against.1 was killed by SIGKILL" in run.output.getvalue()
+    assert "with --resume keeps the answers" in run.output.getvalue()
+    assert not any(map(is_there, after.values()))
 
 
 def test_a_death_before_training_ends_the_run(tmp_path, monkeypatch):

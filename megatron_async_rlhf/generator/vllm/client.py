@@ -59,6 +59,20 @@ class _Answer(Struct):
     choices: list[_Choice]
 
 
+class _ScoredPrompt(Struct):
+    """By token id, as text; nothing of the first token, which follows none."""
+
+    prompt_logprobs: list[dict[str, _Entry] | None] | None = None
+
+
+class _Model(Struct):
+    id: str
+
+
+class _Models(Struct):
+    data: list[_Model]
+
+
 class VLLMGenerator:
     """One server.
 
@@ -76,8 +90,14 @@ class VLLMGenerator:
         request_timeout_s: float,
         probe_timeout_s: float,
         places: int = 2**16,
+        serves: str | None = None,
     ) -> None:
+        """
+        Args:
+            serves: the model that the server has loaded itself, by the name it has there; None: its weights are pushed.
+        """
         self.name = name
+        self._serves = serves
         self.version = -1
         self.tensor_parallel = tensor_parallel
         self._tokenizer = tokenizer
@@ -130,6 +150,22 @@ class VLLMGenerator:
             raise GeneratorError(f"{self.name}: asked for {request.samples} completions, got {len(choices)}")
         return [self._continued(begun, choice, version) for choice in choices]
 
+    async def logprobs(self, token_ids: list[int], start: int) -> list[float]:
+        """Log-probability of each token from position `start` on, given all before it, at temperature 1.
+
+        Args:
+            start: at least 1. The context must have room for one more token.
+        """
+        body = {
+            "token_ids": token_ids,
+            "sampling_params": {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False},
+        }
+        asking = self._ask("/inference/v1/generate", body, timeout_s=NO_LIMIT, answer=_ScoredPrompt)
+        rows = (await self._silence.wait(asking)).prompt_logprobs or []
+        if len(rows) != len(token_ids) or any(row is None for row in rows[start:]):
+            raise GeneratorError(f"{self.name}: {len(rows)} log-probabilities came for {len(token_ids)} tokens")
+        return [rows[place][str(token_ids[place])].logprob for place in range(start, len(rows))]
+
     def _continued(self, begun: Completion, choice: "_Choice", version: int) -> Completion:
         """
         Args:
@@ -153,6 +189,8 @@ class VLLMGenerator:
 
     def _versions(self, spans: "list[_Span] | None", length: int, version: int) -> list[int]:
         """Version per token, from vLLM's own record of which weights sampled what."""
+        if self._serves is not None:  # one version, the model's own
+            return [0] * length
         if spans is None:  # vLLM before 0.30 keeps no record; its weights only change while nothing runs
             return [version] * length
         versions: list[int] = []
@@ -262,12 +300,31 @@ class VLLMGenerator:
         await self._server.post("/collective_rpc", {"method": "check_health"}, self._probe_timeout_s)
 
     async def is_ready(self) -> bool:
-        """Whether `probe` returns; False while the server is still starting."""
+        """Whether `probe` returns; False while the server is still starting, or another one has its address yet."""
         try:
+            if self._serves is not None:
+                models = await self._server.get("/v1/models", _Models)
+                if [model.id for model in models.data] != [self._serves]:
+                    return False
             await self.probe()
         except GeneratorError:
             return False
         return True
+
+    async def wait_until_ready(self, limit_s: float) -> None:
+        """
+        Raises:
+            GeneratorError: it was not within the limit, `generator.start_timeout_s`.
+        """
+        try:
+            async with asyncio.timeout(limit_s):
+                while not await self.is_ready():
+                    await asyncio.sleep(0.25)
+        except TimeoutError:
+            raise GeneratorError(
+                f"{self.name} was not ready within {limit_s:g} s; see logs/{self.name}.log, or raise "
+                "generator.start_timeout_s"
+            ) from None
 
     async def close(self) -> None:
         await self._server.close()

@@ -13,6 +13,15 @@ from megatron_async_rlhf.serving.vllm_command import ON_CPU, common_arguments, c
 
 _BF16_ON_CPU_SINCE = (0, 32)
 
+_PUSHED = (
+    *("--load-format", "dummy"),  # the first push brings the weights
+    *("--logprobs-mode", "processed_logprobs"),  # after temperature: what the sampler really used
+    *("--worker-extension-cls", "megatron_async_rlhf.generator.vllm.worker_extension.WeightInspection"),
+    *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
+)
+# Of what was sampled and of what was not alike: the model's own, whatever the temperature is.
+_LOADED = ("--load-format", "safetensors", "--logprobs-mode", "raw_logprobs")
+
 
 def server_command(
     config: RunConfig,
@@ -20,17 +29,19 @@ def server_command(
     address: tuple[str, int],
     context_length: int,
     budget: GpuBudget | None = None,
+    serves: str | None = None,
 ) -> list[str]:
-    """Arguments of vLLM's OpenAI server for replica weights that only ever come from the learner.
+    """Arguments of vLLM's OpenAI server: for weights that only ever come from the learner, or for a model as it is.
 
     Args:
+        serves: what to call the model whose weights are in `model_dir`; None: they will be pushed.
         budget: of a GPU that a learner rank is on too. Else vLLM measures what is free, and takes its share of that.
     """
     generator = config.generator
     return [
         *common_arguments(
             model_dir,
-            "policy",
+            serves or "policy",
             address,
             dtype=generator.dtype,
             seed=config.run.seed,
@@ -38,17 +49,14 @@ def server_command(
             context_length=context_length,
             max_concurrent=generator.max_concurrent,
         ),
-        *("--load-format", "dummy"),  # the first push brings the weights
         *("--generation-config", "vllm"),
-        *("--logprobs-mode", "processed_logprobs"),  # after temperature: what the sampler really used
         *("--scheduling-policy", "priority"),  # requests run in the controller's order, not the network's
-        *("--worker-extension-cls", "megatron_async_rlhf.generator.vllm.worker_extension.WeightInspection"),
-        *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
         "--enable-server-load-tracking",
         *(["--enable-scale-out"] if _scale_out_is_optional() else []),  # tokens in, tokens out
         # Requests that keep their cache through an update hold blocks of older weights, and vLLM cannot empty its
         # prefix cache while they do: the next request with the same prompt would go on from those.
         *(["--no-enable-prefix-caching"] if config.schedule.in_flight_updates == "keep" else []),
+        *(_PUSHED if serves is None else _LOADED),
         *_device_arguments(config, budget),
     ]
 

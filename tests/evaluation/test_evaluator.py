@@ -1,0 +1,126 @@
+"""The job of an evaluation against servers that answer as vLLM does: who is asked what, and what is not asked again."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from megatron_async_rlhf.config.load import dump_config, load_config
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.jobs import evaluate
+from megatron_async_rlhf.jobs.addresses import Addresses
+from megatron_async_rlhf.jobs.inputs import make_model_template
+from megatron_async_rlhf.telemetry.events import EventStream
+
+FRESH = "model={layers: 2, hidden_size: 64, ffn_size: 96, heads: 2, context_length: 96}"
+SETTINGS = ("data={train_prompts: 8, eval_prompts: 6}", "generator.max_new_tokens=12", "eval.bootstrap=50")
+
+
+class Server:
+    """Answers `A` and the end; fails from the `broken_after`-th request on. It is whatever model was requested last."""
+
+    def __init__(self) -> None:
+        self.model, self.asked, self.broken_after = "", Counter(), 10**6
+        self.bodies: list[dict] = []
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": self.model}]})
+
+    async def generate(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.bodies.append(body)
+        if self.asked.total() >= self.broken_after:
+            return web.Response(status=400, text="no more")
+        self.asked[self.model] += 1
+        if "prompt_logprobs" in body["sampling_params"]:
+            rows = [None, *({str(token): {"logprob": -1.0}} for token in body["token_ids"][1:])]
+            return web.json_response({"choices": [], "prompt_logprobs": rows})
+        choice = {"token_ids": [65, 257], "logprobs": {"content": [{"logprob": -0.5}] * 2}, "finish_reason": "stop"}
+        return web.json_response({"choices": [choice | {"index": i} for i in range(body["sampling_params"]["n"])]})
+
+    async def anything_else(self, request: web.Request) -> web.Response:
+        return web.json_response({})
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    server, emit = Server(), EventStream.emit
+
+    def emitted(self, kind, **fields):
+        if kind == "serve":  # what the supervisor does
+            server.model = fields["name"]
+        emit(self, kind, **fields)
+
+    monkeypatch.setattr(EventStream, "emit", emitted)
+    yield server
+
+
+def prepared(tmp_path: Path, *settings: str) -> Path:
+    """A directory as the command leaves it to the job."""
+    (tmp_path / "c.yaml").write_text("{}")
+    fresh = load_config(tmp_path / "c.yaml", [FRESH, *SETTINGS])
+    run_dir = tmp_path / "run"
+    for name in ("policy", "against", "kl_to"):
+        make_model_template(fresh, run_dir / "served" / name)
+    config: RunConfig = load_config(tmp_path / "c.yaml", [f"model={{hf: {tmp_path}}}", *SETTINGS, *settings])
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    return run_dir
+
+
+def run(run_dir: Path, server: Server) -> int:
+    async def go() -> int:
+        application = web.Application()
+        application.router.add_get("/v1/models", server.models)
+        application.router.add_post("/inference/v1/generate", server.generate)
+        application.router.add_route("*", "/{path:.*}", server.anything_else)
+        runner = web.AppRunner(application)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0]
+        try:
+            return await evaluate.run_job(run_dir, Addresses(learner="", generators=[f"http://{host}:{port}"] * 2))
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(go())
+
+
+def test_each_model_is_asked_once_for_each_prompt(tmp_path, server):
+    run_dir = prepared(tmp_path, f"eval={{against: {tmp_path}, kl_to: {tmp_path}, bootstrap: 50}}")
+    assert run(run_dir, server) == 0
+    assert server.asked == {"policy": 6, "against": 6, "kl_to": 6}
+    content = json.loads((run_dir / "eval.json").read_text())
+    assert content["wins"]["win_rate"]["mean"] == 0.5  # the same answers
+    assert content["kl"]["kl_k1"]["mean"] == pytest.approx(1.0)  # two tokens, half a nat each
+    scored = next(body for body in server.bodies if "prompt_logprobs" in body["sampling_params"])
+    assert scored["token_ids"][-2:] == [65, 257]
+    assert json.loads((run_dir / "summary.json").read_text())["eval"]["wins"]["win_rate"] == 0.5
+
+
+def test_what_is_answered_is_not_asked_again(tmp_path, server):
+    run_dir = prepared(tmp_path, f"eval={{against: references, kl_to: {tmp_path}, bootstrap: 50}}")
+    server.broken_after = 8
+    assert run(run_dir, server) == 1
+    assert "no more" in json.loads((run_dir / "summary.json").read_text())["error"]
+    assert not (run_dir / "eval.json").exists()
+    assert server.asked == {"policy": 6, "kl_to": 2}
+    server.broken_after, server.asked = 10**6, Counter()
+    assert run(run_dir, server) == 0
+    assert server.asked == {"kl_to": 4}
+    assert len((run_dir / "answers.jsonl").read_text().splitlines()) == 6
+
+
+def test_several_answers_are_sampled_in_one_request(tmp_path, server):
+    settings = ("eval.samples=3", "eval.temperature=0.7", "eval.k=[1, 3]", "eval.max_new_tokens=7", "eval.seed=3")
+    run_dir = prepared(tmp_path, *settings)
+    assert run(run_dir, server) == 0
+    sampling = [body["sampling_params"] for body in server.bodies]
+    assert {(s["n"], s["temperature"], s["max_tokens"]) for s in sampling} == {(3, 0.7, 7)}
+    assert len({s["seed"] for s in sampling}) == 6
+    content = json.loads((run_dir / "eval.json").read_text())
+    assert {"pass@1", "pass@3"} <= content["metrics"].keys()
+    assert content["prompts"] == 6
