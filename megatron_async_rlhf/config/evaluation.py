@@ -16,6 +16,7 @@ class EvaluationSection(Section):
     judged_by: str | None = None  # name of the reward entry whose score says who wins; default: the weighted sum
     kl_to: LocalPath | None = None  # model that the divergence is measured from, usually the SFT policy; any such form
     samples: PositiveInt = 1  # answers to each prompt
+    pairs: bool = False  # also write pairs.jsonl: to each prompt the best and the worst sample, for a reward model
     k: list[PositiveInt] = Field([1], min_length=1)  # of pass@k; at most samples. One number stands for a list of one
     temperature: float = Field(0.0, ge=0)  # 0 is greedy
     max_new_tokens: PositiveInt | None = None  # default: generator.max_new_tokens
@@ -35,6 +36,8 @@ class EvaluationSection(Section):
                 f"eval.samples = {self.samples}: at eval.temperature = 0 all answers to a prompt are the same; set "
                 "eval.temperature, or eval.samples = 1"
             )
+        if self.pairs and self.samples == 1:
+            raise ValueError("eval.pairs = true: a pair takes two answers to a prompt; raise eval.samples = 1")
         if (largest := max(self.k)) > self.samples:
             raise ValueError(
                 f"eval.k = {largest}: pass@{largest} needs at least {largest} answers to a prompt; raise eval.samples = "

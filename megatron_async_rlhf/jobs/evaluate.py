@@ -32,7 +32,14 @@ from megatron_async_rlhf.jobs.evaluated_models import (
     section_of,
     sources_of,
 )
-from megatron_async_rlhf.jobs.evaluation_results import Answers, EvaluatedPrompt, answer_lines, evaluation_of, means
+from megatron_async_rlhf.jobs.evaluation_results import (
+    Answers,
+    EvaluatedPrompt,
+    answer_lines,
+    evaluation_of,
+    means,
+    pair_lines,
+)
 from megatron_async_rlhf.jobs.kept_answers import KeptAnswers
 from megatron_async_rlhf.jobs.lifecycle import run_to_the_end
 from megatron_async_rlhf.jobs.reward_models import ServedRewards
@@ -42,6 +49,7 @@ from megatron_async_rlhf.telemetry.files import (
     ANSWERS,
     ANSWERS_DIR,
     EVALUATION,
+    PAIRS,
     RESOLVED_CONFIG,
     SERVED_DIR,
     replace_file,
@@ -200,7 +208,12 @@ class Evaluator:
         content = evaluation_of(self._config, prompts)
         self._recorder.totals.evaluation = means(content)
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answer_lines(self._config, prompts))
-        for name, text in ((ANSWERS, lines), (EVALUATION, json.dumps(content, indent=1) + "\n")):
+        files = [(ANSWERS, lines), (EVALUATION, json.dumps(content, indent=1) + "\n")]
+        if self._section.pairs:
+            pairs = pair_lines(self._config, prompts)
+            files.append((PAIRS, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)))
+            self._recorder.note(f"{len(pairs)} preference pairs from {len(prompts)} prompts: {self._run_dir / PAIRS}")
+        for name, text in files:
             with writing(self._run_dir / name):
                 replace_file(self._run_dir / name, text)
 

@@ -85,6 +85,29 @@ def answer_lines(config: RunConfig, prompts: Sequence[EvaluatedPrompt]) -> list[
     return lines
 
 
+def pair_lines(config: RunConfig, prompts: Sequence[EvaluatedPrompt]) -> list[dict[str, Any]]:
+    """The lines of `pairs.jsonl`: of each prompt the sample with the highest score and that with the lowest.
+
+    Samples that did not end are left out, because what a reward model learns from has an end; so are prompts whose other
+    samples all earned the same.
+    """
+    lines = []
+    for one in prompts:
+        scores = _deciding(config, one.ours)
+        ended = [
+            (score, completion.text)
+            for score, completion in zip(scores, one.ours.completions, strict=True)
+            if completion.finished and completion.text
+        ]
+        if not ended:
+            continue
+        (best, chosen), (worst, rejected) = max(ended), min(ended)
+        if best > worst:
+            prompt = to_builtins(one.prompt.messages)
+            lines.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": best - worst})
+    return lines
+
+
 def means(content: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The estimates alone, of each part of `eval.json` that has some: what summary.json says."""
     parts = {name: content.get(name, {}) for name in ("metrics", "against_metrics", "difference", "wins", "kl")}

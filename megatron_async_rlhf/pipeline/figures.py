@@ -1,12 +1,13 @@
 """The figures of a stage that pipeline.json repeats, each with its interval."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from megatron_async_rlhf.launch.recipe import Stage
+from megatron_async_rlhf.telemetry.files import EVALUATION
 from megatron_async_rlhf.telemetry.summary import read_summary
 
-EVALUATION = "eval.json"
 _INTERVAL = ("mean", "low", "high")
 
 
@@ -15,7 +16,7 @@ def figures_of(stage: Stage) -> dict[str, Any]:
     has not come that far."""
     directory = stage.config.run.path
     if stage.command == "eval":
-        return _intervals(directory / EVALUATION, "win_rate", "reward")
+        return _intervals(directory / EVALUATION)
     evaluations = read_summary(directory).get("eval", {})
     before, after = evaluations.get("before", {}), evaluations.get("after", {})
     if stage.command == "reward-model" and "accuracy" in after:
@@ -25,14 +26,14 @@ def figures_of(stage: Stage) -> dict[str, Any]:
     return {name: {"before": before.get(name), "after": after[name]}} if name in after else {}
 
 
-def _intervals(path, *names: str) -> dict[str, Any]:
+def _intervals(path: Path) -> dict[str, Any]:
     try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     found = {}
-    for name in names:
-        figure = figures.get(name)
-        if isinstance(figure, dict) and all(part in figure for part in _INTERVAL):
-            found[name] = {part: figure[part] for part in _INTERVAL}
+    for name, part in (("win_rate", "wins"), ("reward", "metrics")):
+        figure = content.get(part, {}).get(name)
+        if isinstance(figure, dict) and all(end in figure for end in _INTERVAL):
+            found[name] = {end: figure[end] for end in _INTERVAL}
     return found

@@ -32,6 +32,7 @@ ROLLOUT_DIR = "rollouts"  # what was trained on, with schedule.record
 SERVED_DIR = "served"  # of an evaluation: each model as its servers load it
 ANSWERS_DIR = "progress"  # of an evaluation: what it has so far, to go on from
 ANSWERS = "answers.jsonl"
+PAIRS = "pairs.jsonl"  # of an evaluation: preference pairs made of its answers
 EVALUATION = "eval.json"
 REWARD_CENTERS = "reward_centers.json"  # what is subtracted from a reward model's scores, by the reward's key
 FAILED_BATCH = "non_finite_batch.json"

@@ -111,7 +111,9 @@ def test_figures_of_stages_are_repeated(rig: Rig):
     rig.write([*STAGES, {"name": "eval", "command": "eval", "config": "rest.yaml", "set": {"model.hf": "{rl}/final"}}])
     rig.drive()
     runs = rig.folder / "runs/small"
-    (runs / "eval/eval.json").write_text(json.dumps({"win_rate": {"mean": 0.7, "low": 0.6, "high": 0.8, "n": 9}}))
+    (runs / "eval/eval.json").write_text(
+        json.dumps({"wins": {"win_rate": {"mean": 0.7, "low": 0.6, "high": 0.8, "n": 9}}})
+    )
     accuracy = {"accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95}
     (runs / "proxy/summary.json").write_text(json.dumps({"status": "completed", "eval": {"after": accuracy}}))
     rig.drive()
