@@ -62,6 +62,11 @@ class RunConfig(Section):
         return self.learner.world_size + own + self.reward_workers
 
     @property
+    def _is_of_stage(self) -> bool:
+        """Whether a stage before RL is described here, which has a learner alone."""
+        return self.sft is not None or self.reward_model is not None
+
+    @property
     def supervised(self) -> SFTSection:
         """What `async-rlhf sft` does."""
         return self.sft if self.sft is not None else SFTSection.of_warm_start(self.warm_start)
@@ -105,8 +110,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def check_rewards(self) -> "RunConfig":
         # A stage without rewards needs not name one; `train` says it of the prompts themselves.
-        is_stage = (self.sft, self.reward_model) != (None, None) and self.reward == BuiltinRewardSection()
-        for reward in [] if is_stage else self.rewards:
+        needs_none = self._is_of_stage and self.reward == BuiltinRewardSection()
+        for reward in [] if needs_none else self.rewards:
             check_reward_fits_data(reward, self.data)
         titles = [reward.title for reward in self.rewards]
         for title in titles:
@@ -194,7 +199,8 @@ class RunConfig(Section):
                 f"weights.transport = ipc is for one learner rank and one generator on the same GPU, not learner.ranks = "
                 f"{learners} and generator.replicas x tensor_parallel = {workers}; set weights.transport = nccl"
             )
-        if self.gpus > self.launch.nodes * self.launch.gpus_per_node:
+        # Which command it is for nobody knows yet; `launch.layout` counts again.
+        if self.gpus > self.launch.nodes * self.launch.gpus_per_node and not self._is_of_stage:
             rewards = self.reward_workers
             parts = f"learner.ranks = {learners} and generator.replicas x tensor_parallel = {workers}"
             if rewards:
