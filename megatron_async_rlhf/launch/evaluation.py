@@ -108,7 +108,7 @@ def check_evaluation(config: RunConfig, scratch: Path) -> "EvaluationInputs":
         ConfigError, DataError, CheckpointError: one line.
     """
     from megatron_async_rlhf.jobs.evaluated_models import config_for, load_evaluation, section_of, sources_of
-    from megatron_async_rlhf.jobs.inputs import check_functions, check_policy_weights, make_model_template
+    from megatron_async_rlhf.jobs.inputs import check_policy_weights, check_rewards, make_model_template
     from megatron_async_rlhf.jobs.reward_models import check_reward_models
 
     templates = {name: scratch / name for name in sources_of(config)}
@@ -117,7 +117,7 @@ def check_evaluation(config: RunConfig, scratch: Path) -> "EvaluationInputs":
     inputs = load_evaluation(config, templates)
     for name, model in inputs.models.items():
         check_policy_weights(config_for(config, name), model.architecture)
-    check_functions(config, inputs.prompts)
+    check_rewards(config, inputs.prompts)
     check_reward_models(config, inputs.reward, inputs.train)
     section = section_of(config)
     if section.kl_to is not None and section.temperature != 1:
