@@ -138,24 +138,32 @@ def check_inputs(config: RunConfig, template: Path) -> RunInputs:
     run_inputs = load_run_inputs(config, template)
     check_policy_weights(config, run_inputs.architecture)
     check_value_weights(config, run_inputs.architecture)
-    check_functions(config, [*run_inputs.train, *run_inputs.eval])
+    check_functions(config, run_inputs)
     check_reward_models(config, run_inputs.reward, run_inputs.train)
     return run_inputs
 
 
-def check_functions(config: RunConfig, prompts: Seq[Prompt]) -> None:
+def check_functions(config: RunConfig, run_inputs: RunInputs) -> None:
     """
     Raises:
         ConfigError: a function of the user's cannot be imported, or cannot be called with what it is given.
-        ConfigError, DataError: a reward lacks a package, or cannot score a prompt.
+        ConfigError, DataError: as `check_rewards`.
     """
-    for place, entry in enumerate(config.rewards):
-        check_entry(f"reward.{place}" if isinstance(config.reward, list) else "reward", entry, prompts)
+    check_rewards(config, [*run_inputs.train, *run_inputs.eval])
     algorithm = config.algorithm
     if isinstance(algorithm, GRPOSection) and algorithm.loss_function is not None:
         name, limit = f"algorithm.loss_function = {algorithm.loss_function}", config.learner.timeout_s
         parameters = inspect_function(name, algorithm.loss_function, TimeLimit("learner.timeout_s", limit))
         check_parameters(name, parameters, LOSS_ARGUMENTS, algorithm.loss_kwargs, "algorithm.loss_kwargs")
+
+
+def check_rewards(config: RunConfig, prompts: Seq[Prompt]) -> None:
+    """
+    Raises:
+        ConfigError, DataError: a reward lacks a package, or cannot score a prompt.
+    """
+    for place, entry in enumerate(config.rewards):
+        check_entry(f"reward.{place}" if isinstance(config.reward, list) else "reward", entry, prompts)
 
 
 def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:

@@ -16,7 +16,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.formats.hub_snapshot import local_model
 from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
-from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption
+from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption, warn
 from megatron_async_rlhf.telemetry.files import ANSWERS_DIR, EVALUATION, RESOLVED_CONFIG, SERVED_DIR
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ def check_evaluation(config: RunConfig, scratch: Path) -> "EvaluationInputs":
     Raises:
         ConfigError, DataError, CheckpointError: one line.
     """
-    from megatron_async_rlhf.jobs.evaluated_models import config_for, load_evaluation, sources_of
-    from megatron_async_rlhf.jobs.inputs import check_functions, check_policy_weights, make_model_template
+    from megatron_async_rlhf.jobs.evaluated_models import config_for, load_evaluation, section_of, sources_of
+    from megatron_async_rlhf.jobs.inputs import check_policy_weights, check_rewards, make_model_template
     from megatron_async_rlhf.jobs.reward_models import check_reward_models
 
     templates = {name: scratch / name for name in sources_of(config)}
@@ -117,8 +117,16 @@ def check_evaluation(config: RunConfig, scratch: Path) -> "EvaluationInputs":
     inputs = load_evaluation(config, templates)
     for name, model in inputs.models.items():
         check_policy_weights(config_for(config, name), model.architecture)
-    check_functions(config, inputs.prompts)
+    check_rewards(config, inputs.prompts)
     check_reward_models(config, inputs.reward, inputs.train)
+    section = section_of(config)
+    if section.kl_to is not None and section.temperature != 1:
+        warn(
+            [
+                f"eval.temperature = {section.temperature:g}: kl_k1 and kl_k3 are means over answers that are sampled so, and "
+                "no estimates of the KL divergence, which take eval.temperature = 1"
+            ]
+        )
     return inputs
 
 

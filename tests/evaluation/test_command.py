@@ -122,7 +122,9 @@ def test_another_policy_may_have_another_tokenizer(config, tmp_path):
 
 def test_the_plan_is_one_model_after_the_other(config, capsys):
     assert run_command_line(app, ["eval", str(config), "-s", "eval.kl_to=policy", "--dry-run"]) == 0
-    output = capsys.readouterr().out
+    told = capsys.readouterr()
+    output = told.out
+    assert told.err.startswith("warning: eval.temperature = 0: kl_k1 and kl_k3 are means") and told.err.count("\n") == 1
     lines = [line for line in output.splitlines() if line.startswith("# ")]
     assert [line.split(":")[0] for line in lines] == [
         "# prompts",

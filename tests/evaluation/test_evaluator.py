@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from tiny_reward_model import describe_reward_model
 
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.config.root import RunConfig
@@ -41,6 +42,12 @@ class Server:
             return web.json_response({"choices": [], "prompt_logprobs": rows})
         choice = {"token_ids": [65, 257], "logprobs": {"content": [{"logprob": -0.5}] * 2}, "finish_reason": "stop"}
         return web.json_response({"choices": [choice | {"index": i} for i in range(body["sampling_params"]["n"])]})
+
+    async def classify(self, request: web.Request) -> web.Response:
+        """As a reward model that counts tokens."""
+        sequences = (await request.json())["input"]
+        scores = [{"index": i, "probs": [float(len(tokens))]} for i, tokens in enumerate(sequences)]
+        return web.json_response({"data": scores})
 
     async def anything_else(self, request: web.Request) -> web.Response:
         return web.json_response({})
@@ -76,13 +83,15 @@ def run(run_dir: Path, server: Server) -> int:
         application = web.Application()
         application.router.add_get("/v1/models", server.models)
         application.router.add_post("/inference/v1/generate", server.generate)
+        application.router.add_post("/classify", server.classify)
         application.router.add_route("*", "/{path:.*}", server.anything_else)
         runner = web.AppRunner(application)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         host, port = runner.addresses[0]
         try:
-            return await evaluate.run_job(run_dir, Addresses(learner="", generators=[f"http://{host}:{port}"] * 2))
+            url = f"http://{host}:{port}"
+            return await evaluate.run_job(run_dir, Addresses(learner="", generators=[url] * 2, rewards=[url]))
         finally:
             await runner.cleanup()
 
@@ -112,6 +121,21 @@ def test_what_is_answered_is_not_asked_again(tmp_path, server):
     assert run(run_dir, server) == 0
     assert server.asked == {"kl_to": 4}
     assert len((run_dir / "answers.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_served_reward_model_decides(tmp_path, server):
+    """The more tokens the higher its score: the policy writes one before the end."""
+    model = describe_reward_model(tmp_path / "rm")
+    reward = f"reward=[{{type: builtin}}, {{type: reward_model, name: rm, model: {model}}}]"
+    run_dir = prepared(tmp_path, reward, "eval={against: references, judged_by: rm, bootstrap: 50}")
+    assert run(run_dir, server) == 0
+    lines = [json.loads(line) for line in (run_dir / "answers.jsonl").read_text().splitlines()]
+    content = json.loads((run_dir / "eval.json").read_text())
+    scores = [(line["policy"][0]["scores"]["reward/rm"], line["against"][0]["scores"]["reward/rm"]) for line in lines]
+    gaps = [len(line["policy"][0]["text"]) - len(line["against"][0]["text"]) for line in lines]  # bytes are tokens
+    assert [ours - theirs for ours, theirs in scores] == gaps
+    assert (content["judged_by"], content["wins"]["lost"]) == ("rm", sum(gap < 0 for gap in gaps))
+    assert json.loads((run_dir / "summary.json").read_text())["reward_busy_seconds"] > 0
 
 
 def test_several_answers_are_sampled_in_one_request(tmp_path, server):
