@@ -54,20 +54,24 @@ def load_pair_inputs(config: RunConfig, template: Path) -> PairInputs:
         ConfigError, DataError: one line.
     """
     keys, tokenizer = config.reward_modelling, read_tokenizer(config, template)
-    architecture = policy_architecture(config.model, template)
-    check_learner_layout(config.learner, architecture)
-    check_micro_batch(config.learner, 2, architecture)
+    architecture = _architecture(config, template)
     check_vocabulary(config, tokenizer, architecture)
     limit = keys.max_tokens or architecture.context_length
-    if limit > architecture.context_length:
-        raise ConfigError(
-            f"reward_model.max_tokens = {limit} is above the context of {architecture.context_length} tokens; lower it"
-        )
     report = DataReport()
     train = _rows(config, tokenizer, limit, "train", report)
     held_out = _rows(config, tokenizer, limit, "eval", report).rows
     batches = plan_pair_batches(len(train.rows), keys, config.run.seed)
     return PairInputs(architecture=architecture, train=train, held_out=held_out, batches=batches, data=report)
+
+
+def describe_pairs(config: RunConfig) -> Architecture:
+    """Of a model of which only the description is here: all that can be checked without its weights.
+
+    Raises:
+        ConfigError: one line.
+    """
+    assert config.model.hf is not None  # only such a model can be described elsewhere
+    return _architecture(config, hf_files_of(config.model.hf))
 
 
 def check_pair_inputs(config: RunConfig, template: Path) -> PairInputs:
@@ -94,6 +98,17 @@ def plan_pair_batches(pairs: int, keys: RewardModellingSection, seed: int) -> li
         positions = islice(count(), (keys.epochs or 1) * pairs)
     indices = [order.at(position) for position in positions]
     return [indices[first : first + size] for first in range(0, len(indices), size)]
+
+
+def _architecture(config: RunConfig, template: Path) -> Architecture:
+    architecture, limit = policy_architecture(config.model, template), config.reward_modelling.max_tokens
+    check_learner_layout(config.learner, architecture)
+    check_micro_batch(config.learner, 2, architecture)
+    if limit is not None and limit > architecture.context_length:
+        raise ConfigError(
+            f"reward_model.max_tokens = {limit} is above the context of {architecture.context_length} tokens; lower it"
+        )
+    return architecture
 
 
 def _rows(

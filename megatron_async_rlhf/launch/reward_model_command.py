@@ -13,6 +13,7 @@ from megatron_async_rlhf.installed import check_installed
 from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption, note
 
 if TYPE_CHECKING:
+    from megatron_async_rlhf.jobs.pair_inputs import PairInputs
     from megatron_async_rlhf.launch.fleet import Fleet
     from megatron_async_rlhf.launch.nodes import Node
     from megatron_async_rlhf.launch.plan import ProcessPlan
@@ -71,28 +72,38 @@ def _plan(config: RunConfig, nodes: "list[Node]") -> "ProcessPlan":
 
 
 def _print_plan(config: RunConfig) -> None:
-    """What it learns from, and its processes."""
+    """What it learns from, and its processes. Of a model that is not here, what its shape says."""
     from megatron_async_rlhf.estimate.learner_memory import Work
     from megatron_async_rlhf.estimate.report import describe_learner
-    from megatron_async_rlhf.jobs.pair_inputs import check_pair_inputs, make_reward_model_template
+    from megatron_async_rlhf.jobs.inputs import missing_inputs
+    from megatron_async_rlhf.jobs.pair_inputs import check_pair_inputs, describe_pairs, make_reward_model_template
     from megatron_async_rlhf.launch.nodes import planned_nodes
 
-    with tempfile.TemporaryDirectory() as scratch:
-        make_reward_model_template(config, Path(scratch))
-        inputs = check_pair_inputs(config, Path(scratch))
-    train, batches = inputs.train, inputs.batches
+    if missing := missing_inputs(config):
+        architecture, pairs = describe_pairs(config), config.reward_modelling.batch_size
+        said = ["preference pairs: not checked"]
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            make_reward_model_template(config, Path(scratch))
+            inputs = check_pair_inputs(config, Path(scratch))
+        architecture, pairs = inputs.architecture, max(map(len, inputs.batches))
+        said = [*_said_of(inputs), *inputs.data.notes]
     typer.echo(dump_config(config))
-    typer.echo(f"# reward model: {inputs.architecture.num_parameters / 1e6:.2f} M parameters")
-    typer.echo(
-        f"# preference pairs: {len(train.rows)} to train on, {len(inputs.held_out)} held out; left out of the former: "
-        f"{train.too_long} too long"
-    )
-    pairs = sum(map(len, batches))
-    typer.echo(f"# {len(batches)} steps of {pairs / len(batches):.4g} pairs: {pairs / len(train.rows):.1f} epochs")
-    for line in describe_learner(config, inputs.architecture, Work(sequences=2 * max(map(len, batches)))):
-        typer.echo(f"# {line}")
-    for line in inputs.data.notes:
+    typer.echo(f"# reward model: {architecture.num_parameters / 1e6:.2f} M parameters")
+    for line in (*said, *describe_learner(config, architecture, Work(sequences=2 * pairs))):
         typer.echo(f"# {line}")
     nodes = planned_nodes(config)
     for process in _plan(config, nodes).processes:
         typer.echo(f"# {process.name}: {nodes[process.node].name}: {' '.join(process.arguments)}")
+    for line in missing:
+        typer.echo(f"# not checked, and needed for a start: {line}")
+
+
+def _said_of(inputs: "PairInputs") -> list[str]:
+    train, batches = inputs.train, inputs.batches
+    pairs = sum(map(len, batches))
+    return [
+        f"preference pairs: {len(train.rows)} to train on, {len(inputs.held_out)} held out; left out of the former: "
+        f"{train.too_long} too long",
+        f"{len(batches)} steps of {pairs / len(batches):.4g} pairs: {pairs / len(train.rows):.1f} epochs",
+    ]
