@@ -7,16 +7,26 @@ import re
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from rich.console import Console
 
+from megatron_async_rlhf.config.data import DataSection
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.pairs import load_pairs
 from megatron_async_rlhf.errors import DataError
-from megatron_async_rlhf.jobs.evaluation_results import Answers, EvaluatedPrompt, answer_lines, evaluation_of, means
+from megatron_async_rlhf.jobs.evaluation_results import (
+    Answers,
+    EvaluatedPrompt,
+    answer_lines,
+    evaluation_of,
+    means,
+    pair_lines,
+)
 from megatron_async_rlhf.jobs.kept_answers import KeptAnswers
 from megatron_async_rlhf.launch.evaluation_table import print_table
 from megatron_async_rlhf.rewards.base import Score
-from megatron_async_rlhf.types import Completion, Prompt
+from megatron_async_rlhf.types import Completion, Message, Prompt
 
 DOCS = Path(__file__).parents[2] / "docs/evaluation.md"
 TWO_REWARDS = "reward=[{type: gsm8k, weight: 2}, {type: function, name: short, function: r.py:f}]"
@@ -173,3 +183,32 @@ def test_answers_are_kept_but_for_half_a_line(tmp_path):
     path.write_text('{"prompt": 3, "value": [{"text": 1}]}\n{"prompt": 4, "value": []}\n')
     with pytest.raises(DataError, match=r"policy\.jsonl:1: no evaluation wrote this line"):
         KeptAnswers(path, list[Completion])
+
+
+def test_the_best_and_the_worst_sample_that_ended_make_a_pair(tmp_path):
+    asked = structs.replace(prompt(0), messages=[Message("system", "s"), Message("user", "p0")])
+    cut = structs.replace(answer("cut", -1.0), finished=False)
+    some = [
+        EvaluatedPrompt(
+            prompt=asked,
+            ours=answers(
+                (cut, 9.0, False),
+                (answer("b", -1.0), 0.5, False),
+                (answer("c", -1.0), 2.0, False),
+                (answer("d", -1.0), 0.25, False),
+            ),
+        ),
+        EvaluatedPrompt(prompt=prompt(1), ours=answers((answer("e", -1.0), 1.0, True), (answer("f", -1.0), 1.0, True))),
+        EvaluatedPrompt(prompt=prompt(2), ours=answers((cut, 1.0, True), (cut, 2.0, True))),
+    ]
+    config = config_of(tmp_path, "eval.samples=4", "eval.temperature=1", "eval.pairs=true")
+    lines = pair_lines(config, some)
+    asked_as = [{"role": "system", "content": "s"}, {"role": "user", "content": "p0"}]
+    assert lines == [{"prompt": asked_as, "chosen": "c", "rejected": "d", "margin": 1.75}]
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [*lines, lines[0] | {"prompt": "p1"}])
+    )
+    pairs = load_pairs(DataSection(train=str(tmp_path / "pairs.jsonl"), eval_prompts=1), "train", 0)
+    pairs += load_pairs(DataSection(train=str(tmp_path / "pairs.jsonl"), eval_prompts=1), "eval", 0)
+    (read,) = [pair for pair in pairs if pair.messages == asked.messages]
+    assert (read.chosen, read.rejected, read.margin) == ("c", "d", 1.75)
