@@ -104,7 +104,8 @@ def test_a_lost_reward_model_costs_a_restart_and_no_score(start, tmp_path, how, 
     run = start(
         f"reward={{type: reward_model, model: {model}, center_on_solutions: 8, request_timeout_s: 8}}",
         f"reward.tensor_parallel={workers}",
-        f"schedule={{steps: {STEPS}, generation: {generation}}}",
+        f"schedule.steps={STEPS}",
+        f"schedule.generation={generation}",
         "algorithm.missing_eos_reward=null",
         "launch.pin_cores=false",
     )
