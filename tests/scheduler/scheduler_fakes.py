@@ -109,8 +109,8 @@ class FakeGenerator:
     async def probe(self) -> None:
         pass
 
-    async def is_ready(self) -> bool:
-        return True
+    async def wait_until_ready(self, limit_s: float) -> None:
+        pass
 
     async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
         pass
