@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +24,15 @@ SETTINGS = ("data={train_prompts: 8, eval_prompts: 6}", "generator.max_new_token
 
 
 class Server:
-    """Answers `A` and the end; fails from the `broken_after`-th request on. It is whatever model was requested last."""
+    """Answers `A` and the end; fails from the `broken_after`-th request on. It is whatever model was requested last.
+
+    Attributes:
+        interrupted_after: so many requests the evaluation is told to end, and nothing is answered any more.
+    """
 
     def __init__(self) -> None:
-        self.model, self.asked, self.broken_after = "", Counter(), 10**6
+        self.model, self.asked = "", Counter()
+        self.broken_after = self.interrupted_after = 10**6
         self.bodies: list[dict] = []
 
     async def models(self, request: web.Request) -> web.Response:
@@ -34,6 +41,9 @@ class Server:
     async def generate(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.bodies.append(body)
+        if self.asked.total() == self.interrupted_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(600)
         if self.asked.total() >= self.broken_after:
             return web.Response(status=400, text="no more")
         self.asked[self.model] += 1
@@ -85,7 +95,7 @@ def run(run_dir: Path, server: Server) -> int:
         application.router.add_post("/inference/v1/generate", server.generate)
         application.router.add_post("/classify", server.classify)
         application.router.add_route("*", "/{path:.*}", server.anything_else)
-        runner = web.AppRunner(application)
+        runner = web.AppRunner(application, shutdown_timeout=0.05)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         host, port = runner.addresses[0]
@@ -121,6 +131,17 @@ def test_what_is_answered_is_not_asked_again(tmp_path, server):
     assert run(run_dir, server) == 0
     assert server.asked == {"kl_to": 4}
     assert len((run_dir / "answers.jsonl").read_text().splitlines()) == 6
+
+
+def test_an_interrupt_keeps_what_is_answered(tmp_path, server):
+    run_dir = prepared(tmp_path)
+    server.interrupted_after = 4
+    assert run(run_dir, server) == 130
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
+    kept = len((run_dir / "progress/policy.jsonl").read_text().splitlines())  # of the 4: those that had arrived
+    server.interrupted_after, server.asked = 10**6, Counter()
+    assert run(run_dir, server) == 0
+    assert server.asked == {"policy": 6 - kept}
 
 
 def test_a_served_reward_model_decides(tmp_path, server):
