@@ -52,7 +52,7 @@ class Display:
                     self._plain(f"warm start {step}/{steps}  loss {loss:.3f}")
             case {"event": "supervised_step", "step": step, "steps": steps, "loss": loss}:
                 self._state["phase"] = f"step {step}/{steps}"
-                self._state["learner"] = f"supervised loss {loss:.3f}"
+                self._state["learner"] = f"loss {loss:.3f}"
                 if step == steps or time.monotonic() - self._last_line > _LINE_EVERY_S:
                     self._plain(f"step {step}/{steps}  loss {loss:.3f}")
             case {"event": "step"}:
