@@ -80,11 +80,13 @@ class Endpoint:
             JudgeError: the endpoint refuses, or has not answered within `give_up_s`.
         """
         keys = self._keys
+        wrong: list[str] = []  # of each try
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(_Passing),
             stop=stop_before_delay(keys.give_up_s),
             wait=_next_wait,
             sleep=self._sleep,
+            after=lambda state: wrong.append(str(state.outcome and state.outcome.exception())),
             reraise=True,
         )
         async with self._places, self._http() as http:
@@ -96,7 +98,8 @@ class Endpoint:
                 tries = retrying.statistics["attempt_number"]
                 raise JudgeError(f"{in_vain}, which another try would pass; the last of {tries}: {error}") from None
             except TimeoutError:
-                raise JudgeError(in_vain) from None
+                last = f"; the last of {len(wrong)} tries that ended: {wrong[-1]}" if wrong else ""
+                raise JudgeError(in_vain + last) from None
 
     async def _try(self, http: aiohttp.ClientSession, request: Mapping[str, Any]) -> Answer:
         await self._sleep(0.0)  # another request may have been told to wait
