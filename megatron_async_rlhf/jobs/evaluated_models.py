@@ -98,7 +98,7 @@ def load_evaluation(config: RunConfig, directories: Mapping[str, Path]) -> Evalu
         ConfigError, DataError: one line.
     """
     _check_rewards(config)
-    examples = load_examples(config.data, "eval", config.run.seed)
+    examples = load_examples(config.data_read, "eval", config.run.seed)
     models: dict[str, EvaluatedModel] = {}
     for name, directory in directories.items():
         models[name] = _load_model(config, name, directory, examples, models.get(POLICY))
@@ -122,7 +122,7 @@ def load_evaluation(config: RunConfig, directories: Mapping[str, Path]) -> Evalu
     train = []
     if any(section.center_on_solutions for section in config.reward_models.values()):
         limit, tokenizer = models[POLICY].context_length, models[POLICY].tokenizer
-        train = build_prompts(load_examples(config.data, "train", config.run.seed), tokenizer, limit, drop_long=True)
+        train = build_prompts(load_examples(config.data_read, "train", config.run.seed), tokenizer, limit, drop_long=True)
     return EvaluationInputs(models=models, prompts=prompts, reward=reward, train=train)
 
 
