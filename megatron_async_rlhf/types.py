@@ -98,7 +98,7 @@ class TokenizedPair(Struct, frozen=True, kw_only=True):
     """A prompt with a better and a worse completion, as the learner sees them.
 
     Attributes:
-        chosen, rejected: prompt, completion and end-of-sequence token, [length] each.
+        chosen, rejected: prompt and completion, all that the chat template writes, [length] each.
         margin: by how much the reward of the chosen one is to be the higher one.
     """
 

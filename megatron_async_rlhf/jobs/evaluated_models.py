@@ -122,7 +122,9 @@ def load_evaluation(config: RunConfig, directories: Mapping[str, Path]) -> Evalu
     train = []
     if any(section.center_on_solutions for section in config.reward_models.values()):
         limit, tokenizer = models[POLICY].context_length, models[POLICY].tokenizer
-        train = build_prompts(load_examples(config.data_read, "train", config.run.seed), tokenizer, limit, drop_long=True)
+        train = build_prompts(
+            load_examples(config.data_read, "train", config.run.seed), tokenizer, limit, drop_long=True
+        )
     return EvaluationInputs(models=models, prompts=prompts, reward=reward, train=train)
 
 

@@ -66,7 +66,7 @@ class TrainPairs(Command, frozen=True, kw_only=True, tag=True):
 
 
 class ScoreRewards(Command, frozen=True, kw_only=True, tag=True):
-    """A reward model's reward of each sequence, which ends with its end-of-sequence token."""
+    """A reward model's reward of each sequence, read at its last token."""
 
     sequences: list[list[int]]
 

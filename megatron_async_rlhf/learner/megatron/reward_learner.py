@@ -1,10 +1,10 @@
 """The learner of a reward model as one rank sees it: the model, its optimizer, and a method per command.
 
-A sequence's reward is what the score head makes of its last token, the end-of-sequence token: where Transformers'
+A sequence's reward is what the score head makes of its last token: where Transformers'
 classes for sequence classification and vLLM's pooling read it too. A position stands for the token it predicts from, so a
 sequence is laid with one more token behind it, which the model never sees:
 
-    tokens   prompt  completion <eos>
+    tokens   prompt  completion <end>
     target                        *      the one position whose number is read
 
 The loss needs both sequences of a pair, so they stay in one micro-batch.
