@@ -17,6 +17,8 @@ from tiny_reward_model import describe_reward_model
 from megatron_async_rlhf.config.reward_model_section import RewardModelSection
 from megatron_async_rlhf.config.rewards import Gsm8kRewardSection
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.pairs import PreferencePair
+from megatron_async_rlhf.data.tokenized_pairs import tokenize_pairs
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import ConfigError, DataError, RewardError
 from megatron_async_rlhf.jobs.reward_models import ServedRewards, length_warnings, load_reward_models
@@ -119,6 +121,27 @@ def test_another_template_and_tokens_that_pad_at_the_end(tmp_path):
         async with rewarded(tmp_path, chat_template=template) as (made, (server,)):
             await made.reward.score(prompt(text="ab"), completions("c"))
             assert server.bodies[0]["input"] == [[*b"ab", 256, *b"c"]]
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>\n{% endfor %}"]
+)
+def test_a_model_is_served_the_rows_that_the_stage_trains_on(tmp_path, template: str | None):
+    """Also where the template writes more behind the end of an answer."""
+    describe_reward_model(tmp_path / "reward")
+    if template is not None:
+        (tmp_path / "reward/chat_template.jinja").write_text(template)
+    messages = [Message("system", "be brief"), Message("user", "Say b.")]
+    pair = PreferencePair(messages=messages, chosen="b", rejected=" <eos>", margin=None, origin="")
+    (row,) = tokenize_pairs([pair], Tokenizer.load(tmp_path / "reward"), 96, margin=False).rows
+
+    async def go() -> None:
+        async with rewarded(tmp_path) as (made, (server,)):
+            asked = msgspec.structs.replace(prompt(), messages=messages)
+            await made.reward.score(asked, completions(pair.chosen, pair.rejected))
+            assert server.bodies[0]["input"] == [row.chosen, row.rejected]
 
     asyncio.run(go())
 
