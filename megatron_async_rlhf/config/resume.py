@@ -1,5 +1,6 @@
 """Which keys a resumed run must share with the run it goes on with."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,23 +11,18 @@ from megatron_async_rlhf.errors import ConfigError
 # What is saved would mean something else under another value: weights, optimizer, prompt order, scored batches. Layout,
 # rates, steps, transport and telemetry may change.
 _FIXED = (
-    "run.seed", "model", "warm_start", "sft", "reward_model", "data", "reward", "algorithm", "generator.temperature", "learner.precision",
-    "schedule.mode", "schedule.max_staleness", "schedule.prompts_per_step", "schedule.mini_batches", "schedule.epochs",
+    "run.seed", "model", "warm_start", "sft", "reward_model", "data", "reward", "algorithm", "generator.temperature",
+    "learner.precision", "schedule.mode", "schedule.max_staleness", "schedule.prompts_per_step", "schedule.mini_batches", "schedule.epochs",
     "schedule.generation",
 )  # fmt: skip
 
 
-# How a reward model is served; which it is stays the same.
-_SERVING = (
-    "reward.url", "reward.replicas", "reward.tensor_parallel", "reward.kv_cache_gib", "reward.gpu_memory_share",
-    "reward.start_timeout_s", "reward.request_timeout_s", "reward.restarts",
-)  # fmt: skip
-
 # Where prompts and weights are read. They may lie elsewhere now, as long as the contents are known to be the same.
+# A reward model may be one of several rewards (`reward.0.model`).
 _PLACES = ("data.train", "data.eval", "model.hf", "reward.model")
 # The default until columns were recognised: nothing has changed as long as the same prompts come of it.
 _FORMER_DEFAULT = {"data.prompt_field": "prompt"}
-
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 # The same of an evaluation: what its answers and scores are.
 FIXED_OF_EVALUATION = (
@@ -48,10 +44,11 @@ def check_same_run(
     """
     before, after = _leaves(_comparable(earlier)), _leaves(_comparable(now))
     for key in (*before, *after):
-        if contents_are_compared and key in _PLACES and None not in (before.get(key), after.get(key)):
+        is_place = _NUMBER.sub("", key) in _PLACES
+        if contents_are_compared and is_place and None not in (before.get(key), after.get(key)):
             continue
         is_former_default = before.get(key) == _FORMER_DEFAULT.get(key) and after.get(key) is None
-        if key in _SERVING or (contents_are_compared and is_former_default):
+        if contents_are_compared and is_former_default:
             continue
         if any(key == one or key.startswith(f"{one}.") for one in fixed) and before.get(key) != after.get(key):
             raise ConfigError(

@@ -1,6 +1,6 @@
 """The keys of `reward.type: reward_model`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
 
@@ -28,6 +28,12 @@ def _as_list(value: Any) -> Any:
 
 class RewardModelSection(FallibleKeys):
     """A sequence classifier with one label, whose score is the reward, served by vLLM."""
+
+    # How it is served; which it is stays the same.
+    may_change: ClassVar[tuple[str, ...]] = (
+        "url", "replicas", "tensor_parallel", "kv_cache_gib", "gpu_memory_share", "start_timeout_s", "request_timeout_s",
+        "restarts", "on_error",
+    )  # fmt: skip
 
     type: Literal["reward_model"] = "reward_model"
     model: LocalPath  # Hugging Face directory of a ...ForSequenceClassification with its tokenizer

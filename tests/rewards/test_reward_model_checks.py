@@ -176,6 +176,11 @@ def test_a_resumed_run_may_serve_the_same_model_otherwise():
     check_same_run(config(), now, contents_are_compared=True)
     with pytest.raises(ConfigError, match="reward.max_concurrent = 8: the run in"):
         check_same_run(config(), config("reward.max_concurrent=8"), contents_are_compared=True)
+    several = "reward=[{type: reward_model, model: %s, replicas: %d}, {type: builtin, weight: 0.0}]"
+    before, after = config(several % ("rm", 1)), config(several % ("moved", 2))
+    check_same_run(before, after, contents_are_compared=True)
+    with pytest.raises(ConfigError, match="reward.0.model = moved: the run in"):
+        check_same_run(before, after)
 
 
 def test_a_resumed_run_needs_the_same_weights():
