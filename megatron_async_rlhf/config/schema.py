@@ -74,8 +74,10 @@ def choices(types: Sequence[Any]) -> list[Any]:
 
 
 def places_of(name: str) -> list[str]:
-    """Every `section.key` of that name, those of algorithms once."""
-    return list(dict.fromkeys(key for key in _all_keys(RunConfig, "") if key.rpartition(".")[2] == name))
+    """Every `section.key` of that name, those of algorithms once; first in the sections that every run has."""
+    found = dict.fromkeys(key for key in _all_keys(RunConfig, "") if key.rpartition(".")[2] == name)
+    fields = RunConfig.model_fields
+    return sorted(found, key=lambda key: fields[key.partition(".")[0]].get_default(call_default_factory=True) is None)
 
 
 def _all_keys(section: type[Section], prefix: str) -> Iterator[str]:

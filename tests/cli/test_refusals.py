@@ -64,7 +64,7 @@ OVERRIDES = [
     ("schedule.max-staleness=1", ["did you mean schedule.max_staleness?"]),
     ("lerner.ranks=2", ["did you mean learner?"]),
     ("Learner.ranks=2", ["did you mean learner?"]),
-    ("learner.temperature=1", ["did you mean generator.temperature?"]),
+    ("learner.temperature=1", ["did you mean generator.temperature or "]),
     ("learner.tp=2", ["did you mean learner.tensor_parallel?"]),
     ("learner.xyzzy=2", ["learner.xyzzy = 2: no such key", "known here: learning_rate,"]),
     ("algorithm.gamma=0.9", ["algorithm.gamma = 0.9", "it goes with algorithm.type = ppo, not online_dpo"]),

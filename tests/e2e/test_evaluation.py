@@ -38,6 +38,7 @@ def evaluate(directory: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_log_probabilities_are_those_of_transformers(tmp_path: Path):
     """The policy is a checkpoint, which is exported and then loaded by vLLM as any other program would."""
     policy, sft = make_model(tmp_path / "policy", 1), make_model(tmp_path / "sft", 2)

@@ -28,7 +28,8 @@ TEXTS = ("yes", "no <eos> no", "", "a longer answer, of several words.")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_server_whose_engine_stops_is_replaced_and_every_group_scored_once(tmp_path, workers):
     """Its HTTP front goes on to answer, and `/health` to say 200."""
     directory = make_reward_model(tmp_path / "rm")

@@ -173,6 +173,7 @@ def test_what_was_cut_off_goes_on_to_the_same_bits(place: Path, whole: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_best_is_exported_from_data_parallel_ranks(place: Path):
     """Two conversations, learned by heart: what is held out gets worse after a few steps."""
     run = sft(
