@@ -69,14 +69,24 @@ def answered_rows(
 
 
 def answered_row(
-    messages: Seq[Message], answer: str, tokenizer: Tokenizer, answers: Answers = "last", origin: str = ""
+    messages: Seq[Message],
+    answer: str,
+    tokenizer: Tokenizer,
+    answers: Answers = "last",
+    origin: str = "",
+    *,
+    rendered: list[int] | None = None,
 ) -> Sequence:
     """One conversation and its answer.
+
+    Args:
+        rendered: the prompt's tokens, if they are known.
 
     Raises:
         DataError: see `answered_rows`.
     """
-    token_ids = tokenizer.render_answered([*messages, Message("assistant", answer)])
+    asked = tokenizer.render_prompt(messages) if rendered is None else rendered
+    token_ids = tokenizer.render_answered([*messages, Message("assistant", answer)], asked)
     turns = [place for place, message in enumerate(messages) if message.role == "assistant"] if answers == "all" else []
     begins, ends = [], []
     for place in turns:
@@ -90,7 +100,7 @@ def answered_row(
             )
         begins.append(begin)
         ends.append(end)
-    begins.append(len(tokenizer.render_prompt(messages)))
+    begins.append(len(asked))
     between = [(end, begin) for end, begin in zip(ends, begins[1:], strict=True) if begin > end]
     return Sequence(token_ids=token_ids, prompt_length=begins[0], ignored=between)
 
@@ -102,7 +112,7 @@ def solved_prompts(prompts: Seq[Prompt], tokenizer: Tokenizer, context_length: i
         DataError: not one prompt has a solution, or none that fits the context.
     """
     rows = {
-        prompt.index: answered_row(prompt.messages, prompt.solution, tokenizer)
+        prompt.index: answered_row(prompt.messages, prompt.solution, tokenizer, rendered=prompt.token_ids)
         for prompt in prompts
         if prompt.solution is not None
     }

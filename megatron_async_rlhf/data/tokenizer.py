@@ -144,24 +144,25 @@ class Tokenizer:
         """
         return self._render(messages, is_answered=True)
 
-    def render_answered(self, messages: Sequence[Message]) -> list[int]:
+    def render_answered(self, messages: Sequence[Message], prompt: list[int]) -> list[int]:
         """Ids of a conversation that ends with the assistant's answer, up to the end-of-sequence token behind that.
 
         They begin with those of `render_prompt`. A template that writes an answer in another way than it asks for one, or
         does not end it with this token, has no say: the answer's own tokens and the end follow the prompt.
 
+        Args:
+            prompt: what `render_prompt` makes of all messages but the answer.
+
         Raises:
             DataError: as `render_prompt`.
         """
-        *asked, answer = messages
-        prompt = self.render_prompt(asked)
         try:
             whole = self._render(messages, is_answered=True)
         except DataError:  # made for prompts alone
             whole = []
         if whole[: len(prompt)] == prompt and self.eos_token_id in whole[len(prompt) :]:
             return whole[: whole.index(self.eos_token_id, len(prompt)) + 1]
-        return [*prompt, *self.encode(answer.content), self.eos_token_id]
+        return [*prompt, *self.encode(messages[-1].content), self.eos_token_id]
 
     def _render(self, messages: Sequence[Message], *, is_answered: bool) -> list[int]:
         rendered = self._template.render(messages, is_answered=is_answered)

@@ -1,15 +1,13 @@
 """What `async-rlhf reward-model` works with, checked or made before a process starts. No torch."""
 
-from itertools import count, islice
 from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct
 
-from megatron_async_rlhf.config.reward_modelling import RewardModellingSection
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.batches import plan_pair_batches
 from megatron_async_rlhf.data.pairs import load_pairs
-from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.data.report import DataReport
 from megatron_async_rlhf.data.tokenized_pairs import PairRows, tokenize_pairs
 from megatron_async_rlhf.data.tokenizer import Tokenizer
@@ -84,20 +82,6 @@ def check_pair_inputs(config: RunConfig, template: Path) -> PairInputs:
     if config.model.hf is not None:  # a language model, or a reward model, as it says itself
         check_policy_weights(config, architecture_of_hf(hf_files_of(config.model.hf)))
     return inputs
-
-
-def plan_pair_batches(pairs: int, keys: RewardModellingSection, seed: int) -> list[list[int]]:
-    """Indices of pairs by step, the same for the same input. Each epoch has every pair once, in an order of its own.
-
-    With `steps` all steps are full; with `epochs` the last one has what is left.
-    """
-    order, size = PromptOrder(range(pairs), seed), keys.batch_size
-    if keys.steps is not None:
-        positions = islice(count(), keys.steps * size)
-    else:
-        positions = islice(count(), (keys.epochs or 1) * pairs)
-    indices = [order.at(position) for position in positions]
-    return [indices[first : first + size] for first in range(0, len(indices), size)]
 
 
 def _architecture(config: RunConfig, template: Path) -> Architecture:

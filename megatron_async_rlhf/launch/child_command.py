@@ -24,6 +24,7 @@ OWN_COMMAND = (sys.executable, "-m", "megatron_async_rlhf")
 EXIT_COMPLETED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 CONFIG_DIR = "configs"
 _POLL_S = 0.1
+_WATCH_S = 1.0  # a log is read for it, beside whoever is to have the cores
 
 
 class Limit(Struct, frozen=True, kw_only=True):
@@ -125,7 +126,7 @@ class Commands:
     def _wait(self, process: Process, config: RunConfig, limit: Limit | None) -> bool:
         """For the end of the process, passing on interrupts; False if it had to be ended for its time."""
         deadline = float("inf") if limit is None else self._clock() + limit.seconds
-        passed_on = 0
+        passed_on, shown_again = 0, self._clock()
         while process.returncode is None:
             if self._interrupts > passed_on:
                 passed_on = self._interrupts
@@ -137,7 +138,8 @@ class Commands:
             if self._clock() > deadline:
                 self._end(process, config)
                 return False
-            if self._watch is not None:
+            if self._watch is not None and self._clock() >= shown_again:
+                shown_again = self._clock() + _WATCH_S
                 self._watch(f"{process.name}: {''.join(process.last_lines(1))}")
             time.sleep(_POLL_S)
         return True

@@ -132,7 +132,8 @@ def check_evaluation(config: RunConfig, scratch: Path) -> "EvaluationInputs":
 
 def _decide(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "Start | None":
     from megatron_async_rlhf.jobs.evaluated_models import POLICY, sources_of
-    from megatron_async_rlhf.launch.evaluation_inputs import check_same_evaluation, digest_evaluation, write_digests
+    from megatron_async_rlhf.launch.evaluation_inputs import check_same_evaluation, digest_evaluation
+    from megatron_async_rlhf.launch.input_digests import write_input_digests
     from megatron_async_rlhf.launch.plan import plan_evaluation
     from megatron_async_rlhf.launch.start import Start
 
@@ -150,7 +151,7 @@ def _decide(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "
     def prepare(directory: Path) -> None:
         for name, source in sources_of(config).items():
             make_servable(source, scratch / name, directory / SERVED_DIR / name)
-        write_digests(directory, digests)
+        write_input_digests(directory, digests)
 
     return Start(
         plan=plan_evaluation(config, run_dir, contexts, fleet.nodes),

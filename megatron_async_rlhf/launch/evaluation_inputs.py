@@ -1,7 +1,5 @@
 """What an evaluation reads that is not in its directory, remembered there, so that a resumed one goes on with the same."""
 
-from pathlib import Path
-
 import msgspec
 from msgspec import Struct
 
@@ -15,7 +13,7 @@ from megatron_async_rlhf.launch.input_digests import (
     digest_reward_models,
     digest_weights,
 )
-from megatron_async_rlhf.telemetry.files import INPUTS, replace_file
+from megatron_async_rlhf.telemetry.files import INPUTS
 
 
 class EvaluationDigests(Struct, frozen=True, kw_only=True):
@@ -43,17 +41,6 @@ def digest_evaluation(config: RunConfig, inputs: EvaluationInputs) -> Evaluation
         reward=digest_code(inputs.reward),
         reward_models=digest_reward_models(config),
     )
-
-
-def write_digests(directory: Path, digests: EvaluationDigests) -> None:
-    """
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    try:
-        replace_file(directory / INPUTS, msgspec.json.format(msgspec.json.encode(digests), indent=1) + b"\n")
-    except OSError as error:
-        raise ConfigError(f"{directory / INPUTS} cannot be written ({error.strerror or error})") from None
 
 
 def check_same_evaluation(config: RunConfig, now: EvaluationDigests) -> None:

@@ -89,8 +89,11 @@ def check_resumed_inputs(
     return now, [] if is_new else check_same_inputs(directory, config, now, starts_over=starts_over)
 
 
-def write_input_digests(run_dir: Path, inputs: InputDigests) -> None:
+def write_input_digests(run_dir: Path, inputs: Struct) -> None:
     """
+    Args:
+        inputs: `InputDigests` of a run; an evaluation has its own.
+
     Raises:
         ConfigError: the file cannot be written.
     """

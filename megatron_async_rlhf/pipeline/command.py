@@ -37,7 +37,7 @@ def pipeline(
         driver = Driver(
             loaded,
             note=lambda line: console.print(line, markup=False),
-            watch=lambda line: status.update(line.replace("[", r"\[")),
+            watch=(lambda line: status.update(line.replace("[", r"\["))) if console.is_terminal else None,
         )
         code = driver.run()
     for path in (loaded.directory / PIPELINE, write_plot(loaded)):

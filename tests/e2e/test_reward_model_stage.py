@@ -15,9 +15,9 @@ from megatron_async_rlhf.algorithms.calibration import pair_figures
 from megatron_async_rlhf.cli import main
 from megatron_async_rlhf.config.load import check_tree
 from megatron_async_rlhf.config.reward_modelling import RewardModellingSection
+from megatron_async_rlhf.data.batches import plan_pair_batches
 from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.jobs.pair_inputs import plan_pair_batches
 
 STEPS, BATCH, HELD_OUT = 40, 8, 40
 WORDS = ("red", "blue", "green", "two", "seven", "many", "some")

@@ -19,7 +19,8 @@ from megatron_async_rlhf.formats.open_weights import open_weights
 from megatron_async_rlhf.jobs.evaluated_models import load_evaluation
 from megatron_async_rlhf.jobs.inputs import make_model_template
 from megatron_async_rlhf.launch.evaluation import check_evaluation, load_for_evaluation, make_servable
-from megatron_async_rlhf.launch.evaluation_inputs import check_same_evaluation, digest_evaluation, write_digests
+from megatron_async_rlhf.launch.evaluation_inputs import check_same_evaluation, digest_evaluation
+from megatron_async_rlhf.launch.input_digests import write_input_digests
 from megatron_async_rlhf.models.architecture import architecture_of_hf
 from megatron_async_rlhf.models.hf_mapping import hf_shapes
 from megatron_async_rlhf.usage import run_command_line
@@ -177,7 +178,7 @@ def as_interrupted(config: Path, *settings: str) -> RunConfig:
     directory = resolved.run.path
     (directory / "progress").mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_config(resolved))
-    write_digests(directory, digest_evaluation(resolved, check_evaluation(resolved, directory / "served")))
+    write_input_digests(directory, digest_evaluation(resolved, check_evaluation(resolved, directory / "served")))
     return resolved
 
 

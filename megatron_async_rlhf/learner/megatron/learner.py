@@ -88,12 +88,12 @@ class MegatronLearner:
 
     def start_supervised(self, command: StartSupervised) -> None:
         """Begin supervised fine-tuning, after which the policy's version is the number of its steps."""
-        self.policy.restart(self.config.supervised.optimizer_keys(command.steps), command.steps)
+        self._restart_supervised(command.steps)
         self.version = 0
 
     def resume_supervised(self, command: ResumeSupervised) -> Answer:
         """Go on from a checkpoint: weights, optimizer, and the steps that were made."""
-        self.policy.restart(self.config.supervised.optimizer_keys(command.steps), command.steps)
+        self._restart_supervised(command.steps)
         self.version = load_training_state(Path(command.checkpoint), [self.policy], self.placement.control)
         return self._answer(command.id)
 
@@ -229,6 +229,9 @@ class MegatronLearner:
     def close(self) -> None:
         """Leave every group but the learner's own; there are no more commands."""
         self._push.close()
+
+    def _restart_supervised(self, steps: int) -> None:
+        self.policy.restart(self.config.supervised.optimizer_keys(steps), steps)
 
     def _state(self, *, snapshot: bool) -> dict[str, Any]:
         """What training goes on from. Collective."""
