@@ -11,6 +11,11 @@ ConfigArgument = Annotated[
     typer.Argument(help="YAML configuration, such as examples/quickstart.yaml; to resume, also a run's directory."),
 ]
 SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override one key: section.key=value. Repeatable.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on from the last checkpoint in run.dir; from the beginning if there is none."),
+]
 NodeRankOption = Annotated[
     int,
     typer.Option(

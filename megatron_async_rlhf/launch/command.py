@@ -13,7 +13,15 @@ from megatron_async_rlhf.converter.command import compare_holders
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
-from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption, note, warn
+from megatron_async_rlhf.options import (
+    ConfigArgument,
+    DryRunOption,
+    NodeRankOption,
+    ResumeOption,
+    SetOption,
+    note,
+    warn,
+)
 from megatron_async_rlhf.telemetry.files import (
     EXPORT_DIR,
     METRICS,
@@ -35,12 +43,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print plan and estimate, start nothing.")
     ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on from the last checkpoint in run.dir; from the beginning if there is none."
-        ),
-    ] = False,
+    resume: ResumeOption = False,
     node_rank: NodeRankOption = 0,
 ) -> None:
     """Run the whole RLHF job, on this machine or, started once on each, on launch.nodes of them.
@@ -65,15 +68,8 @@ def train(
 def sft(
     config: ConfigArgument,
     set: SetOption = [],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on from the last checkpoint in run.dir; from the beginning if there is none."
-        ),
-    ] = False,
+    dry_run: DryRunOption = False,
+    resume: ResumeOption = False,
     node_rank: NodeRankOption = 0,
 ) -> None:
     """Fine-tune the policy on the answers in `data`, as the section `sft` says, and export it.

@@ -1,6 +1,7 @@
 """Prints all that can be said of a run without starting anything: configuration, estimate, and which process goes where."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -13,7 +14,8 @@ from megatron_async_rlhf.estimate.report import describe, describe_learner
 from megatron_async_rlhf.jobs.inputs import check_description, check_inputs, make_model_template, missing_inputs
 from megatron_async_rlhf.jobs.supervised_inputs import SupervisedInputs, check_supervised_inputs, describe_supervised
 from megatron_async_rlhf.launch.nodes import planned_nodes
-from megatron_async_rlhf.launch.plan import plan_learner_alone, plan_processes
+from megatron_async_rlhf.launch.plan import ProcessPlan, plan_learner_alone, plan_processes
+from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.simulate import prediction
 
 
@@ -63,12 +65,32 @@ def print_sft_plan(config: RunConfig) -> None:
             inputs = check_supervised_inputs(config, Path(scratch))
         architecture, sequences = inputs.architecture, max(map(len, inputs.batches))
         said = [*_said_of(inputs), *inputs.data.notes]
+    plan = plan_learner_alone(config, config.run.path.absolute(), planned_nodes(config), "sft")
+    print_learner_plan(config, "policy", architecture, said, Work(sequences=sequences), plan, missing)
+
+
+def print_learner_plan(
+    config: RunConfig,
+    what: str,
+    architecture: Architecture,
+    said: Sequence[str],
+    work: Work,
+    plan: ProcessPlan,
+    missing: Sequence[str],
+) -> None:
+    """Of a stage without generators.
+
+    Args:
+        what: is trained.
+        said: of the data.
+        missing: what a start would lack, see `missing_inputs`.
+    """
     typer.echo(dump_config(config))
-    typer.echo(f"# policy: {architecture.num_parameters / 1e6:.2f} M parameters")
-    for line in (*said, *describe_learner(config, architecture, Work(sequences=sequences))):
+    typer.echo(f"# {what}: {architecture.num_parameters / 1e6:.2f} M parameters")
+    for line in (*said, *describe_learner(config, architecture, work)):
         typer.echo(f"# {line}")
     nodes = planned_nodes(config)
-    for process in plan_learner_alone(config, config.run.path.absolute(), nodes, "sft").processes:
+    for process in plan.processes:
         typer.echo(f"# {process.name}: {nodes[process.node].name}: {' '.join(process.arguments)}")
     for line in missing:
         typer.echo(f"# not checked, and needed for a start: {line}")

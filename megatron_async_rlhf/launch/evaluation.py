@@ -16,7 +16,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.formats.hub_snapshot import local_model
 from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
-from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption, warn
+from megatron_async_rlhf.options import ConfigArgument, DryRunOption, NodeRankOption, SetOption, warn
 from megatron_async_rlhf.telemetry.files import ANSWERS_DIR, EVALUATION, RESOLVED_CONFIG, SERVED_DIR
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ _SUFFIX = "-eval"  # of the directory, behind the name of the run
 def evaluate(
     config: ConfigArgument,
     set: SetOption = [],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
-    ] = False,
+    dry_run: DryRunOption = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the answers that are in run.dir already, and ask for the others.")
     ] = False,

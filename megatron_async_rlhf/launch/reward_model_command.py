@@ -2,15 +2,14 @@
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.installed import check_installed
-from megatron_async_rlhf.options import ConfigArgument, NodeRankOption, SetOption, note
+from megatron_async_rlhf.options import ConfigArgument, DryRunOption, NodeRankOption, SetOption, note
 
 if TYPE_CHECKING:
     from megatron_async_rlhf.jobs.pair_inputs import PairInputs
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
 def reward_model(
     config: ConfigArgument,
     set: SetOption = [],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
-    ] = False,
+    dry_run: DryRunOption = False,
     node_rank: NodeRankOption = 0,
 ) -> None:
     """Train a reward model on the preference pairs in `data`, as the section `reward_model` says, and export it.
@@ -74,9 +71,9 @@ def _plan(config: RunConfig, nodes: "list[Node]") -> "ProcessPlan":
 def _print_plan(config: RunConfig) -> None:
     """What it learns from, and its processes. Of a model that is not here, what its shape says."""
     from megatron_async_rlhf.estimate.learner_memory import Work
-    from megatron_async_rlhf.estimate.report import describe_learner
     from megatron_async_rlhf.jobs.inputs import missing_inputs
     from megatron_async_rlhf.jobs.pair_inputs import check_pair_inputs, describe_pairs, make_reward_model_template
+    from megatron_async_rlhf.launch.dry_run import print_learner_plan
     from megatron_async_rlhf.launch.nodes import planned_nodes
 
     if missing := missing_inputs(config):
@@ -88,15 +85,8 @@ def _print_plan(config: RunConfig) -> None:
             inputs = check_pair_inputs(config, Path(scratch))
         architecture, pairs = inputs.architecture, max(map(len, inputs.batches))
         said = [*_said_of(inputs), *inputs.data.notes]
-    typer.echo(dump_config(config))
-    typer.echo(f"# reward model: {architecture.num_parameters / 1e6:.2f} M parameters")
-    for line in (*said, *describe_learner(config, architecture, Work(sequences=2 * pairs))):
-        typer.echo(f"# {line}")
-    nodes = planned_nodes(config)
-    for process in _plan(config, nodes).processes:
-        typer.echo(f"# {process.name}: {nodes[process.node].name}: {' '.join(process.arguments)}")
-    for line in missing:
-        typer.echo(f"# not checked, and needed for a start: {line}")
+    plan, work = _plan(config, planned_nodes(config)), Work(sequences=2 * pairs)
+    print_learner_plan(config, "reward model", architecture, said, work, plan, missing)
 
 
 def _said_of(inputs: "PairInputs") -> list[str]:
