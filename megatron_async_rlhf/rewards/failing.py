@@ -1,6 +1,7 @@
 """What becomes of completions that a reward gives no score."""
 
 import logging
+from collections.abc import Iterable
 from typing import Literal
 
 from megatron_async_rlhf.errors import RewardError
@@ -23,8 +24,17 @@ def scores_after(failure: str, count: int, on_error: OnError, *, way_out: str) -
     """
     if on_error == "fail":
         raise RewardError(f"{failure}. {way_out}, or set reward.on_error = zero") from None
+    return [failed_score(failure)] * count
+
+
+def failed_score(failure: str, metrics: Iterable[str] = ()) -> Score:
+    """0, which counts as failed, and goes into the log.
+
+    Args:
+        metrics: that the reward has besides; 0 too.
+    """
     _log.error("%s", failure)
-    return [Score(reward=0.0, metrics={"reward_failed": 1.0}, failure=failure)] * count
+    return Score(reward=0.0, metrics=dict.fromkeys(metrics, 0.0) | {"reward_failed": 1.0}, failure=failure)
 
 
 def plain_scores(scores: list[float], on_error: OnError) -> list[Score]:

@@ -5,7 +5,6 @@ A text over which it fails earns 0 and is counted, or ends the run (`reward.on_e
 
 import asyncio
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,11 +12,11 @@ from typing import Any, NamedTuple, Protocol
 from megatron_async_rlhf.config.reward_keys import VerifierKeys
 from megatron_async_rlhf.errors import ConfigError, DataError, RewardError
 from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.rewards.failing import failed_score
 from megatron_async_rlhf.rewards.workers import TimeLimit, Workers
 from megatron_async_rlhf.types import Completion, Prompt
 from megatron_async_rlhf.user_functions import raised
 
-_log = logging.getLogger(__name__)
 _PROMPTS_OF_A_CALL = 100  # that are checked before the run; one takes milliseconds
 
 
@@ -71,9 +70,7 @@ class WorkerVerifier:
             failure = f"reward {self._section.title} {error}; the prompt is {prompt.name}, the completion {_cut(completion.text)}"
             if not may_fail:
                 raise RewardError(f"{failure}. Set reward.on_error = zero to go on without it") from None
-            _log.error("%s", failure)
-            nothing = dict.fromkeys(self._section.metrics, 0.0)
-            return Score(reward=0.0, metrics=nothing | {"reward_failed": 1.0}, failure=failure)
+            return failed_score(failure, self._section.metrics)
         reward, metrics = answer
         return Score(reward=reward, metrics=metrics | ({"reward_failed": 0.0} if may_fail else {}))
 

@@ -1,7 +1,6 @@
 """A judge as a reward: each completion rated by itself, or compared with others."""
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -10,10 +9,9 @@ from statistics import fmean
 from megatron_async_rlhf.config.judge import JudgeRewardSection
 from megatron_async_rlhf.errors import DataError, JudgeBudgetError, RewardError
 from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.rewards.failing import failed_score
 from megatron_async_rlhf.rewards.judge.judge import Comparison, Judge
 from megatron_async_rlhf.types import Completion, Prompt
-
-_log = logging.getLogger(__name__)
 
 
 class JudgeReward:
@@ -90,6 +88,4 @@ class JudgeReward:
         failure = f"{error}; the prompt is {prompt.name}"
         if isinstance(error, JudgeBudgetError) or self._section.on_error == "fail":
             raise type(error)(failure) from None
-        _log.error("%s", failure)
-        nothing = dict.fromkeys(self._section.metrics, 0.0)
-        return Score(reward=0.0, metrics=nothing | {"reward_failed": 1.0}, failure=failure)
+        return failed_score(failure, self._section.metrics)
