@@ -91,6 +91,18 @@ def test_a_spent_budget_ends_the_run_whatever_on_error_says(tmp_path: Path):
     assert [score.reward for score in found] == [0.0, 0.5, 1.0] and requests == 3  # those that were not paid for
 
 
+@pytest.mark.parametrize("keys", [{}, {"against": "solution"}, {"form": "pointwise"}])
+def test_what_is_paid_for_is_kept_although_the_run_ends_meanwhile(tmp_path: Path, keys: dict):
+    async def slow(request: dict, number: int) -> str:
+        await asyncio.sleep(0.3)
+        return "[[A]] [[5]]"
+
+    with pytest.raises(JudgeBudgetError):
+        scores(slow, tmp_path, "a", "bb", "ccc", budget={"max_calls": 2}, **keys)
+    needed = 3 if "form" in keys else 6
+    assert scores(slow, tmp_path, "a", "bb", "ccc", **keys)[1] == needed - 2
+
+
 def test_before_the_run_template_and_key_are_looked_at(tmp_path: Path):
     for keys, says in (({"template": tmp_path / "none"}, "reward.template"), ({"api_key_env": "NOT_SET"}, "NOT_SET")):
         with pytest.raises(ConfigError, match=says):

@@ -132,6 +132,11 @@ class Judge:
         except Exception as error:  # a template can do nearly anything
             raise JudgeError(f"{self._key}.template = {self._keys.template} cannot be used: {error}") from None
 
+    async def settled(self) -> None:
+        """Wait for the answers to all that has been asked so far, which is paid for: they are kept, or have failed."""
+        if self._under_way:
+            await asyncio.wait(list(self._under_way.values()))
+
     def _check_form(self, form: str) -> None:
         if self._keys.form != form:
             raise ValueError(f"{self._key}.form is {self._keys.form}, not {form}")

@@ -47,7 +47,7 @@ class JudgeReward:
         try:
             rating = await self._judge.rate(prompt.text, text, solution=prompt.reference.get("solution"))
         except RewardError as error:
-            return self._failed(prompt, error)
+            return await self._failed(prompt, error)
         low, high = self._section.range
         return self._score((rating - low) / (high - low), {"judge_score": rating})
 
@@ -55,18 +55,18 @@ class JudgeReward:
         try:
             return self._won([await self._judge.compare(prompt.text, text, prompt.reference["solution"])])
         except RewardError as error:
-            return self._failed(prompt, error)
+            return await self._failed(prompt, error)
 
     async def _in_group(self, prompt: Prompt, texts: Sequence[str]) -> list[Score]:
         """If a comparison fails, all of the group fail: a share of other comparisons would favour some of them."""
         solution = prompt.reference.get("solution")
         pairs = list(combinations(range(len(texts)), 2))
         asked = (self._judge.compare(prompt.text, texts[i], texts[j], solution=solution) for i, j in pairs)
-        results = await asyncio.gather(*asked, return_exceptions=True)  # whatever is under way is paid for: keep it
+        results = await asyncio.gather(*asked, return_exceptions=True)
         won: list[list[Comparison]] = [[] for _ in texts]
         for (i, j), result in zip(pairs, results, strict=True):
             if isinstance(result, RewardError):
-                return [self._failed(prompt, result)] * len(texts)
+                return [await self._failed(prompt, result)] * len(texts)
             if isinstance(result, BaseException):
                 raise result
             won[i].append(result)
@@ -83,9 +83,10 @@ class JudgeReward:
         may_fail = self._section.on_error == "zero"
         return Score(reward=reward, metrics=({"reward_failed": 0.0} if may_fail else {}) | metrics)
 
-    def _failed(self, prompt: Prompt, error: RewardError) -> Score:
-        """Raises RewardError where that must not be, and always when the budget is spent."""
+    async def _failed(self, prompt: Prompt, error: RewardError) -> Score:
+        """Raises RewardError where that must not be, and always when the budget is spent, once nothing is under way."""
         failure = f"{error}; the prompt is {prompt.name}"
         if isinstance(error, JudgeBudgetError) or self._section.on_error == "fail":
+            await self._judge.settled()
             raise type(error)(failure) from None
         return failed_score(failure, self._section.metrics)
