@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.estimate.generator_memory import GIB, GeneratorMemory, GpuBudget, generator_memory
+from megatron_async_rlhf.estimate.generator_memory import GIB, CacheBudget, GeneratorMemory, generator_memory
 from megatron_async_rlhf.estimate.learner_memory import FIXED_CUDA, MIB, LearnerMemory, learner_memory
 from megatron_async_rlhf.estimate.reward_memory import RewardMemory, reward_memory
 from megatron_async_rlhf.estimate.save_memory import save_memory
@@ -85,15 +85,19 @@ def shares_gpu(config: RunConfig) -> bool:
     return config.run.device == "cuda" and config.weights.transport == "ipc"
 
 
-def gpu_budget(config: RunConfig, arch: Architecture) -> GpuBudget | None:
-    """What a generator is given of a GPU that it shares with a learner rank; None where it has the GPU for itself."""
-    if not shares_gpu(config):
+def generator_budget(config: RunConfig, arch: Architecture) -> CacheBudget | None:
+    """What a generator is given on a CPU, or of a GPU that it shares with a learner rank; None where it has a GPU for
+    itself."""
+    on_cpu = config.run.device == "cpu"
+    if not on_cpu and not shares_gpu(config):
         return None
     worker = run_memory(config, arch).generator
+    if on_cpu:
+        return CacheBudget(share=0.0, cache=worker.cache)
     cache = max(worker.cache, worker.smallest_cache)
     room = config.launch.gpu_memory_gib * GIB
     share = (worker.weights + worker.activations + cache) / room
-    return GpuBudget(share=min(round(share, 3) or 0.001, config.generator.gpu_memory_share), cache=cache)
+    return CacheBudget(share=min(round(share, 3) or 0.001, config.generator.gpu_memory_share), cache=cache)
 
 
 def advise(config: RunConfig, arch: Architecture, room: int) -> list[MemoryChange]:

@@ -2,7 +2,7 @@
 
 On a GPU vLLM takes `gpu_memory_share` of the memory: weights, the activations of its largest pass, and what is left for
 the cache. The receiver's staging buffers and CUDA itself come on top. Beside a learner rank on the same GPU it gets no more
-than that rank leaves. On a CPU the cache has its size from the config.
+than that rank leaves. On a CPU the cache has its size from the config, if so much can be used.
 """
 
 from dataclasses import dataclass, fields
@@ -51,11 +51,11 @@ class GeneratorMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuBudget:
-    """What vLLM is given of a GPU that it shares with a learner rank, instead of measuring what is free there.
+class CacheBudget:
+    """What vLLM is given on a CPU, or of a GPU that it shares with a learner rank, instead of measuring what is free.
 
     Attributes:
-        share: of the GPU's memory, for weights, activations and cache.
+        share: of a GPU's memory, for weights, activations and cache; 0 on a CPU.
         cache: bytes of its key-value cache.
     """
 
@@ -81,7 +81,7 @@ def generator_memory(config: RunConfig, arch: Architecture, *, fixed: int, besid
     if on_cpu:
         # One buffer, and a matrix that is still incomplete once more for each stage that sends a part of it.
         push = staging + config.learner.pipeline_parallel * item * holding.largest
-        cache = generator.kv_cache_gib * GIB
+        cache = min(generator.kv_cache_gib * GIB, generator.max_concurrent * smallest_cache)
     else:
         push = 2 * staging
         room = round(config.launch.gpu_memory_gib * GIB)

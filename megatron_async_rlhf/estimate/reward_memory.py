@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+from megatron_async_rlhf.config.reward_model_section import RewardModelSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.generator_memory import CACHE_BLOCK_TOKENS, GIB, PREFILL_TOKENS
 from megatron_async_rlhf.formats.classifier_weights import classifier_numbers
 from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
-from megatron_async_rlhf.models.classifier import read_classifier
+from megatron_async_rlhf.models.classifier import Classifier, read_classifier
+from megatron_async_rlhf.serving.reward_model_command import max_concurrent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ def reward_memory(config: RunConfig, *, fixed: int) -> list[RewardMemory]:
         weights = item * -(-classifier_numbers(f"{key}.model", section.model, model) // parallel)
         activations = item * max(context, PREFILL_TOKENS) * (2 * model.hidden_size + 3 * model.ffn_size // parallel)
         room = round(section.gpu_memory_share * config.launch.gpu_memory_gib * GIB)
-        cache = section.kv_cache_gib * GIB if config.run.device == "cpu" else room - weights - activations
+        cache = reward_cache(config, section, model) if config.run.device == "cpu" else room - weights - activations
         found.append(
             RewardMemory(
                 key=key,
@@ -60,8 +62,20 @@ def reward_memory(config: RunConfig, *, fixed: int) -> list[RewardMemory]:
                 cache=cache,
                 activations=activations,
                 fixed=fixed,
-                cache_tokens=max(0, cache) // (item * max(model.cache_numbers // parallel, 1)),
+                cache_tokens=max(0, cache) // _cache_bytes_per_token(section, model),
                 context_length=context,
             )
         )
     return found
+
+
+def reward_cache(config: RunConfig, section: RewardModelSection, model: Classifier) -> int:
+    """Bytes of a worker's cache on a CPU: what is allowed, if so much can be used."""
+    context = section.context_length or model.context_length
+    blocks = -(-context // CACHE_BLOCK_TOKENS) + 1
+    usable = max_concurrent(section, config) * blocks * CACHE_BLOCK_TOKENS * _cache_bytes_per_token(section, model)
+    return min(section.kv_cache_gib * GIB, usable)
+
+
+def _cache_bytes_per_token(section: RewardModelSection, model: Classifier) -> int:
+    return ITEM_BYTES[section.dtype] * max(model.cache_numbers // section.tensor_parallel, 1)

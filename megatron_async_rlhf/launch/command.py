@@ -164,7 +164,7 @@ def _plan_only(config: RunConfig, resume: bool) -> None:
 
 def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "Start | None":
     """All that can be checked of a run is, before anything of it is there."""
-    from megatron_async_rlhf.estimate.fitting import gpu_budget
+    from megatron_async_rlhf.estimate.fitting import generator_budget
     from megatron_async_rlhf.estimate.report import refuse_too_large
     from megatron_async_rlhf.jobs.inputs import check_inputs, data_warnings, make_model_template
     from megatron_async_rlhf.launch.input_digests import check_resumed_inputs
@@ -184,7 +184,7 @@ def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: P
     warn(data_warnings(config, run_inputs))
     digests, warnings = check_resumed_inputs(config, run_inputs, is_new=version is None)
     warn(warnings)
-    budget, context = gpu_budget(config, run_inputs.architecture), run_inputs.architecture.context_length
+    budget, context = generator_budget(config, run_inputs.architecture), run_inputs.architecture.context_length
     plan = plan_processes(config, run_dir, context, fleet.nodes, version, budget=budget)
     return Start(plan=plan, template=template, version=version, digests=digests)
 

@@ -8,7 +8,7 @@ import typer
 
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.estimate.fitting import gpu_budget
+from megatron_async_rlhf.estimate.fitting import generator_budget
 from megatron_async_rlhf.estimate.learner_memory import Work
 from megatron_async_rlhf.estimate.report import describe, describe_learner
 from megatron_async_rlhf.jobs.inputs import check_description, check_inputs, make_model_template, missing_inputs
@@ -43,7 +43,7 @@ def print_plan(config: RunConfig) -> None:
     for line in (*describe(config, architecture), *prediction.describe(config, architecture)):
         typer.echo(f"# {line}")
     nodes = planned_nodes(config)
-    run_dir, budget = config.run.path.absolute(), gpu_budget(config, architecture)
+    run_dir, budget = config.run.path.absolute(), generator_budget(config, architecture)
     for process in plan_processes(config, run_dir, architecture.context_length, nodes, budget=budget).processes:
         cores = f"cores {process.cores}" if process.cores else "any core"
         where = f"GPUs {process.gpus}" if process.gpus else cores

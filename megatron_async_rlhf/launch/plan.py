@@ -14,7 +14,8 @@ from msgspec import Struct
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.environment import PER_PROCESS
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.estimate.generator_memory import GpuBudget
+from megatron_async_rlhf.estimate.generator_memory import CacheBudget
+from megatron_async_rlhf.estimate.reward_memory import reward_cache
 from megatron_async_rlhf.generator.vllm.server import bf16_problem, records_versions, server_command, server_environment
 from megatron_async_rlhf.jobs.lifecycle import END_AT_ONCE
 from megatron_async_rlhf.launch.layout import Slot, lay_out
@@ -80,13 +81,13 @@ def plan_processes(
     nodes: Sequence[Node],
     resume_from: int | None = None,
     *,
-    budget: GpuBudget | None = None,
+    budget: CacheBudget | None = None,
 ) -> ProcessPlan:
     """Learner ranks, generators, servers of reward models, and the controller, which is on the first machine.
 
     Args:
         resume_from: policy version of the checkpoint to go on from.
-        budget: of a generator on a GPU that a learner rank is on too.
+        budget: of a generator, as `generator_budget` gives it.
 
     Raises:
         ConfigError: the machines have too few GPUs, or this machine's vLLM cannot do what is configured.
@@ -134,11 +135,12 @@ def plan_reward_servers(
     specs: list[ProcessSpec] = []
     urls: list[str] = []
     for (key, section), replicas in zip(config.served_reward_models.items(), slots, strict=True):
-        context = section.context_length or read_classifier(f"{key}.model", section.model).context_length
+        model = read_classifier(f"{key}.model", section.model)
+        context, cache = section.context_length or model.context_length, reward_cache(config, section, model)
         for workers in replicas:
             home = nodes[workers[0].node]
             site = home.address, home.reward_ports[len(specs)]
-            command = reward_model_command.server_command(section, config, site, context)
+            command = reward_model_command.server_command(section, config, site, context, cache)
             environment = reward_model_command.server_environment(section, config, _device_names(config, workers, home))
             restarts = _Restarts(f"{key}.restarts", section.restarts)
             specs.append(_server(config, f"reward.{len(specs)}", workers, home, command, environment, restarts))

@@ -2,7 +2,7 @@
 
 from megatron_async_rlhf.config.reward_model_section import RewardModelSection
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.serving.vllm_command import ON_CPU, common_arguments, common_environment
+from megatron_async_rlhf.serving.vllm_command import common_arguments, common_environment, cpu_arguments
 
 _STREAMING_CONCURRENT = 32
 
@@ -14,9 +14,13 @@ def max_concurrent(section: RewardModelSection, config: RunConfig) -> int:
 
 
 def server_command(
-    section: RewardModelSection, config: RunConfig, address: tuple[str, int], context_length: int
+    section: RewardModelSection, config: RunConfig, address: tuple[str, int], context_length: int, cache: int
 ) -> list[str]:
-    """Arguments of vLLM's OpenAI server with the pooling runner, which answers `/classify`."""
+    """Arguments of vLLM's OpenAI server with the pooling runner, which answers `/classify`.
+
+    Args:
+        cache: bytes of a worker's key-value cache on a CPU.
+    """
     on_cpu, together = config.run.device == "cpu", max_concurrent(section, config)
     return [
         *common_arguments(
@@ -33,7 +37,7 @@ def server_command(
         *("--convert", "classify"),
         # What is in the cache decides which rows a matrix product has, and that on the last bits.
         *(["--no-enable-prefix-caching"] if together == 1 else []),
-        *(ON_CPU if on_cpu else ["--gpu-memory-utilization", str(section.gpu_memory_share)]),
+        *(cpu_arguments(cache) if on_cpu else ["--gpu-memory-utilization", str(section.gpu_memory_share)]),
     ]
 
 
@@ -43,4 +47,4 @@ def server_environment(section: RewardModelSection, config: RunConfig, devices: 
     Args:
         devices: a core or a GPU for each tensor-parallel worker, as their numbers or names.
     """
-    return common_environment(config.run.device, devices, kv_cache_gib=section.kv_cache_gib)
+    return common_environment(config.run.device, devices)

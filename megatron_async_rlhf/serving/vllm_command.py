@@ -42,20 +42,21 @@ def common_arguments(
     ]
 
 
-def common_environment(device: Device, devices: Sequence[str], *, kv_cache_gib: int) -> dict[str, str]:
+def common_environment(device: Device, devices: Sequence[str]) -> dict[str, str]:
     """On top of ours.
 
     Args:
         devices: a core or a GPU for each tensor-parallel worker, as their numbers or names.
-        kv_cache_gib: on a CPU.
     """
     if device == "cuda":
         placed = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
     else:
         placed = {
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(devices),
-            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
             "OMP_NUM_THREADS": "1",
+            # Without graphs vLLM compiles one small function all the same, for the ranks of sampled tokens: 9 s of the
+            # first request.
+            "TORCHDYNAMO_DISABLE": "1",
         }
     return placed | {
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
@@ -64,5 +65,10 @@ def common_environment(device: Device, devices: Sequence[str], *, kv_cache_gib: 
     }
 
 
-# In one go, without graphs: in vLLM 0.32 a seeded request whose prefill is cut in two crashes the worker.
-ON_CPU = ["--enforce-eager", "--no-enable-chunked-prefill"]
+def cpu_arguments(cache: int) -> list[str]:
+    """
+    Args:
+        cache: bytes of a worker's key-value cache, which vLLM fills with zeros when it starts.
+    """
+    # In one go, without graphs: in vLLM 0.32 a seeded request whose prefill is cut in two crashes the worker.
+    return ["--enforce-eager", "--no-enable-chunked-prefill", "--kv-cache-memory-bytes", str(cache)]

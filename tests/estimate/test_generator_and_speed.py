@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.estimate.fitting import gpu_budget, run_memory
+from megatron_async_rlhf.estimate.fitting import generator_budget, run_memory
 from megatron_async_rlhf.estimate.generator_memory import (
     GIB,
     PREFILL_TOKENS,
@@ -81,7 +81,7 @@ def test_a_generator_on_the_learners_gpu_gets_what_that_leaves(llama8b, gib: int
     assert worker.total + 1.15 * learner <= gib * GIB + 1
     most = config.generator.max_concurrent * worker.smallest_cache
     assert worker.cache == most if gib == 2000 else worker.cache < most  # generation cannot use more than that
-    budget = gpu_budget(config, arch)
+    budget = generator_budget(config, arch)
     assert budget.cache == worker.cache
     assert budget.share * gib * GIB == pytest.approx(
         worker.weights + worker.activations + worker.cache, abs=gib * GIB / 1000
@@ -90,7 +90,7 @@ def test_a_generator_on_the_learners_gpu_gets_what_that_leaves(llama8b, gib: int
 
 def test_a_share_bounds_a_generator_on_the_learners_gpu_too(llama8b):
     config, arch = llama8b(*ON_ONE_GPU, "launch.gpu_memory_gib=300", "generator.gpu_memory_share=0.07")
-    budget = gpu_budget(config, arch)
+    budget = generator_budget(config, arch)
     worker = run_memory(config, arch).generator
     assert budget.share == 0.07
     assert worker.weights + worker.activations + budget.cache == round(0.07 * 300 * GIB)
@@ -104,8 +104,14 @@ def test_two_workers_share_weights_and_cache(llama8b):
 
 
 def test_a_cpu_worker_has_the_cache_it_is_given(llama8b):
-    config, arch = llama8b("run.device=cpu", "weights.transport=gloo", "generator.kv_cache_gib=3")
+    on_cpu = ("run.device=cpu", "weights.transport=gloo", "generator.kv_cache_gib=3")
+    config, arch = llama8b(*on_cpu)
     assert generator_memory(config, arch, fixed=0).cache == 3 * GIB
+    config, arch = llama8b(
+        *on_cpu, "generator.max_concurrent=2", "model.context_length=1000", "generator.max_new_tokens=500"
+    )
+    blocks = 2 * (8 + 1)  # of 128 tokens, for two sequences, each with one that vLLM keeps to itself
+    assert generator_memory(config, arch, fixed=0).cache == blocks * 128 * cache_bytes_per_token(config, arch)
 
 
 def test_prefill_is_the_servers(llama8b, tmp_path):

@@ -9,7 +9,7 @@ from tiny_reward_model import describe_reward_model
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sections import ModelSection
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.estimate.fitting import gpu_budget
+from megatron_async_rlhf.estimate.fitting import generator_budget
 from megatron_async_rlhf.generator.vllm import server
 from megatron_async_rlhf.launch.nodes import this_node
 from megatron_async_rlhf.launch.plan import ProcessPlan, plan_evaluation, plan_processes
@@ -83,13 +83,13 @@ def test_on_a_shared_gpu_vllm_measures_nothing():
     """It would take the learner's allocations for its own, and give up where the learner frees memory meanwhile."""
     section = ModelSection.model_validate(MODEL)
     config = on_gpu_config("ipc", {}, {})
-    budget = gpu_budget(config, architecture_of(section, 261))
+    budget = generator_budget(config, architecture_of(section, 261))
     made = plan_processes(config, Path("/runs/x"), 96, [this_node(config, gpus=1)], budget=budget)
     arguments = made.generators[0].arguments
     assert arguments[arguments.index("--kv-cache-memory-bytes") + 1] == str(budget.cache)
     share = float(arguments[arguments.index("--gpu-memory-utilization") + 1])
     assert share == budget.share < config.generator.gpu_memory_share
-    assert gpu_budget(on_gpu_config("nccl", {}, {}), architecture_of(section, 261)) is None
+    assert generator_budget(on_gpu_config("nccl", {}, {}), architecture_of(section, 261)) is None
     assert "--kv-cache-memory-bytes" not in on_gpus("nccl", {}, {}).generators[0].arguments
 
 

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.estimate.generator_memory import GpuBudget
+from megatron_async_rlhf.estimate.generator_memory import GIB, CacheBudget
 from megatron_async_rlhf.generator.vllm.plugin import BACKEND
-from megatron_async_rlhf.serving.vllm_command import ON_CPU, common_arguments, common_environment
+from megatron_async_rlhf.serving.vllm_command import common_arguments, common_environment, cpu_arguments
 
 _BF16_ON_CPU_SINCE = (0, 32)
 
@@ -28,14 +28,15 @@ def server_command(
     model_dir: Path,
     address: tuple[str, int],
     context_length: int,
-    budget: GpuBudget | None = None,
+    budget: CacheBudget | None = None,
     serves: str | None = None,
 ) -> list[str]:
     """Arguments of vLLM's OpenAI server: for weights that only ever come from the learner, or for a model as it is.
 
     Args:
         serves: what to call the model whose weights are in `model_dir`; None: they will be pushed.
-        budget: of a GPU that a learner rank is on too. Else vLLM measures what is free, and takes its share of that.
+        budget: as `generator_budget` gives it. None: of a GPU vLLM measures what is free, and takes its share of that; on
+            a CPU it takes `generator.kv_cache_gib`.
     """
     generator = config.generator
     return [
@@ -96,9 +97,9 @@ def _vllm_mentions(files: str, word: str) -> bool:
     return any(word in file.read_text(encoding="utf-8") for file in Path(vllm.origin).parent.glob(files))
 
 
-def _device_arguments(config: RunConfig, budget: GpuBudget | None) -> list[str]:
+def _device_arguments(config: RunConfig, budget: CacheBudget | None) -> list[str]:
     if config.run.device == "cpu":
-        return ON_CPU
+        return cpu_arguments(budget.cache if budget else config.generator.kv_cache_gib * GIB)
     memory = ["--gpu-memory-utilization", str(budget.share if budget else config.generator.gpu_memory_share)]
     if budget:
         # vLLM would take what the learner allocates meanwhile for its own, and give up where the learner frees some.
@@ -119,7 +120,7 @@ def server_environment(config: RunConfig, devices: list[str]) -> dict[str, str]:
     else:
         # Matrices are repacked with every push: else glibc keeps holes of all their sizes (80 % more memory).
         own = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
-    return common_environment(config.run.device, devices, kv_cache_gib=config.generator.kv_cache_gib) | {
+    return common_environment(config.run.device, devices) | {
         **own,
         "VLLM_SERVER_DEV_MODE": "1",  # pause, resume and weight-update routes
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it filters tokens, which we never do, and may not be installed
