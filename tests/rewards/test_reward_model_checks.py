@@ -145,7 +145,7 @@ def test_a_dry_run_shows_servers_and_memory(capsys: pytest.CaptureFixture[str]):
         (line,) = [line for line in output.splitlines() if line.startswith(f"# {server}: ")]
         assert "--runner pooling --convert classify" in line and "--max-num-seqs 1 " in line
     assert "# a worker of reward " in output
-    assert "# reward.model: its cache holds 1048576 tokens, 8191 sequences of 128" in output
+    assert "# reward.model: its cache holds 256 tokens, 1 sequences of 128" in output
 
 
 def config(*settings: str) -> RunConfig:
@@ -158,8 +158,11 @@ def test_memory_of_its_servers_is_counted():
     make_model_template(config(), Path("template"))
     arch, _ = resolve_architecture(config(), Path("template"))
     (worker,) = run_memory(config(), arch).rewards
-    assert worker.weights == 4 * (64 + 260 * 64) and worker.cache == GIB
-    assert worker.cache_tokens == GIB // (4 * 2 * 2 * 2 * 32)  # float32 keys and values, 2 layers, 2 heads of 32
+    assert worker.weights == 4 * (64 + 260 * 64)
+    per_token = 4 * 2 * 2 * 2 * 32  # float32 keys and values, 2 layers, 2 heads of 32
+    assert (worker.cache, worker.cache_tokens) == (256 * per_token, 256)  # a block for a sequence, one for vLLM
+    many = run_memory(config("reward.max_concurrent=100000"), arch).rewards
+    assert [each.cache for each in many] == [GIB]
     with_rewards = run_memory(config("reward.replicas=2"), arch).host
     without = run_memory(config("reward.url=http://host:8000"), arch).host
     assert with_rewards - without == 2 * (worker.total + 840 * 2**20)
