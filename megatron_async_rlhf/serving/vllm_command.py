@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_async_rlhf.config.sections import Device
 
+WAITS_ASLEEP = "ASYNC_RLHF_WAITS_ASLEEP"  # `generator/vllm/waiting.py`
 _PREFILL_TOKENS = 4096  # prompt tokens of one engine step
 
 
@@ -54,6 +55,7 @@ def common_environment(device: Device, devices: Sequence[str]) -> dict[str, str]
         placed = {
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(devices),
             "OMP_NUM_THREADS": "1",
+            WAITS_ASLEEP: "1",
             # Without graphs vLLM compiles one small function all the same, for the ranks of sampled tokens: 9 s of the
             # first request.
             "TORCHDYNAMO_DISABLE": "1",

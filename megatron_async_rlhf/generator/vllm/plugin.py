@@ -1,5 +1,9 @@
 """vLLM's entry point into this project (`vllm.general_plugins`): registers the weight-transfer backend."""
 
+import os
+
+from megatron_async_rlhf.serving.vllm_command import WAITS_ASLEEP
+
 BACKEND = "async_rlhf"
 
 
@@ -11,3 +15,7 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "megatron_async_rlhf.generator.vllm.weight_sink", "WeightSink"
         )
+    if os.environ.get(WAITS_ASLEEP) == "1":
+        from megatron_async_rlhf.generator.vllm.waiting import wait_asleep
+
+        wait_asleep()
