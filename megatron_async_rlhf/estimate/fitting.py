@@ -1,6 +1,6 @@
 """Does a run fit, and if not, which change of its config helps, tried out in the order of what it costs in speed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -67,10 +67,41 @@ def run_memory(config: RunConfig, arch: Architecture) -> RunMemory:
     if on_cpu:
         workers = config.generator.workers
         host += ranks_of_stage * sum(rank.total for rank in learner) + workers * generator.total
-        host += config.generator.replicas * FIXED_SERVER_CPU + FIXED_CONTROL_CPU
-        for section, worker in zip(config.served_reward_models.values(), rewards, strict=True):
-            host += section.replicas * (section.tensor_parallel * worker.total + FIXED_SERVER_CPU)
+        host += config.generator.replicas * FIXED_SERVER_CPU + FIXED_CONTROL_CPU + _reward_servers(config, rewards)
     return RunMemory(learner=learner, generator=generator, rewards=rewards, host=host, save=save)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationMemory:
+    """What all processes of an evaluation need.
+
+    Attributes:
+        models: a worker of each model; one model is served at a time.
+        rewards: a worker of each reward model that is served.
+        host: on a CPU, all processes together while the largest model is served.
+    """
+
+    models: dict[str, GeneratorMemory]
+    rewards: list[RewardMemory]
+    host: int
+
+
+def evaluation_memory(config: RunConfig, models: Mapping[str, Architecture]) -> EvaluationMemory:
+    """As `run_memory`, of models that are loaded whole and get no pushes."""
+    fixed = FIXED_WORKER_CPU if config.run.device == "cpu" else FIXED_CUDA
+    workers = {name: generator_memory(config, model, fixed=fixed, loads_weights=True) for name, model in models.items()}
+    rewards, generator = reward_memory(config, fixed=fixed), config.generator
+    host = generator.workers * max(worker.total for worker in workers.values())
+    host += generator.replicas * FIXED_SERVER_CPU + FIXED_CONTROL_CPU + _reward_servers(config, rewards)
+    return EvaluationMemory(models=workers, rewards=rewards, host=host)
+
+
+def _reward_servers(config: RunConfig, rewards: Sequence[RewardMemory]) -> int:
+    """All of them together, on a CPU."""
+    return sum(
+        section.replicas * (section.tensor_parallel * worker.total + FIXED_SERVER_CPU)
+        for section, worker in zip(config.served_reward_models.values(), rewards, strict=True)
+    )
 
 
 def needed(config: RunConfig, memory: RunMemory) -> int:

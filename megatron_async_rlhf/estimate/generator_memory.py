@@ -63,11 +63,15 @@ class CacheBudget:
     cache: int
 
 
-def generator_memory(config: RunConfig, arch: Architecture, *, fixed: int, beside: int = 0) -> GeneratorMemory:
+def generator_memory(
+    config: RunConfig, arch: Architecture, *, fixed: int, beside: int = 0, loads_weights: bool = False
+) -> GeneratorMemory:
     """Of worker 0 of a replica, which needs as much as any.
 
     Args:
         beside: bytes that are left to the learner rank on the same GPU.
+        loads_weights: as the servers of an evaluation do: nothing is pushed to them, and on a CPU they take the whole cache
+            that is configured.
     """
     generator, on_cpu = config.generator, config.run.device == "cpu"
     item = ITEM_BYTES[generator.dtype]
@@ -80,10 +84,12 @@ def generator_memory(config: RunConfig, arch: Architecture, *, fixed: int, besid
     smallest_cache = blocks * CACHE_BLOCK_TOKENS * token
     if on_cpu:
         # One buffer, and a matrix that is still incomplete once more for each stage that sends a part of it.
-        push = staging + config.learner.pipeline_parallel * item * holding.largest
-        cache = min(generator.kv_cache_gib * GIB, generator.max_concurrent * smallest_cache)
+        push = 0 if loads_weights else staging + config.learner.pipeline_parallel * item * holding.largest
+        cache = generator.kv_cache_gib * GIB
+        if not loads_weights:
+            cache = min(cache, generator.max_concurrent * smallest_cache)
     else:
-        push = 2 * staging
+        push = 0 if loads_weights else 2 * staging
         room = round(config.launch.gpu_memory_gib * GIB)
         cache = min(round(generator.gpu_memory_share * room), room - beside - push - fixed) - weights - activations
         if beside:  # what generation can never use is the learner's

@@ -1,7 +1,8 @@
 """The estimate in words: tables of memory, whether each group of processes fits, and what to change if not."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +14,7 @@ from megatron_async_rlhf.estimate.fitting import (
     FIXED_CONTROL_CPU,
     RunMemory,
     advise,
+    evaluation_memory,
     needed,
     run_memory,
     shares_gpu,
@@ -66,6 +68,27 @@ def describe_learner(config: RunConfig, arch: Architecture, work: Work) -> list[
     ]
 
 
+def describe_servers(config: RunConfig, models: Mapping[str, Architecture], contexts: Mapping[str, int]) -> list[str]:
+    """Of an evaluation, which has no learner: its models are served one after the other, reward models all the time.
+
+    Args:
+        contexts: tokens of the longest sequence that each model is served with.
+    """
+    shapes = {name: replace(model, context_length=contexts[name]) for name, model in models.items()}
+    memory = evaluation_memory(config, shapes)
+    lines = [
+        "estimate, not a measurement: memory in GiB of one process, at its peak (docs/estimate.md)",
+        *_generator_table({f"a worker of {name}": worker for name, worker in memory.models.items()}),
+        *_reward_table(memory.rewards),
+    ]
+    if config.run.device == "cpu":
+        room, fits = _room(config), "fits" if memory.host <= _room(config) else "does not fit"
+        lines.append(f"all processes together need {_gib(memory.host)} GiB of this machine's {_gib(room)} GiB: {fits}")
+    for name, worker in memory.models.items():
+        lines += _verdict_on_generator(config, shapes[name], worker, name)
+    return [*lines, *(_verdict_on_reward_model(config, worker) for worker in memory.rewards)]
+
+
 def refuse_too_large(config: RunConfig, arch: Architecture) -> None:
     """
     Raises:
@@ -100,19 +123,31 @@ def _learner_table(memory: Sequence[LearnerMemory]) -> list[str]:
 
 
 def _tables(memory: RunMemory) -> list[str]:
-    generator = Table(box=None, pad_edge=False)
-    generator.add_column("generator")
-    _add_columns(generator, _GENERATOR_COLUMNS)
-    generator.add_row("a worker", *_row(memory.generator, _GENERATOR_COLUMNS))
-    tables = [generator]
-    if memory.rewards:
-        rewards = Table(box=None, pad_edge=False)
-        rewards.add_column("reward model")
-        _add_columns(rewards, _REWARD_COLUMNS)
-        for worker in memory.rewards:
-            rewards.add_row(f"a worker of {worker.key}", *_row(worker, _REWARD_COLUMNS))
-        tables.append(rewards)
-    return [*_learner_table(memory.learner), *(line for table in tables for line in _lines(table))]
+    generator = _generator_table({"a worker": memory.generator})
+    return [*_learner_table(memory.learner), *generator, *_reward_table(memory.rewards)]
+
+
+def _generator_table(workers: Mapping[str, GeneratorMemory]) -> list[str]:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("generator")
+    columns = tuple(
+        name for name in _GENERATOR_COLUMNS if name != "push" or any(worker.push for worker in workers.values())
+    )
+    _add_columns(table, columns)
+    for name, worker in workers.items():
+        table.add_row(name, *_row(worker, columns))
+    return _lines(table)
+
+
+def _reward_table(workers: Sequence[RewardMemory]) -> list[str]:
+    if not workers:
+        return []
+    table = Table(box=None, pad_edge=False)
+    table.add_column("reward model")
+    _add_columns(table, _REWARD_COLUMNS)
+    for worker in workers:
+        table.add_row(f"a worker of {worker.key}", *_row(worker, _REWARD_COLUMNS))
+    return _lines(table)
 
 
 def _add_columns(table: Table, names: tuple[str, ...]) -> None:
@@ -153,7 +188,9 @@ def _verdict_on_learner(config: RunConfig, arch: Architecture, memory: RunMemory
     return lines
 
 
-def _verdict_on_generator(config: RunConfig, arch: Architecture, worker: GeneratorMemory) -> list[str]:
+def _verdict_on_generator(
+    config: RunConfig, arch: Architecture, worker: GeneratorMemory, name: str = "generator"
+) -> list[str]:
     generator = config.generator
     holds = f"its cache holds {worker.cache_tokens} tokens, {worker.sequences} sequences of {arch.context_length}"
     if not worker.sequences:
@@ -161,13 +198,13 @@ def _verdict_on_generator(config: RunConfig, arch: Architecture, worker: Generat
         way_out = f"raise {key} or generator.tensor_parallel"
         if shares_gpu(config):
             way_out = "lower what the learner needs of their GPU, or raise generator.gpu_memory_share"
-        return [f"generator: {holds}: does not fit; {way_out}"]
+        return [f"{name}: {holds}: does not fit; {way_out}"]
     if worker.sequences < generator.max_concurrent:
         holds += f"; generator.max_concurrent = {generator.max_concurrent} may be more than that at full length"
     if config.run.device == "cpu":
-        return [f"generator: {holds}"]
+        return [f"{name}: {holds}"]
     room = _room(config)
-    what = f"generator: a worker needs {_gib(worker.total)} of {_gib(room)} GiB, {holds}"
+    what = f"{name}: a worker needs {_gib(worker.total)} of {_gib(room)} GiB, {holds}"
     if worker.total > room:
         return [f"{what}: does not fit; lower generator.gpu_memory_share = {generator.gpu_memory_share:g}"]
     return [f"{what}: fits"]

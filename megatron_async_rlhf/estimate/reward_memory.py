@@ -1,12 +1,16 @@
 """Memory of one worker of a reward model's server (a vLLM process), in bytes, as of a generator's worker without pushes."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_async_rlhf.config.reward_model_section import RewardModelSection
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.generator_memory import CACHE_BLOCK_TOKENS, GIB, PREFILL_TOKENS
 from megatron_async_rlhf.formats.classifier_weights import classifier_numbers
+from megatron_async_rlhf.formats.safetensors_files import weight_files
 from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
+from megatron_async_rlhf.models.architecture import architecture_of_hf
 from megatron_async_rlhf.models.classifier import Classifier, read_classifier
 from megatron_async_rlhf.serving.reward_model_command import max_concurrent
 
@@ -51,7 +55,7 @@ def reward_memory(config: RunConfig, *, fixed: int) -> list[RewardMemory]:
         model = read_classifier(f"{key}.model", section.model)
         item, parallel = ITEM_BYTES[section.dtype], section.tensor_parallel
         context = section.context_length or model.context_length
-        weights = item * -(-classifier_numbers(f"{key}.model", section.model, model) // parallel)
+        weights = item * -(-_numbers(f"{key}.model", section.model, model) // parallel)
         activations = item * max(context, PREFILL_TOKENS) * (2 * model.hidden_size + 3 * model.ffn_size // parallel)
         room = round(section.gpu_memory_share * config.launch.gpu_memory_gib * GIB)
         cache = reward_cache(config, section, model) if config.run.device == "cpu" else room - weights - activations
@@ -75,6 +79,20 @@ def reward_cache(config: RunConfig, section: RewardModelSection, model: Classifi
     blocks = -(-context // CACHE_BLOCK_TOKENS) + 1
     usable = max_concurrent(section, config) * blocks * CACHE_BLOCK_TOKENS * _cache_bytes_per_token(section, model)
     return min(section.kv_cache_gib * GIB, usable)
+
+
+def _numbers(key: str, directory: Path, model: Classifier) -> int:
+    """How many numbers its weights are; of a model that is only described, those that its shape needs.
+
+    Raises:
+        ConfigError, CheckpointError: they cannot be counted.
+    """
+    if weight_files(directory):
+        return classifier_numbers(key, directory, model)
+    try:
+        return architecture_of_hf(directory).num_parameters
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"model.hf = {directory}", f"{key} = {directory}", 1)) from None
 
 
 def _cache_bytes_per_token(section: RewardModelSection, model: Classifier) -> int:

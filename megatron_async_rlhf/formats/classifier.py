@@ -15,7 +15,7 @@ from typing import Any
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.models.families import FAMILIES
 
-_CONFIG = "config.json"
+_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 # Both name the padding token, and Transformers reads either.
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _LABEL = "LABEL_0"
@@ -24,10 +24,13 @@ _LABEL = "LABEL_0"
 def describe_classifier(directory: Path) -> None:
     """Rewrite a language model's `config.json` as a reward model's, and the tokenizer's padding token to go with it.
 
+    Of a model that is only described, without a tokenizer, nothing is known of the padding.
+
     Raises:
         DataError: the tokenizer cannot be read.
     """
-    padding = Tokenizer.load(directory).padding_apart_from_end()
+    has_tokenizer = (directory / _TOKENIZER).is_file()
+    padding = Tokenizer.load(directory).padding_apart_from_end() if has_tokenizer else None
     path = directory / _CONFIG
     hf: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     hf |= {

@@ -97,7 +97,7 @@ def load_evaluation(config: RunConfig, directories: Mapping[str, Path]) -> Evalu
     Raises:
         ConfigError, DataError: one line.
     """
-    _check_rewards(config)
+    check_compared_rewards(config)
     examples = load_examples(config.data_read, "eval", config.run.seed)
     models: dict[str, EvaluatedModel] = {}
     for name, directory in directories.items():
@@ -128,8 +128,11 @@ def load_evaluation(config: RunConfig, directories: Mapping[str, Path]) -> Evalu
     return EvaluationInputs(models=models, prompts=prompts, reward=reward, train=train)
 
 
-def _check_rewards(config: RunConfig) -> None:
-    """What compares the answers of one policy with each other says nothing of the policy."""
+def check_compared_rewards(config: RunConfig) -> None:
+    """
+    Raises:
+        ConfigError: a reward compares the answers of one policy with each other, which says nothing of the policy.
+    """
     for place, entry in enumerate(config.rewards):
         if isinstance(entry, JudgeRewardSection) and entry.form == "pairwise" and entry.against == "group":
             key = f"reward.{place}" if isinstance(config.reward, list) else "reward"
@@ -145,21 +148,14 @@ def _load_model(
     tokenizer = Tokenizer.load(directory)
     architecture = policy_architecture(config_for(config, name).model, directory)
     (largest, token), rows = tokenizer.last_token, architecture.vocab_size
-    key, source, new = KEYS[name], sources_of(config)[name], most_new_tokens(config)
+    key, source = KEYS[name], sources_of(config)[name]
     if largest >= rows:
         raise ConfigError(
             f"{key} = {source}: the tokenizer's token {token!r} has id {largest}, the model only {rows} embeddings "
             "(vocab_size); give the tokenizer that belongs to the model"
         )
-    # No longer than the policy's, whose prompts it gets: a cache for more would only take memory.
-    context = architecture.context_length if policy is None else min(architecture.context_length, policy.context_length)
-    # vLLM scores a sequence only if one more token would fit.
-    room = context - new - (section_of(config).kl_to is not None)
-    if room < 1:
-        raise ConfigError(
-            f"{key} = {source}: its context of {context} tokens has no room for a prompt and {new} new tokens; lower "
-            "eval.max_new_tokens"
-        )
+    context = served_context(config, name, architecture, None if policy is None else policy.context_length)
+    room = _room_for_prompts(config, context)
     limit, drop = min(config.data.max_prompt_tokens or room, room), config.data.long_prompts == "drop"
     prompts: Iterable[Prompt]
     if name == KL_TO and policy is not None:  # it scores what the policy has written, after the prompt that that had
@@ -172,6 +168,30 @@ def _load_model(
         context_length=context,
         prompts={prompt.index: prompt for prompt in prompts},
     )
+
+
+def served_context(config: RunConfig, name: str, architecture: Architecture, of_policy: int | None) -> int:
+    """Most tokens of a sequence that a model is served with.
+
+    Args:
+        of_policy: the same of the policy, if the model is another one.
+
+    Raises:
+        ConfigError: a prompt and an answer have no room in it.
+    """
+    # No longer than the policy's, whose prompts it gets: a cache for more would only take memory.
+    context = min(architecture.context_length, of_policy or architecture.context_length)
+    if _room_for_prompts(config, context) < 1:
+        raise ConfigError(
+            f"{KEYS[name]} = {sources_of(config)[name]}: its context of {context} tokens has no room for a prompt and "
+            f"{most_new_tokens(config)} new tokens; lower eval.max_new_tokens"
+        )
+    return context
+
+
+def _room_for_prompts(config: RunConfig, context: int) -> int:
+    # vLLM scores a sequence only if one more token would fit.
+    return context - most_new_tokens(config) - (section_of(config).kl_to is not None)
 
 
 def _short_ones(prompts: Iterable[Prompt], limit: int, where: str, *, drop: bool) -> list[Prompt]:

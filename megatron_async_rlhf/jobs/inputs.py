@@ -7,7 +7,6 @@ again to get the same objects.
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from importlib.util import find_spec
 from pathlib import Path
 
 from msgspec import Struct
@@ -15,7 +14,6 @@ from msgspec import Struct
 from megatron_async_rlhf.config.algorithms import LOSS_ARGUMENTS, GRPOSection, PPOSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.example import Example
-from megatron_async_rlhf.data.files import find_local, is_local
 from megatron_async_rlhf.data.prompts import build_prompts
 from megatron_async_rlhf.data.report import DataReport
 from megatron_async_rlhf.data.solutions import solved_prompts
@@ -29,10 +27,10 @@ from megatron_async_rlhf.data.tokenizer import (
 )
 from megatron_async_rlhf.errors import ConfigError, DataError
 from megatron_async_rlhf.formats.directory import check_format, copy_hf_files, hf_files_of, is_checkpoint
-from megatron_async_rlhf.formats.hub_snapshot import is_snapshot
-from megatron_async_rlhf.formats.safetensors_files import SINGLE, find_files, find_weights, refuse_adapter, weight_files
+from megatron_async_rlhf.formats.safetensors_files import find_files, find_weights, refuse_adapter
 from megatron_async_rlhf.formats.tensor_spec import TensorSpec
 from megatron_async_rlhf.formats.value_source import check_value_source
+from megatron_async_rlhf.jobs.described import has_tokenizer, only_described
 from megatron_async_rlhf.jobs.reward_models import check_reward_models, length_warnings, load_reward_models
 from megatron_async_rlhf.models.architecture import (
     Architecture,
@@ -78,11 +76,14 @@ def data_counts(report: DataReport) -> DataCounts:
     return DataCounts(read=report.read, used=report.used, dropped=dict(report.dropped))
 
 
-def make_model_template(config: RunConfig, directory: Path, *, or_classifier: bool = False) -> None:
+def make_model_template(
+    config: RunConfig, directory: Path, *, or_classifier: bool = False, or_described: bool = False
+) -> None:
     """Write Hugging Face config and tokenizer of the policy, without weights, into `directory`, and today's date.
 
     Args:
         or_classifier: `model.hf` may be a model for sequence classification as well.
+        or_described: `model.hf` may be without weights, and then without a tokenizer.
 
     Raises:
         ConfigError, DataError: one line.
@@ -90,7 +91,10 @@ def make_model_template(config: RunConfig, directory: Path, *, or_classifier: bo
     directory.mkdir(parents=True, exist_ok=True)
     fix_date(directory)
     if config.model.hf is not None:
-        _copy_template(config.model.hf, directory, or_classifier)
+        is_description = or_described and only_described(config.model.hf)
+        _copy_template(config.model.hf, directory, or_classifier, is_description)
+        if is_description and not has_tokenizer(directory):
+            return
     else:
         _make_fresh_template(config, directory)
     set_chat_template(directory, config.model.chat_template)
@@ -129,17 +133,20 @@ def value_source(config: RunConfig) -> Path | None:
     return config.algorithm.value_hf if isinstance(config.algorithm, PPOSection) else None
 
 
-def check_inputs(config: RunConfig, template: Path) -> RunInputs:
+def check_inputs(config: RunConfig, template: Path, *, or_described: bool = False) -> RunInputs:
     """All that a run reads, from the tokenizer to the weights, in the order in which every command checks it.
+
+    Args:
+        or_described: models may be without weights.
 
     Raises:
         ConfigError, DataError, CheckpointError: one line.
     """
     run_inputs = load_run_inputs(config, template)
-    check_policy_weights(config, run_inputs.architecture)
-    check_value_weights(config, run_inputs.architecture)
+    check_policy_weights(config, run_inputs.architecture, or_described=or_described)
+    check_value_weights(config, run_inputs.architecture, or_described=or_described)
     check_functions(config, run_inputs)
-    check_reward_models(config, run_inputs.reward, run_inputs.train)
+    check_reward_models(config, run_inputs.reward, run_inputs.train, or_described=or_described)
     return run_inputs
 
 
@@ -166,40 +173,47 @@ def check_rewards(config: RunConfig, prompts: Seq[Prompt]) -> None:
         check_entry(f"reward.{place}" if isinstance(config.reward, list) else "reward", entry, prompts)
 
 
-def check_description(config: RunConfig) -> tuple[Architecture, TransferPlan]:
-    """Of a model of which only the description is here: all that can be checked without its weights.
+def check_description(config: RunConfig, template: Path) -> tuple[Architecture, TransferPlan]:
+    """All that can be checked without the data.
+
+    Args:
+        template: of a model that may only be described, so perhaps without a tokenizer.
 
     Raises:
         ConfigError, DataError: one line.
     """
-    assert config.model.hf is not None
-    described = hf_files_of(config.model.hf)
-    check_causal_model(described)
-    load_reward_models(config, make_reward(config.rewards), described)
-    architecture, transfer = resolve_architecture(config, described)
-    if (described / "tokenizer.json").is_file():
-        check_vocabulary(config, read_tokenizer(config, described), architecture)
+    load_reward_models(config, make_reward(config.rewards), template, or_described=True)
+    architecture, transfer = resolve_architecture(config, template)
+    if has_tokenizer(template):
+        check_vocabulary(config, read_tokenizer(config, template), architecture)
     return architecture, transfer
 
 
-def check_policy_weights(config: RunConfig, architecture: Architecture) -> None:
+def check_policy_weights(config: RunConfig, architecture: Architecture, *, or_described: bool = False) -> None:
     """Without torch, unless they are a checkpoint's.
+
+    Args:
+        or_described: a model that has no weights at all will do.
 
     Raises:
         CheckpointError: `model.hf` lacks a weight, or has one that does not fit.
     """
-    if config.model.hf is not None:
-        stored = _stored_tensors(config.model.hf)
-        check_shapes(str(config.model.hf), {name: spec.shape for name, spec in stored.items()}, architecture)
+    source = config.model.hf
+    if source is not None and not (or_described and only_described(source)):
+        stored = _stored_tensors(source)
+        check_shapes(str(source), {name: spec.shape for name, spec in stored.items()}, architecture)
 
 
-def check_value_weights(config: RunConfig, architecture: Architecture) -> None:
+def check_value_weights(config: RunConfig, architecture: Architecture, *, or_described: bool = False) -> None:
     """Without torch, unless they are a checkpoint's.
+
+    Args:
+        or_described: a model that has no weights at all will do.
 
     Raises:
         CheckpointError: `algorithm.value_hf` lacks a weight, or has one that does not fit.
     """
-    if (source := value_source(config)) is not None:
+    if (source := value_source(config)) is not None and not (or_described and only_described(source)):
         check_value_source(source, architecture)
 
 
@@ -209,32 +223,6 @@ def _stored_tensors(source: Path) -> Mapping[str, TensorSpec]:
     from megatron_async_rlhf.formats.open_weights import open_weights  # brings torch
 
     return open_weights(source).tensors
-
-
-def missing_inputs(config: RunConfig) -> list[str]:
-    """What a start on this machine would lack, and how to get it, a line each, if `model.hf` is only described here.
-
-    A dry run then plans for the machine that has it. Of a model of which any weight is here everything is checked, so
-    nothing is missing in this sense.
-    """
-    hf = config.model.hf
-    if hf is not None and is_checkpoint(hf) and find_spec("torch") is None:
-        return [f"weights: torch, without which those in the checkpoint model.hf = {hf} cannot be read"]
-    if hf is None or is_checkpoint(hf) or weight_files(hf):
-        return []
-    if is_snapshot(hf):
-        return [f"weights: those of model.hf = {hf}, which a start downloads"]
-    whole = f"in model.hf = {hf}; get the whole model and name its directory"
-    missing = [f"weights: no {SINGLE} {whole}"]
-    if not (hf / "tokenizer.json").is_file():
-        missing.insert(0, f"tokenizer: no tokenizer.json {whole}")
-    for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if source is not None and is_local(source):
-            try:
-                find_local(source, key, beside=config.data.train if key == "data.eval" else None)
-            except DataError as error:
-                missing.append(f"prompts: {error}")
-    return missing
 
 
 def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:
@@ -323,7 +311,7 @@ def check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Arch
         )
 
 
-def _copy_template(source: Path, directory: Path, or_classifier: bool) -> None:
+def _copy_template(source: Path, directory: Path, or_classifier: bool, is_description: bool) -> None:
     """Config and tokenizer of a Hugging Face directory or of a checkpoint made from one."""
     refuse_adapter(source)
     described = hf_files_of(source)
@@ -331,7 +319,7 @@ def _copy_template(source: Path, directory: Path, or_classifier: bool) -> None:
     architecture_of_hf(described)  # a clear error if it is no model we can train
     if is_checkpoint(source):
         check_format(source)
-    else:
+    elif not is_description:
         find_files(source)
     copy_hf_files(described, directory)
 

@@ -35,13 +35,13 @@ class PairInputs(Struct, frozen=True, kw_only=True):
     data: DataReport
 
 
-def make_reward_model_template(config: RunConfig, directory: Path) -> None:
+def make_reward_model_template(config: RunConfig, directory: Path, *, or_described: bool = False) -> None:
     """As `make_model_template`, of a reward model.
 
     Raises:
         ConfigError, DataError: one line.
     """
-    make_model_template(config, directory, or_classifier=True)
+    make_model_template(config, directory, or_classifier=True, or_described=or_described)
     describe_classifier(directory)
 
 
@@ -52,7 +52,7 @@ def load_pair_inputs(config: RunConfig, template: Path) -> PairInputs:
         ConfigError, DataError: one line.
     """
     keys, tokenizer = config.reward_modelling, read_tokenizer(config, template)
-    architecture = _architecture(config, template)
+    architecture = pair_architecture(config, template)
     check_vocabulary(config, tokenizer, architecture)
     limit = keys.max_tokens or architecture.context_length
     report = DataReport()
@@ -62,29 +62,27 @@ def load_pair_inputs(config: RunConfig, template: Path) -> PairInputs:
     return PairInputs(architecture=architecture, train=train, held_out=held_out, batches=batches, data=report)
 
 
-def describe_pairs(config: RunConfig) -> Architecture:
-    """Of a model of which only the description is here: all that can be checked without its weights.
-
-    Raises:
-        ConfigError: one line.
-    """
-    assert config.model.hf is not None  # only such a model can be described elsewhere
-    return _architecture(config, hf_files_of(config.model.hf))
-
-
-def check_pair_inputs(config: RunConfig, template: Path) -> PairInputs:
+def check_pair_inputs(config: RunConfig, template: Path, *, or_described: bool = False) -> PairInputs:
     """All that the stage reads, from the tokenizer to the weights.
+
+    Args:
+        or_described: a model that has no weights at all will do.
 
     Raises:
         ConfigError, DataError, CheckpointError: one line.
     """
     inputs = load_pair_inputs(config, template)
     if config.model.hf is not None:  # a language model, or a reward model, as it says itself
-        check_policy_weights(config, architecture_of_hf(hf_files_of(config.model.hf)))
+        architecture = architecture_of_hf(hf_files_of(config.model.hf))
+        check_policy_weights(config, architecture, or_described=or_described)
     return inputs
 
 
-def _architecture(config: RunConfig, template: Path) -> Architecture:
+def pair_architecture(config: RunConfig, template: Path) -> Architecture:
+    """
+    Raises:
+        ConfigError: the learner cannot hold the model in `template`, or its context is too short; one line.
+    """
     architecture, limit = policy_architecture(config.model, template), config.reward_modelling.max_tokens
     check_learner_layout(config.learner, architecture)
     check_micro_batch(config.learner, 2, architecture)

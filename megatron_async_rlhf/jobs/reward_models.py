@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.formats.classifier_weights import classifier_numbers
+from megatron_async_rlhf.jobs.described import has_tokenizer, only_described
 from megatron_async_rlhf.models.classifier import read_classifier
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.rewards.reward_model import ModelReward, reward_models_in
@@ -25,21 +26,30 @@ def reward_models(config: RunConfig, reward: Reward) -> dict[str, ModelReward]:
     return dict(zip(config.reward_models, reward_models_in(reward), strict=True))
 
 
-def load_reward_models(config: RunConfig, reward: Reward, template: Path) -> None:
+def load_reward_models(config: RunConfig, reward: Reward, template: Path, *, or_described: bool = False) -> None:
     """Read descriptions and tokenizers.
 
     Args:
         template: of the policy; has the date for chat templates.
+        or_described: a model without weights may be without a tokenizer too.
 
     Raises:
         ConfigError, DataError: see `ModelReward.load`.
     """
     for key, model in reward_models(config, reward).items():
-        model.load(key, template)
+        source = model.section.model
+        is_served = model.section.url is None
+        without = or_described and is_served and only_described(source) and not has_tokenizer(source)
+        model.load(key, None if without else template)
 
 
-def check_reward_models(config: RunConfig, reward: Reward, train: Sequence[Prompt]) -> None:
+def check_reward_models(
+    config: RunConfig, reward: Reward, train: Sequence[Prompt], *, or_described: bool = False
+) -> None:
     """What costs more than a look at descriptions: weights, and solutions to centre on.
+
+    Args:
+        or_described: a model that has no weights at all will do.
 
     Raises:
         ConfigError, CheckpointError: one line.
@@ -48,6 +58,8 @@ def check_reward_models(config: RunConfig, reward: Reward, train: Sequence[Promp
         if model.section.center_on_solutions:
             model.drawn_solutions(train, config.run.seed)
     for key, section in config.served_reward_models.items():
+        if or_described and only_described(section.model):
+            continue
         classifier_numbers(f"{key}.model", section.model, read_classifier(f"{key}.model", section.model))
 
 

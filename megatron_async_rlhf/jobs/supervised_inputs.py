@@ -12,7 +12,6 @@ from megatron_async_rlhf.data.solutions import AnsweredRows, answered_rows
 from megatron_async_rlhf.data.source import load_examples
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.formats.directory import hf_files_of
 from megatron_async_rlhf.jobs.inputs import (
     RunInputs,
     check_inputs,
@@ -60,7 +59,7 @@ def load_supervised_inputs(config: RunConfig, template: Path, run_inputs: RunInp
         report = run_inputs.data
     else:
         tokenizer = read_tokenizer(config, template)
-        architecture = _architecture(config, template)
+        architecture = supervised_architecture(config, template)
         check_vocabulary(config, tokenizer, architecture)
         limit = config.sft.max_tokens or architecture.context_length
         report = DataReport()
@@ -71,30 +70,27 @@ def load_supervised_inputs(config: RunConfig, template: Path, run_inputs: RunInp
     return SupervisedInputs(architecture=architecture, train=train, held_out=held_out, batches=batches, data=report)
 
 
-def describe_supervised(config: RunConfig) -> Architecture:
-    """Of a model of which only the description is here: all that can be checked without its weights.
-
-    Raises:
-        ConfigError: one line.
-    """
-    assert config.model.hf is not None
-    return _architecture(config, hf_files_of(config.model.hf))
-
-
-def check_supervised_inputs(config: RunConfig, template: Path) -> SupervisedInputs:
+def check_supervised_inputs(config: RunConfig, template: Path, *, or_described: bool = False) -> SupervisedInputs:
     """All that the stage reads, from the tokenizer to the weights.
+
+    Args:
+        or_described: a model that has no weights at all will do.
 
     Raises:
         ConfigError, DataError, CheckpointError: one line.
     """
     if config.sft is None:
-        return load_supervised_inputs(config, template, check_inputs(config, template))
+        return load_supervised_inputs(config, template, check_inputs(config, template, or_described=or_described))
     inputs = load_supervised_inputs(config, template)
-    check_policy_weights(config, inputs.architecture)
+    check_policy_weights(config, inputs.architecture, or_described=or_described)
     return inputs
 
 
-def _architecture(config: RunConfig, template: Path) -> Architecture:
+def supervised_architecture(config: RunConfig, template: Path) -> Architecture:
+    """
+    Raises:
+        ConfigError: the learner cannot hold the model in `template`, or its context is too short; one line.
+    """
     architecture, keys = policy_architecture(config.model, template), config.supervised
     check_learner_layout(config.learner, architecture)
     check_micro_batch(config.learner, 1, architecture)

@@ -1,6 +1,7 @@
 """Runs commands of `async-rlhf` one after the other, each in a process of its own: what a sweep and a pipeline are made of.
 
-Ctrl-C is passed on to the command under way, which finishes its step and saves; a second one ends it at once.
+Ctrl-C is passed on to the command under way, which finishes its step and saves; a second one ends it at once. A file `stop` asks
+for the same where whoever asks is no parent of these processes, as a job of a cluster is not.
 """
 
 import signal
@@ -18,7 +19,7 @@ from megatron_async_rlhf.launch.plan import ProcessSpec
 from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.launch.progress import progress_of
 from megatron_async_rlhf.launch.terminal import handle_interrupts
-from megatron_async_rlhf.telemetry.files import LOG_DIR, RESOLVED_CONFIG, replace_file, writing
+from megatron_async_rlhf.telemetry.files import LOG_DIR, RESOLVED_CONFIG, STOP, replace_file, writing
 
 OWN_COMMAND = (sys.executable, "-m", "megatron_async_rlhf")
 EXIT_COMPLETED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
@@ -45,6 +46,7 @@ class Commands:
         command: Sequence[str] = OWN_COMMAND,
         clock: Callable[[], float] = time.monotonic,
         watch: Callable[[str], None] | None = None,
+        heeds_stop: bool = False,
     ) -> None:
         """
         Args:
@@ -53,7 +55,9 @@ class Commands:
             command: what stands for `async-rlhf`.
             clock: seconds, for the limits on time.
             watch: takes the last line of the command under way, again and again.
+            heeds_stop: a file `stop` in the directory is an interrupt too.
         """
+        self._stop_file = directory / STOP if heeds_stop else None
         self._directory, self._note, self._command, self._clock = directory, note, command, clock
         self._watch = watch
         self._interrupts = 0
@@ -128,6 +132,7 @@ class Commands:
         deadline = float("inf") if limit is None else self._clock() + limit.seconds
         passed_on, shown_again = 0, self._clock()
         while process.returncode is None:
+            self._look_for_stop()
             if self._interrupts > passed_on:
                 passed_on = self._interrupts
                 process.signal(signal.SIGTERM)
@@ -153,6 +158,15 @@ class Commands:
         while process.returncode is None and self._clock() < deadline:
             time.sleep(_POLL_S)
         process.kill_group(signal.SIGKILL)
+
+    def _look_for_stop(self) -> None:
+        if self._stop_file is None or not self._stop_file.exists():
+            return
+        self._interrupts += 1
+        try:
+            self._stop_file.unlink()
+        except OSError:  # somebody else's, perhaps: it has been seen, and asks no second time
+            self._stop_file = None
 
     def _on_interrupt(self, number: int, frame: object) -> None:
         self._interrupts += 1

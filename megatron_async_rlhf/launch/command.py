@@ -1,6 +1,7 @@
 """`async-rlhf train`, `sft` and `replay`: from the command line to what is started; `launch.start` does that."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,7 @@ from megatron_async_rlhf.telemetry.files import (
 )
 
 if TYPE_CHECKING:
+    from megatron_async_rlhf.launch.dry_run import Plan
     from megatron_async_rlhf.launch.fleet import Fleet
     from megatron_async_rlhf.launch.resume import Resumption
     from megatron_async_rlhf.launch.start import Start
@@ -50,6 +52,7 @@ def train(
 
     Example: async-rlhf train examples/quickstart.yaml -s schedule.mode=sync -s run.name=sync
     """
+    from megatron_async_rlhf.launch.dry_run import echo_plan
     from megatron_async_rlhf.launch.resume import load_for_run
     from megatron_async_rlhf.launch.run_directory import check_writable
     from megatron_async_rlhf.launch.start import prepare_machine, run
@@ -61,7 +64,9 @@ def train(
     warn(config_warnings(resolved))
     if dry_run:
         check_writable(resolved)
-        return _plan_only(resolved, resume)
+        if (plan := plan_of_training(resolved, resume)) is not None:
+            echo_plan(resolved, plan)
+        return
     raise typer.Exit(run(resolved, lambda fleet, scratch: _decide_training(resolved, resume, fleet, scratch)))
 
 
@@ -79,21 +84,17 @@ def sft(
 
     Example: async-rlhf sft examples/quickstart.yaml -s run.name=sft
     """
-    from megatron_async_rlhf.launch.dry_run import print_sft_plan
+    from megatron_async_rlhf.launch.dry_run import echo_plan, plan_of_sft
     from megatron_async_rlhf.launch.resume import load_for_run
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart, check_writable
     from megatron_async_rlhf.launch.start import prepare_machine, run
 
     resolved = load_for_run(config, set, resume, weights=not dry_run)
-    if resolved.sft is None and not resolved.warm_start.steps:
-        raise ConfigError(
-            "sft: the configuration has no section of that name, and without one the steps of the warm start are made, of "
-            "which warm_start.steps = 0 has none; add `sft: {epochs: 1}`, or set warm_start.steps"
-        )
+    check_sft_section(resolved)
     if dry_run:
         check_writable(resolved)
         check_inputs_apart(resolved)
-        return print_sft_plan(resolved)
+        return echo_plan(resolved, plan_of_sft(resolved))
     check_installed("torch", "megatron")
     prepare_machine(resolved, node_rank)
 
@@ -150,16 +151,34 @@ def replay(
     compare_holders(*open_holders(str(recorded), str(config.run.path.absolute()), None), None)
 
 
-def _plan_only(config: RunConfig, resume: bool) -> None:
-    """Of a dry run; what a resumed run reads is compared too."""
-    from megatron_async_rlhf.launch.dry_run import print_plan
+def check_sft_section(config: RunConfig) -> None:
+    """
+    Raises:
+        ConfigError: `sft` has nothing to do.
+    """
+    if config.sft is None and not config.warm_start.steps:
+        raise ConfigError(
+            "sft: the configuration has no section of that name, and without one the steps of the warm start are made, of "
+            "which warm_start.steps = 0 has none; add `sft: {epochs: 1}`, or set warm_start.steps"
+        )
+
+
+def plan_of_training(config: RunConfig, resume: bool, coming: Mapping[Path, str] | None = None) -> "Plan | None":
+    """What a dry run says of `train`, and None of a run that is completed; what a resumed run reads is compared too.
+
+    Args:
+        coming: as for `missing_inputs`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line.
+    """
+    from megatron_async_rlhf.launch.dry_run import plan_of_run
     from megatron_async_rlhf.launch.input_digests import check_resumed_inputs
 
     found = _find_resumption(config, resume)
     if found.version is not None:
         warn(check_resumed_inputs(config)[1])
-    if not found.finished:
-        print_plan(config)
+    return None if found.finished else plan_of_run(config, coming)
 
 
 def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "Start | None":

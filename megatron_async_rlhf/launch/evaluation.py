@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_async_rlhf.config.load import dump_config, load_config
+from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.resume import FIXED_OF_EVALUATION, check_same_run
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.formats.hub_snapshot import local_model
@@ -43,14 +42,17 @@ def evaluate(
 
     Example: async-rlhf eval runs/quickstart -s eval.against=references -s eval.kl_to=runs/sft
     """
+    from megatron_async_rlhf.launch.dry_run import echo_plan
     from megatron_async_rlhf.launch.evaluation_table import print_table
+    from megatron_async_rlhf.launch.planned_evaluation import plan_of_evaluation
     from megatron_async_rlhf.launch.run_directory import check_writable
     from megatron_async_rlhf.launch.start import prepare_machine, run
 
-    resolved = load_for_evaluation(config, set, resume)
+    resolved = load_for_evaluation(config, set, resume, weights=not dry_run)
+    warn(evaluation_warnings(resolved))
     if dry_run:
         check_writable(resolved)
-        return _print_plan(resolved, resume)
+        return echo_plan(resolved, plan_of_evaluation(resolved, resume))
     check_installed("torch", "vllm")
     prepare_machine(resolved, node_rank, places_problem(resolved), threads_problem(resolved))
     if code := run(resolved, lambda fleet, scratch: _decide(resolved, resume, fleet, scratch)):
@@ -58,30 +60,42 @@ def evaluate(
     print_table(resolved.run.path / EVALUATION)
 
 
-def load_for_evaluation(config: Path, overrides: Sequence[str], resume: bool) -> RunConfig:
+def load_for_evaluation(config: Path, overrides: Sequence[str], resume: bool, *, weights: bool = True) -> RunConfig:
     """The configuration with the policies that its paths stand for, and a directory of its own.
+
+    Args:
+        weights: as for `load_for_run`.
 
     Raises:
         ConfigError, CheckpointError: one line for each problem.
     """
-    from megatron_async_rlhf.jobs.evaluated_models import KEYS, section_of, sources_of
     from megatron_async_rlhf.launch.resume import load_for_run
 
     if (config / RESOLVED_CONFIG).is_file() and not (config / ANSWERS_DIR).is_dir():  # a run, and not an evaluation
         own = {"model": f"{{hf: {_quoted(config)}}}", "run.dir": _quoted(config.with_name(config.name + _SUFFIX))}
         resolved = load_config(config, [*(f"{key}={value}" for key, value in own.items()), *overrides])
     else:
-        resolved = load_for_run(config, overrides, resume)
-    section, run_section = section_of(resolved), resolved.run
-    sources = {name: _policy_in(path, KEYS[name]) for name, path in sources_of(resolved).items()}
+        resolved = load_for_run(config, overrides, resume, weights=weights)
+    run_section = resolved.run
     if run_section.dir is None:
         run_section = run_section.model_copy(update={"dir": run_section.path.with_name(run_section.name + _SUFFIX)})
+    return with_policies(resolved.model_copy(update={"run": run_section}), weights=weights)
+
+
+def with_policies(config: RunConfig, *, weights: bool) -> RunConfig:
+    """The configuration with directories of weights in place of runs and of names at the hub.
+
+    Raises:
+        ConfigError, CheckpointError: one line.
+    """
+    from megatron_async_rlhf.jobs.evaluated_models import KEYS, section_of, sources_of
+
+    sources = {name: _policy_in(path, KEYS[name], weights) for name, path in sources_of(config).items()}
     changed: dict[str, Path] = {name: sources[name] for name in ("against", "kl_to") if name in sources}
-    return resolved.model_copy(
+    return config.model_copy(
         update={
-            "run": run_section,
-            "model": resolved.model.model_copy(update={"hf": sources["policy"]}),
-            "eval": section.model_copy(update=changed),
+            "model": config.model.model_copy(update={"hf": sources["policy"]}),
+            "eval": section_of(config).model_copy(update=changed),
         }
     )
 
@@ -90,41 +104,48 @@ def _quoted(path: Path) -> str:
     return json.dumps(str(path), ensure_ascii=False)
 
 
-def _policy_in(path: Path, key: str) -> Path:
+def _policy_in(path: Path, key: str, weights: bool) -> Path:
     """The directory with the weights of what `key` names, which may be a model at the hub."""
     if not (path / RESOLVED_CONFIG).is_file():
-        return local_model(path, key)
+        return local_model(path, key, weights=weights)
     from megatron_async_rlhf.converter.sources import resolve  # brings torch
 
     return resolve(path)
 
 
-def check_evaluation(config: RunConfig, scratch: Path) -> "EvaluationInputs":
+def evaluation_warnings(config: RunConfig) -> list[str]:
+    from megatron_async_rlhf.jobs.evaluated_models import section_of
+
+    section = section_of(config)
+    if section.kl_to is None or section.temperature == 1:
+        return []
+    return [
+        f"eval.temperature = {section.temperature:g}: kl_k1 and kl_k3 are means over answers that are sampled so, and "
+        "no estimates of the KL divergence, which take eval.temperature = 1"
+    ]
+
+
+def check_evaluation(config: RunConfig, scratch: Path, *, or_described: bool = False) -> "EvaluationInputs":
     """All that is read, from the tokenizers to the weights; makes a template of each model in `scratch`.
+
+    Args:
+        or_described: models may be without weights.
 
     Raises:
         ConfigError, DataError, CheckpointError: one line.
     """
-    from megatron_async_rlhf.jobs.evaluated_models import config_for, load_evaluation, section_of, sources_of
+    from megatron_async_rlhf.jobs.evaluated_models import config_for, load_evaluation, sources_of
     from megatron_async_rlhf.jobs.inputs import check_policy_weights, check_rewards, make_model_template
     from megatron_async_rlhf.jobs.reward_models import check_reward_models
 
     templates = {name: scratch / name for name in sources_of(config)}
     for name, template in templates.items():
-        make_model_template(config_for(config, name), template)
+        make_model_template(config_for(config, name), template, or_described=or_described)
     inputs = load_evaluation(config, templates)
     for name, model in inputs.models.items():
-        check_policy_weights(config_for(config, name), model.architecture)
+        check_policy_weights(config_for(config, name), model.architecture, or_described=or_described)
     check_rewards(config, inputs.prompts)
-    check_reward_models(config, inputs.reward, inputs.train)
-    section = section_of(config)
-    if section.kl_to is not None and section.temperature != 1:
-        warn(
-            [
-                f"eval.temperature = {section.temperature:g}: kl_k1 and kl_k3 are means over answers that are sampled so, and "
-                "no estimates of the KL divergence, which take eval.temperature = 1"
-            ]
-        )
+    check_reward_models(config, inputs.reward, inputs.train, or_described=or_described)
     return inputs
 
 
@@ -135,7 +156,7 @@ def _decide(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "
     from megatron_async_rlhf.launch.plan import plan_evaluation
     from megatron_async_rlhf.launch.start import Start
 
-    goes_on = _goes_on(config, resume)
+    goes_on = goes_on_with_answers(config, resume)
     if goes_on and (config.run.path / EVALUATION).is_file():
         typer.echo(f"{config.run.path} is completed")
         return None
@@ -159,7 +180,7 @@ def _decide(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "
     )
 
 
-def _goes_on(config: RunConfig, resume: bool) -> bool:
+def goes_on_with_answers(config: RunConfig, resume: bool) -> bool:
     """Whether there is an evaluation to go on with, and it was to be; else nothing that is read may be in its place."""
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart
 
@@ -205,22 +226,3 @@ def make_servable(source: Path, template: Path, directory: Path) -> None:
 def _config_of(template: Path):
     """What an export has of its own: the config that says which dtype its weights have."""
     return lambda place, names: ["config.json"] if Path(place) == template else []
-
-
-def _print_plan(config: RunConfig, resume: bool) -> None:
-    from megatron_async_rlhf.launch.nodes import planned_nodes
-    from megatron_async_rlhf.launch.plan import plan_evaluation
-
-    _goes_on(config, resume)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        inputs = check_evaluation(config, Path(scratch))
-    typer.echo(dump_config(config))
-    typer.echo(f"# prompts: {len(inputs.prompts)} held out")
-    for name, model in inputs.models.items():
-        typer.echo(f"# {name}: {model.architecture.num_parameters / 1e6:.2f} M parameters")
-    nodes = planned_nodes(config)
-    contexts: Mapping[str, int] = {name: model.context_length for name, model in inputs.models.items()}
-    plan = plan_evaluation(config, config.run.path.absolute(), contexts, nodes)
-    for process in [*(spec for specs in plan.on_request.values() for spec in specs), *plan.processes]:
-        where = f"GPUs {process.gpus}" if process.gpus else "any core"
-        typer.echo(f"# {process.name}: {nodes[process.node].name}, {where}: {' '.join(process.arguments)}")

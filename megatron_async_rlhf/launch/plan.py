@@ -168,6 +168,12 @@ def plan_learner_alone(
     )
 
 
+def plan_reward_model(config: RunConfig, nodes: Sequence[Node]) -> ProcessPlan:
+    """Of a learner of reward models."""
+    run_dir = config.run.path.absolute()
+    return plan_learner_alone(config, run_dir, nodes, "reward_model", learner_arguments=["--reward-model"])
+
+
 def plan_evaluation(
     config: RunConfig, run_dir: Path, contexts: Mapping[str, int], nodes: Sequence[Node]
 ) -> ProcessPlan:

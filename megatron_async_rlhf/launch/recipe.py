@@ -56,6 +56,7 @@ class Stage(Struct, frozen=True, kw_only=True):
     Attributes:
         needs: earlier stages whose directories it reads.
         tree: its configuration with the placeholders still in it.
+        file: what its file says, without what the recipe and the command line set.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Stage(Struct, frozen=True, kw_only=True):
     config: RunConfig
     needs: list[str]
     tree: dict[str, Any]
+    file: dict[str, Any]
 
 
 class Recipe(Struct, frozen=True, kw_only=True):
@@ -149,7 +151,8 @@ def filled(tree: dict[str, Any], directories: dict[str, Path]) -> dict[str, Any]
 
 def _stage(keys: StageKeys, file: Path, directory: Path, earlier: list[str], overrides: list[str]) -> Stage:
     needs = _needed(keys, earlier)
-    tree = read_tree(file.parent / keys.config)
+    own = read_tree(file.parent / keys.config)
+    tree = copy.deepcopy(own)
     for key, value in keys.set.items():
         set_key(tree, key, copy.deepcopy(value))
     for override in overrides:
@@ -158,7 +161,7 @@ def _stage(keys: StageKeys, file: Path, directory: Path, earlier: list[str], ove
     set_key(tree, "run.name", keys.name)
     set_key(tree, "run.dir", str(directory / keys.name))
     config = check_tree(filled(tree, {name: directory / name for name in needs}))
-    return Stage(name=keys.name, command=keys.command, config=config, needs=needs, tree=tree)
+    return Stage(name=keys.name, command=keys.command, config=config, needs=needs, tree=tree, file=own)
 
 
 def _needed(keys: StageKeys, earlier: list[str]) -> list[str]:

@@ -15,6 +15,9 @@ def pipeline(
     set: Annotated[
         list[str], typer.Option("--set", "-s", help="Override one key: stage.section.key=value. Repeatable.")
     ] = [],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every stage, print the plan of each, start nothing.")
+    ] = False,
 ) -> None:
     """Run the stages of a recipe one after the other: SFT, reward model, RLHF, evaluation.
 
@@ -26,10 +29,14 @@ def pipeline(
     from rich.console import Console
 
     from megatron_async_rlhf.launch.recipe import load_recipe
-    from megatron_async_rlhf.pipeline.driver import PIPELINE, Driver
+    from megatron_async_rlhf.pipeline.driver import Driver
+    from megatron_async_rlhf.pipeline.dry_run import plan_pipeline
     from megatron_async_rlhf.pipeline.plot import write_plot
+    from megatron_async_rlhf.pipeline.records import PIPELINE
 
     loaded = load_recipe(recipe, set)
+    if dry_run:
+        return plan_pipeline(loaded, typer.echo)
     warn(check_surroundings())
     outlive_readers()
     console = Console(highlight=False, soft_wrap=True)

@@ -38,12 +38,13 @@ class ModelReward:
         self.servers: RewardServers | None = None
         self._key = "reward"
 
-    def load(self, key: str, date_from: Path) -> None:
+    def load(self, key: str, date_from: Path | None) -> None:
         """Read description and tokenizer.
 
         Args:
             key: of the section in the configuration.
-            date_from: the directory with the date that chat templates take for today.
+            date_from: the directory with the date that chat templates take for today; None: there is no tokenizer, and
+                nothing will be scored.
 
         Raises:
             ConfigError, DataError: no reward model is there, or its tokenizer does not fit it; one line.
@@ -61,6 +62,8 @@ class ModelReward:
                 f"{key}.tensor_parallel = {section.tensor_parallel} does not divide the {model.heads} attention heads of "
                 f"{key}.model = {section.model}"
             )
+        if date_from is None:
+            return
         try:
             tokenizer = Tokenizer.load(section.model, template=section.chat_template, date_from=date_from)
         except DataError as error:

@@ -13,7 +13,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError
 from megatron_async_rlhf.estimate.fitting import run_memory
 from megatron_async_rlhf.estimate.speed import Speed, estimate_speed
-from megatron_async_rlhf.jobs.inputs import make_model_template, missing_inputs, resolve_architecture
+from megatron_async_rlhf.jobs.inputs import make_model_template, resolve_architecture
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.simulate.lengths import LognormalLengths
 from megatron_async_rlhf.simulate.scenario import Scenario, Speeds
@@ -120,10 +120,8 @@ def shape_of(config: RunConfig) -> Architecture:
     Raises:
         ConfigError: `model.hf` has no `config.json`.
     """
-    if config.model.hf is not None and missing_inputs(config):
-        return resolve_architecture(config, config.model.hf)[0]
     with tempfile.TemporaryDirectory() as scratch:
-        make_model_template(config, Path(scratch))
+        make_model_template(config, Path(scratch), or_described=True)
         return resolve_architecture(config, Path(scratch))[0]
 
 
