@@ -1,21 +1,28 @@
 # shellcheck shell=bash
 # What all jobs of this folder do; they source it with `config`, `lead` (the seconds of --signal) and a function
-# `overrides` that prints what a number of nodes changes. The same command runs once on each node: the first one supervises, the others do as it says.
+# `overrides` that prints what a number of nodes changes. The same command runs once on each node: the first one supervises,
+# the others do as it says. A job of a whole pipeline also sets `command=pipeline`, and `looked_at`, the configuration that
+# its node is looked at with.
 #
 # Settings (environment):
 #   RUN_DIR          run directory, on a file system that all nodes share   runs/<job name>-<job id>
 #   VENV             virtual environment, where no container is used        .venv
 #   SLURM_CONTAINER  image for enroot/pyxis instead of it; mounts besides this folder: CONTAINER_MOUNTS=/data:/data,...
 #   DOCTOR=0         do not look at the nodes before the run
-# Everything else is an argument: -s section.key=value, as for `async-rlhf train`.
+# Everything else is an argument: -s section.key=value, as for `async-rlhf train`; -s stage.section.key=value of a pipeline.
 
 : "${config:?is set by the job that sources this}" "${lead:?is set by the job that sources this}"
+command=${command:-train}
+case $command in
+  train) directory_key=run.dir begun=config.yaml ;;
+  pipeline) directory_key=dir begun=pipeline.json ;;
+esac
 nodes=${SLURM_JOB_NUM_NODES:-1}
 dry_run=0
 arguments=()
 for argument in "$@"; do
   case ${argument#--set=} in
-    run.dir=* | -srun.dir=*) # the job looks there too, and a start after this one
+    "$directory_key"=* | "-s$directory_key"=*) # the job looks there too, and a start after this one
       echo "error: ${argument#-s}: a job runs in RUN_DIR; set that instead: RUN_DIR=runs/trial sbatch ..." >&2
       exit 2 ;;
     --nodes=*) nodes=${argument#--nodes=} ;; # for a dry run; a job's number is Slurm's
@@ -23,9 +30,14 @@ for argument in "$@"; do
     *) arguments+=("$argument") ;;
   esac
 done
-[ -f "$config" ] || { echo "error: no $PWD/$config: submit from the top of the repository" >&2; exit 2; }
-mapfile -t scaled < <(overrides "$nodes")
-settings=(-s "launch.nodes=$nodes" "${scaled[@]}")
+[ -e "$config" ] || { echo "error: no $PWD/$config: submit from the top of the repository" >&2; exit 2; }
+mapfile -t settings < <(overrides "$nodes")
+if [ "$command" = train ]; then
+  settings=(-s "launch.nodes=$nodes" "${settings[@]}")
+elif [ "$nodes" != 1 ]; then
+  echo "error: --nodes=$nodes: this job runs its stages on one node; for more: async-rlhf launch $config --executor slurm" >&2
+  exit 2
+fi
 
 # srun would read it as an OCI bundle of its own.
 image=${SLURM_CONTAINER:-}
@@ -41,12 +53,20 @@ else
 fi
 
 if [ "$dry_run" = 1 ]; then
-  exec "${program[@]}" train "$config" --dry-run "${settings[@]}" "${arguments[@]}"
+  exec "${program[@]}" "$command" "$config" --dry-run "${settings[@]}" "${arguments[@]}"
 fi
-[ -n "${SLURM_JOB_ID:-}" ] || { echo "error: submit it: sbatch $0 (or look at its plan: bash $0 --nodes=2 --dry-run)" >&2; exit 2; }
+[ -n "${SLURM_JOB_ID:-}" ] || { echo "error: submit it: sbatch $0 (or look at its plan: bash $0 --nodes=$nodes --dry-run)" >&2; exit 2; }
 
 RUN_DIR=${RUN_DIR:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID} # the same after a requeue
-settings+=(-s "run.dir=$RUN_DIR")
+settings+=(-s "$directory_key=$RUN_DIR")
+# A pipeline goes on by itself with what is left to do; what it is looked at with knows nothing of stages.
+if [ "$command" = train ]; then
+  run=(train "$config" --resume "${settings[@]}" "${arguments[@]}")
+  look=(doctor "$config" "${settings[@]}" "${arguments[@]}")
+else
+  run=(pipeline "$config" "${settings[@]}" "${arguments[@]}")
+  look=(doctor "${looked_at:?is set by the job that sources this}")
+fi
 # One task on each node, which may use all of it. What one leaves behind the others end within half a minute, each in its
 # own way: where Slurm kills the rest of a step (KillOnBadExit), the first node's exit code would be lost.
 step=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=30 --kill-on-bad-exit=0)
@@ -57,11 +77,14 @@ echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-
 env | grep -E '^(NCCL|TORCH_NCCL|GLOO)_' | sort
 
 if [ "${DOCTOR:-1}" != 0 ]; then
-  PYTHONWARNINGS=ignore "${step[@]}" --wait=0 --label "${program[@]}" doctor "$config" "${settings[@]}" "${arguments[@]}" || exit 1
+  PYTHONWARNINGS=ignore "${step[@]}" --wait=0 --label "${program[@]}" "${look[@]}" || exit 1
 fi
 
-last_checkpoint() {
-  [ ! -d "$RUN_DIR/checkpoints" ] || find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*[0-9]' | sort | tail -n 1
+# Checkpoints, exports and, of an evaluation, its answers with their size: of a run, or of the stages of a pipeline.
+made() {
+  [ ! -d "$RUN_DIR" ] || find "$RUN_DIR" -maxdepth 3 \
+    \( -path '*/checkpoints/step_*[0-9]' -o -path '*/checkpoints/final' -o -path '*/progress/*.jsonl' -printf '%s ' \) \
+    -printf '%p\n' | sort
 }
 
 # The run then saves a checkpoint and ends with 130. Slurm may send the signal a minute early; the run may not even have
@@ -71,7 +94,7 @@ ask() {
   local left
   left=$(($(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) - $(date +%s) - lead))
   if [ "$left" -gt 0 ] && [ "$left" -le 60 ]; then sleep "$left"; fi
-  until [ -e "$RUN_DIR/config.yaml" ]; do sleep 1; done
+  until [ -e "$RUN_DIR/$begun" ]; do sleep 1; done
   touch "$RUN_DIR/stop"
 }
 
@@ -86,10 +109,10 @@ on_term() {
   fi
 }
 requeue=0
-before=$(last_checkpoint)
+before=$(made)
 rm -f "$RUN_DIR/stop"
 trap on_term TERM
-"${step[@]}" "${program[@]}" train "$config" --resume "${settings[@]}" "${arguments[@]}" &
+"${step[@]}" "${program[@]}" "${run[@]}" &
 running=$!
 until # the wait was ended by the run, not by a signal
   signalled=0
@@ -98,11 +121,11 @@ until # the wait was ended by the run, not by a signal
   [ "$signalled" = 0 ]
 do :; done
 if [ "$requeue" = 1 ] && [ "$code" = 130 ]; then
-  if [ "$(last_checkpoint)" = "$before" ]; then
+  if [ "$(made)" = "$before" ]; then
     echo "error: no step was made before the time limit, so a requeue would make none either: raise --time" >&2
     exit 1
   fi
-  echo "saved $(last_checkpoint); back into the queue"
+  echo "saved in $RUN_DIR; back into the queue"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
