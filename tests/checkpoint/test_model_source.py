@@ -9,8 +9,9 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.converter.convert import import_hf
 from megatron_async_rlhf.data.tokenizer import DATE
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
-from megatron_async_rlhf.jobs import inputs
-from megatron_async_rlhf.jobs.inputs import make_model_template, missing_inputs
+from megatron_async_rlhf.jobs import described
+from megatron_async_rlhf.jobs.described import missing_inputs
+from megatron_async_rlhf.jobs.inputs import make_model_template
 
 
 @pytest.fixture
@@ -43,9 +44,9 @@ def test_a_checkpoint_can_be_planned_with_where_torch_is_not_installed(make_mode
     """Its weights are not checked then, and the dry run says so."""
     import_hf(make_model().directory, tmp_path / "checkpoint", tensor_parallel=1, pipeline_parallel=1, dtype=None)
     config = RunConfig.model_validate({"model": {"hf": str(tmp_path / "checkpoint")}})
-    assert missing_inputs(config) == []
-    monkeypatch.setattr(inputs, "find_spec", lambda name: None)
-    assert [line.split(": ")[0] for line in missing_inputs(config)] == ["weights"]
+    assert missing_inputs(config).lines == []
+    monkeypatch.setattr(described, "find_spec", lambda name: None)
+    assert [line.split(": ")[0] for line in missing_inputs(config).lines] == ["weights"]
 
 
 def test_additional_templates_go_along(make_model, tmp_path: Path):

@@ -131,12 +131,41 @@ def test_the_plan_is_one_model_after_the_other(config, capsys):
         "# prompts",
         "# policy",
         "# kl_to",
+        "# estimate, not a measurement",
+        "# generator           weights  cache  activations  fixed  total",
+        *(line for line in lines if line.startswith("# a worker of ")),
+        *(line.split(":")[0] for line in lines if line.startswith("# all processes together need ")),
+        "# policy",
+        "# kl_to",
         "# policy.0",
         "# kl_to.0",
         "# controller",
     ]
+    assert [line.split()[4] for line in lines if line.startswith("# a worker of ")] == ["policy", "kl_to"]
     assert "# prompts: 8 held out" in lines
     assert not Path("runs").exists()
+
+
+def test_models_may_be_only_described(config, capsys):
+    """Prompts are checked where there is a tokenizer; a start insists on the weights."""
+    make_policy(Path("other"))
+    for directory in ("policy", "other"):
+        Path(directory, "model.safetensors").unlink()
+    arguments = [str(config), "-s", "eval.against=other"]
+    assert run_command_line(app, ["eval", *arguments, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "# prompts: 8 held out" in lines
+    missing = [line for line in lines if line.startswith("# not checked, and needed for a start: ")]
+    assert [line.split(": ")[1:3] for line in missing] == [
+        ["weights", "no model.safetensors in model.hf = policy; get the whole model and name its directory"],
+        ["weights", "no model.safetensors in eval.against = other; get the whole model and name its directory"],
+    ]
+    Path("other/tokenizer.json").unlink()
+    assert run_command_line(app, ["eval", *arguments, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "# prompts: not checked" in lines and any(line.startswith("# against.0: node0, any core: ") for line in lines)
+    assert "context of 96 tokens has no room" in refused(capsys, *arguments, "--dry-run", "-s", "eval.max_new_tokens=96")
+    assert "no model.safetensors" in refused(capsys, *arguments)
 
 
 def test_a_run_stands_for_its_last_policy(config):

@@ -18,7 +18,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.fitting import run_memory
 from megatron_async_rlhf.estimate.generator_memory import GIB
 from megatron_async_rlhf.generator.places import places
-from megatron_async_rlhf.jobs.inputs import load_run_inputs, make_model_template
+from megatron_async_rlhf.jobs.inputs import load_run_inputs, make_model_template, resolve_architecture
 from megatron_async_rlhf.launch.input_digests import check_same_inputs, digest_inputs, write_input_digests
 from megatron_async_rlhf.usage import run_command_line
 
@@ -124,12 +124,33 @@ WRONG: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
 @pytest.mark.parametrize("flags", [("--dry-run",), ()], ids=["dry run", "start"])
 @pytest.mark.parametrize("what", WRONG)
 def test_one_line_and_nothing_started(what: str, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
+    if what == "no weights" and flags:
+        pytest.skip("a dry run plans with the description alone, see below")
     spoil, settings, expected = WRONG[what]
     spoil()
     arguments = [part for setting in settings for part in ("-s", setting)]
     assert run_command_line(app, ["train", "c.yaml", *flags, *arguments]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
     assert line.startswith("error: ") and expected in line, line
+
+
+def test_a_dry_run_plans_with_a_description(capsys: pytest.CaptureFixture[str]):
+    """Memory follows from the shape, prompts are checked where there is a tokenizer."""
+    (RM / "model.safetensors").unlink()
+    assert run_command_line(app, ["train", "c.yaml", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    whole = "in reward.model = rm; get the whole model and name its directory"
+    assert lines[-1] == f"# not checked, and needed for a start: weights: no model.safetensors {whole}"
+    assert "# prompts: 32 to train on, 8 held out" in lines and any(line.startswith("# reward.0: ") for line in lines)
+    (RM / "tokenizer.json").unlink()
+    assert run_command_line(app, ["train", "c.yaml", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == f"# not checked, and needed for a start: tokenizer: no tokenizer.json {whole}"
+    assert "# prompts: not checked" in lines
+    arch = resolve_architecture(config(), RM)[0]
+    assert arch.num_parameters == 260 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64) + 64 + 64
+    (worker,) = run_memory(config(), arch).rewards
+    assert worker.weights == 4 * arch.num_parameters
 
 
 def test_servers_of_others_need_no_weights_here(capsys: pytest.CaptureFixture[str]):
@@ -153,8 +174,6 @@ def config(*settings: str) -> RunConfig:
 
 
 def test_memory_of_its_servers_is_counted():
-    from megatron_async_rlhf.jobs.inputs import resolve_architecture
-
     make_model_template(config(), Path("template"))
     arch, _ = resolve_architecture(config(), Path("template"))
     (worker,) = run_memory(config(), arch).rewards
