@@ -49,10 +49,11 @@ def evaluate(
     from megatron_async_rlhf.launch.start import prepare_machine, run
 
     resolved = load_for_evaluation(config, set, resume, weights=not dry_run)
-    warn(evaluation_warnings(resolved))
     if dry_run:
         check_writable(resolved)
-        return echo_plan(resolved, plan_of_evaluation(resolved, resume))
+        plan = plan_of_evaluation(resolved, resume)
+        warn(evaluation_warnings(resolved))
+        return echo_plan(resolved, plan)
     check_installed("torch", "vllm")
     prepare_machine(resolved, node_rank, places_problem(resolved), threads_problem(resolved))
     if code := run(resolved, lambda fleet, scratch: _decide(resolved, resume, fleet, scratch)):
@@ -161,6 +162,7 @@ def _decide(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "
         typer.echo(f"{config.run.path} is completed")
         return None
     inputs = check_evaluation(config, scratch)
+    warn(evaluation_warnings(config))
     digests = digest_evaluation(config, inputs)
     if goes_on:
         check_same_evaluation(config, digests)

@@ -80,5 +80,6 @@ def _plan_of(stage: Stage, config: RunConfig, goes_on: bool, coming: dict[Path, 
     if stage.command == "train":
         warn(f"{stage.name}: {line}" for line in config_warnings(config))
         return plan_of_training(config, goes_on, coming)
+    plan = plan_of_evaluation(config, goes_on, coming)
     warn(f"{stage.name}: {line}" for line in evaluation_warnings(config))
-    return plan_of_evaluation(config, goes_on, coming)
+    return plan
