@@ -14,7 +14,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.fitting import advise, run_memory
 from megatron_async_rlhf.estimate.generator_memory import GIB
 from megatron_async_rlhf.estimate.report import describe, refuse_too_large
-from megatron_async_rlhf.jobs.inputs import resolve_architecture
+from megatron_async_rlhf.jobs.inputs import make_model_template, resolve_architecture
 
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 # Torch must not be loaded, which the command itself cannot say.
@@ -40,24 +40,37 @@ def dry_run(root: Path, config: Path, *overrides: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("name", ["llama8b_async", "llama8b_sync"])
-def test_the_8b_example_fits_eight_gpus(root: Path, name: str):
-    output = dry_run(root, root / "examples" / f"{name}.yaml")
-    assert yaml.safe_load(output)["run"]["name"] == name  # all but the config is a comment
-    verdicts = [line for line in output.splitlines() if re.match("# (learner|generator): ", line)]
-    assert [verdict.endswith(": fits") for verdict in verdicts] == [True, True]
-    assert sum(line.startswith("# learner.") for line in output.splitlines()) == 4
-    assert sum(line.startswith("# generator.") for line in output.splitlines()) == 4
-    missing = [line for line in output.splitlines() if line.startswith("# not checked, and needed for a start: ")]
-    assert [line.split(": ")[1] for line in missing] == ["tokenizer", "weights", "prompts", "prompts"]
+@pytest.mark.parametrize(
+    ("example", "servers", "missing"),
+    [
+        ("llama8b_async", ["generator"] * 4, ["tokenizer", "weights", "prompts", "prompts"]),
+        (
+            "llama3.1-8b_no_robots/rlhf",
+            ["generator"] * 3 + ["reward"],
+            ["tokenizer", "tokenizer", "weights", "weights", "prompts"],
+        ),
+    ],
+)
+def test_the_8b_examples_fit_eight_gpus(root: Path, example: str, servers: list[str], missing: list[str]):
+    output = dry_run(root, root / "examples" / f"{example}.yaml")
+    assert yaml.safe_load(output)["run"]["device"] == "cuda"  # all but the config is a comment
+    verdicts = [line for line in output.splitlines() if re.match(r"# (learner|generator|reward\.model): ", line)]
+    assert [verdict.endswith(": fits") for verdict in verdicts] == [True] * (2 + ("reward" in servers))
+    processes = re.findall(r"^# (learner|generator|reward)\.\d: GPUs", output, re.M)
+    assert sorted(processes) == sorted([*servers, *["learner"] * 4])
+    lines = re.findall(r"^# not checked, and needed for a start: (\w+)", output, re.M)
+    assert lines == missing
 
 
-def test_the_8b_examples_differ_in_the_schedule_only(root: Path):
-    one, other = (load_config(root / "examples" / f"llama8b_{mode}.yaml") for mode in ("async", "sync"))
-    assert other.schedule.mode == "sync"
-    changed = {"run": one.run, "schedule": one.schedule.model_copy(update={"mode": "async"})}
-    assert other.schedule.model_copy(update={"mode": "async", "max_staleness": 1}) == changed["schedule"]
-    assert other.model_copy(update=changed) == one
+def test_of_a_model_without_weights_the_data_is_checked(tmp_path: Path, root: Path):
+    """As of one at the hub, of which a dry run downloads the description alone."""
+    config = load_config(root / "examples/quickstart.yaml")
+    make_model_template(config, tmp_path / "model")
+    keys = (f"model={{hf: {tmp_path / 'model'}}}", "warm_start.steps=0", f"run.dir={tmp_path / 'run'}")
+    output = dry_run(root, root / "examples/quickstart.yaml", *keys)
+    assert "\n# prompts: 8192 to train on, 512 held out\n" in output
+    (line,) = [line for line in output.splitlines() if line.startswith("# not checked, ")]
+    assert line.startswith("# not checked, and needed for a start: weights: no model.safetensors in model.hf = ")
 
 
 def test_a_model_that_is_not_there_is_refused_at_a_start(root: Path):

@@ -155,10 +155,15 @@ def test_a_time_limit_of_a_minute(slurm):
     assert whole.summary()["eval"] == cut.summary()["eval"]
 
 
-@pytest.mark.parametrize("mode", ["async", "sync"])
-@pytest.mark.parametrize(("nodes", "partition"), [(1, "main"), (2, "main"), (4, "big")])
-def test_slurm_accepts_the_gpu_jobs(slurm, mode: str, nodes: int, partition: str):
-    script = str(ROOT / f"slurm/llama8b_{mode}.sh")
+@pytest.mark.parametrize(
+    ("job", "nodes", "partition"),
+    [
+        *((mode, *place) for mode in ("async", "sync") for place in ((1, "main"), (2, "main"), (4, "big"))),
+        ("pipeline", 1, "main"),
+    ],
+)
+def test_slurm_accepts_the_gpu_jobs(slurm, job: str, nodes: int, partition: str):
+    script = str(ROOT / f"slurm/llama8b_{job}.sh")
     slurm.run("sbatch", "--test-only", f"--nodes={nodes}", f"--partition={partition}", script)
 
 
@@ -207,13 +212,13 @@ STAND_INS = {
     "srun": """
 echo "$*" >>"$NOTES/srun"
 case $* in *" doctor "*) exit ;; esac
-mkdir -p "$RUN_DIR" && touch "$RUN_DIR/config.yaml"
+mkdir -p "$RUN_DIR" && touch "$RUN_DIR/config.yaml" "$RUN_DIR/pipeline.json"
 echo $$ >"$NOTES/pid.partial" && mv "$NOTES/pid.partial" "$NOTES/pid"
 until [ -e "$NOTES/end" ]; do
     if [ -e "$RUN_DIR/stop" ]; then rm "$RUN_DIR/stop" && echo >>"$NOTES/stops"; fi
     sleep 0.02
 done
-exit 3
+exit "${CODE:-3}"
 """,
     "squeue": """
 case $* in
@@ -227,13 +232,18 @@ case $* in
         echo RUNNING ;;
 esac
 """,
+    "scontrol": """
+echo "$*" >>"$NOTES/scontrol"
+""",
 }
 
 
 class Script:
-    """`slurm/cpu_smoke.sh` as a job would run it, until it is told to end."""
+    """A script of slurm/ as a job would run it, until it is told to end."""
 
-    def __init__(self, directory: Path, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self, directory: Path, *arguments: str, script: str = "cpu_smoke", nodes: int = 2, **environment: str
+    ) -> None:
         self.notes, commands = directory / "notes", directory / "commands"
         for path in (self.notes, commands):
             path.mkdir()
@@ -242,9 +252,13 @@ class Script:
             (commands / name).chmod(0o755)
         variables = {"PATH": f"{commands}:{os.environ['PATH']}", "VENV": sys.prefix, "NOTES": str(self.notes)}
         variables |= {"RUN_DIR": str(directory / "run"), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job"}
-        variables |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "ENDS_MEANWHILE": ""} | environment
+        variables |= {
+            "SLURM_JOB_NUM_NODES": str(nodes),
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "ENDS_MEANWHILE": "",
+        } | environment
         self.process = subprocess.Popen(
-            ["bash", "slurm/cpu_smoke.sh", *arguments],
+            ["bash", f"slurm/{script}.sh", *arguments],
             cwd=ROOT,
             env=variables,
             stdout=subprocess.PIPE,
@@ -284,6 +298,35 @@ def test_a_run_that_ends_while_its_job_answers_a_signal_keeps_its_exit_code(tmp_
     script.wait_for("pid")
     script.process.terminate()
     assert script.ended()[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("made", "code", "says"),
+    [
+        ("rlhf/checkpoints/step_000065/metadata.json", 130, "back into the queue"),
+        ("sft/checkpoints/final/config.json", 130, "back into the queue"),
+        ("eval/progress/policy.jsonl", 130, "back into the queue"),
+        ("rlhf/logs/controller.log", 1, "error: no step was made before the time limit"),
+    ],
+)
+def test_a_pipelines_job_goes_back_into_the_queue_with_what_its_stages_made(
+    tmp_path: Path, made: str, code: int, says: str
+):
+    script = Script(tmp_path, "-s", "sft.run.seed=3", script="llama8b_pipeline", nodes=1, CODE="130")
+    script.wait_for("pid")
+    path = tmp_path / "run" / made
+    path.parent.mkdir(parents=True)
+    path.touch()
+    script.process.terminate()
+    script.wait_for("stops")
+    (script.notes / "end").touch()
+    ended, said = script.ended()
+    assert (ended, says in said) == (code, True), said
+    assert (script.notes / "scontrol").exists() == (code == 130)
+    doctor, pipeline = (script.notes / "srun").read_text().splitlines()
+    assert doctor.endswith(" doctor examples/llama3.1-8b_no_robots/rlhf.yaml")
+    assert " pipeline examples/llama3.1-8b_no_robots -s sft.launch.interrupt_grace_s=500 " in pipeline
+    assert pipeline.endswith(f" -s dir={tmp_path / 'run'} -s sft.run.seed=3") and "--resume" not in pipeline
 
 
 @pytest.mark.parametrize(

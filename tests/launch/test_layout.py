@@ -148,11 +148,11 @@ def test_too_few_gpus_are_refused(arguments: tuple, words: list[str]):
     assert "\n" not in str(refused.value)
 
 
-# Of the job with so many nodes: machine and GPU of every rank and replica, written by hand.
+# Of the job with so many nodes: machine and first GPU of each group of processes, written by hand.
 LLAMA = {
-    1: ["node0"] * 4 + ["node0"] * 4,
-    2: ["node0"] * 8 + ["node1"] * 8,
-    4: ["node0"] * 8 + ["node1"] * 8 + ["node2"] * 8 + ["node3"] * 8,
+    1: {"learner": [(0, 0, 4)], "generator": [(0, 4, 3)], "reward": [(0, 7, 1)]},
+    2: {"learner": [(0, 0, 8)], "generator": [(1, 0, 6)], "reward": [(1, 6, 2)]},
+    4: {"learner": [(0, 0, 8), (1, 0, 8)], "generator": [(2, 0, 4), (3, 0, 8)], "reward": [(2, 4, 4)]},
 }
 
 
@@ -164,13 +164,30 @@ def test_the_jobs_layouts(mode: str, nodes: int):
     environment = {"VENV": str(Path(sys.prefix)), "PATH": "/usr/bin:/bin"}
     shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr
-    found = {}
+    assert f"\n  mode: {mode}\n" in shown.stdout and "type: reward_model" in shown.stdout
+    found: dict[str, list[tuple[str, str]]] = {}
     for line in shown.stdout.splitlines():
         name, _, rest = line.removeprefix("# ").partition(": ")
-        if line.startswith("# ") and name.split(".")[0] in ("learner", "generator") and "GPUs [" in rest:
+        if line.startswith("# ") and name.split(".")[0] in LLAMA[nodes] and "GPUs [" in rest:
             machine, _, gpus = rest.partition("GPUs ")
-            found[name] = (machine.rstrip(", ") or "node0", gpus.partition(":")[0])
-    gpu = [f"[{i % 8}]" for i in range(8 * nodes)]
-    expected = list(zip(LLAMA[nodes], gpu, strict=True))
-    names = [*(f"learner.{i}" for i in range(4 * nodes)), *(f"generator.{i}" for i in range(4 * nodes))]
-    assert found == dict(zip(names, expected, strict=True))
+            found.setdefault(name.split(".")[0], []).append((machine.rstrip(", ") or "node0", gpus.partition(":")[0]))
+    expected = {
+        name: [(f"node{node}", f"[{first + i}]") for node, first, count in groups for i in range(count)]
+        for name, groups in LLAMA[nodes].items()
+    }
+    assert found == expected
+
+
+def test_the_pipelines_job_plans_every_stage():
+    command = ["bash", "slurm/llama8b_pipeline.sh", "--dry-run", "-s", "sft.model.hf=/data/Llama-3.1-8B"]
+    environment = {"VENV": str(Path(sys.prefix)), "PATH": "/usr/bin:/bin"}
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    assert [line.split(": ")[1] for line in shown.stdout.splitlines() if line.startswith("# [")] == [
+        f"async-rlhf {command}" for command in ("sft", "reward-model", "train", "eval")
+    ]
+    assert shown.stdout.count("\n  interrupt_grace_s: 500.0\n") == 4
+    shown = subprocess.run(
+        [*command, "--nodes=2"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert shown.returncode == 2 and shown.stderr.startswith("error: --nodes=2: this job runs its stages on one node; ")

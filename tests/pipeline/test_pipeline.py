@@ -90,6 +90,15 @@ def test_what_is_done_is_skipped_and_what_was_cut_off_goes_on(rig: Rig):
     assert rig.notes[-3:] == ["[1/3] sft: is done", "[2/3] proxy: is done", "[3/3] rl: is done"]
 
 
+def test_a_file_asks_it_to_stop(rig: Rig):
+    """As the job of a cluster does, whose signals reach other processes."""
+    rig.behave(proxy="leave stop")
+    assert rig.drive() == (130, ALL[:2])
+    assert rig.record["proxy"]["status"] == "interrupted" and not (rig.folder / "runs/small/stop").exists()
+    rig.behave()
+    assert rig.drive() == (0, ALL[1:])
+
+
 def test_a_failure_ends_it_and_the_stage_is_made_again(rig: Rig):
     rig.behave(proxy="fail")
     assert rig.drive() == (1, ALL[:2])

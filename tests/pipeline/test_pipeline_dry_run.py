@@ -168,7 +168,9 @@ def test_what_an_earlier_stage_makes_is_described_and_what_is_not_known_is_said(
     # What does not depend on weights is checked.
     assert told.has("sft", "# answered conversations: 32 to train on, 8 held out")
     assert told.has("rl", "# prompts: 32 to train on, 8 held out") and told.has("eval", "# prompts: 8 held out")
-    assert told.has("rm", "# preference pairs: not checked") and told.has("rm", "# steps of 64 pairs: as many as 2 epochs")
+    assert told.has("rm", "# preference pairs: not checked") and told.has(
+        "rm", "# steps of 64 pairs: as many as 2 epochs"
+    )
     (server,) = [line for line in told.stages["rl"] if line.startswith("# reward.0: ")]
     assert f" --model {rm} " in server
     assert not (folder / "runs").exists()

@@ -32,10 +32,16 @@ def main() -> None:
     (directory / "config.yaml").write_text(yaml.safe_dump(tree))
     if behaviour == "hang":
         time.sleep(600)
-    if behaviour == "ask to stop":  # what Ctrl-C in the terminal is to the sweep
+    if behaviour in (
+        "ask to stop",
+        "leave stop",
+    ):  # what Ctrl-C in the terminal is to the sweep, or a file to a pipeline
         stopped = []
         signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-        os.kill(os.getppid(), signal.SIGINT)
+        if behaviour == "ask to stop":
+            os.kill(os.getppid(), signal.SIGINT)
+        else:
+            (directory.parent / "stop").touch()
         while not stopped:
             time.sleep(0.01)
     status, error, code = {
@@ -44,6 +50,7 @@ def main() -> None:
         "fail": ("failed", "learner.0: it went wrong", 1),
         "interrupt": ("interrupted", None, 130),
         "ask to stop": ("interrupted", None, 130),
+        "leave stop": ("interrupted", None, 130),
         "die": ("interrupted", "killed", -1),
     }[behaviour]
     (directory / "summary.json").write_text(json.dumps({"status": status, "error": error}))
