@@ -13,6 +13,10 @@ class DataError(AsyncRLHFError, ValueError):
     """Prompts or solutions that cannot be used: names the file and the line."""
 
 
+class UnreachableError(DataError):
+    """Data at a hub that this machine cannot ask, and has no copy of."""
+
+
 class RecordError(DataError):
     """One record that cannot be used, among others that can: names the file and the line.
 

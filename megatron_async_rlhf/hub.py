@@ -24,7 +24,7 @@ def hub_problem(error: BaseException, what: str, name: str) -> str | None:
         )
     if "RevisionNotFoundError" in kinds:
         return f"the {what} {name} at the hub has no such revision; correct what follows the @"
-    if kinds & _UNREACHABLE or any("OfflineModeIsEnabled" in text for text in texts):
+    if is_unreachable(error):
         missing = f"the {what} {name} is not in the cache, or only a part of it"
         return f"{missing}, and {_why_unreachable(causes)}"
     if {"RepositoryNotFoundError", "DatasetNotFoundError"} & kinds:
@@ -32,6 +32,13 @@ def hub_problem(error: BaseException, what: str, name: str) -> str | None:
             f"there is no {what} {name} at the hub, or it is private; correct the name, or log in with `hf auth login`"
         )
     return None
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether it says that the hub could not be asked."""
+    causes = list(_causes(error))
+    names = {each.__name__ for cause in causes for each in type(cause).__mro__}
+    return bool(names & _UNREACHABLE) or any("OfflineModeIsEnabled" in str(cause) for cause in causes)
 
 
 def described(error: BaseException) -> str:

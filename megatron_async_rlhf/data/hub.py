@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_async_rlhf.data.library import is_saved, loaded, rows_of
 from megatron_async_rlhf.data.rows import Table
-from megatron_async_rlhf.errors import DataError
-from megatron_async_rlhf.hub import hub_problem
+from megatron_async_rlhf.errors import DataError, UnreachableError
+from megatron_async_rlhf.hub import hub_problem, is_unreachable
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -20,7 +20,7 @@ def hub_table(value: str, source: str) -> Table:
         source: key and value, for messages.
 
     Raises:
-        DataError: malformed, or the library cannot load it.
+        DataError: malformed, or the library cannot load it; an `UnreachableError` if the hub cannot be asked.
     """
     # A colon inside brackets belongs to the split (`train[:100]`).
     fields = re.split(r":(?![^\[]*\])", value.removeprefix("hf:"))
@@ -34,7 +34,8 @@ def hub_table(value: str, source: str) -> Table:
         except Exception as error:  # the library and what is below it raise dozens of types
             if (problem := hub_problem(error, "dataset", name)) is None:
                 raise
-            raise DataError(f"{source}: {problem}") from None
+            kind = UnreachableError if is_unreachable(error) else DataError
+            raise kind(f"{source}: {problem}") from None
 
     dataset = cache(lambda: loaded(load, source, "check name, config, split and network"))
     return Table(source, lambda columns: rows_of(dataset(), value, columns, source))

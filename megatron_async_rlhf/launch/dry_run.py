@@ -5,22 +5,25 @@ would lack.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import typer
 from msgspec import Struct
+from msgspec.structs import replace
 
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.reward_modelling import RewardModellingSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sft import SFTSection
-from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.errors import ConfigError, UnreachableError
 from megatron_async_rlhf.estimate.fitting import generator_budget
 from megatron_async_rlhf.estimate.learner_memory import Work
 from megatron_async_rlhf.estimate.report import describe, describe_learner, refuse_too_large
-from megatron_async_rlhf.jobs.described import NOT_CHECKED, missing_inputs
+from megatron_async_rlhf.jobs.described import NOT_CHECKED, Missing, missing_inputs
 from megatron_async_rlhf.jobs.inputs import check_description, check_inputs, make_model_template
 from megatron_async_rlhf.jobs.pair_inputs import (
     PairInputs,
@@ -38,6 +41,7 @@ from megatron_async_rlhf.launch.plan import ProcessPlan, plan_learner_alone, pla
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.simulate import prediction
 
+Checked = TypeVar("Checked")
 Coming = Mapping[Path, str] | None  # as for `missing_inputs`
 
 
@@ -69,11 +73,12 @@ def plan_of_run(config: RunConfig, coming: Coming = None) -> Plan:
     missing = missing_inputs(config, coming=coming)
     with scratch_directory() as scratch:
         make_model_template(config, scratch, or_described=True)
-        if missing.hides_data:
+        check = partial(check_inputs, config, scratch, or_described=True)
+        run_inputs, missing = checked_with_data(check, missing, coming)
+        if run_inputs is None:
             architecture, transfer = check_description(config, scratch)
             said = ["prompts: not checked"]
         else:
-            run_inputs = check_inputs(config, scratch, or_described=True)
             architecture, transfer = run_inputs.architecture, run_inputs.transfer
             counts = f"prompts: {len(run_inputs.train)} to train on, {len(run_inputs.eval)} held out"
             said = [counts, *run_inputs.data.notes]
@@ -106,11 +111,12 @@ def plan_of_sft(config: RunConfig, coming: Coming = None) -> Plan:
     missing = missing_inputs(config, rewards=config.sft is None, coming=coming)
     with scratch_directory() as scratch:
         make_model_template(config, scratch, or_described=True)
-        if missing.hides_data:
+        check = partial(check_supervised_inputs, config, scratch, or_described=True)
+        inputs, missing = checked_with_data(check, missing, coming)
+        if inputs is None:
             architecture, sequences = supervised_architecture(config, scratch), config.supervised.sequences_per_step
             said = ["answered conversations: not checked", _steps_of_unknown(config.supervised, "conversations")]
         else:
-            inputs = check_supervised_inputs(config, scratch, or_described=True)
             architecture, sequences = inputs.architecture, max(map(len, inputs.batches))
             said = [*_said_of_conversations(inputs), *inputs.data.notes]
     plan = plan_learner_alone(config, config.run.path.absolute(), planned_nodes(config), "sft")
@@ -126,15 +132,31 @@ def plan_of_reward_model(config: RunConfig, coming: Coming = None) -> Plan:
     missing = missing_inputs(config, rewards=False, coming=coming)
     with scratch_directory() as scratch:
         make_reward_model_template(config, scratch, or_described=True)
-        if missing.hides_data:
+        check = partial(check_pair_inputs, config, scratch, or_described=True)
+        inputs, missing = checked_with_data(check, missing, coming)
+        if inputs is None:
             architecture, pairs = pair_architecture(config, scratch), config.reward_modelling.batch_size
             said = ["preference pairs: not checked", _steps_of_unknown(config.reward_modelling, "pairs")]
         else:
-            inputs = check_pair_inputs(config, scratch, or_described=True)
             architecture, pairs = inputs.architecture, max(map(len, inputs.batches))
             said = [*_said_of_pairs(inputs), *inputs.data.notes]
     plan, work = plan_reward_model(config, planned_nodes(config)), Work(sequences=2 * pairs)
     return _plan_of_learner(config, "reward model", architecture, said, work, plan, missing.lines)
+
+
+def checked_with_data(check: Callable[[], Checked], missing: Missing, coming: Coming) -> tuple[Checked | None, Missing]:
+    """What a check of a stage with its data has found, and what is missing; None where the data is not known.
+
+    Data at a hub that cannot be asked is not known either, if a start is planned for another machine or a later time.
+    """
+    if missing.hides_data:
+        return None, missing
+    try:
+        return check(), missing
+    except UnreachableError as error:
+        if not missing.weights and coming is None:
+            raise
+        return None, replace(missing, prompts=[f"prompts: {error}"])
 
 
 def not_checked(lines: Iterable[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a dry run of an evaluation says: its models, prompts, memory and servers."""
 
+from functools import partial
 from pathlib import Path
 
 from megatron_async_rlhf.config.root import RunConfig
@@ -15,7 +16,7 @@ from megatron_async_rlhf.jobs.evaluated_models import (
 )
 from megatron_async_rlhf.jobs.inputs import check_vocabulary, make_model_template, read_tokenizer
 from megatron_async_rlhf.jobs.reward_models import load_reward_models
-from megatron_async_rlhf.launch.dry_run import Coming, Plan, not_checked, scratch_directory
+from megatron_async_rlhf.launch.dry_run import Coming, Plan, checked_with_data, not_checked, scratch_directory
 from megatron_async_rlhf.launch.evaluation import check_evaluation, goes_on_with_answers
 from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.launch.plan import plan_evaluation
@@ -32,10 +33,11 @@ def plan_of_evaluation(config: RunConfig, resume: bool, coming: Coming = None) -
     policies = {KEYS[name]: source for name, source in sources_of(config).items()}
     missing = missing_inputs(config, policies=policies, coming=coming)
     with scratch_directory() as scratch:
-        if missing.hides_data:
+        check = partial(check_evaluation, config, scratch, or_described=True)
+        inputs, missing = checked_with_data(check, missing, coming)
+        if inputs is None:
             models, said = _described_models(config, scratch), "prompts: not checked"
         else:
-            inputs = check_evaluation(config, scratch, or_described=True)
             models = {name: (model.architecture, model.context_length) for name, model in inputs.models.items()}
             said = f"prompts: {len(inputs.prompts)} held out"
     shapes = {name: architecture for name, (architecture, _) in models.items()}

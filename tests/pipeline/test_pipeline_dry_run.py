@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import dump_config, load_config
@@ -266,6 +267,21 @@ def test_a_model_that_is_not_here_is_planned_with_what_the_file_names(given: str
     (folder / "shape/config.json").unlink()
     error = Told(capsys, folder, f"sft.model.hf={given}").error
     assert error.startswith(f"sft: model.hf = {given}: no ")
+
+
+def test_data_at_a_hub_that_cannot_be_asked_is_not_checked(folder: Path, monkeypatch, capsys):
+    def offline(name: str, config: str | None, split: str) -> None:
+        raise OfflineModeIsEnabled("forbidden")
+
+    monkeypatch.setattr("megatron_async_rlhf.data.hub._load", offline)
+    data = "{train: 'hf:org/d:train', prompt_field: p, solution_field: s}"
+    told = Told(capsys, folder, f"sft.data={data}", f"pairs.data={data}", "pairs.reward={type: length, per_token: 1}")
+    assert told.code == 0, told.err
+    for stage in ("sft", "pairs"):
+        assert told.missing(stage)[-1].startswith(
+            "prompts: data.train = hf:org/d:train: the dataset org/d is not in the cache"
+        )
+    assert told.has("sft", "# answered conversations: not checked") and told.has("pairs", "# prompts: not checked")
 
 
 def test_a_policy_at_the_hub_and_a_run_as_policy_are_known_again(folder: Path, tmp_path: Path, monkeypatch):
