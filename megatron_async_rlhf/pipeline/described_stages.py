@@ -15,6 +15,7 @@ from megatron_async_rlhf.data.files import is_local
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.formats.directory import copy_hf_files
 from megatron_async_rlhf.formats.hub_snapshot import local_model
+from megatron_async_rlhf.jobs.evaluated_models import KEYS
 from megatron_async_rlhf.jobs.inputs import make_model_template
 from megatron_async_rlhf.jobs.pair_inputs import make_reward_model_template
 from megatron_async_rlhf.launch.evaluation import with_policies
@@ -112,7 +113,7 @@ class DescribedStages:
             if problem is not None:
                 raise problem
             return source
-        here = self._absent / str(len(self._names))
+        here = self._absent / f"{len(self._names):03}"  # so that none is the beginning of another
         copy_hf_files(shape, here)
         self._names[str(here)] = str(source)
         self.coming[here] = f"which is not here: planned with what {shape} says of it"
@@ -127,11 +128,7 @@ class DescribedStages:
             return
         relative = source.relative_to(self._stages)
         earlier, inside = self._added[relative.parts[0]], Path(*relative.parts[1:]).as_posix()
-        if inside == "." and key in (
-            "model.hf",
-            "eval.against",
-            "eval.kl_to",
-        ):  # a run, of which an evaluation takes the policy
+        if inside == "." and key in KEYS.values():  # a run, of which an evaluation takes the policy
             return
         if _CHECKPOINT.fullmatch(inside) and (self._stages / earlier.name / EXPORT_DIR).is_dir():
             copy_hf_files(self._stages / earlier.name / EXPORT_DIR, source)
