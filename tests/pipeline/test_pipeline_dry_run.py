@@ -177,6 +177,15 @@ def test_what_an_earlier_stage_makes_is_described_and_what_is_not_known_is_said(
     assert not (folder / "runs").exists()
 
 
+def test_a_checkpoint_of_an_earlier_stage_has_its_shape(folder: Path, capsys):
+    checkpoint = "checkpoints/step_000002"
+    write_recipe(folder, eval={"model.hf": f"{{rl}}/{checkpoint}"})
+    told = Told(capsys, folder)
+    assert (
+        told.missing("eval")[0] == f"weights: those of model.hf = runs/small/rl/{checkpoint}, which the stage rl makes"
+    )
+
+
 def test_stages_that_are_done_are_left_out_and_what_follows_sees_what_they_made(folder: Path, capsys):
     complete(folder, "sft")
     told = Told(capsys, folder)
