@@ -155,6 +155,56 @@ def test_a_time_limit_of_a_minute(slurm):
     assert whole.summary()["eval"] == cut.summary()["eval"]
 
 
+SMALL_STAGES = {
+    "pipeline.yaml": """
+name: small
+stages:
+  - {name: sft, command: sft, config: sft.yaml}
+  - {name: more, command: sft, config: more.yaml, set: {model.hf: "{sft}/checkpoints/final"}}
+""",
+    "sft.yaml": """
+model: {layers: 2, hidden_size: 64, ffn_size: 96, heads: 2, context_length: 96, tokenizer: bytes}
+data: {train: builtin, train_prompts: 256, eval_prompts: 16}
+sft: {steps: 400, batch_size: 32}
+""",
+    "more.yaml": "data: {train: builtin, train_prompts: 64, eval_prompts: 16}\nsft: {steps: 4, batch_size: 8}\n",
+    "job.sh": """#!/usr/bin/env bash
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+command=pipeline config=$RECIPE looked_at=$RECIPE/sft.yaml lead=20
+overrides() { :; }
+source slurm/job.sh
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.timeout(600)
+def test_a_pipelines_job_goes_on_with_the_stage_that_was_cut_off(slurm):
+    """As slurm/llama8b_pipeline.sh, with two stages on a CPU: asked to save, it goes back into the queue."""
+    recipe, run = slurm.directory / "recipe", slurm.directory / "pipeline"
+    recipe.mkdir()
+    for name, text in SMALL_STAGES.items():
+        (recipe / name).write_text(text)
+    variables = [f"RECIPE={recipe}", f"RUN_DIR={run}", f"VENV={sys.prefix}", "DOCTOR=0", "OMP_NUM_THREADS=1"]
+    output = [f"--output={slurm.directory}/job-%j.log", "--open-mode=append", "--requeue"]
+    submit = ["sbatch", "--parsable", f"--chdir={ROOT}", *output, str(recipe / "job.sh")]
+    job = int(slurm.run("env", f"--chdir={ROOT}", *variables, *submit))
+    metrics, deadline = run / "sft/metrics.jsonl", time.monotonic() + LIMIT_S
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < deadline and slurm.state(job) in ("PENDING", "RUNNING"), slurm.job_log(job)
+        time.sleep(0.2)
+    slurm.run("scancel", "--batch", "--signal=TERM", str(job))
+    slurm.wait(job, "PENDING", LIMIT_S)
+    assert "sft: interrupted" in slurm.job_log(job) and "back into the queue" in slurm.job_log(job)
+    slurm.wait(job, "COMPLETED", LIMIT_S)
+    record = json.loads((run / "pipeline.json").read_text())
+    assert [record[name]["status"] for name in ("sft", "more")] == ["completed"] * 2, slurm.job_log(job)
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 401)), "it did not begin anew"
+
+
 @pytest.mark.parametrize(
     ("job", "nodes", "partition"),
     [
