@@ -52,7 +52,7 @@ class Told:
         self.stages = {}
         for document in self.out.split("---\n")[1:]:
             head, *lines = document.splitlines()
-            self.stages[re.fullmatch(r"# \[\d/\d\] (\w+): .*", head)[1]] = [head, *lines]
+            self.stages[re.fullmatch(r"# \[\d+/\d+\] (\w+): .*", head)[1]] = [head, *lines]
 
     @property
     def error(self) -> str:
