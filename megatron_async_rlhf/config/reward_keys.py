@@ -28,7 +28,7 @@ class RewardKeys(ReportingSection):
 
     @property
     def reads_solution(self) -> bool:
-        """Whether it needs the solution in `data.solution_field`."""
+        """Whether it needs the solution of every prompt."""
         return False
 
     @property

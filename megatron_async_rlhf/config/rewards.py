@@ -154,10 +154,10 @@ def check_reward_fits_data(reward: RewardKeys, data: DataSection) -> None:
             f"reward.type = {reward.type} needs data.train, with the columns {' and '.join(reward.columns)}, which the "
             "built-in prompts do not have"
         )
-    if reward.reads_solution and (data.train == "builtin" or data.solution_field is None):
+    if reward.reads_solution and data.train == "builtin":  # of other data each prompt is asked for its solution
         which = " that end in a line `#### <number>`" if isinstance(reward, Gsm8kRewardSection) else ""
         raise ValueError(
-            f"reward.type = {reward.type} needs data.train and data.solution_field, the field with solutions{which}"
+            f"reward.type = {reward.type} needs data.train with solutions{which}, which the built-in prompts do not have"
         )
     if isinstance(reward, FunctionRewardSection):
         columns = [*data.reference_fields, *(["solution"] if data.solution_field else [])]

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from megatron_async_rlhf.errors import DataError
 from megatron_async_rlhf.types import Completion, Prompt
 
 
@@ -51,6 +52,22 @@ class Reward(Protocol):
     def close(self) -> None:
         """End what was started to score; nothing is scored afterwards."""
         ...
+
+
+def solution_of(prompt: Prompt, entry: str) -> str:
+    """The solution that a reward needs.
+
+    Args:
+        entry: of the configuration, such as `reward.type = gsm8k`.
+
+    Raises:
+        DataError: the prompt has none.
+    """
+    if (solution := prompt.reference.get("solution")) is None:
+        raise DataError(
+            f"{prompt.name} has no solution, which {entry} needs: set data.solution_field to the column with solutions"
+        )
+    return solution
 
 
 class Verifier(ABC):

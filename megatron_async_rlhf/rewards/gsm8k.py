@@ -4,7 +4,7 @@ import re
 from decimal import Decimal
 
 from megatron_async_rlhf.errors import DataError
-from megatron_async_rlhf.rewards.base import Score, Verifier
+from megatron_async_rlhf.rewards.base import Score, Verifier, solution_of
 from megatron_async_rlhf.types import Completion, Prompt
 
 # One amount: sign (also a typographic minus) and dollar in either order, thousands separators, decimals, a per cent sign,
@@ -31,8 +31,8 @@ class Gsm8kReward(Verifier):
         self._format_reward = format_reward
 
     def check(self, prompt: Prompt) -> None:
-        """Raises DataError if the prompt's reference solution has no `#### <number>` line."""
-        if find_answer(prompt.reference.get("solution", "")) is None:
+        """Raises DataError if the prompt has no solution, or one without a line `#### <number>`."""
+        if find_answer(solution_of(prompt, "reward.type = gsm8k")) is None:
             raise DataError(f"{prompt.name}: its solution has no line `#### <number>`; check data.solution_field")
 
     def judge(self, prompt: Prompt, completion: Completion) -> Score:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from megatron_async_rlhf.config.reward_keys import VerifierKeys
 from megatron_async_rlhf.errors import ConfigError, DataError, RewardError
-from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.rewards.base import Score, solution_of
 from megatron_async_rlhf.rewards.failing import failed_score
 from megatron_async_rlhf.rewards.workers import TimeLimit, Workers
 from megatron_async_rlhf.types import Completion, Prompt
@@ -47,7 +47,9 @@ class WorkerVerifier:
         self._workers = Workers(section.workers, TimeLimit("reward.timeout_s", section.timeout_s))
 
     def check(self, prompt: Prompt) -> None:
-        """All prompts are checked together, by `check_prompts`: here the libraries are not loaded."""
+        """Raises DataError if it has no solution and needs one. `check_prompts` does the rest, with the libraries loaded."""
+        if self._section.reads_solution:
+            solution_of(prompt, f"reward.type = {self._section.type}")
 
     async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
         return list(await asyncio.gather(*(self._judge(prompt, completion) for completion in completions)))

@@ -111,7 +111,7 @@ OVERRIDES = [
     ("data.prompt_field=@id", ["'data.prompt_field=@id'", "quotes"]),
     ("data.train=*.jsonl", ["'data.train=*.jsonl'", "quotes"]),
     ("data.train=nowhere.jsonl", ["data.train = nowhere.jsonl", "no such file", "reward.type"]),
-    ("reward.type=gsm8k", ["reward.type = gsm8k", "data.train and data.solution_field"]),
+    ("reward.type=gsm8k", ["reward.type = gsm8k needs data.train with solutions"]),
     ("+learner.ranks=2", ["'+learner.ranks=2'", "-s learner.ranks=2"]),
     ("++learner.ranks=2", ["-s learner.ranks=2"]),
     ("--learner.ranks=2", ["-s learner.ranks=2"]),
@@ -203,7 +203,6 @@ FILES = [
     ("model:\n", ["model.layers is missing"]),
     (b"run: a\n\xff", ["line 2", "not UTF-8"]),
     (b"PK\x03\x04\x00", ["line 1", "character"]),
-    (MODEL + "data: {train: t.jsonl}\nreward: {type: gsm8k}\n", ["reward.type = gsm8k", "data.solution_field"]),
     (OWN.replace("solution_field: answer, ", "").replace("gsm8k", "builtin") + "warm_start: {steps: 3}\n", ["reward.type"]),
 ]  # fmt: skip
 
@@ -251,6 +250,28 @@ def test_a_data_file(told, content: str | bytes, named: list[str]):
     Path("c.yaml").write_text(OWN)
     line = told("train", "c.yaml", "--dry-run")
     assert [part for part in named if part not in line] == [], line
+
+
+READS_SOLUTIONS = [
+    ("{type: gsm8k}", "reward.type = gsm8k"),
+    ("{type: math}", "reward.type = math"),
+    ("[{type: length, per_token: 0.1}, {type: math}]", "reward.type = math"),
+    ("{type: judge, url: 'http://127.0.0.1:1/v1', model: m, against: solution}", "reward.against = solution"),
+]
+WITHOUT_SOLUTION = [
+    ("", {"prompt": "1 + 1?", "size": 3}),
+    ("prompt_field: prompt, ", {"prompt": "1 + 1?", "answer": "#### 2"}),  # with it no column is recognised
+    ("", {"messages": [{"role": "user", "content": "1 + 1?"}]}),
+]
+
+
+@pytest.mark.parametrize(("reward", "who"), READS_SOLUTIONS, ids=[who for _, who in READS_SOLUTIONS])
+@pytest.mark.parametrize(("keys", "row"), WITHOUT_SOLUTION, ids=["nothing", "named", "chat"])
+def test_a_reward_without_the_solutions_that_it_reads(told, reward: str, who: str, keys: str, row: dict):
+    Path("t.jsonl").write_text((json.dumps(row) + "\n") + json.dumps(row).replace("1 + 1", "2 + 2") + "\n")
+    Path("c.yaml").write_text(MODEL + f"data: {{train: t.jsonl, {keys}eval_prompts: 1}}\nreward: {reward}\n")
+    line = told("train", "c.yaml", "--dry-run")
+    assert re.search(rf"t\.jsonl:[12] .*has no solution, which {who} needs: set data\.solution_field", line), line
 
 
 SOURCES = [

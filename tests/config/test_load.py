@@ -182,8 +182,8 @@ BAD_VALUES = [
         {"type": "function", "function": "own.py:score", "kwargs": {"completions": 1}},
         ["reward.kwargs.completions", "rename one"],
     ),
-    ("reward", {"type": "gsm8k"}, ["reward.type = gsm8k", "data.train", "data.solution_field"]),
-    ("reward", {"type": "math"}, ["reward.type = math", "data.train", "data.solution_field"]),
+    ("reward", {"type": "gsm8k"}, ["reward.type = gsm8k needs data.train", "`#### <number>`", "built-in prompts"]),
+    ("reward", {"type": "math"}, ["reward.type = math needs data.train with solutions", "built-in prompts"]),
     ("reward", {"type": "ifeval"}, ["reward.type = ifeval", "data.train", "instruction_id_list and kwargs"]),
     ("reward", {"type": "gsm8k", "format_reward": 2}, ["reward.format_reward = 2", "at most 1"]),
     (
@@ -202,13 +202,6 @@ BAD_VALUES = [
 @pytest.mark.parametrize(("section", "keys", "named"), BAD_VALUES, ids=[f"{s}-{k}" for s, k, _ in BAD_VALUES])
 def test_a_bad_value_is_one_line_with_key_value_and_rule(load, section: str, keys, named: list[str]):
     refused(lambda: load(**{section: keys}), *named)
-
-
-def test_a_verifier_or_warm_start_without_solutions_is_refused(load):
-    data, reward = {"train": "prompts.jsonl"}, {"type": "gsm8k"}
-    refused(lambda: load(data=data, reward=reward), "data.solution_field")
-    refused(lambda: load(data=data, reward=reward, warm_start={"steps": 5}), "data.solution_field")
-    assert load(data=data | {"solution_field": "answer"}, reward=reward, warm_start={"steps": 5}).warm_start.steps == 5
 
 
 def test_the_former_default_of_the_prompt_column_is_passed_over_where_nothing_has_columns(load):

@@ -127,7 +127,7 @@ def test_reference_without_a_number_is_refused(solution):
 
 
 def test_prompt_without_a_solution_is_refused():
-    with pytest.raises(DataError, match="check data.solution_field"):
+    with pytest.raises(DataError, match="no solution, which reward.type = gsm8k needs: set data.solution_field"):
         Gsm8kReward(0.1).check(Prompt(index=0, text="q", token_ids=[1], reference={}))
 
 

@@ -50,7 +50,7 @@ def test_each_completion_against_the_others_of_its_group(tmp_path: Path):
 def test_each_completion_against_the_solution(tmp_path: Path):
     found, requests = scores(longer_is_better, tmp_path, "a", "longer", "four", against="solution")
     assert [score.reward for score in found] == [0.0, 1.0, 0.5] and requests == 6
-    with pytest.raises(DataError, match="train.jsonl:5.* no solution .*reward.against = group"):
+    with pytest.raises(DataError, match="train.jsonl:5.* no solution, which reward.against = solution needs"):
         without = Prompt(index=0, text="", token_ids=[1], reference={}, origin="train.jsonl:5")
         scores(longer_is_better, tmp_path, "a", prompt=without, against="solution")
 

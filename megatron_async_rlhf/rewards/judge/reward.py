@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_async_rlhf.config.judge import JudgeRewardSection
-from megatron_async_rlhf.errors import DataError, JudgeBudgetError, RewardError
-from megatron_async_rlhf.rewards.base import Score
+from megatron_async_rlhf.errors import JudgeBudgetError, RewardError
+from megatron_async_rlhf.rewards.base import Score, solution_of
 from megatron_async_rlhf.rewards.failing import failed_score
 from megatron_async_rlhf.rewards.judge.judge import Comparison, Judge
 from megatron_async_rlhf.types import Completion, Prompt
@@ -26,8 +26,8 @@ class JudgeReward:
         self._judge = Judge(section, cache=directory / "judge.sqlite", key="reward")
 
     def check(self, prompt: Prompt) -> None:
-        if self._section.reads_solution and "solution" not in prompt.reference:
-            raise DataError(f"{prompt.name}: it has no solution to compare with; set reward.against = group")
+        if self._section.reads_solution:
+            solution_of(prompt, "reward.against = solution")
 
     async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
         texts = [completion.text for completion in completions]
