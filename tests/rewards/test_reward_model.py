@@ -201,6 +201,53 @@ def test_groups_wait_for_a_server_that_is_started_again(tmp_path):
     asyncio.run(go())
 
 
+def test_a_slow_server_is_not_lost_as_long_as_it_answers_somebody(tmp_path):
+    async def go() -> None:
+        async with rewarded(tmp_path, request_timeout_s=1.0) as (made, (server,)):
+            server.behaviour, server.delay_s = "slow", 0.04
+            prompts = [prompt(i, f"Say {i}.") for i in range(40)]  # the last one waits for longer than the limit
+            groups = await asyncio.gather(*(made.reward.score(p, completions("x")) for p in prompts))
+            assert [s.reward for (s,) in groups] == [made.expected(p, "x") for p in prompts]
+            assert len(server.scored) == 40 and set(server.scored.values()) == {1}
+            assert not made.events("unresponsive") and not made.events("note")
+
+    asyncio.run(go())
+
+
+def test_what_takes_a_server_longer_than_its_limit_another_one_scores(tmp_path):
+    """The slow one answers probes, so it is back at once each time that it was lost."""
+
+    async def go() -> None:
+        async with rewarded(tmp_path, 2, request_timeout_s=0.3) as (made, (slow, good)):
+            slow.behaviour, slow.delay_s = "slow", 60.0
+            prompts = [prompt(i, f"Say {i}.") for i in range(12)]
+            groups = await asyncio.gather(*(made.reward.score(p, completions("x", "y")) for p in prompts))
+            for asked, scores in zip(prompts, groups, strict=True):
+                assert [s.reward for s in scores] == [made.expected(asked, text) for text in ("x", "y")]
+            assert len(good.scored) == 24 and set(good.scored.values()) == {1}
+            assert "reward.0: has answered no request for 0.3 s" in made.events("unresponsive")[0]["why"]
+            assert any("reward.0 is back" in event["text"] for event in made.events("note"))
+
+    asyncio.run(go())
+
+
+def test_a_group_that_no_server_scores_within_its_limit_is_one_error_in_time(tmp_path):
+    async def go() -> None:
+        async with rewarded(tmp_path, 2, request_timeout_s=0.2) as (made, servers):
+            for server in servers:
+                server.behaviour, server.delay_s = "slow", 60.0
+            began = time.monotonic()
+            with pytest.raises(RewardError) as raised:
+                await made.reward.score(prompt(3), completions("x"))
+            assert time.monotonic() - began < 4 * (0.2 + LIMITS["start_timeout_s"])
+            message = str(raised.value)
+            assert "4 servers were lost one after the other" in message and "\n" not in message
+            assert "reward.request_timeout_s, raise that" in message and "prompt 3 ('Say b.')" in message
+            assert {event["name"] for event in made.events("unresponsive")} == {"reward.0", "reward.1"}
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_without_a_server_there_is_one_error_in_time(tmp_path, how):
     async def go() -> None:
@@ -243,13 +290,14 @@ def test_what_is_no_score_names_server_and_prompt(tmp_path, behaviour):
     asyncio.run(go())
 
 
-def test_failures_may_count_as_zero(tmp_path):
+@pytest.mark.parametrize(("behaviour", "told"), [("null", "gave None"), ("nan", "gave a score that is no finite number")])
+def test_failures_may_count_as_zero(tmp_path, behaviour: str, told: str):
     async def go() -> None:
         async with rewarded(tmp_path, on_error="zero") as (made, (server,)):
-            server.behaviour = "null"
+            server.behaviour = behaviour
             failed = await made.reward.score(prompt(), completions("x", "y"))
             assert [(s.reward, s.metrics) for s in failed] == [(0.0, {"reward_failed": 1.0})] * 2
-            assert "reward.0: gave None" in (failed[0].failure or "")
+            assert f"reward.0: {told}" in (failed[0].failure or "")
             server.behaviour = "answers"
             (scored,) = await made.reward.score(prompt(), completions("x"))
             assert scored.metrics == {"reward_failed": 0.0} and scored.failure is None

@@ -11,6 +11,8 @@ from aiohttp import web
 # vLLM's own words when a score is NaN, which JSON has no word for.
 NOT_FINITE = {"error": {"message": "Out of range float values are not JSON compliant: nan", "code": 400}}
 
+PROBE = [[0]]
+
 
 def score_of(token_ids: Sequence[int]) -> float:
     """What the stand-in's model makes of a sequence."""
@@ -21,8 +23,9 @@ class ScoringServer:
     """On a port of its own, which it keeps when it is started again.
 
     Attributes:
-        behaviour: `answers`; `hangs`: its HTTP front takes requests that nobody answers; `nan`, `null`, `missing`,
-            `labels`, `garbage`: what it answers is no score; `broken`: it says so with a status of 500.
+        behaviour: `answers`; `slow`: one request after the other takes `delay_s`, but for probes; `hangs`: its HTTP front
+            takes requests that nobody answers; `nan`, `null`, `missing`, `labels`, `garbage`: what it answers is no score;
+            `broken`: it says so with a status of 500.
         scored: how often it was given each sequence and answered.
         largest: sequences of the largest request.
     """
@@ -40,6 +43,7 @@ class ScoringServer:
         return f"http://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
+        self._engine = asyncio.Lock()
         application = web.Application()
         application.router.add_post("/classify", self._classify)
         application.router.add_get("/health", self._health)
@@ -64,7 +68,12 @@ class ScoringServer:
         body = await request.json()
         self.bodies.append(body)
         self.asked.set()
-        await asyncio.sleep(self.delay_s)
+        if self.behaviour == "slow":
+            if body["input"] != PROBE:
+                async with self._engine:
+                    await asyncio.sleep(self.delay_s)
+        else:
+            await asyncio.sleep(self.delay_s)
         if self.behaviour == "hangs":
             await asyncio.sleep(3600)
         if self.behaviour == "broken":
