@@ -290,7 +290,9 @@ def test_what_is_no_score_names_server_and_prompt(tmp_path, behaviour):
     asyncio.run(go())
 
 
-@pytest.mark.parametrize(("behaviour", "told"), [("null", "gave None"), ("nan", "gave a score that is no finite number")])
+@pytest.mark.parametrize(
+    ("behaviour", "told"), [("null", "gave None"), ("nan", "gave a score that is no finite number")]
+)
 def test_failures_may_count_as_zero(tmp_path, behaviour: str, told: str):
     async def go() -> None:
         async with rewarded(tmp_path, on_error="zero") as (made, (server,)):

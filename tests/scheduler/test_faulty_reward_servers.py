@@ -116,7 +116,9 @@ def test_a_nan_ends_the_run_with_what_was_trained(tmp_path, schedule):
     async def go() -> Supervised:
         async with serving(1) as (server,):
             run = Supervised(tmp_path, server, schedule)
-            with pytest.raises(RewardError, match="reward.0: gave a score that is no finite number; the prompt is") as e:
+            with pytest.raises(
+                RewardError, match="reward.0: gave a score that is no finite number; the prompt is"
+            ) as e:
                 await run.run(gives_nan)
             assert "\n" not in str(e.value) and "reward.on_error = zero" in str(e.value)
             return run
