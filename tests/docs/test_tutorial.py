@@ -1,0 +1,129 @@
+"""docs/tutorial.md: its files are made and its commands run as they are printed, in order, in an empty directory."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_reward_model import make_reward_model
+
+from megatron_async_rlhf.cli import app
+from megatron_async_rlhf.launch.recipe import load_recipe
+from megatron_async_rlhf.usage import run_command_line
+
+TUTORIAL = (Path(__file__).parents[2] / "docs/tutorial.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(bash|python|yaml)\n(.*?)^```", TUTORIAL, re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"# ([\w.]+\.(?:py|yaml))\n")  # the first line of a block that is a file
+LIMIT_S = 240  # of one block
+LEFT_OUT = ("curl", "kill", "head", "export")  # of the check without processes
+
+
+def write_files(directory: Path) -> None:
+    for kind, content in BLOCKS:
+        if kind != "bash":
+            name = FILE.match(content)
+            assert name, f"a block of {kind} without the name of its file: {content[:40]}"
+            (directory / name[1]).write_text(content, encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """Of all blocks, in order, as words."""
+    found, pending = [], ""
+    for line in "".join(content for kind, content in BLOCKS if kind == "bash").replace("\\\n", " ").splitlines():
+        pending += line + "\n"
+        try:
+            words = shlex.split(pending, comments=True)
+        except ValueError:
+            continue  # a quoted text goes on in the next line
+        if words:
+            found.append(words)
+        pending = ""
+    return found
+
+
+def run(script: str, directory: Path) -> str:
+    """A block, as a shell with this environment runs it; what it printed."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    shell = subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=directory, env=environment, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        output, _ = shell.communicate(timeout=LIMIT_S)
+    finally:
+        if shell.poll() != 0:  # a server in the background goes with the shell that failed
+            os.killpg(shell.pid, signal.SIGKILL)
+    assert shell.returncode == 0, f"{script}\n{output}"
+    return output
+
+
+@pytest.mark.slow
+def test_every_file_and_command_is_as_the_program_wants_it(tmp_path: Path, monkeypatch, capsys):
+    """Without starting anything: every command of ours is a dry run, with stand-ins for what earlier ones would have made."""
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
+    dry = 0
+    for words in commands():
+        match words:
+            case ["python", name, *_] if name.startswith("make_"):
+                run(shlex.join(words), tmp_path)
+            case ["python", name] if name.endswith(".py"):
+                compile(Path(name).read_text(encoding="utf-8"), name, "exec")
+            case ["async-rlhf", "pipeline", recipe]:
+                commands_of = [stage.command for stage in load_recipe(Path(recipe)).stages]
+                assert commands_of == ["sft", "reward-model", "train", "eval"]
+            case ["async-rlhf", command, *rest]:
+                code = run_command_line(app, [command, *(word for word in rest if word != "--dry-run"), "--dry-run"])
+                assert code == 0, (words, capsys.readouterr().err)
+                dry += 1
+                if command in ("sft", "train") and not Path("runs/rlhf").exists():
+                    name = "runs/sft" if command == "sft" else "runs/rlhf"
+                    shutil.copytree("base", f"{name}/checkpoints/final", dirs_exist_ok=True)
+                if command == "reward-model":
+                    make_reward_model(tmp_path / "runs/reward/checkpoints/final")
+            case ["python", "-m", "vllm.entrypoints.openai.api_server", *_]:
+                pass
+            case [word, *_]:
+                assert word in LEFT_OUT, words
+    assert dry == 6
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.timeout(900)
+def test_it_runs_from_end_to_end(tmp_path: Path):
+    write_files(tmp_path)
+    printed = [run(content, tmp_path) for kind, content in BLOCKS if kind == "bash"]
+    for path in set(re.findall(r"`(runs/[\w./]+)`", TUTORIAL)):
+        assert (tmp_path / path).exists(), path
+
+    def read(path: str) -> dict:
+        return json.loads((tmp_path / "runs" / path).read_text(encoding="utf-8"))
+
+    assert read("sft/summary.json")["eval"]["after"]["loss"] < 0.3 * read("sft/summary.json")["eval"]["before"]["loss"]
+    assert read("reward/summary.json")["eval"]["after"]["accuracy_low"] > 0.6
+    for name, bound in (("rlhf_sync", 0), ("rlhf", 1)):
+        steps = [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        assert max(step["staleness/max"] for step in steps) == bound
+        assert max(step.get("logprob_gap/mean_abs", 0) for step in steps) < 1e-4
+        for reward in ("reward/proxy", "reward/gold"):
+            assert sum(step[reward] for step in steps[-4:]) > sum(step[reward] for step in steps[:4]), (name, reward)
+    looked = next(output for output in printed if output.startswith("rlhf_sync:"))
+    assert looked.count("reward/gold") == looked.count("overlap efficiency") == 2
+    for figures in (read("eval/eval.json"), read("aligned/eval/eval.json")):
+        won = figures["wins"]["win_rate"]
+        assert 0.5 < won["low"] < won["mean"] <= won["high"]
+        assert figures["kl"]["kl_k1"]["mean"] > 0
+    served = next(output for output in printed if '"choices"' in output)
+    asked = printed[printed.index(served) - 1].strip().splitlines()[-1]
+    assert f'"content":"{asked}"' in served and "lime" in asked
+    record = read("aligned/pipeline.json")
+    assert record["status"] == "completed" and record["eval"]["win_rate"] == {
+        key: read("aligned/eval/eval.json")["wins"]["win_rate"][key] for key in ("mean", "low", "high")
+    }
