@@ -119,7 +119,7 @@ def test_it_runs_from_end_to_end(tmp_path: Path):
     for figures in (read("eval/eval.json"), read("aligned/eval/eval.json")):
         won = figures["wins"]["win_rate"]
         assert 0.5 < won["low"] < won["mean"] <= won["high"]
-        assert figures["kl"]["kl_k1"]["mean"] > 0
+        assert figures["kl"]["kl_k3"]["low"] > 0
     served = next(output for output in printed if '"choices"' in output)
     asked = printed[printed.index(served) - 1].strip().splitlines()[-1]
     assert f'"content":"{asked}"' in served and "lime" in asked
