@@ -100,16 +100,24 @@ def test_every_file_and_command_is_as_the_program_wants_it(tmp_path: Path, monke
 def test_it_runs_from_end_to_end(tmp_path: Path):
     write_files(tmp_path)
     printed = [run(content, tmp_path) for kind, content in BLOCKS if kind == "bash"]
+    assert_it_is_as_it_says(tmp_path, printed)
+
+
+def assert_it_is_as_it_says(directory: Path, printed: list[str]) -> None:
+    """
+    Args:
+        printed: by each block.
+    """
     for path in set(re.findall(r"`(runs/[\w./]+)`", TUTORIAL)):
-        assert (tmp_path / path).exists(), path
+        assert (directory / path).exists(), path
 
     def read(path: str) -> dict:
-        return json.loads((tmp_path / "runs" / path).read_text(encoding="utf-8"))
+        return json.loads((directory / "runs" / path).read_text(encoding="utf-8"))
 
     assert read("sft/summary.json")["eval"]["after"]["loss"] < 0.3 * read("sft/summary.json")["eval"]["before"]["loss"]
     assert read("reward/summary.json")["eval"]["after"]["accuracy_low"] > 0.6
     for name, bound in (("rlhf_sync", 0), ("rlhf", 1)):
-        steps = [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        steps = [json.loads(line) for line in (directory / "runs" / name / "metrics.jsonl").read_text().splitlines()]
         assert max(step["staleness/max"] for step in steps) == bound
         assert max(step.get("logprob_gap/mean_abs", 0) for step in steps) < 1e-4
         for reward in ("reward/proxy", "reward/gold"):
