@@ -2,8 +2,8 @@
 
     serve the policy ─> sample ─> serve `against` ─> sample ─> serve `kl_to` ─> log-probabilities ─> score ─> results
 
-One model is served after the other, each with its real weights; what is there of an earlier start is not asked again, so
-that a model may not have to be served at all.
+One model is served after the other, each with its real weights, and once although it is both `against` and `kl_to`; what
+is there of an earlier start is not asked again, so that a model may not have to be served at all.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
@@ -59,7 +59,17 @@ from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.telemetry.summary import RunTotals
 from megatron_async_rlhf.types import Completion, Prompt
 
-Ask = Callable[[VLLMGenerator, Prompt], Awaitable[None]]
+
+class _Questions(NamedTuple):
+    """To one model, whose answers end up in `found`."""
+
+    prompts: Sequence[Prompt]
+    found: Mapping[int, object]
+    ask: Callable[[VLLMGenerator, Prompt], Awaitable[None]]
+
+    @property
+    def missing(self) -> list[Prompt]:
+        return [prompt for prompt in self.prompts if prompt.index not in self.found]
 
 
 class Evaluator:
@@ -96,12 +106,12 @@ class Evaluator:
         self._recorder.loop_started(startup_s=0.0)
         if self._section.against == "references":
             self._take_references()
-        for name, model in self._inputs.models.items():
-            if name == KL_TO:
-                await self._ask_all(name, model, self._inputs.prompts, self._reference.found, self._score_tokens)
-            else:
-                prompts = [model.prompts[prompt.index] for prompt in self._inputs.prompts]
-                await self._ask_all(name, model, prompts, self._sampled[name].found, self._sampler(name))
+        questions: dict[str, list[_Questions]] = {}
+        for name in self._inputs.models:
+            is_against = name == KL_TO and self._section.kl_to == self._section.against
+            questions.setdefault(AGAINST if is_against else name, []).append(self._questions(name))
+        for name, to_it in questions.items():
+            await self._ask_all(name, self._inputs.models[name], to_it)
         self._recorder.phase("score")
         await self._rewards.start(self._run_dir, self._inputs.train)
         for side in self._sampled:
@@ -120,12 +130,17 @@ class Evaluator:
             if prompt.index not in kept.found:
                 kept.add(prompt.index, [_as_completion(prompt.solution or "", tokenizer)])
 
-    async def _ask_all(
-        self, name: str, model: EvaluatedModel, prompts: Sequence[Prompt], found: Mapping[int, object], ask: Ask
-    ) -> None:
+    def _questions(self, name: str) -> _Questions:
+        if name == KL_TO:
+            return _Questions(self._inputs.prompts, self._reference.found, self._score_tokens)
+        model = self._inputs.models[name]
+        prompts = [model.prompts[prompt.index] for prompt in self._inputs.prompts]
+        return _Questions(prompts, self._sampled[name].found, self._sampler(name))
+
+    async def _ask_all(self, name: str, model: EvaluatedModel, questions: Sequence[_Questions]) -> None:
         """Serve a model and ask it for what is missing, if anything is."""
-        missing = [prompt for prompt in prompts if prompt.index not in found]
-        if not missing:
+        total = sum(len(each.missing) for each in questions)
+        if not total:
             return
         self._recorder.phase(f"serve {name}")
         self._recorder.request_servers(name)
@@ -135,19 +150,22 @@ class Evaluator:
             for server in servers:
                 await server.wait_until_ready(self._config.generator.start_timeout_s)
             self._recorder.totals.startup_s += time.time() - start
-            self._recorder.phase(f"ask {name}", prompts=len(missing))
+            self._recorder.phase(f"ask {name}", prompts=total)
             done = 0
 
-            async def one(server: VLLMGenerator, prompt: Prompt) -> None:
+            async def one(ask: Callable[..., Awaitable[None]], server: VLLMGenerator, prompt: Prompt) -> None:
                 nonlocal done
                 await ask(server, prompt)
                 done += 1
-                self._recorder.activity("generators", f"{name}: {done} of {len(missing)} prompts")
+                self._recorder.activity("generators", f"{name}: {done} of {total} requests")
 
             start = time.time()
-            async with asyncio.TaskGroup() as tasks:
-                for place, prompt in enumerate(missing):
-                    tasks.create_task(one(servers[place % len(servers)], prompt))
+            for (
+                each
+            ) in questions:  # one kind after the other: what is computed together is the same in every evaluation
+                async with asyncio.TaskGroup() as tasks:
+                    for place, prompt in enumerate(each.missing):
+                        tasks.create_task(one(each.ask, servers[place % len(servers)], prompt))
             self._recorder.totals.generate_busy_s += time.time() - start
         finally:
             for server in servers:
@@ -166,7 +184,7 @@ class Evaluator:
             serves=name,
         )
 
-    def _sampler(self, name: str) -> Ask:
+    def _sampler(self, name: str) -> Callable[[VLLMGenerator, Prompt], Awaitable[None]]:
         async def sample(server: VLLMGenerator, prompt: Prompt) -> None:
             request = SamplingRequest(
                 prompt=prompt,

@@ -108,10 +108,13 @@ def run(run_dir: Path, server: Server) -> int:
     return asyncio.run(go())
 
 
-def test_each_model_is_asked_once_for_each_prompt(tmp_path, server):
-    run_dir = prepared(tmp_path, f"eval={{against: {tmp_path}, kl_to: {tmp_path}, bootstrap: 50}}")
+@pytest.mark.parametrize(
+    ("kl_to", "asked"), [("other", {"against": 6, "kl_to": 6}), ("", {"against": 12})], ids=["two", "the same"]
+)
+def test_each_model_is_served_once_and_asked_once_for_each_prompt(tmp_path, server, kl_to, asked):
+    run_dir = prepared(tmp_path, f"eval={{against: {tmp_path}, kl_to: {tmp_path / kl_to}, bootstrap: 50}}")
     assert run(run_dir, server) == 0
-    assert server.asked == {"policy": 6, "against": 6, "kl_to": 6}
+    assert server.asked == {"policy": 6} | asked
     content = json.loads((run_dir / "eval.json").read_text())
     assert content["wins"]["win_rate"]["mean"] == 0.5  # the same answers
     assert content["kl"]["kl_k1"]["mean"] == pytest.approx(1.0)  # two tokens, half a nat each
