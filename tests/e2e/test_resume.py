@@ -208,6 +208,7 @@ def assert_wandb_has_one_run(run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # tests/cluster has a job that ends before its time limit
 def test_a_run_that_is_out_of_time_saves_what_it_has(start):
     """So early that there is only the warm start to save."""
     run = start("checkpoint.max_run_seconds=0.1")

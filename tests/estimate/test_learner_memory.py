@@ -42,7 +42,10 @@ CASES = {
 }
 # Their parts are in other cases too.
 REPEATING = (
-    ("tensor parallel", "pipeline", "bf16", "context parallel", "distributed optimizer, bf16")
+    (
+        *("tensor parallel", "pipeline", "interleaved pipeline", "bf16", "context parallel", "swapped reference"),
+        "distributed optimizer, bf16",
+    )
     if os.environ.get("ASYNC_RLHF_TEST_THOROUGH") != "1"
     else ()
 )

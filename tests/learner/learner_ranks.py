@@ -118,7 +118,14 @@ LAYOUTS = [
     ),
 ]
 # Each alone what others have together.
-THOROUGH = [Layout(tensor=2), Layout(pipeline=2), Layout(data=2), Layout(recompute="full")]
+THOROUGH = [
+    Layout(tensor=2),
+    Layout(pipeline=2),
+    Layout(tensor=2, pipeline=2),
+    Layout(data=2),
+    Layout(recompute="full"),
+    Layout(data=2, distributed_optimizer=True),
+]
 
 
 def models(root: Path) -> dict[str, dict]:

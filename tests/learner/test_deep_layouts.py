@@ -6,7 +6,7 @@ from learner_ranks import Layout, LayoutRun, run_layout, write_hf_model
 
 LAYOUTS = [
     pytest.param(Layout(pipeline=2, virtual_stages=2), marks=pytest.mark.thorough),
-    Layout(pipeline=2, data=2, virtual_stages=2, overlap_grad_reduce=True),
+    pytest.param(Layout(pipeline=2, data=2, virtual_stages=2, overlap_grad_reduce=True), marks=pytest.mark.thorough),
     pytest.param(
         Layout(tensor=2, pipeline=2, virtual_stages=2, sequence_parallel=True, recompute="full", reference="swapped"),
         marks=pytest.mark.thorough,
