@@ -42,6 +42,7 @@ SLOW_FILES = {
     "launch/test_supervisor.py",
     "pipeline/test_pipeline_dry_run.py",
     "scheduler/test_faulty_reward_servers.py",
+    "scheduler/test_saving.py",
     "model_directories/test_model_directories.py",
     "rewards/test_function_reward.py",
     "rewards/test_ifeval_reward.py",
