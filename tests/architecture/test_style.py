@@ -14,7 +14,10 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(words, id=name, marks=[pytest.mark.slow] * (name == "types")) for name, words in COMMANDS.items()],
+)
 def test_there_is_nothing_to_say(command: list[str]):
     told = subprocess.run(
         [sys.executable, "-m", *command],
