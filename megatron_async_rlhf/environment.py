@@ -108,13 +108,22 @@ def ignored(environment: Mapping[str, str]) -> dict[str, list[str]]:
 
 def ignored_line(environment: Mapping[str, str]) -> str | None:
     """Says which variables have no influence, of those that somebody may have set for this run."""
-    names = sorted(name for name in environment if is_ignored(name) and not _matches(name, _COMMON))
+    names = sorted(
+        name
+        for name, value in environment.items()
+        if is_ignored(name) and not _matches(name, _COMMON) and not _is_a_scratch_directory(name, value, environment)
+    )
     if not names:
         return None
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return (
         f"{', '.join(names[:_MOST_NAMES])}{more}: ignored; what is meant for this run belongs into launch.environment"
     )
+
+
+def _is_a_scratch_directory(name: str, value: str, environment: Mapping[str, str]) -> bool:
+    """As a pipeline or a sweep gives it to its runs, which have their own."""
+    return name in PER_PROCESS and value == environment.get("TMPDIR")
 
 
 def environment_problems(environment: Mapping[str, str]) -> list[str]:

@@ -106,6 +106,9 @@ def test_few_names_are_said_and_common_ones_are_not():
     )
     assert ignored_line({f"VLLM_{n}": "" for n in range(10)}).startswith("VLLM_0, VLLM_1, VLLM_2, VLLM_3, ")
     assert " and 2 more: ignored" in ignored_line({f"VLLM_{n}": "" for n in range(10)})
+    of_a_pipeline = {"TMPDIR": "/tmp/x", "VLLM_RPC_BASE_PATH": "/tmp/x"}
+    assert ignored_line(of_a_pipeline) is None
+    assert ignored_line(of_a_pipeline | {"TMPDIR": "/tmp/y"}).startswith("VLLM_RPC_BASE_PATH: ignored")
 
 
 def test_no_temporary_directory_at_all(monkeypatch):
