@@ -119,12 +119,11 @@ def shares_gpu(config: RunConfig) -> bool:
 def generator_budget(config: RunConfig, arch: Architecture) -> CacheBudget | None:
     """What a generator is given on a CPU, or of a GPU that it shares with a learner rank; None where it has a GPU for
     itself."""
-    on_cpu = config.run.device == "cpu"
-    if not on_cpu and not shares_gpu(config):
+    if config.run.device == "cpu":
+        return CacheBudget(share=0.0, cache=generator_memory(config, arch, fixed=FIXED_WORKER_CPU).cache)
+    if not shares_gpu(config):
         return None
     worker = run_memory(config, arch).generator
-    if on_cpu:
-        return CacheBudget(share=0.0, cache=worker.cache)
     cache = max(worker.cache, worker.smallest_cache)
     room = config.launch.gpu_memory_gib * GIB
     share = (worker.weights + worker.activations + cache) / room

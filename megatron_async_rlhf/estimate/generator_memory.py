@@ -80,8 +80,7 @@ def generator_memory(
     activations = _activations(config, arch, holding.vocabulary)
     staging = min(config.weights.staging_bytes, weights)
     token = cache_bytes_per_token(config, arch)
-    blocks = -(-arch.context_length // CACHE_BLOCK_TOKENS) + 1  # vLLM keeps one to itself
-    smallest_cache = blocks * CACHE_BLOCK_TOKENS * token
+    smallest_cache = cache_of_sequence(arch.context_length, token)
     if on_cpu:
         # One buffer, and a matrix that is still incomplete once more for each stage that sends a part of it.
         push = 0 if loads_weights else staging + config.learner.pipeline_parallel * item * holding.largest
@@ -105,6 +104,11 @@ def generator_memory(
         cache_tokens=cache_tokens,
         sequences=cache_tokens // arch.context_length,
     )
+
+
+def cache_of_sequence(tokens: int, bytes_per_token: int) -> int:
+    """Bytes of the whole blocks that one sequence needs, and of one that vLLM keeps to itself."""
+    return (-(-tokens // CACHE_BLOCK_TOKENS) + 1) * CACHE_BLOCK_TOKENS * bytes_per_token
 
 
 def cache_bytes_per_token(config: RunConfig, arch: Architecture) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_async_rlhf.config.reward_model_section import RewardModelSection
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.estimate.generator_memory import CACHE_BLOCK_TOKENS, GIB, PREFILL_TOKENS
+from megatron_async_rlhf.estimate.generator_memory import CACHE_BLOCK_TOKENS, GIB, PREFILL_TOKENS, cache_of_sequence
 from megatron_async_rlhf.formats.classifier_weights import classifier_numbers
 from megatron_async_rlhf.formats.safetensors_files import weight_files
 from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
@@ -76,8 +76,7 @@ def reward_memory(config: RunConfig, *, fixed: int) -> list[RewardMemory]:
 def reward_cache(config: RunConfig, section: RewardModelSection, model: Classifier) -> int:
     """Bytes of a worker's cache on a CPU: what is allowed, if so much can be used."""
     context = section.context_length or model.context_length
-    blocks = -(-context // CACHE_BLOCK_TOKENS) + 1
-    usable = max_concurrent(section, config) * blocks * CACHE_BLOCK_TOKENS * _cache_bytes_per_token(section, model)
+    usable = max_concurrent(section, config) * cache_of_sequence(context, _cache_bytes_per_token(section, model))
     return min(section.kv_cache_gib * GIB, usable)
 
 

@@ -59,13 +59,15 @@ from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.telemetry.summary import RunTotals
 from megatron_async_rlhf.types import Completion, Prompt
 
+Ask = Callable[[VLLMGenerator, Prompt], Awaitable[None]]
+
 
 class _Questions(NamedTuple):
     """To one model, whose answers end up in `found`."""
 
     prompts: Sequence[Prompt]
     found: Mapping[int, object]
-    ask: Callable[[VLLMGenerator, Prompt], Awaitable[None]]
+    ask: Ask
 
     @property
     def missing(self) -> list[Prompt]:
@@ -153,7 +155,7 @@ class Evaluator:
             self._recorder.phase(f"ask {name}", prompts=total)
             done = 0
 
-            async def one(ask: Callable[..., Awaitable[None]], server: VLLMGenerator, prompt: Prompt) -> None:
+            async def one(ask: Ask, server: VLLMGenerator, prompt: Prompt) -> None:
                 nonlocal done
                 await ask(server, prompt)
                 done += 1
@@ -184,7 +186,7 @@ class Evaluator:
             serves=name,
         )
 
-    def _sampler(self, name: str) -> Callable[[VLLMGenerator, Prompt], Awaitable[None]]:
+    def _sampler(self, name: str) -> Ask:
         async def sample(server: VLLMGenerator, prompt: Prompt) -> None:
             request = SamplingRequest(
                 prompt=prompt,

@@ -9,15 +9,14 @@ from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
 # A notification that is sent before its reader has subscribed is lost.
 _LONGEST_SLEEP_MS = 20
+_wait = SpinCondition.wait
 
 
 def wait_asleep() -> None:
     """From now on, in this process."""
-    wait = SpinCondition.wait
+    SpinCondition.wait = _asleep
 
-    def asleep(condition: SpinCondition, timeout_ms: int | None = None) -> None:
-        condition.busy_loop_s = 0.0
-        wait(condition, _LONGEST_SLEEP_MS if timeout_ms is None else min(timeout_ms, _LONGEST_SLEEP_MS))
 
-    if wait.__name__ != asleep.__name__:
-        SpinCondition.wait = asleep
+def _asleep(condition: SpinCondition, timeout_ms: int | None = None) -> None:
+    condition.busy_loop_s = 0.0
+    _wait(condition, _LONGEST_SLEEP_MS if timeout_ms is None else min(timeout_ms, _LONGEST_SLEEP_MS))
