@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -52,11 +53,30 @@ class Job:
         found = subprocess.run(["pgrep", "-f", str(self.directory)], capture_output=True, text=True)
         return [int(pid) for pid in found.stdout.split()]
 
+    def generator_processes(self) -> list[int]:
+        """Its API server, its engine and a worker: all but Python's tracker of resources, which ignores SIGTERM."""
+        server = subprocess.run(["pgrep", "-f", f"api_server --model {self.directory}"], capture_output=True, text=True)
+        found = generation = server.stdout.split()
+        while generation:
+            below = subprocess.run(["pgrep", "-P", ",".join(generation)], capture_output=True, text=True)
+            generation = [pid for pid in below.stdout.split() if b"resource_tracker" not in command_line(pid)]
+            found = found + generation
+        return [int(pid) for pid in found]
+
     def seconds_until_gone(self) -> float:
         start = time.monotonic()
         while self.processes() and time.monotonic() - start < LIMIT_S:
             time.sleep(0.1)
         return time.monotonic() - start
+
+
+def command_line(pid: str) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def blocks_terminate(pid: int) -> bool:
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(status["SigBlk"], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 @pytest.mark.slow
@@ -71,6 +91,8 @@ def test_a_job_over_two_nodes(slurm):
     made = len(job.lines())
     job.wait_for_step(made + 3)
     assert "back into the queue" in job.log() and "start 2" in job.log() and "going on from" in job.log()
+    server = job.generator_processes()
+    assert len(server) == 3 and all(blocks_terminate(pid) for pid in server)
     slurm.run("scancel", str(job.id))
     assert job.seconds_until_gone() < 30
     job.wait("CANCELLED", "COMPLETING")
@@ -80,7 +102,7 @@ def test_a_job_over_two_nodes(slurm):
 
 def assert_interrupted_and_saved(job: Job) -> None:
     summary = job.summary()
-    assert (summary["status"], summary["error"]) == ("interrupted", None)
+    assert (summary["status"], summary["error"]) == ("interrupted", None), job.log()
     assert (job.directory / f"checkpoints/step_{summary['steps']:06d}/metadata.json").is_file()
 
 

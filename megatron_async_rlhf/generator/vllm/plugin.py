@@ -1,14 +1,16 @@
-"""vLLM's entry point into this project (`vllm.general_plugins`): registers the weight-transfer backend."""
+"""vLLM's entry point into this project (`vllm.general_plugins`): what changes in every process of a server."""
 
 import os
 
+from megatron_async_rlhf.generator.vllm.terminate import keep_terminate_blocked
 from megatron_async_rlhf.serving.vllm_command import WAITS_ASLEEP
 
 BACKEND = "async_rlhf"
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes; may be called more than once."""
+    """Called by vLLM in each of its processes, before it starts others; may be called more than once."""
+    keep_terminate_blocked()
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:
