@@ -11,8 +11,8 @@ if [[ ${1:-} == --quick ]]; then
     set -- -m quick "$@"
 fi
 code=0
-# Two at a time, since most wait for servers to start; tests/conftest.py says which stay together.
-"${ASYNC_RLHF_VENV:-.venv}/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 "$@" || code=$?
+# Three at a time, also on two cores, since most wait for servers to start; tests/conftest.py says which stay together.
+"${ASYNC_RLHF_VENV:-.venv}/bin/python" -m pytest -q -n 3 --dist loadfile --durations=10 "$@" || code=$?
 if ((code)); then
     echo "failed: pytest ended with exit code $code"
 else
