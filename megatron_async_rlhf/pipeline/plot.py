@@ -11,7 +11,7 @@ _PART, _KL = "reward/", "kl_to_reference"
 
 
 def write_plot(recipe: Recipe) -> Path | None:
-    """`rewards.png` in the pipeline's directory: each part of the reward by step and by KL, a column per RL stage.
+    """`rewards.png` in the pipeline's directory: a row for each part of the reward, by step and by KL, of all RL stages.
 
     Nothing without a stage whose reward has two parts or more, or without matplotlib, which not every machine has.
     """
@@ -27,19 +27,21 @@ def write_plot(recipe: Recipe) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(4.5 * len(runs), 7.5), layout="constrained")
-    for column, (name, lines) in enumerate(runs.items()):
-        steps, kl = (
-            figure.add_subplot(2, len(runs), column + 1),
-            figure.add_subplot(2, len(runs), len(runs) + column + 1),
-        )
-        for part in sorted(key for key in lines[0] if key.startswith(_PART)):
-            label = part.removeprefix(_PART)
-            steps.plot([line["step"] for line in lines], [line[part] for line in lines], label=label)
-            kl.plot([line.get(_KL) for line in lines], [line[part] for line in lines], ".", label=label)
-        steps.set(title=name, xlabel="optimizer step", ylabel="mean reward of the step's completions")
-        kl.set(xlabel="KL to the reference, nats", ylabel="mean reward of the step's completions")
-        steps.legend()
+    parts = sorted({key for lines in runs.values() for key in lines[0] if key.startswith(_PART)})
+    figure = Figure(figsize=(9, 3.5 * len(parts)), layout="constrained")
+    for row, (part, (by_step, by_kl)) in enumerate(
+        zip(parts, figure.subplots(len(parts), 2, sharey="row"), strict=True)
+    ):
+        for name, lines in runs.items():
+            rewards = [line.get(part) for line in lines]  # None leaves a gap
+            by_step.plot([line["step"] for line in lines], rewards, label=name)
+            by_kl.plot([line.get(_KL) for line in lines], rewards, ".", label=name)
+        by_step.set_ylabel(part)
+        if row == 0:
+            by_step.legend()
+    by_step.set_xlabel("optimizer step")
+    by_kl.set_xlabel("KL to the reference, nats")
+    figure.suptitle("Mean rewards of each step's completions")
     path = recipe.directory / PLOT
     figure.savefig(path, dpi=120)
     return path
