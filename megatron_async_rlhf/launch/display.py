@@ -103,7 +103,7 @@ def results(run_dir: Path) -> list[str]:
     changes = [f"{name} {before[name]:.4g} -> {value:.4g}" for name, value in after.items() if _is_told(name, before)]
     lines = [f"held-out, before and after: {', '.join(changes)}"] if changes else []
     if any((run_dir / EXPORT_DIR).glob("*.safetensors")):
-        lines.append(f"policy, as a Hugging Face directory: {run_dir / EXPORT_DIR}")
+        lines.append(f"model, as a Hugging Face directory: {run_dir / EXPORT_DIR}")
     return lines
 
 

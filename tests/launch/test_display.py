@@ -29,7 +29,7 @@ def test_a_completed_run_says_what_it_came_to_and_where_its_policy_is(tmp_path):
     completed, held_out, policy = last_words(tmp_path)
     assert completed.endswith(f"completed: {tmp_path}")
     assert held_out == "  held-out, before and after: reward 0.414 -> 0.554, exact 0.2129 -> 0.3789"
-    assert policy == f"  policy, as a Hugging Face directory: {tmp_path}/checkpoints/final"
+    assert policy == f"  model, as a Hugging Face directory: {tmp_path}/checkpoints/final"
 
 
 def test_penalties_that_count_are_told_apart(tmp_path):
