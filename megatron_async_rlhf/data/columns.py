@@ -103,8 +103,11 @@ class PairColumns(Struct, frozen=True, kw_only=True):
         choice = [] if self.choice is None else [self.choice]
         return list(dict.fromkeys([*prompt, self.chosen, self.rejected, *choice, *self.margin]))
 
-    def said(self, data: DataSection) -> str:
-        """One line on where everything is."""
+    def said(self, data: DataSection) -> str | None:
+        """One line on where everything is; None if the configuration has named all of it."""
+        sides_are_named = (data.chosen_field, data.rejected_field) == (self.chosen, self.rejected)
+        if data.prompt_field is not None and sides_are_named and (not self.margin or data.margin_field is not None):
+            return None
         prompt = "prompts in both sides" if self.prompt is None else _said_of_prompt(self.prompt)
         choice = f" by the choice in {self.choice!r}" if self.choice else ""
         margin = f", margins in {' minus '.join(map(repr, self.margin))}" if self.margin else ""

@@ -63,7 +63,8 @@ def load_pairs(data: DataSection, split: Split, seed: int, report: DataReport | 
             )
         table = open_table(data, part)
         columns = pair_columns(table, data)
-        report.note(f"{table.source}: {columns.said(data)}")
+        if (said := columns.said(data)) is not None:
+            report.note(f"{table.source}: {said}")
 
         def make(record: Mapping[str, Any], where: str) -> PreferencePair:
             return pair_of(record, where, columns, data)

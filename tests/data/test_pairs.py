@@ -131,8 +131,12 @@ def test_columns_that_are_set_win():
         "margin": 9,
     }
     keys = {"prompt_field": "q", "chosen_field": "good", "rejected_field": "bad", "margin_field": "by"}
-    (pair,), _ = read(record, **keys)
+    (pair,), report = read(record, **keys)
     assert (pair.messages, pair.chosen, pair.rejected, pair.margin) == (messages(("user", "b")), "e", "f", 1.5)
+    assert report.notes == []
+    for key in ("prompt_field", "margin_field"):  # one that is not set is recognised, and said
+        some = {name: value for name, value in keys.items() if name != key}
+        assert len(read(record, **some)[1].notes) == 1
 
 
 def test_the_configuration_completes_every_conversation():
