@@ -2,13 +2,14 @@
 
     python examples/mini/make_data.py
 
-Questions about animals, each with one right answer. The chats are what people wrote: a third of them right and plain, the others
+Questions about animals, each with one right answer. The chats stand for what people write: a third of them right and plain, the others
 hedged, rambling, or wrong. A policy that is fine-tuned on them answers as they do.
 """
 
 import itertools
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 # What it says, eats, and lives in.
@@ -37,10 +38,14 @@ ASKED = ("{name} asks: {question}", "{name}: {question}")
 HELD_OUT = 384
 
 
+def plain_answer(animal: str, kind: int, fact: str) -> str:
+    return ANSWERS[kind].format(animal=animal, fact=fact)
+
+
 def demonstration(dice: random.Random, animal: str, kind: int) -> str:
-    """What somebody answered."""
+    """What somebody answers."""
     fact = ANIMALS[animal][kind]
-    plain = ANSWERS[kind].format(animal=animal, fact=fact)
+    plain = plain_answer(animal, kind, fact)
     quality = dice.random()
     if quality < 0.35:
         return plain
@@ -49,39 +54,27 @@ def demonstration(dice: random.Random, animal: str, kind: int) -> str:
     if quality < 0.80:
         return plain + dice.choice(RAMBLED)
     wrong = dice.choice([other[kind] for name, other in ANIMALS.items() if name != animal])
-    return ANSWERS[kind].format(animal=animal, fact=wrong)
+    return plain_answer(animal, kind, wrong)
 
 
 def main() -> None:
     dice = random.Random(0)
-    rows = []
+    examples = []  # a chat, and the same question with its right answer
     for asked, name, animal, kind in itertools.product(ASKED, NAMES, ANIMALS, range(len(QUESTIONS))):
         question = asked.format(name=name, question=QUESTIONS[kind].format(animal=animal))
         fact = ANIMALS[animal][kind]
-        rows.append(
-            {
-                "prompt": question,
-                "answer": ANSWERS[kind].format(animal=animal, fact=fact),
-                "fact": fact,
-                "demonstration": demonstration(dice, animal, kind),
-            }
-        )
-    dice.shuffle(rows)
-    chats = [
-        {
-            "messages": [
-                {"role": "user", "content": row["prompt"]},
-                {"role": "assistant", "content": row.pop("demonstration")},
-            ]
-        }
-        for row in rows
-    ]
+        answered = demonstration(dice, animal, kind)
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answered}]
+        row = {"prompt": question, "answer": plain_answer(animal, kind, fact), "fact": fact}
+        examples.append(({"messages": turns}, row))
+    dice.shuffle(examples)
+    chats, rows = zip(*examples, strict=True)
     write("chats.jsonl", chats[HELD_OUT:])
     write("prompts.jsonl", rows[HELD_OUT:])
     write("held_out.jsonl", rows[:HELD_OUT])
 
 
-def write(name: str, rows: list[dict]) -> None:
+def write(name: str, rows: Sequence[dict]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (Path(__file__).parent / name).write_text(text, encoding="utf-8")
 

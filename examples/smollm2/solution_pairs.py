@@ -9,9 +9,10 @@ than `--max-tokens` together. 260 of the questions are held out, with one pair e
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
+
+from prepare import read, write
 
 from megatron_async_rlhf.data.tokenizer import Tokenizer
 
@@ -28,8 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = Tokenizer.load(arguments.model)
     pairs = []
-    for line in arguments.solutions.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read(arguments.solutions):
         right, wrong = (
             dict.fromkeys(row[model]["solution"] for model in MODELS if row[model]["is_correct"] is verdict)
             for verdict in (True, False)
@@ -52,11 +52,6 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     write(arguments.out / "train.jsonl", [pair for pair in pairs if pair["prompt"] not in held_out])
     write(arguments.out / "eval.jsonl", list(one_each.values()))
-
-
-def write(path: Path, pairs: list[dict]) -> None:
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    print(f"{path}: {len(pairs)}")
 
 
 if __name__ == "__main__":

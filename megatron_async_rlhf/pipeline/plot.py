@@ -29,18 +29,16 @@ def write_plot(recipe: Recipe) -> Path | None:
         return None
     parts = sorted({key for lines in runs.values() for key in lines[0] if key.startswith(_PART)})
     figure = Figure(figsize=(9, 3.5 * len(parts)), layout="constrained")
-    for row, (part, (by_step, by_kl)) in enumerate(
-        zip(parts, figure.subplots(len(parts), 2, sharey="row"), strict=True)
-    ):
+    axes = figure.subplots(len(parts), 2, sharey="row")
+    for part, (by_step, by_kl) in zip(parts, axes, strict=True):
         for name, lines in runs.items():
             rewards = [line.get(part) for line in lines]  # None leaves a gap
             by_step.plot([line["step"] for line in lines], rewards, label=name)
             by_kl.plot([line.get(_KL) for line in lines], rewards, ".", label=name)
         by_step.set_ylabel(part)
-        if row == 0:
-            by_step.legend()
-    by_step.set_xlabel("optimizer step")
-    by_kl.set_xlabel("KL to the reference, nats")
+    axes[0, 0].legend()
+    axes[-1, 0].set_xlabel("optimizer step")
+    axes[-1, 1].set_xlabel("KL to the reference, nats")
     figure.suptitle("Mean rewards of each step's completions")
     path = recipe.directory / PLOT
     figure.savefig(path, dpi=120)

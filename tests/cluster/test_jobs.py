@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from process_tree import command_line, descendants
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -55,23 +56,14 @@ class Job:
 
     def generator_processes(self) -> list[int]:
         """Its API server, its engine and a worker: all but Python's tracker of resources, which ignores SIGTERM."""
-        server = subprocess.run(["pgrep", "-f", f"api_server --model {self.directory}"], capture_output=True, text=True)
-        found = generation = server.stdout.split()
-        while generation:
-            below = subprocess.run(["pgrep", "-P", ",".join(generation)], capture_output=True, text=True)
-            generation = [pid for pid in below.stdout.split() if b"resource_tracker" not in command_line(pid)]
-            found = found + generation
-        return [int(pid) for pid in found]
+        server = json.loads((self.directory / "logs/processes.json").read_text())["generator.0"]
+        return [pid for pid in descendants(server) if "resource_tracker" not in command_line(pid)]
 
     def seconds_until_gone(self) -> float:
         start = time.monotonic()
         while self.processes() and time.monotonic() - start < LIMIT_S:
             time.sleep(0.1)
         return time.monotonic() - start
-
-
-def command_line(pid: str) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def blocks_terminate(pid: int) -> bool:

@@ -4,9 +4,9 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
+from process_tree import command_line, descendants
 
 LIMITS = (
     "generator.request_timeout_s=25",
@@ -19,16 +19,10 @@ LIMITS = (
 RECOVERY_S = 200
 
 
-def descendants(pid: int) -> list[int]:
-    """`pid` and all processes below it."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(below for child in children for below in descendants(int(child)))]
-
-
 def stop(run, name: str, part: str) -> None:
     """Stop the process of `name` whose command has `part` in it; empty: the first one."""
     pid = json.loads((run.directory / "logs/processes.json").read_text())[name]
-    (found, *_) = [each for each in descendants(pid) if part in Path(f"/proc/{each}/cmdline").read_text()]
+    (found, *_) = [each for each in descendants(pid) if part in command_line(each)]
     os.kill(found, signal.SIGSTOP)
 
 

@@ -33,7 +33,7 @@ def test_what_is_held_out_is_trained_on_nowhere():
     assert not held_out & {row["messages"][0]["content"] for row in rows("chats.jsonl")}
 
 
-def test_the_gold_reward_judges_people_as_they_were_made():
+def test_the_gold_reward_tells_the_demonstrations_apart():
     """A third of the demonstrations is right and plain, a fifth is wrong."""
     score = load("gold").score
     facts = {row["prompt"]: row for row in rows("prompts.jsonl")}
