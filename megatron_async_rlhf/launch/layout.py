@@ -2,7 +2,8 @@
 
 Learner ranks fill machines from the first on, generators from the last, then the servers of reward models, so that each
 side keeps together. On GPUs every rank and worker has its own; a tensor-parallel group stays on one machine, where its
-links are fast. On CPUs learner and servers are spread evenly, and each side shares its cores when there are too few.
+links are fast. On CPUs learner and servers are spread evenly, a learner rank has a core for each of its threads, and each
+side shares its cores when there are too few.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,14 @@ from megatron_async_rlhf.launch.nodes import Node
 
 
 class Slot(Struct, frozen=True, order=True):
-    """A GPU of a machine, counted from 0 among those that the run may use, or a core, by its own number."""
+    """What one process has of a machine.
+
+    Attributes:
+        devices: a GPU, counted from 0 among those that the run may use, or cores, by their own numbers.
+    """
 
     node: int
-    device: int
+    devices: tuple[int, ...]
 
 
 class Layout(Struct, frozen=True):
@@ -52,7 +57,7 @@ def lay_out(config: RunConfig, nodes: Sequence[Node], replicas: int, ranks: int 
     ]
     if config.run.device == "cpu":
         kinds = [(replicas, config.generator.tensor_parallel), *servers]
-        learners, (generators, *rewards) = _on_cores(nodes, ranks, group, kinds)
+        learners, (generators, *rewards) = _on_cores(nodes, ranks, group, learner.threads, kinds)
         return Layout(learners, generators, rewards)
     free = [list(range(len(node.gpus))) for node in nodes]
     learners = [slot for slots in _take(free, ranks // group, group, nodes, "learner") for slot in slots]
@@ -67,7 +72,7 @@ def _take_backwards(free: list[list[int]], count: int, size: int, nodes: Sequenc
     """As `_take`, from the last machine on; in the order of machines."""
     last = len(nodes) - 1
     taken = _take(free[::-1], count, size, nodes[::-1], side)
-    return sorted([Slot(last - slot.node, slot.device) for slot in slots] for slots in taken)
+    return sorted([Slot(last - slot.node, slot.devices) for slot in slots] for slots in taken)
 
 
 def _take(free: list[list[int]], count: int, size: int, nodes: Sequence[Node], side: str) -> list[list[Slot]]:
@@ -75,7 +80,7 @@ def _take(free: list[list[int]], count: int, size: int, nodes: Sequence[Node], s
     taken: list[list[Slot]] = []
     for node, devices in enumerate(free):
         while len(taken) < count and len(devices) >= size:
-            taken.append([Slot(node, device) for device in devices[:size]])
+            taken.append([Slot(node, (gpu,)) for gpu in devices[:size]])
             del devices[:size]
     if len(taken) < count:
         key = "learner.ranks" if side == "learner" else f"{side}.replicas x tensor_parallel"
@@ -88,11 +93,12 @@ def _take(free: list[list[int]], count: int, size: int, nodes: Sequence[Node], s
 
 
 def _on_cores(
-    nodes: Sequence[Node], ranks: int, group: int, kinds: Sequence[tuple[int, int]]
+    nodes: Sequence[Node], ranks: int, group: int, threads: int, kinds: Sequence[tuple[int, int]]
 ) -> tuple[list[Slot], list[list[list[Slot]]]]:
     """Slots of learner ranks, and of each kind of servers.
 
     Args:
+        threads: of a learner rank.
         kinds: replicas, and workers of each of them.
     """
     learners, shares = (
@@ -103,9 +109,9 @@ def _on_cores(
     servers: list[list[list[Slot]]] = [[] for _ in kinds]
     for i, node in enumerate(nodes):
         here = [share[i] * workers for share, (_, workers) in zip(shares, kinds, strict=True)]
-        mine, theirs = place_on_cores(learners[i] * group, sum(here), node.cores)
-        placed.extend(Slot(i, core) for core in mine)
-        slots = iter([Slot(i, core) for core in theirs])
+        mine, theirs = place_on_cores(learners[i] * group, threads, sum(here), node.cores)
+        placed.extend(Slot(i, cores) for cores in mine)
+        slots = iter([Slot(i, (core,)) for core in theirs])
         for kind, share, (_, workers) in zip(servers, shares, kinds, strict=True):
             kind.extend([next(slots) for _ in range(workers)] for _ in range(share[i]))
     return placed, servers
@@ -116,14 +122,18 @@ def _shares(count: int, nodes: int) -> list[int]:
     return [count // nodes + (i < count % nodes) for i in range(nodes)]
 
 
-def place_on_cores(ranks: int, workers: int, cores: Sequence[int]) -> tuple[list[int], list[int]]:
-    """A core of one machine for each learner rank and each worker of a server, [ranks] and [workers].
+def place_on_cores(
+    ranks: int, threads: int, workers: int, cores: Sequence[int]
+) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Cores of one machine for each learner rank, as many as it has threads, and one for each worker of a server.
 
     Learner ranks fill cores from the front, workers from the back; when there are not enough, each side
     shares its own, so that a busy side never slows the other.
     """
     if len(cores) == 1:
-        return [cores[0]] * ranks, [cores[0]] * workers
-    for_workers = min(workers, max(1, len(cores) - ranks, len(cores) // 2))
+        return [(cores[0],)] * ranks, [cores[0]] * workers
+    for_workers = min(workers, max(1, len(cores) - ranks * threads, len(cores) // 2))
     mine, theirs = cores[: len(cores) - for_workers], cores[len(cores) - for_workers :]
-    return [mine[r % len(mine)] for r in range(ranks)], [theirs[w % len(theirs)] for w in range(workers)]
+    return [tuple(sorted({mine[(r * threads + t) % len(mine)] for t in range(threads)})) for r in range(ranks)], [
+        theirs[w % len(theirs)] for w in range(workers)
+    ]

@@ -271,7 +271,7 @@ def _server(
         arguments=arguments,
         environment=_environment(config, environment | _network(node) | {"VLLM_HOST_IP": node.address}),
         cores=[],  # vLLM binds its workers itself; its front end may run wherever there is room
-        gpus=[slot.device for slot in slots] if config.run.device == "cuda" else [],
+        gpus=[gpu for slot in slots for gpu in slot.devices] if config.run.device == "cuda" else [],
         node=slots[0].node,
         end_signal=signal.SIGINT,  # which vLLM takes as it takes a SIGTERM
         blocks_terminate=True,
@@ -282,7 +282,8 @@ def _server(
 
 def _device_names(config: RunConfig, slots: Sequence[Slot], node: Node) -> list[str]:
     """As vLLM's environment names the GPUs or cores."""
-    return [node.gpus[slot.device] if config.run.device == "cuda" else str(slot.device) for slot in slots]
+    on_gpu = config.run.device == "cuda"
+    return [node.gpus[device] if on_gpu else str(device) for slot in slots for device in slot.devices]
 
 
 def _learners(
@@ -308,7 +309,7 @@ def _learners(
                 config,
                 {
                     "RANK": str(rank),
-                    "LOCAL_RANK": str(slot.device if on_gpu else rank),
+                    "LOCAL_RANK": str(slot.devices[0] if on_gpu else rank),
                     "WORLD_SIZE": str(len(slots)),
                     "MASTER_ADDR": host,
                     "MASTER_PORT": str(port),
@@ -317,8 +318,8 @@ def _learners(
                     **in_order,
                 },
             ),
-            cores=[slot.device] if config.launch.pin_cores and not on_gpu else [],
-            gpus=[slot.device] if on_gpu else [],
+            cores=list(slot.devices) if config.launch.pin_cores and not on_gpu else [],
+            gpus=list(slot.devices) if on_gpu else [],
             node=slot.node,
             end_signal=signal.SIGKILL,  # a SIGTERM it ignores: a scheduler sends that to all of a job
         )

@@ -60,12 +60,14 @@ def with_rewards(device: str, machines: int, devices: int, *models: tuple[int, i
     ]
 
 
-def on_cores(nodes: int, cores: int, ranks: int, tensor: int, replicas: int, workers: int = 1, **launch) -> Layout:
+def on_cores(
+    nodes: int, cores: int, ranks: int, tensor: int, replicas: int, workers: int = 1, threads: int = 1, **launch
+) -> Layout:
     config = RunConfig.model_validate(
         {
             "model": MODEL,
-            "learner": {"ranks": ranks, "tensor_parallel": tensor},
-            "generator": {"replicas": replicas, "tensor_parallel": workers},
+            "learner": {"ranks": ranks, "tensor_parallel": tensor, "threads": threads},
+            "generator": {"replicas": max(1, replicas), "tensor_parallel": workers},
             "launch": {"nodes": nodes} | launch,
         }
     )
@@ -73,15 +75,15 @@ def on_cores(nodes: int, cores: int, ranks: int, tensor: int, replicas: int, wor
 
 
 def table(made: Layout) -> tuple[str, str]:
-    """`m0:0,1 m1:0` in order of ranks, and the same of replicas."""
+    """`m0:0,1 m1:0` in order of ranks, and the same of replicas; `m0:0+1` is a rank with two cores."""
     return _row(made.learners), " | ".join(_row(slots) for slots in made.generators)
 
 
 def _row(slots) -> str:
-    machines: dict[int, list[int]] = {}
+    machines: dict[int, list[str]] = {}
     for slot in slots:
-        machines.setdefault(slot.node, []).append(slot.device)
-    return " ".join(f"m{node}:{','.join(map(str, devices))}" for node, devices in machines.items())
+        machines.setdefault(slot.node, []).append("+".join(map(str, slot.devices)))
+    return " ".join(f"m{node}:{','.join(devices)}" for node, devices in machines.items())
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,13 @@ def _row(slots) -> str:
         (on_cores(2, 2, 2, 2, 1, tensor_parallel_across_nodes=True), "m0:0 m1:0", "m1:1"),
         (on_cores(3, 4, 4, 2, 4, 2), "m0:0,1 m1:0,1", "m0:2,3 | m1:2,3 | m2:0,1 | m2:2,3"),
         (on_cores(1, 1, 2, 1, 2), "m0:0,0", "m0:0 | m0:0"),
+        # A core for each thread of a rank, where there are enough.
+        (on_cores(1, 2, 1, 1, 0, threads=2), "m0:0+1", ""),
+        (on_cores(1, 4, 2, 1, 0, threads=2), "m0:0+1,2+3", ""),
+        (on_cores(1, 4, 1, 1, 1, threads=2), "m0:0+1", "m0:3"),
+        (on_cores(1, 4, 1, 1, 2, threads=3), "m0:0+1", "m0:2 | m0:3"),
+        (on_cores(1, 2, 1, 1, 1, threads=2), "m0:0", "m0:1"),
+        (on_cores(1, 3, 2, 1, 0, threads=2), "m0:0+1,0+2", ""),
     ],
 )
 def test_places(made: Layout, learners: str, generators: str):
