@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from megatron_async_rlhf.compare.command import compare
 from megatron_async_rlhf.converter.command import export_hf, import_hf, verify_weights
 from megatron_async_rlhf.doctor.command import doctor
 from megatron_async_rlhf.interpreter import check_working_directory, print_anything, use_utf8
@@ -36,6 +37,7 @@ for command in (
     pipeline,
     replay,
     sweep,
+    compare,
     import_hf,
     export_hf,
     verify_weights,

@@ -14,6 +14,7 @@ from megatron_async_rlhf.config.written_key import Key, ReportingSection
 _OF_EVERY_RUN = (
     Key("step", "-", "the N-th optimizer step has N, from 1; the checkpoint and the policy version of step N are those after it"),
     Key("time", "s", "Unix time at which the step was recorded"),
+    Key("time/elapsed_s", "s", "of the RL loop until then, as `wall_seconds` counts it: without the time between two starts of a resumed run"),
     Key("reward", "reward", "mean of what `reward` gave to all completions of the step's prompts"),
     Key("reward_penalised", "reward", "the same with the penalties of `algorithm.missing_eos_reward` and `algorithm.overlong_buffer`: what is trained on"),
     Key("reward_margin", "reward", "best minus worst completion of a prompt, penalised; mean over the prompts that are trained on"),

@@ -190,6 +190,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def check_cores(self) -> "RunConfig":
+        if self.launch.cores == "shared" and self.schedule.staleness_bound != 0:
+            raise ValueError(
+                "launch.cores = shared: learner and generators would compute on the same cores at once; set "
+                "schedule.mode = sync, with which they take turns, or launch.cores = split"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_gpus(self) -> "RunConfig":
         if self.run.device == "cpu":
             return self

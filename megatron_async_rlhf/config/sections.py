@@ -371,7 +371,9 @@ class LaunchSection(Section):
     )
     gpu_memory_gib: PositiveFloat = 80.0  # of one GPU; the estimate of a dry run compares with it
     memory_check: bool = True  # refuse to start on GPUs if the estimate is clearly above gpu_memory_gib
-    pin_cores: bool = True  # a core per learner rank and generator worker, shared only when there are too few
+    # split: learner and servers have cores of their own; shared: all have all cores, in turn, with a synchronous schedule
+    cores: Literal["split", "shared"] = "split"
+    pin_cores: bool = True  # bind learner ranks to their cores; vLLM always binds its workers
     shutdown_grace_s: PositiveFloat = 10.0  # between SIGTERM and SIGKILL
     interrupt_grace_s: PositiveFloat = 120.0  # after Ctrl-C, for the step under way, the checkpoint and the export
     # Variables for all processes: the way to set what is otherwise ignored, as VLLM_LOGGING_LEVEL (docs/environment.md)

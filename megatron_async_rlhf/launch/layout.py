@@ -3,10 +3,11 @@
 Learner ranks fill machines from the first on, generators from the last, then the servers of reward models, so that each
 side keeps together. On GPUs every rank and worker has its own; a tensor-parallel group stays on one machine, where its
 links are fast. On CPUs learner and servers are spread evenly, a learner rank has a core for each of its threads, and each
-side shares its cores when there are too few.
+side shares its cores when there are too few. With `launch.cores: shared` each side has all cores, and they take turns.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from msgspec import Struct
 
@@ -57,7 +58,7 @@ def lay_out(config: RunConfig, nodes: Sequence[Node], replicas: int, ranks: int 
     ]
     if config.run.device == "cpu":
         kinds = [(replicas, config.generator.tensor_parallel), *servers]
-        learners, (generators, *rewards) = _on_cores(nodes, ranks, group, learner.threads, kinds)
+        learners, (generators, *rewards) = _on_cores(config, nodes, ranks // group, group, kinds)
         return Layout(learners, generators, rewards)
     free = [list(range(len(node.gpus))) for node in nodes]
     learners = [slot for slots in _take(free, ranks // group, group, nodes, "learner") for slot in slots]
@@ -93,26 +94,31 @@ def _take(free: list[list[int]], count: int, size: int, nodes: Sequence[Node], s
 
 
 def _on_cores(
-    nodes: Sequence[Node], ranks: int, group: int, threads: int, kinds: Sequence[tuple[int, int]]
+    config: RunConfig, nodes: Sequence[Node], groups: int, group: int, kinds: Sequence[tuple[int, int]]
 ) -> tuple[list[Slot], list[list[list[Slot]]]]:
     """Slots of learner ranks, and of each kind of servers.
 
     Args:
-        threads: of a learner rank.
+        groups: of learner ranks, `group` of them on one machine each.
         kinds: replicas, and workers of each of them.
     """
     learners, shares = (
-        _shares(ranks // group, len(nodes)),
+        _shares(groups, len(nodes)),
         [_shares(replicas, len(nodes))[::-1] for replicas, _ in kinds],
     )
     placed: list[Slot] = []
     servers: list[list[list[Slot]]] = [[] for _ in kinds]
     for i, node in enumerate(nodes):
         here = [share[i] * workers for share, (_, workers) in zip(shares, kinds, strict=True)]
-        mine, theirs = place_on_cores(learners[i] * group, threads, sum(here), node.cores)
+        if config.launch.cores == "shared":
+            mine, *theirs = (divide_cores(count, node.cores) for count in (learners[i] * group, *here))
+        else:
+            mine, all_theirs = place_on_cores(learners[i] * group, config.learner.threads, sum(here), node.cores)
+            rest = iter(all_theirs)
+            theirs = [[(next(rest),) for _ in range(count)] for count in here]
         placed.extend(Slot(i, cores) for cores in mine)
-        slots = iter([Slot(i, (core,)) for core in theirs])
-        for kind, share, (_, workers) in zip(servers, shares, kinds, strict=True):
+        for kind, share, (_, workers), cores in zip(servers, shares, kinds, theirs, strict=True):
+            slots = iter([Slot(i, each) for each in cores])
             kind.extend([next(slots) for _ in range(workers)] for _ in range(share[i]))
     return placed, servers
 
@@ -137,3 +143,11 @@ def place_on_cores(
     return [tuple(sorted({mine[(r * threads + t) % len(mine)] for t in range(threads)})) for r in range(ranks)], [
         theirs[w % len(theirs)] for w in range(workers)
     ]
+
+
+def divide_cores(processes: int, cores: Sequence[int]) -> list[tuple[int, ...]]:
+    """All cores of a machine for processes that work at the same time, as evenly as can be; one each if there are too few."""
+    if processes >= len(cores):
+        return [(cores[i % len(cores)],) for i in range(processes)]
+    starts = [i * len(cores) // processes for i in range(processes + 1)] if processes else []
+    return [tuple(cores[start:end]) for start, end in pairwise(starts)]

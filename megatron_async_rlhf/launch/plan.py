@@ -281,9 +281,9 @@ def _server(
 
 
 def _device_names(config: RunConfig, slots: Sequence[Slot], node: Node) -> list[str]:
-    """As vLLM's environment names the GPUs or cores."""
+    """As vLLM's environment names the GPU or the cores of each worker."""
     on_gpu = config.run.device == "cuda"
-    return [node.gpus[device] if on_gpu else str(device) for slot in slots for device in slot.devices]
+    return [",".join(node.gpus[device] if on_gpu else str(device) for device in slot.devices) for slot in slots]
 
 
 def _learners(
@@ -313,7 +313,9 @@ def _learners(
                     "WORLD_SIZE": str(len(slots)),
                     "MASTER_ADDR": host,
                     "MASTER_PORT": str(port),
-                    "OMP_NUM_THREADS": str(config.learner.threads),
+                    "OMP_NUM_THREADS": str(
+                        len(slot.devices) if config.launch.cores == "shared" else config.learner.threads
+                    ),
                     **_network(nodes[slot.node]),
                     **in_order,
                 },

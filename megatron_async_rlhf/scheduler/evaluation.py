@@ -15,6 +15,10 @@ from megatron_async_rlhf.scheduler.training_batch import as_sequence
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Completion, Prompt
 
+# Completions whose log-probabilities are compared: thousands of tokens show any disagreement, and the learner may need as long
+# for all of them as the generators.
+_COMPARED = 32
+
 
 class Evaluation:
     """What is asked of the generators, and what becomes of their answers."""
@@ -62,7 +66,7 @@ class Evaluation:
         """Score the answers to `requests`, which were sent at `start`, and record what came of them.
 
         Args:
-            learner: scores the same completions, if they were sampled at the sampling temperature; what it and the
+            learner: scores some of the completions too, if they were sampled at the sampling temperature; what it and the
                 samplers disagree on goes into the run's log-probability gap. It must be at `version` as they were.
 
         Raises:
@@ -83,8 +87,9 @@ class Evaluation:
         self._recorder.evaluated(when, metrics, start, self._clock(), version=version, samples=len(scored))
 
     async def _logprob_gaps(self, scored: Sequence[ScoredGroup], learner: Learner, version: int) -> list[float]:
-        sequences = [as_sequence(one.group.prompt, one.group.completions[0]) for one in scored]
+        some = scored[:: -(-len(scored) // _COMPARED)]
+        sequences = [as_sequence(one.group.prompt, one.group.completions[0]) for one in some]
         answer = await learner.execute(Score(sequences=sequences))
-        gaps = logprob_gaps([one.group.completions[0] for one in scored], answer.logprobs, version)
+        gaps = logprob_gaps([one.group.completions[0] for one in some], answer.logprobs, version)
         self._recorder.logprob_gaps(gaps)
         return gaps

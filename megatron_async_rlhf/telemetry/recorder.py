@@ -170,11 +170,11 @@ class Recorder:
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """All metrics of the `step`-th optimizer step: a line of metrics.jsonl, a progress event, a W&B step."""
-        line = {"step": step, "time": self._clock(), **values}
-        self._write_line(METRICS, json.dumps(line))
-        self._wandb.step(step, line)
         if self._loop_start is not None:
             self.totals.wall_s = self._clock() - self._loop_start
+        line = {"step": step, "time": self._clock(), "time/elapsed_s": self.totals.wall_s, **values}
+        self._write_line(METRICS, json.dumps(line))
+        self._wandb.step(step, line)
         rate = self.totals.samples_generated / self.totals.wall_s if self.totals.wall_s else 0.0
         self._events.emit(
             "step",

@@ -29,6 +29,7 @@ ORDER = [
     ["simulate"],
     ["launch"],
     ["sweep", "pipeline"],
+    ["compare"],
     ["cli"],
     ["__main__"],
 ]

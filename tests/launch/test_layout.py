@@ -61,17 +61,18 @@ def with_rewards(device: str, machines: int, devices: int, *models: tuple[int, i
 
 
 def on_cores(
-    nodes: int, cores: int, ranks: int, tensor: int, replicas: int, workers: int = 1, threads: int = 1, **launch
+    nodes: int, machine_cores: int, ranks: int, tensor: int, replicas: int, workers: int = 1, threads: int = 1, **launch
 ) -> Layout:
     config = RunConfig.model_validate(
         {
             "model": MODEL,
             "learner": {"ranks": ranks, "tensor_parallel": tensor, "threads": threads},
             "generator": {"replicas": max(1, replicas), "tensor_parallel": workers},
+            "schedule": {"mode": "sync"},
             "launch": {"nodes": nodes} | launch,
         }
     )
-    return lay_out(config, [machine(i, 0, cores) for i in range(nodes)], replicas)
+    return lay_out(config, [machine(i, 0, machine_cores) for i in range(nodes)], replicas)
 
 
 def table(made: Layout) -> tuple[str, str]:
@@ -109,6 +110,10 @@ def _row(slots) -> str:
         (on_cores(1, 4, 1, 1, 2, threads=3), "m0:0+1", "m0:2 | m0:3"),
         (on_cores(1, 2, 1, 1, 1, threads=2), "m0:0", "m0:1"),
         (on_cores(1, 3, 2, 1, 0, threads=2), "m0:0+1,0+2", ""),
+        # All cores for either side, in turn.
+        (on_cores(1, 2, 1, 1, 1, cores="shared"), "m0:0+1", "m0:0+1"),
+        (on_cores(2, 4, 2, 2, 1, 2, cores="shared"), "m0:0+1,2+3", "m1:0+1,2+3"),
+        (on_cores(1, 3, 2, 1, 4, cores="shared"), "m0:0,1+2", "m0:0 | m0:1 | m0:2 | m0:0"),
     ],
 )
 def test_places(made: Layout, learners: str, generators: str):
