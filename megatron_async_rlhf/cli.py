@@ -14,6 +14,7 @@ from megatron_async_rlhf.launch.nemo.command import launch
 from megatron_async_rlhf.launch.reward_model_command import reward_model
 from megatron_async_rlhf.limits import raise_soft_limits
 from megatron_async_rlhf.pipeline.command import pipeline
+from megatron_async_rlhf.plan.command import plan
 from megatron_async_rlhf.simulate.command import simulate
 from megatron_async_rlhf.sweep.command import sweep
 from megatron_async_rlhf.usage import run_command_line
@@ -31,6 +32,7 @@ for command in (
     doctor,
     train,
     simulate,
+    plan,
     launch,
     sft,
     reward_model,

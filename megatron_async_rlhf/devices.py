@@ -11,28 +11,48 @@ class Device:
         flops: per second, by precision: matrix products in bf16 and FP8, float32 without tensor cores. What a device
             has no instructions for is not there.
         bandwidth: of its memory, bytes per second.
+        link: to the other GPUs of its machine, bytes per second in one direction.
     """
 
     name: str
     marks: str
     flops: dict[str, float]
     bandwidth: float
+    link: float
 
 
 DEVICES = {
     "b200": Device(
-        name="B200 180GB", marks="B200", flops={"bf16": 2250e12, "fp8": 4500e12, "fp32": 75e12}, bandwidth=7.7e12
+        name="B200 180GB",
+        marks="B200",
+        flops={"bf16": 2250e12, "fp8": 4500e12, "fp32": 75e12},
+        bandwidth=7.7e12,
+        link=900e9,
     ),
     "h200": Device(
-        name="H200 141GB", marks="H200", flops={"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12}, bandwidth=4.8e12
+        name="H200 141GB",
+        marks="H200",
+        flops={"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12},
+        bandwidth=4.8e12,
+        link=450e9,
     ),
     "h100-pcie": Device(
-        name="H100 PCIe", marks="H100 PCIe", flops={"bf16": 756e12, "fp8": 1513e12, "fp32": 51e12}, bandwidth=2.0e12
+        name="H100 PCIe",
+        marks="H100 PCIe",
+        flops={"bf16": 756e12, "fp8": 1513e12, "fp32": 51e12},
+        bandwidth=2.0e12,
+        link=64e9,
     ),
     "h100": Device(
-        name="H100 80GB", marks="H100", flops={"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12}, bandwidth=3.35e12
+        name="H100 80GB",
+        marks="H100",
+        flops={"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12},
+        bandwidth=3.35e12,
+        link=450e9,
     ),
-    "a100": Device(name="A100 80GB", marks="A100", flops={"bf16": 312e12, "fp32": 19.5e12}, bandwidth=2.039e12),
+    "a100": Device(
+        name="A100 80GB", marks="A100", flops={"bf16": 312e12, "fp32": 19.5e12}, bandwidth=2.039e12, link=300e9
+    ),
 }
 
 

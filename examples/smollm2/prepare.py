@@ -5,7 +5,8 @@
 
 `seed_tasks.jsonl` and `user_oriented_instructions.jsonl` are of github.com/yizhongw/self-instruct (Apache-2.0), `question.jsonl`
 is of FastChat's MT-bench (Apache-2.0). It writes
-- `chats.jsonl`: the seed tasks as conversations, for supervised fine-tuning;
+- `chats.jsonl`: the seed tasks with short answers as conversations, for supervised fine-tuning; each as it is, and once with a
+  constraint, its answer changed so that it keeps it;
 - `train.jsonl`: seed tasks and MT-bench's first turns, each once with every constraint, as IFEval has its prompts;
 - `held_out.jsonl`: the user-oriented instructions, each with one constraint. Nothing of them is in the other two files.
 """
@@ -30,6 +31,14 @@ CONSTRAINTS = [
     ),
 ]
 
+# An answer so that it keeps the first, the second ... of these.
+KEPT = [
+    str.lower,
+    lambda answer: f'"{answer}"',
+    lambda answer: answer.replace(",", ""),
+]
+LONGEST_ANSWER = 240  # characters, about as many as the 64 tokens that a completion may have
+
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -50,6 +59,10 @@ def constrained(text: str, number: int) -> dict:
     return {"prompt": f"{text}\n\n{words}", "instruction_id_list": [name], "kwargs": [about]}
 
 
+def chat(request: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -58,14 +71,12 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     tasks = read(arguments.seed_tasks)
-    chats = [
-        {
-            "messages": [
-                {"role": "user", "content": request(task)},
-                {"role": "assistant", "content": task["instances"][0]["output"].strip()},
-            ]
-        }
-        for task in tasks
+    answers = [(request(task), task["instances"][0]["output"].strip()) for task in tasks]
+    short = [(text, answer) for text, answer in answers if len(answer) <= LONGEST_ANSWER]
+    chats = [chat(text, answer) for text, answer in short]
+    chats += [
+        chat(constrained(text, i % len(KEPT))["prompt"], KEPT[i % len(KEPT)](answer))
+        for i, (text, answer) in enumerate(short)
     ]
     write(arguments.out / "chats.jsonl", chats)
     texts = [request(task) for task in tasks] + [each["turns"][0].strip() for each in read(arguments.mt_bench)]

@@ -369,6 +369,7 @@ class LaunchSection(Section):
     gpu: Literal["a100", "h100", "h100-pcie", "h200", "b200"] = (
         "h100"  # whose data sheet the estimated speed is computed from
     )
+    network_gbit_s: PositiveFloat = 400.0  # of one GPU to other machines; for the estimated speed too
     gpu_memory_gib: PositiveFloat = 80.0  # of one GPU; the estimate of a dry run compares with it
     memory_check: bool = True  # refuse to start on GPUs if the estimate is clearly above gpu_memory_gib
     # split: learner and servers have cores of their own; shared: all have all cores, in turn, with a synchronous schedule

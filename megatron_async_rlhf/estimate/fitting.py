@@ -57,10 +57,8 @@ def run_memory(config: RunConfig, arch: Architecture) -> RunMemory:
     """Of every group of processes."""
     on_cpu = config.run.device == "cpu"
     learner = learner_memory(config, arch)
-    fixed = FIXED_WORKER_CPU if on_cpu else FIXED_CUDA
-    beside = round((1 + ACCURACY) * max(rank.total for rank in learner)) if shares_gpu(config) else 0
-    generator = generator_memory(config, arch, fixed=fixed, beside=beside)
-    rewards = reward_memory(config, fixed=fixed)
+    generator = _generator(config, arch, learner)
+    rewards = reward_memory(config, fixed=_fixed(config))
     ranks_of_stage = config.learner.world_size // len(learner)
     save = config.learner.tensor_parallel * sum(save_memory(config, arch))
     host = ranks_of_stage * sum(rank.host for rank in learner) + save
@@ -69,6 +67,20 @@ def run_memory(config: RunConfig, arch: Architecture) -> RunMemory:
         host += ranks_of_stage * sum(rank.total for rank in learner) + workers * generator.total
         host += config.generator.replicas * FIXED_SERVER_CPU + FIXED_CONTROL_CPU + _reward_servers(config, rewards)
     return RunMemory(learner=learner, generator=generator, rewards=rewards, host=host, save=save)
+
+
+def generator_worker(config: RunConfig, arch: Architecture) -> GeneratorMemory:
+    """The part of `run_memory` that a generator's speed follows from."""
+    return _generator(config, arch, learner_memory(config, arch) if shares_gpu(config) else [])
+
+
+def _generator(config: RunConfig, arch: Architecture, learner: Sequence[LearnerMemory]) -> GeneratorMemory:
+    beside = round((1 + ACCURACY) * max(rank.total for rank in learner)) if shares_gpu(config) else 0
+    return generator_memory(config, arch, fixed=_fixed(config), beside=beside)
+
+
+def _fixed(config: RunConfig) -> int:
+    return FIXED_WORKER_CPU if config.run.device == "cpu" else FIXED_CUDA
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """How many numbers each stage of the learner, and each generator worker, holds: from the layouts, nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 
 from megatron_async_rlhf.models.architecture import Architecture
@@ -31,12 +32,16 @@ class Holding:
 
 def learner_holdings(arch: Architecture, layout: LearnerLayout) -> list[Holding]:
     """Of tensor-parallel rank 0 of each pipeline stage, which holds as much as any of its stage."""
-    ranks_of_stage = layout.tensor_parallel * layout.data_parallel
+    return list(_stage_holdings(arch, replace(layout, data_parallel=1)))  # copies hold the same
+
+
+@cache  # a planner asks for the same ones hundreds of times
+def _stage_holdings(arch: Architecture, layout: LearnerLayout) -> tuple[Holding, ...]:
     vocabulary = -(-arch.vocab_size // layout.tensor_parallel)
-    return [
-        _holding(learner_pieces(arch, layout, stage * ranks_of_stage), vocabulary)
+    return tuple(
+        _holding(learner_pieces(arch, layout, stage * layout.tensor_parallel), vocabulary)
         for stage in range(layout.pipeline_parallel)
-    ]
+    )
 
 
 def value_holdings(arch: Architecture, layout: LearnerLayout) -> list[Holding]:
@@ -44,6 +49,7 @@ def value_holdings(arch: Architecture, layout: LearnerLayout) -> list[Holding]:
     return learner_holdings(arch.with_score_head(), layout)
 
 
+@cache
 def generator_holding(arch: Architecture, tensor_parallel: int) -> Holding:
     """Of worker 0 of a replica, which holds as much as any; vLLM pads the vocabulary."""
     padded = -(-arch.vocab_size // VLLM_VOCAB_MULTIPLE) * VLLM_VOCAB_MULTIPLE

@@ -8,6 +8,9 @@ from megatron_async_rlhf.config.sections import Device
 
 WAITS_ASLEEP = "ASYNC_RLHF_WAITS_ASLEEP"  # `generator/vllm/waiting.py`
 _PREFILL_TOKENS = 4096  # prompt tokens of one engine step
+# Of a block of the key-value cache on a CPU. Samples of one prompt share its whole blocks: with vLLM's own 128 tokens most
+# prompts have none. Its kernels want multiples of 32.
+CPU_BLOCK_TOKENS = 32
 
 
 def common_arguments(
@@ -72,5 +75,9 @@ def cpu_arguments(cache: int) -> list[str]:
     Args:
         cache: bytes of a worker's key-value cache, which vLLM fills with zeros when it starts.
     """
-    # In one go, without graphs: in vLLM 0.32 a seeded request whose prefill is cut in two crashes the worker.
-    return ["--enforce-eager", "--no-enable-chunked-prefill", "--kv-cache-memory-bytes", str(cache)]
+    return [
+        # In one go, without graphs: in vLLM 0.32 a seeded request whose prefill is cut in two crashes the worker.
+        *("--enforce-eager", "--no-enable-chunked-prefill"),
+        *("--kv-cache-memory-bytes", str(cache)),
+        *("--block-size", str(CPU_BLOCK_TOKENS)),
+    ]

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.estimate.speed import machine_of
+from megatron_async_rlhf.estimate.machines import machine_of
 from megatron_async_rlhf.scheduler.recording import RolloutLog
 from megatron_async_rlhf.simulate.lengths import ConstantLength, Lengths, MeasuredLengths
 from megatron_async_rlhf.simulate.prediction import alone, predict

@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError
 from megatron_async_rlhf.estimate.fitting import run_memory
-from megatron_async_rlhf.estimate.speed import Speed, estimate_speed
+from megatron_async_rlhf.estimate.speed import Factors, Speed, corrected, estimate_speed
+from megatron_async_rlhf.estimate.speed import Lengths as MeanLengths
 from megatron_async_rlhf.jobs.inputs import make_model_template, resolve_architecture
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.simulate.lengths import LognormalLengths
@@ -27,7 +28,7 @@ _MOST_IN_A_ROLLOUT = 20000  # completions for which a dry run waits
 # The only run whose prediction could be compared so far, on two quiet cores: sync 140 s, async 94 s of 110 steps each.
 # Predicted is what comes out for it here (tests/simulate/test_prediction.py).
 MEASURED = ("examples/quickstart.yaml on two CPU cores", 1.49)
-PREDICTED = 1.58
+PREDICTED = 1.64
 
 
 class Prediction(Struct, frozen=True, kw_only=True):
@@ -125,8 +126,14 @@ def shape_of(config: RunConfig) -> Architecture:
         return resolve_architecture(config, Path(scratch))[0]
 
 
-def estimated_scenario(config: RunConfig, arch: Architecture) -> tuple[Scenario, Speed]:
-    """What the machines that `config` names are estimated to do with it, completions half as long as they may be.
+def estimated_scenario(
+    config: RunConfig, arch: Architecture, lengths: MeanLengths | None = None, factors: Factors = Factors()
+) -> tuple[Scenario, Speed]:
+    """What the machines that `config` names are estimated to do with it.
+
+    Args:
+        lengths: default: half of what they may be.
+        factors: that correct the estimated speeds.
 
     Raises:
         ConfigError: a generator has no room for a single sequence.
@@ -137,13 +144,13 @@ def estimated_scenario(config: RunConfig, arch: Architecture) -> tuple[Scenario,
             "generator: its cache holds no sequence of the whole context, so no speed can be predicted; see the estimate "
             "of train --dry-run"
         )
-    speed = estimate_speed(config, arch, memory)
+    speed = corrected(estimate_speed(config, arch, memory, lengths), factors)
     speeds = Speeds(
         token_s=speed.token_s,
         sequence_s=speed.sequence_s,
         prefill_tokens=speed.prefill_tokens,
-        train_s=0.0,
-        train_token_s=1 / speed.trained_per_s,
+        train_s=speed.learner.fixed,
+        train_token_s=speed.learner.per_token,
         push_s=speed.push_s,
         contention=speed.machine.contention,
         jitter=speed.machine.jitter,

@@ -60,7 +60,7 @@ SUMMARY = [
         ("logprob_gap.mean_abs", "nats", "difference of learner and sampler log-probability, mean over tokens both computed with the same version"),
         ("logprob_gap.max_abs", "nats", "the largest"),
         ("logprob_gap.tokens", "tokens", "that were compared"),
-        ("eval", "-", "`before`, `after` and, with `schedule.eval_every`, `step <n>`: held-out metrics of one policy version by the names of `metrics.jsonl`, one completion per prompt at `generator.eval_temperature`, the same seeds each time; `logprob_gap` in nats, at the sampling temperature. Of `async-rlhf eval` the estimates in `eval.json`, by part"),
+        ("eval", "-", "`before`, `after` and, with `schedule.eval_every`, `step <n>`: held-out metrics of one policy version by the names of `metrics.jsonl`, one completion per prompt at `generator.eval_temperature`, the same seeds each time; `logprob_gap` in nats, at the sampling temperature, of at most 32 completions. Of `async-rlhf eval` the estimates in `eval.json`, by part"),
         ("versions", "-", "of Python and every package that matters"),
     )
 ]  # fmt: skip

@@ -27,6 +27,7 @@ ORDER = [
     ["checkpoint"],
     ["converter", "jobs"],
     ["simulate"],
+    ["plan"],
     ["launch"],
     ["sweep", "pipeline"],
     ["compare"],

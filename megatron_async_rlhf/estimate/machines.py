@@ -1,0 +1,88 @@
+"""What learner ranks and generator workers reach of their hardware: all assumptions about machines in one place."""
+
+from dataclasses import dataclass
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.devices import DEVICES
+from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
+
+_REACHED = 0.7  # of what a link can do
+_OF_BF16, _OF_FP8 = 0.45, 0.35  # of the peak, in the learner's matrix products
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What one learner rank and one generator worker reach, of operations and bytes per second.
+
+    Attributes:
+        learner, prefill: FLOP/s of training, and of passes over many tokens in a generator.
+        bandwidth: of the memory, while a generator decodes and while Adam updates.
+        link, network: between two ranks on one machine, and to another one; of collectives, in one direction.
+        collective_s: until a sum over a few ranks is under way.
+        step_s, sequence_s: of a decoding step beside the model, and of each sequence in it: scheduling, sampling, answering.
+        push_s, push_bandwidth: of a weight push, whatever its size, and bytes per second into a worker.
+        contention: how many times as long either side takes while the other works too, for they share a machine.
+        jitter: standard deviation of a rollout's time in the learner, as a share of it.
+        assumed: how these came about, for who reads the figures.
+    """
+
+    name: str
+    learner: float
+    prefill: float
+    bandwidth: float
+    link: float
+    network: float
+    collective_s: float
+    step_s: float
+    sequence_s: float
+    push_s: float
+    push_bandwidth: float
+    contention: float
+    jitter: float
+    assumed: str
+
+
+# Measured on two cores of an x86-64 server with models of 0.9 M to 350 M parameters: README, docs/weights.md.
+CPU_CORE = Machine(
+    name="CPU cores",
+    learner=50e9,
+    prefill=50e9,
+    bandwidth=10e9,
+    link=1e9,
+    network=1e9,
+    collective_s=1e-4,
+    step_s=0.0,
+    sequence_s=0.0002,
+    push_s=0.05,
+    push_bandwidth=2.4e9,
+    contention=1.13,
+    jitter=0.15,
+    assumed="50 GFLOP/s and 10 GB/s a core, 0.2 ms a sampled token beside the model, both sides 13% slower while both work",
+)
+
+
+def machine_of(config: RunConfig) -> Machine:
+    """What the run is planned for: `run.device`, `launch.gpu`."""
+    if config.run.device == "cpu":
+        return CPU_CORE
+    device, learner, shared = DEVICES[config.launch.gpu], config.learner, config.weights.transport == "ipc"
+    peak = device.flops.get("fp8", device.flops["bf16"]) if learner.fp8 else device.flops[learner.precision]
+    return Machine(
+        name=f"{device.name} (launch.gpu)",
+        learner=(_OF_FP8 if learner.fp8 else _OF_BF16) * peak,
+        prefill=0.50 * device.flops["bf16" if ITEM_BYTES[config.generator.dtype] == 2 else "fp32"],
+        bandwidth=0.60 * device.bandwidth,
+        link=_REACHED * device.link,
+        collective_s=1e-5,
+        network=_REACHED * config.launch.network_gbit_s * 1e9 / 8,
+        step_s=0.002,
+        sequence_s=2e-5,
+        push_s=0.3,
+        push_bandwidth=25e9,
+        contention=2.0 if shared else 1.0,
+        jitter=0.0,
+        assumed=f"{_OF_FP8 if learner.fp8 else _OF_BF16:.0%} of peak FLOP/s in the learner's matrix products, 50% in prefill, 60% of memory "
+        f"bandwidth in decoding, {_REACHED:.0%} of links between GPUs, 25 GB/s a worker in pushes"
+        + ", both sides taking turns on their GPU"
+        * shared,
+    )

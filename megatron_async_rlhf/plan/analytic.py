@@ -1,0 +1,84 @@
+"""The time of a step by formula, for ranking hundreds of layouts; the best of them are simulated (`simulate.prediction`)."""
+
+import math
+
+from msgspec import Struct
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.fitting import generator_worker
+from megatron_async_rlhf.estimate.speed import Factors, Lengths, Speed, corrected, estimate_speed
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.simulate.prediction import SIGMA
+
+
+class Workload(Struct, frozen=True, kw_only=True):
+    """What is not in a configuration.
+
+    Attributes:
+        lengths: of prompts and completions; None: half of what they may be.
+        factors: that correct the estimated speeds.
+    """
+
+    lengths: Lengths | None = None
+    factors: Factors = Factors()
+
+
+class StepTimes(Struct, frozen=True, kw_only=True):
+    """Seconds of an optimizer step, each side alone.
+
+    Attributes:
+        train, generate: with all that belongs to a step; of what generators that are kept full would need.
+        tail: until the longest completion is there, when no others take the places of those that are.
+        push: the generators' pause, of a step's share.
+        streaming: places are taken at once.
+    """
+
+    train: float
+    generate: float
+    tail: float
+    push: float
+    contention: float
+    streaming: bool
+
+    @property
+    def overlapped(self) -> float:
+        """With one rollout ahead."""
+        generate = self.generate + self.push + (0.0 if self.streaming else self.tail)
+        longer, shorter = max(self.train, generate), min(self.train, generate)
+        return longer + (self.contention - 1) * shorter
+
+    @property
+    def in_turns(self) -> float:
+        return self.train + self.generate + self.tail + self.push
+
+
+def step_times(config: RunConfig, arch: Architecture, workload: Workload) -> tuple[StepTimes, Speed]:
+    """Of a configuration that fits."""
+    speed = estimate_speed(config, arch, generator_worker(config, arch), workload.lengths)
+    speed = corrected(speed, workload.factors)
+    schedule = config.schedule
+    rollout = schedule.groups_per_rollout * config.algorithm.samples_per_prompt
+    each = rollout / config.generator.replicas
+    at_once = max(1.0, min(each, config.generator.max_concurrent, speed.at_once))
+    decode_s = speed.token_s + at_once * speed.sequence_s
+    longest = min(config.generator.max_new_tokens, speed.completion * _longest_share(each))
+    updates = schedule.updates_per_rollout
+    return (
+        StepTimes(
+            train=speed.learner.total,
+            generate=each * speed.completion * decode_s / at_once / updates,
+            tail=(longest - speed.completion) * speed.token_s / updates,  # with few sequences at last
+            push=speed.push_s / updates,
+            contention=speed.machine.contention,
+            streaming=schedule.generation == "streaming",
+        ),
+        speed,
+    )
+
+
+def _longest_share(samples: float) -> float:
+    """The longest of so many lognormal lengths, over their mean."""
+    if samples <= 1:
+        return 1.0
+    deviations = math.sqrt(2 * math.log(samples))  # of a normal distribution's largest, for many
+    return math.exp(SIGMA * deviations - SIGMA**2 / 2)

@@ -1,0 +1,58 @@
+"""What a run that was tells a plan: lengths of prompts and completions, and how far off the estimated speeds were there.
+
+The run may have had another layout and other numbers of samples; the same model on the same kind of device is best.
+"""
+
+from pathlib import Path
+from statistics import fmean
+
+from msgspec import Struct
+
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.estimate.fitting import generator_worker
+from megatron_async_rlhf.estimate.speed import Factors, Lengths, estimate_speed
+from megatron_async_rlhf.jobs.inputs import resolve_architecture
+from megatron_async_rlhf.simulate.measured import measure
+from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, read_steps
+
+
+class Calibration(Struct, frozen=True, kw_only=True):
+    """
+    Attributes:
+        source: for who reads the figures.
+    """
+
+    lengths: Lengths
+    factors: Factors
+    source: str
+
+
+def calibrate(run_dir: Path) -> Calibration:
+    """
+    Raises:
+        ConfigError: the run has no finished RL steps.
+    """
+    measured = measure(run_dir)
+    config = measured.config
+    arch = resolve_architecture(config, run_dir / POLICY_TEMPLATE_DIR)[0]
+    lines = [line for line in read_steps(run_dir / METRICS) if line.get("num_sequences")]
+    if not lines:
+        raise ConfigError(f"--from-run {run_dir}: none of its steps trained on anything")
+    tokens, sequences = (fmean(line[key] for line in lines) for key in ("tokens", "num_sequences"))
+    completion = fmean(line["response_length"] for line in lines)
+    lengths = max(1.0, tokens / sequences - completion), max(1.0, completion)
+    speed = estimate_speed(config, arch, generator_worker(config, arch), lengths)
+    estimated = speed.learner.fixed + tokens * speed.learner.per_token
+    # `measure` puts all of a decoding step on its sequences.
+    per_token = speed.token_s / speed.at_once + speed.sequence_s
+    factors = Factors(
+        train=measured.speeds.train_s / estimated,
+        generate=measured.speeds.sequence_s / per_token,
+        push=measured.speeds.push_s / speed.push_s,
+    )
+    return Calibration(
+        lengths=lengths,
+        factors=factors,
+        source=f"as measured in {run_dir}: training {factors.train:.2f}, generation {factors.generate:.2f} and pushes "
+        f"{factors.push:.2f} times as long as estimated there",
+    )

@@ -1,0 +1,130 @@
+"""Plans in words, as JSON, and as a configuration that `train` and `launch` take."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.generator_memory import GIB
+from megatron_async_rlhf.plan.search import Plan, devices_of, step_seconds
+from megatron_async_rlhf.telemetry.summary import staleness_figures
+
+_HOUR = 3600.0
+# What a plan decides; the rest of a configuration is the task.
+_DECIDED = {
+    "learner": (
+        "ranks", "tensor_parallel", "pipeline_parallel", "context_parallel", "virtual_stages", "sequence_parallel",
+        "distributed_optimizer", "overlap_grad_reduce", "recompute", "micro_batch_tokens", "reference", "optimizer_offload",
+    ),
+    "generator": ("replicas", "tensor_parallel", "max_concurrent"),
+    "schedule": ("mode",),
+}  # fmt: skip
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """Documented in docs/plan.md."""
+    outcome = plan.prediction.schedule if plan.kind == "async" else plan.prediction.synchronous
+    totals, step = outcome.totals, step_seconds(plan)
+    wall = totals.wall_s or 1.0
+    return {
+        "schedule": plan.kind,
+        "step_seconds": step,
+        "hours": step * plan.config.schedule.steps / _HOUR,
+        "idle": {
+            "learner": max(0.0, 1 - totals.train_busy_s / wall),
+            "generators": max(0.0, 1 - totals.generate_busy_s / wall),
+        },
+        "staleness": staleness_figures(totals.staleness) | {"bound": plan.config.schedule.staleness_bound},
+        "speedup_over_sync": plan.prediction.speedup if plan.kind == "async" else 1.0,
+        "train_seconds": plan.times.train,
+        "generate_seconds": plan.times.generate + plan.times.tail,
+        "push_seconds": plan.times.push,
+        "limited_by": limited_by(plan),
+        "devices": {
+            "learner": plan.config.learner.world_size,
+            "generators": plan.config.generator.workers,
+            "reward_models": plan.config.reward_workers,
+            "unused": devices_of(plan.config)
+            - plan.config.learner.world_size
+            - plan.config.generator.workers
+            - plan.config.reward_workers,
+        },
+        "memory_gib": {"learner": plan.learner_memory / GIB, "generator": plan.generator_memory / GIB},
+        "settings": settings_of(plan.config),
+    }
+
+
+def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What the plan decides, by section."""
+    tree = config.model_dump(mode="json")
+    return {section: {key: tree[section][key] for key in keys} for section, keys in _DECIDED.items()}
+
+
+def limited_by(plan: Plan) -> str:
+    """The side that a step waits for, and the largest part of its time."""
+    if plan.times.train >= plan.times.generate + plan.times.tail + plan.times.push:
+        step = plan.speed.learner
+        parts = {
+            "matrix products": step.compute,
+            "sums over tensor-parallel ranks": step.tensor,
+            "pipeline bubbles": step.bubble,
+            "gradients between copies": step.reduction,
+            "Adam": step.optimizer,
+        }
+        return f"training: {_largest(parts)}"
+    speed = plan.speed
+    parts = {
+        "reading weights": speed.token_s,
+        f"{speed.at_once:.0f} sequences' caches, prompts and sampling": speed.at_once * speed.sequence_s,
+    }
+    return f"generation: {_largest(parts)}"
+
+
+def _largest(parts: dict[str, float]) -> str:
+    name = max(parts, key=lambda part: parts[part])
+    return f"{name} {parts[name] / (sum(parts.values()) or 1.0):.0%}"
+
+
+def show(console: Console, plans: Sequence[Plan], assumed: str) -> None:
+    """A table of both kinds of schedule, what the best plan sets, and what all of it rests on."""
+    table = Table(
+        title=f"predicted for {devices_of(plans[0].config)} devices", title_justify="left", box=None, pad_edge=False
+    )
+    for column in ("schedule", "learner", "generators"):
+        table.add_column(column, no_wrap=True)
+    for column in ("step, s", "hours", "idle", "staleness"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for plan in plans:
+        facts = to_json(plan)
+        idle = facts["idle"]
+        table.add_row(
+            plan.kind,
+            _learner(plan.config),
+            f"{plan.config.generator.replicas} x TP{plan.config.generator.tensor_parallel}",
+            f"{facts['step_seconds']:.2f}",
+            f"{facts['hours']:.1f}",
+            f"{idle['learner']:.0%} / {idle['generators']:.0%}",
+            f"{facts['staleness']['mean']:.1f}",
+        )
+    console.print(table)
+    console.print("idle: learner / generators; staleness: mean over tokens, in optimizer steps", markup=False)
+    best = plans[0]
+    console.print(f"the first waits for {limited_by(best)}; it sets", markup=False)
+    for section, keys in settings_of(best.config).items():
+        console.print(f"  {section}: {', '.join(f'{key} {value}' for key, value in keys.items())}", markup=False)
+    console.print(f"assumed, not measured: {assumed}", markup=False)
+
+
+def _learner(config: RunConfig) -> str:
+    learner = config.learner
+    sizes = {
+        "TP": learner.tensor_parallel,
+        "PP": learner.pipeline_parallel,
+        "CP": learner.context_parallel,
+        "DP": learner.data_parallel,
+    }
+    return f"{learner.world_size}: " + (
+        " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one rank"
+    )

@@ -1,0 +1,231 @@
+"""From a task and so many devices to the best layouts: enumerate, fit, rank by formula, simulate the best.
+
+groups of learner ranks x sizes of a generator ──> the split between both ──> fitted to memory ──> StepTimes
+    └──> the best few, checked as any configuration is ──> Prediction of each ──> Plan
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError
+from megatron_async_rlhf.estimate.fitting import run_memory
+from megatron_async_rlhf.estimate.generator_memory import GIB
+from megatron_async_rlhf.estimate.speed import Speed
+from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.models.layout_rules import check_layouts
+from megatron_async_rlhf.plan.analytic import StepTimes, Workload, step_times
+from megatron_async_rlhf.plan.layouts import Group, fitting, generator_sizes, learner_groups, least_memory, with_keys
+from megatron_async_rlhf.simulate.prediction import Prediction, estimated_scenario, predict, sized
+from megatron_async_rlhf.simulate.scenario import Scenario
+
+Kind = Literal["async", "sync"]
+_SPLITS = 24  # that are tried for each pair of sizes: all, or so many spread evenly
+_MOST_CONCURRENT = 1024  # sequences of a generator
+_SIMULATED = 512  # completions of a rollout; of a larger one a part is
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    """A layout that fits, with its times by formula."""
+
+    config: RunConfig
+    times: StepTimes
+    speed: Speed
+
+    def step_s(self, kind: Kind) -> float:
+        return self.times.overlapped if kind == "async" else self.times.in_turns
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """A layout that was simulated.
+
+    Attributes:
+        kind: of schedule.
+        learner_memory, generator_memory: bytes of the fullest rank and of a worker.
+    """
+
+    kind: Kind
+    config: RunConfig
+    times: StepTimes
+    speed: Speed
+    prediction: Prediction
+    learner_memory: int
+    generator_memory: int
+
+
+def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Workload = Workload()) -> list[Plan]:
+    """The `best` of each kind of schedule, the fastest first.
+
+    Args:
+        config: the task, and `launch`: how many machines with how many devices.
+
+    Raises:
+        ConfigError: nothing fits; one line with the arithmetic and the smallest change that would.
+    """
+    candidates = list(_candidates(config, arch, workload))
+    if not candidates:
+        raise ConfigError(_nothing_fits(config, arch))
+    plans: list[Plan] = []
+    for kind in ("async", "sync"):
+        ranked = sorted(candidates, key=lambda candidate: candidate.step_s(kind))
+        found: list[Plan] = []
+        for candidate in ranked:
+            plan = _simulated(candidate, arch, kind, workload)
+            if plan is not None:
+                found.append(plan)
+            if len(found) == best:
+                break
+        plans += sorted(found, key=lambda plan: step_seconds(plan))
+    return plans
+
+
+def step_seconds(plan: Plan) -> float:
+    """Once the run is under way."""
+    outcome = plan.prediction.schedule if plan.kind == "async" else plan.prediction.synchronous
+    return outcome.step_s
+
+
+def _candidates(config: RunConfig, arch: Architecture, workload: Workload) -> Iterator[Candidate]:
+    """The best splits of each pair of sizes: for overlap, and for taking turns."""
+    devices, on_machine = devices_of(config), config.launch.gpus_per_node
+    free = devices - config.reward_workers
+    for workers in generator_sizes(arch, free, on_machine):
+        for group in learner_groups(arch, free - workers, on_machine):
+            splits = [
+                candidate
+                for copies in _copies(config, group, workers, free)
+                if (candidate := _candidate(config, arch, group, copies, workers, free, workload)) is not None
+            ]
+            chosen = {id(best): best for kind in ("async", "sync") if (best := _fastest(splits, kind)) is not None}
+            yield from chosen.values()
+
+
+def _fastest(candidates: Sequence[Candidate], kind: Kind) -> Candidate | None:
+    return min(candidates, key=lambda candidate: candidate.step_s(kind), default=None)
+
+
+def devices_of(config: RunConfig) -> int:
+    """GPUs, or cores."""
+    return config.launch.nodes * config.launch.gpus_per_node
+
+
+def _copies(config: RunConfig, group: Group, workers: int, free: int) -> list[int]:
+    """Data-parallel copies to try: none without a sequence in a step."""
+    most = min((free - workers) // group.ranks, config.algorithm.trained_samples * config.schedule.prompts_per_step)
+    if most <= _SPLITS:
+        return list(range(1, most + 1))
+    return sorted({1 + round(i * (most - 1) / (_SPLITS - 1)) for i in range(_SPLITS)})
+
+
+def _candidate(
+    config: RunConfig,
+    arch: Architecture,
+    group: Group,
+    copies: int,
+    workers: int,
+    free: int,
+    workload: Workload,
+) -> Candidate | None:
+    replicas = (free - group.ranks * copies) // workers
+    rollout = config.schedule.groups_per_rollout * config.algorithm.samples_per_prompt
+    replicas = min(replicas, rollout)
+    several = copies * group.context > 1
+    learner = {
+        "tensor_parallel": group.tensor,
+        "pipeline_parallel": group.pipeline,
+        "context_parallel": group.context,
+        "ranks": group.ranks * copies,
+        "virtual_stages": 1,
+        "sequence_parallel": group.tensor > 1,
+        "distributed_optimizer": several,
+        "overlap_grad_reduce": several,
+        "overlap_param_gather": False,
+        "optimizer_offload": 0.0,
+        "reference": "resident",
+    }
+    generator = {
+        "tensor_parallel": workers,
+        "replicas": replicas,
+        "max_concurrent": max(1, min(_MOST_CONCURRENT, -(-rollout // replicas))),
+    }
+    fits = fitting(with_keys(with_keys(config, "learner", learner), "generator", generator), arch)
+    timed = ((changed, *step_times(changed, arch, workload)) for changed in fits)
+    candidates = [Candidate(config=changed, times=times, speed=speed) for changed, times, speed in timed]
+    return min(candidates, key=lambda candidate: candidate.times.train, default=None)
+
+
+def _simulated(candidate: Candidate, arch: Architecture, kind: Kind, workload: Workload) -> Plan | None:
+    """None if some rule forbids the configuration after all."""
+    mode: dict[str, Any] = {"mode": kind}
+    try:
+        config = RunConfig.model_validate(with_keys(candidate.config, "schedule", mode).model_dump())
+        check_layouts(config, arch)
+        scenario, speed = estimated_scenario(config, arch, workload.lengths, workload.factors)
+        prediction = predict(*_scaled_down(sized(config), scenario))
+    except (ValueError, AsyncRLHFError):
+        return None
+    memory = run_memory(config, arch)
+    return Plan(
+        kind=kind,
+        config=config,
+        times=candidate.times,
+        speed=speed,
+        prediction=prediction,
+        learner_memory=memory.largest_rank,
+        generator_memory=memory.generator.total,
+    )
+
+
+def _scaled_down(config: RunConfig, scenario: Scenario) -> tuple[RunConfig, Scenario]:
+    """A part of the generators with its part of every rollout, where a whole one takes long to simulate: each generator has as
+    much to do, and a step of the learner takes as long."""
+    prompts, replicas = config.schedule.prompts_per_step, config.generator.replicas
+    rollout = config.schedule.groups_per_rollout * config.algorithm.samples_per_prompt
+    kept = max(1, round(replicas * _SIMULATED / rollout))
+    if rollout <= _SIMULATED or kept >= replicas:
+        return config, scenario
+    part = max(1, round(prompts * kept / replicas))
+    speeds = replace(scenario.speeds, train_token_s=scenario.speeds.train_token_s * prompts / part)
+    smaller = with_keys(with_keys(config, "schedule", {"prompts_per_step": part}), "generator", {"replicas": kept})
+    return smaller, replace(scenario, generators=kept, speeds=speeds)
+
+
+def _nothing_fits(config: RunConfig, arch: Architecture) -> str:
+    """The arithmetic, and what would do."""
+    devices, on_machine = devices_of(config), config.launch.gpus_per_node
+    room, billions = config.launch.gpu_memory_gib, arch.num_parameters / 1e9
+    smallest: tuple[int, Group] | None = None
+    for group in learner_groups(arch, max(1, devices - config.reward_workers - 1), on_machine):
+        learner = {
+            "tensor_parallel": group.tensor,
+            "pipeline_parallel": group.pipeline,
+            "context_parallel": group.context,
+            "ranks": group.ranks,
+            "sequence_parallel": group.tensor > 1,
+        }
+        least = least_memory(with_keys(config, "learner", learner), arch)
+        if smallest is None or least < smallest[0]:
+            smallest = least, group
+    what = f"nothing fits: {billions:.1f} billion parameters on {devices} devices of {room:g} GiB"
+    if smallest is None:
+        return f"{what}: no division of the model is allowed on so few devices; use more (launch.nodes, launch.gpus_per_node)"
+    least, group = smallest
+    return (
+        f"{what}: divided by tensor_parallel = {group.tensor} and pipeline_parallel = {group.pipeline}, with layers computed "
+        f"again and the reference in host memory, a learner rank still needs {least / GIB:.1f} GiB, and generators need "
+        f"their own devices; {_way_out(config, arch)}"
+    )
+
+
+def _way_out(config: RunConfig, arch: Architecture) -> str:
+    """The least change that makes something fit: more machines, twice as many each time."""
+    nodes = config.launch.nodes
+    for _ in range(8):
+        nodes *= 2
+        larger = with_keys(config, "launch", {"nodes": nodes})
+        if next(_candidates(larger, arch, Workload()), None) is not None:
+            return f"it fits launch.nodes = {nodes} ({devices_of(larger)} devices)"
+    return "take a smaller model, or devices with more memory"

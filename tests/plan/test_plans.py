@@ -1,0 +1,156 @@
+"""What the planner finds against what every single layout would give, and against the rules that a run is held to."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_async_rlhf.cli import app
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.estimate.fitting import run_memory
+from megatron_async_rlhf.estimate.generator_memory import GIB
+from megatron_async_rlhf.launch.layout import lay_out
+from megatron_async_rlhf.launch.nodes import planned_nodes
+from megatron_async_rlhf.models.layout_rules import check_layouts
+from megatron_async_rlhf.plan.analytic import Workload, step_times
+from megatron_async_rlhf.plan.layouts import with_keys
+from megatron_async_rlhf.plan.search import Plan, _candidates, devices_of, find_plans
+from megatron_async_rlhf.simulate.prediction import shape_of
+from megatron_async_rlhf.usage import run_command_line
+
+ROOT = Path(__file__).parents[2]
+LLAMA = ROOT / "examples" / "llama8b_async.yaml"
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch):
+    """The paper's task with overrides, and the model's shape."""
+    monkeypatch.chdir(ROOT)
+
+    def task(*overrides: str):
+        config = load_config(LLAMA, overrides)
+        return config, shape_of(config)
+
+    return task
+
+
+def plans_of(task, *overrides: str, best: int = 2) -> list[Plan]:
+    config, arch = task(*overrides)
+    return find_plans(config, arch, best=best)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["launch.nodes=2"], ["launch.gpu=a100", "generator.max_new_tokens=256"], ["algorithm={type: ppo}"]],
+)
+def test_every_plan_is_one_that_a_run_takes(task, overrides: list[str]):
+    for plan in plans_of(task, *overrides):
+        config, arch = RunConfig.model_validate(plan.config.model_dump()), shape_of(plan.config)
+        check_layouts(config, arch)
+        lay_out(config, planned_nodes(config), config.generator.replicas)
+        assert config.gpus <= devices_of(config)
+        memory, room = run_memory(config, arch), config.launch.gpu_memory_gib * GIB
+        assert 1.15 * memory.largest_rank <= room and memory.generator.total <= room
+        assert memory.generator.sequences >= 1
+
+
+def test_no_layout_is_faster_than_the_best_candidate(task):
+    """Of all that eight devices allow, tried one by one without the planner's own enumeration."""
+    config, arch = task()
+    found = list(_candidates(config, arch, Workload()))
+    for kind in ("async", "sync"):
+        best = min(candidate.step_s(kind) for candidate in found)
+        others = []
+        for tensor, pipeline, workers in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2, 4)):
+            for ranks in range(tensor * pipeline, 8, tensor * pipeline):
+                replicas = (8 - config.reward_workers - ranks) // workers
+                if replicas < 1:
+                    continue
+                several = ranks > tensor * pipeline
+                for size, recompute in itertools.product((2048, 4096, 8192, 16384), ("none", "selective", "full")):
+                    keys = {
+                        "tensor_parallel": tensor, "pipeline_parallel": pipeline, "ranks": ranks,
+                        "sequence_parallel": tensor > 1, "distributed_optimizer": several, "overlap_grad_reduce": several,
+                        "micro_batch_tokens": size, "recompute": recompute,
+                    }  # fmt: skip
+                    generator = {
+                        "tensor_parallel": workers,
+                        "replicas": replicas,
+                        "max_concurrent": -(-256 // replicas),
+                    }
+                    other = with_keys(with_keys(config, "learner", keys), "generator", generator)
+                    try:
+                        check_layouts(other, arch)
+                    except ConfigError:
+                        continue
+                    if 1.15 * run_memory(other, arch).largest_rank > 80 * GIB:
+                        continue
+                    times, _ = step_times(other, arch, Workload())
+                    others.append(times.overlapped if kind == "async" else times.in_turns)
+        assert len(others) > 50
+        assert best <= min(others) + 1e-9
+
+
+def test_more_devices_are_never_slower(task):
+    steps = [
+        min(c.step_s("async") for c in _candidates(*task(f"launch.nodes={nodes}"), Workload()))
+        for nodes in (1, 2, 4, 8)
+    ]
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_a_plan_for_one_kind_of_gpu_is_faster_on_a_faster_one(task):
+    h100, b200 = (plans_of(task, f"launch.gpu={gpu}", best=1)[0] for gpu in ("h100", "b200"))
+    assert b200.prediction.schedule.step_s < h100.prediction.schedule.step_s
+
+
+def test_what_fits_nowhere_is_refused_with_the_least_change(task):
+    with pytest.raises(ConfigError) as refused:
+        plans_of(
+            task,
+            "launch.gpu_memory_gib=24",
+            "launch.gpus_per_node=2",
+            "generator.replicas=1",
+            "learner.ranks=1",
+            "learner.tensor_parallel=1",
+            "learner.sequence_parallel=false",
+            "reward={type: gsm8k}",
+        )
+    message = str(refused.value)
+    assert message.startswith(
+        "nothing fits: 8.0 billion parameters on 2 devices of 24 GiB: divided by tensor_parallel = "
+    )
+    assert "it fits launch.nodes = " in message and "\n" not in message
+
+
+def test_programs_read_json(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(
+        app, ["plan", str(LLAMA), "--json", "--best", "2", "--out", str(tmp_path / "plan.yaml")]
+    )
+    assert result.exit_code == 0, result.output
+    plans = json.loads(result.output)
+    assert [plan["schedule"] for plan in plans] == ["async", "async", "sync", "sync"]
+    for plan in plans:
+        assert plan["step_seconds"] > 0 and set(plan["idle"]) == {"learner", "generators"}
+        assert plan["hours"] == pytest.approx(plan["step_seconds"] * 390 / 3600)
+        assert 0 <= plan["staleness"]["mean"] <= plan["staleness"]["bound"]
+        devices = plan["devices"]
+        assert sum(devices.values()) == 8 and min(devices.values()) >= 0
+    assert plans[0]["step_seconds"] <= plans[1]["step_seconds"]
+    assert run_command_line(app, ["train", str(tmp_path / "plan.yaml"), "--dry-run"]) == 0
+
+
+def test_people_read_a_table_of_eighty_columns(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["plan", str(LLAMA), "--best", "1"])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0].strip() == "predicted for 8 devices"
+    assert [line.split()[0] for line in lines[2:4]] == ["async", "sync"]
+    assert all(len(line) <= 80 for line in lines[:4])
+    assert "assumed, not measured: prompts of 256 and completions of 512 tokens" in result.output.replace("\n", " ")
