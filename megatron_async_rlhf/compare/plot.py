@@ -36,7 +36,7 @@ def draw(comparison: Comparison):
         _curves(by_time, name, runs, [[moment.seconds for moment in run.course] for run in runs])
     by_samples.set_xlabel("completions generated for training")
     by_time.set_xlabel("seconds of the RL loop")
-    by_samples.set_ylabel(f"reward in training, mean over {WINDOW:.0%} of the steps")
+    by_samples.set_ylabel(f"reward in training (over {WINDOW:.0%} of the steps)")
     by_samples.legend()
     _bars(axes["sides"], comparison)
     return figure

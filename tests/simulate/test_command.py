@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.estimate.speed import CPU_CORE
+from megatron_async_rlhf.estimate.machines import CPU_CORE
 from megatron_async_rlhf.simulate.lengths import ConstantLength, parse_lengths
 from megatron_async_rlhf.simulate.measured import measure
 from megatron_async_rlhf.simulate.prediction import slowed, synchronous
