@@ -38,7 +38,7 @@ def compare(
     from rich.console import Console
 
     from megatron_async_rlhf.compare.comparison import compare_runs
-    from megatron_async_rlhf.compare.making import completed_runs, make_runs, planned_runs
+    from megatron_async_rlhf.compare.making import check_runs, completed_runs, make_runs, planned_runs
     from megatron_async_rlhf.compare.report import show, write_comparison
     from megatron_async_rlhf.compare.runs import read_run
     from megatron_async_rlhf.sweep.table import print_points
@@ -49,6 +49,8 @@ def compare(
         runs, directory = [read_run(source) for source in sources], sources[0].parent
     else:
         plan = planned_runs(sources, set, seeds, baseline, weights=not (dry_run or report_only))
+        if not report_only:
+            check_runs(plan)
         if dry_run:
             print_points(console, plan, plan.points)
             return

@@ -48,15 +48,19 @@ def planned_runs(
     return expand(tree | {"sweep": {"axes": axes}}, weights=weights)
 
 
-def make_runs(plan: Sweep, console: Console) -> int:
-    """Those that are not completed; exit code as of `sweep`.
+def check_runs(plan: Sweep) -> None:
+    """Against model and data, before any of them starts.
 
     Raises:
-        ConfigError: one cannot run; none was started then.
+        ConfigError: one cannot run.
     """
     check_directory(plan.directory)
     check_points(plan, plan.points)
     check_inputs_of_earlier_points(plan)
+
+
+def make_runs(plan: Sweep, console: Console) -> int:
+    """Those that are not completed; exit code as of `sweep`."""
     warn(check_surroundings())
     outlive_readers()
     driver = Driver(plan, note=lambda line: console.print(line, markup=False), after_point=lambda: None)

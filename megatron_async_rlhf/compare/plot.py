@@ -1,7 +1,6 @@
 """The comparison as a picture: reward by samples, reward by time, and what each side did with its time."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -48,19 +47,12 @@ def _samples(run: ComparedRun) -> list[float]:
 
 def _curves(axes, name: str, runs: Sequence[ComparedRun], places: Sequence[Sequence[float]]) -> None:
     colour = _COLOURS[name]
-    smooth = [_smoothed([moment.reward for moment in run.course]) for run in runs]
+    smooth = [[run.reward_after(steps) for steps in range(1, len(run.course) + 1)] for run in runs]
     for at, rewards in zip(places, smooth, strict=True):
         axes.plot(at, rewards, color=colour, linewidth=0.8, alpha=0.4)
     grid = np.linspace(max(at[0] for at in places), min(at[-1] for at in places), _POINTS)
     mean = np.mean([np.interp(grid, at, rewards) for at, rewards in zip(places, smooth, strict=True)], axis=0)
     axes.plot(grid, mean, color=colour, linewidth=2, label=_LABELS[name])
-
-
-def _smoothed(rewards: Sequence[float]) -> list[float]:
-    """Mean over the window that ends with each step; of what there is, where that is less."""
-    window = max(1, round(WINDOW * len(rewards)))
-    sums = [0.0, *accumulate(rewards)]
-    return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(rewards))]
 
 
 def _bars(axes, comparison: Comparison) -> None:

@@ -113,8 +113,11 @@ class ComparedRun(Struct, frozen=True, kw_only=True):
 
     def reward_at(self, seconds: float) -> float:
         """Mean reward of training over the window of steps before this time of the RL loop; of the first one before any."""
-        done = max(1, sum(moment.seconds <= seconds for moment in self.course))
-        return fmean(moment.reward for moment in self.course[:done][-self._window :])
+        return self.reward_after(max(1, sum(moment.seconds <= seconds for moment in self.course)))
+
+    def reward_after(self, steps: int) -> float:
+        """The same after so many steps, at least 1; of what there is, where that is less than the window."""
+        return fmean(moment.reward for moment in self.course[:steps][-self._window :])
 
     @property
     def reward_at_end(self) -> float:

@@ -59,14 +59,13 @@ def step_times(config: RunConfig, arch: Architecture, workload: Workload) -> tup
     schedule = config.schedule
     rollout = schedule.groups_per_rollout * config.algorithm.samples_per_prompt
     each = rollout / config.generator.replicas
-    at_once = max(1.0, min(each, config.generator.max_concurrent, speed.at_once))
-    decode_s = speed.token_s + at_once * speed.sequence_s
+    decode_s = speed.token_s + speed.at_once * speed.sequence_s
     longest = min(config.generator.max_new_tokens, speed.completion * _longest_share(each))
     updates = schedule.updates_per_rollout
     return (
         StepTimes(
             train=speed.learner.total,
-            generate=each * speed.completion * decode_s / at_once / updates,
+            generate=each * speed.completion * decode_s / speed.at_once / updates,
             tail=(longest - speed.completion) * speed.token_s / updates,  # with few sequences at last
             push=speed.push_s / updates,
             contention=speed.machine.contention,

@@ -21,7 +21,8 @@ from megatron_async_rlhf.models.layout_rules import (
 )
 
 _TENSOR = (1, 2, 4, 8, 16)
-_MOST_STAGES, _MOST_CONTEXT = 16, 8
+_CONTEXT = (1, 2, 4, 8)
+_MOST_STAGES = 16
 _LONG = 8192  # tokens from which on dividing a sequence over ranks is worth trying
 # Tokens of a micro-batch that are tried, more first: fewer passes, and matrix products of a better shape.
 _MICRO_BATCHES = (16384, 8192, 4096, 2048, 1024)
@@ -41,7 +42,7 @@ class Group(Struct, frozen=True, order=True):
 
 def learner_groups(arch: Architecture, devices: int, on_machine: int) -> Iterator[Group]:
     """Of at most so many devices; a tensor-parallel group stays on one machine, where its links are fast."""
-    contexts = [1] if arch.context_length < _LONG else [c for c in (1, 2, 4, 8) if c <= _MOST_CONTEXT]
+    contexts = _CONTEXT if arch.context_length >= _LONG else (1,)
     for tensor in _TENSOR:
         if tensor > on_machine or not _is_allowed(_check_tensor, tensor, arch):
             continue

@@ -96,6 +96,10 @@ def test_what_was_made_before_is_reported(config: Path):
         (["-s", "schedule.max_staleness=0"], "nothing overlaps, so there is nothing to compare"),
         (["-s", "sweep={axes: {seed: {run.seed: [0]}}}"], "has a sweep section"),
         (["--report-only"], "there are no runs to compare"),
+        (
+            ["--dry-run", "--baseline", "same_split", "-s", "reward.type=gsm8k", "-s", "data.train=missing.jsonl"],
+            "missing.jsonl",
+        ),
     ],
 )
 def test_bad_requests_are_one_line(config: Path, arguments: list[str], message: str, capsys):
