@@ -162,7 +162,8 @@ def test_training_is_that_of_a_loop_with_transformers(trained: Trained, name: st
         theirs = step(model, optimizer, losses_P.mean(), KEYS, number / len(STEPS)) | reported
         found = {key: ours["steps"][number][key] for key in theirs}
         # A margin is a small difference of scores around 1, and CPUs of another kind round those otherwise.
-        assert found == pytest.approx(theirs, rel=1e-4, abs=5e-5), number
+        assert found.pop("pairs/margin") == pytest.approx(theirs.pop("pairs/margin"), rel=1e-4, abs=5e-5), number
+        assert found == pytest.approx(theirs, rel=1e-4, abs=1e-5), number
     with torch.no_grad():
         assert ours["after"] == pytest.approx([score(model, row).item() for row in SCORED], abs=1e-3)
     final = trained.exported(ONE, name, "final")

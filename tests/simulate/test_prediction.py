@@ -68,8 +68,9 @@ def test_the_known_error_is_what_the_model_makes_of_the_run_that_was_measured():
     scenario, _ = estimated_scenario(config, shape_of(config))
     where, measured = prediction.MEASURED
     assert where.startswith("examples/quickstart.yaml")
-    assert round(predict(sized(config), scenario).speedup, 2) == prediction.PREDICTED, "tell PREDICTED"
-    assert abs(prediction.PREDICTED / measured - 1) < 0.12
+    predicted = predict(sized(config), scenario).speedup
+    assert round(predicted, 2) == prediction.PREDICTED, "tell PREDICTED"
+    assert abs(predicted / measured - 1) < 0.1
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.search(rf"{measured:.2f}\s+times the wall clock", readme)
     assert re.search(rf"a ratio of\s+{prediction.PREDICTED:.2f};", readme)
