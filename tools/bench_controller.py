@@ -4,8 +4,8 @@
 
 The controller process has the real scheduler, the real HTTP client of vLLM with its tokenizer, real rewards and
 recorder, and a learner that only encodes the command and decodes an answer as big as a real one. A second process, on
-another core, answers like vLLM's `/inference/v1/generate`, at once and always the same: tokens, log-probabilities with
-ranks and the best alternative, and the version of the weights.
+another core, answers as the real server's route for samples does, at once and always the same: tokens, their
+log-probabilities, and the version of the weights.
 
 `--slow-ms` scores with a function in worker processes that sleeps that long for every completion, as a slow verifier would:
 the samples per second that the workers could score are printed beside those that were, and the longest time that the event
@@ -30,14 +30,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from aiohttp import web
+from msgspec import structs
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.builtin_task import make_examples
 from megatron_async_rlhf.data.prompts import PromptOrder, build_prompts
 from megatron_async_rlhf.data.tokenizer import Tokenizer, train_bpe_tokenizer
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
+from megatron_async_rlhf.generator.vllm.packed import (
+    LOGPROB,
+    TOKEN,
+    PackedAnswer,
+    PackedCompletion,
+    PackedRequest,
+    pack,
+)
 from megatron_async_rlhf.interpreter import collect_rarely
 from megatron_async_rlhf.learner.protocol import (
     Answer,
@@ -52,6 +62,7 @@ from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
+from megatron_async_rlhf.serving.connection import SAMPLE
 from megatron_async_rlhf.simulate.simulation import NoCheckpoints
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.recorder import Recorder
@@ -69,28 +80,17 @@ def serve(port: int, length: int, core: int) -> None:
     rng = random.Random(0)
     version = "0"
 
-    def choice(index: int) -> str:
-        content = []
-        for _ in range(length):
-            entry = {"token_id": rng.randrange(300, VOCAB), "logprob": -rng.expovariate(1.0), "rank": 1}
-            content.append({**entry, "top_logprobs": [entry]})
-        fields = {
-            "index": index,
-            "logprobs": {"content": content},
-            "finish_reason": "length",
-            "stop_reason": None,
-            "token_ids": [entry["token_id"] for entry in content],
-            "weight_versions": [{"version": "VERSION", "start": 0, "end": length}],
-        }
-        return json.dumps(fields, separators=(",", ":"))
+    def completion() -> PackedCompletion:
+        tokens = [rng.randrange(300, VOCAB) for _ in range(length)]
+        logprobs = [-rng.expovariate(1.0) for _ in range(length)]
+        return PackedCompletion(pack(TOKEN, tokens), pack(LOGPROB, logprobs), "length", None)
 
-    choices = [choice(index) for index in range(16)]
+    completions = [completion() for _ in range(16)]
 
-    async def generate(request: web.Request) -> web.Response:
-        body = json.loads(await request.read())
-        wanted = ",".join(choices[: body["sampling_params"]["n"]]).replace("VERSION", version)
-        text = '{"request_id":"0","output_mode":"tokens","choices":[' + wanted + "]}"
-        return web.Response(text=text, content_type="application/json")
+    async def sample(request: web.Request) -> web.Response:
+        asked = msgspec.msgpack.decode(await request.read(), type=PackedRequest)
+        wanted = [structs.replace(each, versions=[(version, 0, length)]) for each in completions[: asked.samples]]
+        return web.Response(body=msgspec.msgpack.encode(PackedAnswer(wanted)))
 
     async def finish(request: web.Request) -> web.Response:
         nonlocal version
@@ -101,7 +101,7 @@ def serve(port: int, length: int, core: int) -> None:
         return web.json_response({"server_load": 10**6, "success": True, "weight_version": version})
 
     server = web.Application()
-    server.router.add_post("/inference/v1/generate", generate)
+    server.router.add_post(SAMPLE, sample)
     server.router.add_post("/finish_weight_update", finish)
     server.router.add_route("*", "/{any:.*}", anything)
     web.run_app(server, host="127.0.0.1", port=port, print=None)

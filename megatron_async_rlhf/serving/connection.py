@@ -13,7 +13,8 @@ from megatron_async_rlhf.limits import open_files
 
 NO_LIMIT = 0.0
 CLASSIFY = "/classify"
-_TAKE_PLACES = {"/inference/v1/generate", CLASSIFY}
+SAMPLE = "/async_rlhf/sample"  # `generator/vllm/packed_route.py`
+_TAKE_PLACES = {"/inference/v1/generate", SAMPLE, CLASSIFY}
 _ENDING = b"Server shutting down"  # what vLLM's engine says to whatever it is asked after it was told to end
 # Of a connection that this machine does not even try to make: the server has nothing to do with it.
 _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL}
@@ -64,6 +65,10 @@ class Connection:
         """
         return await self._request("POST", path, body, self._timeout_s if timeout_s is None else timeout_s, answer)
 
+    async def post_packed(self, path: str, body: msgspec.Struct, answer: Any) -> Any:
+        """As `post`, in MessagePack both ways, without a limit on time."""
+        return await self._request("POST", path, msgspec.msgpack.encode(body), NO_LIMIT, answer)
+
     async def has_engine(self) -> bool:
         """Whether the server answers and believes its engine alive, which it does of one that hangs too."""
         try:
@@ -76,22 +81,23 @@ class Connection:
     async def close(self) -> None:
         await self._http.close()
 
-    def _decoded(self, path: str, content: bytes, answer: Any) -> Any:
+    def _decoded(self, path: str, content: bytes, answer: Any, *, packed: bool) -> Any:
         try:
-            return msgspec.json.decode(content, type=answer)
+            return (msgspec.msgpack if packed else msgspec.json).decode(content, type=answer)
         except msgspec.MsgspecError as error:
             raise GeneratorError(f"{self._name}: {path} answered something else than expected: {error}") from None
 
     async def _request(
-        self, method: str, path: str, body: dict | None, limit: float, answer: Any = dict[str, Any]
+        self, method: str, path: str, body: dict | bytes | None, limit: float, answer: Any = dict[str, Any]
     ) -> Any:
-        name = self._name
+        name, packed = self._name, isinstance(body, bytes)
+        content_of: dict[str, Any] = {"data": body} if packed else {"json": body}
         place = self._free_places if path in _TAKE_PLACES else contextlib.nullcontext()
         try:
             async with (
                 place,
                 self._http.request(
-                    method, path, json=body, timeout=aiohttp.ClientTimeout(total=limit or None)
+                    method, path, **content_of, timeout=aiohttp.ClientTimeout(total=limit or None)
                 ) as response,
             ):
                 status, content = response.status, await response.read()
@@ -104,7 +110,7 @@ class Connection:
             self._refuse_if_ours(error)
             raise GeneratorGoneError(f"{name}: {path} failed, the server is gone ({type(error).__name__})") from None
         if status == 200:
-            return self._decoded(path, content, answer) if content else {}
+            return self._decoded(path, content, answer, packed=packed) if content else {}
         if status >= 500 and _ENDING in content:
             raise GeneratorGoneError(f"{name}: {path} failed, the server was told to end")
         if status >= 500 and not await self.has_engine():  # a server outlives its engine by a moment

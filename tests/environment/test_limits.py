@@ -15,10 +15,9 @@ from megatron_async_rlhf import limits
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.places import places, places_problem, threads_problem
-from megatron_async_rlhf.serving.connection import NO_LIMIT, Connection
+from megatron_async_rlhf.serving.connection import NO_LIMIT, SAMPLE, Connection
 
 FILES = resource.RLIMIT_NOFILE
-SAMPLE = "/inference/v1/generate"
 RAISE = (
     "from megatron_async_rlhf.limits import open_files, raise_soft_limits; raise_soft_limits(); import resource;"
     "print(open_files(), *(resource.getrlimit(n) for n in (resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK)))"

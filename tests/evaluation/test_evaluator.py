@@ -8,15 +8,25 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from aiohttp import web
 from tiny_reward_model import describe_reward_model
 
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.generator.vllm.packed import (
+    LOGPROB,
+    TOKEN,
+    PackedAnswer,
+    PackedCompletion,
+    PackedRequest,
+    pack,
+)
 from megatron_async_rlhf.jobs import evaluate
 from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import make_model_template
+from megatron_async_rlhf.serving.connection import SAMPLE
 from megatron_async_rlhf.telemetry.events import EventStream
 
 FRESH = "model={layers: 2, hidden_size: 64, ffn_size: 96, heads: 2, context_length: 96}"
@@ -33,25 +43,38 @@ class Server:
     def __init__(self) -> None:
         self.model, self.asked = "", Counter()
         self.broken_after = self.interrupted_after = 10**6
-        self.bodies: list[dict] = []
+        self.requests: list[PackedRequest] = []
+        self.scored: list[list[int]] = []
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": self.model}]})
 
-    async def generate(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        self.bodies.append(body)
+    async def _take(self) -> web.Response | None:
+        """Count a request; what to answer instead if it is not to be served."""
         if self.asked.total() == self.interrupted_after:
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.sleep(600)
         if self.asked.total() >= self.broken_after:
             return web.Response(status=400, text="no more")
         self.asked[self.model] += 1
-        if "prompt_logprobs" in body["sampling_params"]:
-            rows = [None, *({str(token): {"logprob": -1.0}} for token in body["token_ids"][1:])]
-            return web.json_response({"choices": [], "prompt_logprobs": rows})
-        choice = {"token_ids": [65, 257], "logprobs": {"content": [{"logprob": -0.5}] * 2}, "finish_reason": "stop"}
-        return web.json_response({"choices": [choice | {"index": i} for i in range(body["sampling_params"]["n"])]})
+        return None
+
+    async def sample(self, request: web.Request) -> web.Response:
+        asked = msgspec.msgpack.decode(await request.read(), type=PackedRequest)
+        self.requests.append(asked)
+        if (refusal := await self._take()) is not None:
+            return refusal
+        tokens, logprobs = pack(TOKEN, [65, 257]), pack(LOGPROB, [-0.5] * 2)
+        completion = PackedCompletion(token_ids=tokens, logprobs=logprobs, finish_reason="stop", versions=None)
+        return web.Response(body=msgspec.msgpack.encode(PackedAnswer([completion] * asked.samples)))
+
+    async def score(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.scored.append(body["token_ids"])
+        if (refusal := await self._take()) is not None:
+            return refusal
+        rows = [None, *({str(token): {"logprob": -1.0}} for token in body["token_ids"][1:])]
+        return web.json_response({"choices": [], "prompt_logprobs": rows})
 
     async def classify(self, request: web.Request) -> web.Response:
         """As a reward model that counts tokens."""
@@ -92,7 +115,8 @@ def run(run_dir: Path, server: Server) -> int:
     async def go() -> int:
         application = web.Application()
         application.router.add_get("/v1/models", server.models)
-        application.router.add_post("/inference/v1/generate", server.generate)
+        application.router.add_post(SAMPLE, server.sample)
+        application.router.add_post("/inference/v1/generate", server.score)
         application.router.add_post("/classify", server.classify)
         application.router.add_route("*", "/{path:.*}", server.anything_else)
         runner = web.AppRunner(application, shutdown_timeout=0.05)
@@ -118,8 +142,7 @@ def test_each_model_is_served_once_and_asked_once_for_each_prompt(tmp_path, serv
     content = json.loads((run_dir / "eval.json").read_text())
     assert content["wins"]["win_rate"]["mean"] == 0.5  # the same answers
     assert content["kl"]["kl_k1"]["mean"] == pytest.approx(1.0)  # two tokens, half a nat each
-    scored = next(body for body in server.bodies if "prompt_logprobs" in body["sampling_params"])
-    assert scored["token_ids"][-2:] == [65, 257]
+    assert server.scored[0][-2:] == [65, 257]
     assert json.loads((run_dir / "summary.json").read_text())["eval"]["wins"]["win_rate"] == 0.5
 
 
@@ -166,9 +189,8 @@ def test_several_answers_are_sampled_in_one_request(tmp_path, server):
     settings = ("eval.samples=3", "eval.temperature=0.7", "eval.k=[1, 3]", "eval.max_new_tokens=7", "eval.seed=3")
     run_dir = prepared(tmp_path, *settings)
     assert run(run_dir, server) == 0
-    sampling = [body["sampling_params"] for body in server.bodies]
-    assert {(s["n"], s["temperature"], s["max_tokens"]) for s in sampling} == {(3, 0.7, 7)}
-    assert len({s["seed"] for s in sampling}) == 6
+    assert {(asked.samples, asked.temperature, asked.max_tokens) for asked in server.requests} == {(3, 0.7, 7)}
+    assert len({asked.seed for asked in server.requests}) == 6
     content = json.loads((run_dir / "eval.json").read_text())
     assert {"pass@1", "pass@3"} <= content["metrics"].keys()
     assert content["prompts"] == 6

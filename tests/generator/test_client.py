@@ -5,17 +5,27 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from aiohttp import web
+from msgspec import structs
 
 from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
+from megatron_async_rlhf.generator.vllm.packed import (
+    LOGPROB,
+    TOKEN,
+    PackedAnswer,
+    PackedCompletion,
+    PackedRequest,
+    pack,
+)
+from megatron_async_rlhf.serving.connection import SAMPLE
 from megatron_async_rlhf.types import Completion, Prompt
 
 PROMPT = Prompt(index=0, text="p", token_ids=[112], reference={})
-FINAL_ONLY = 2
 
 
 @pytest.fixture(scope="module")
@@ -25,27 +35,22 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(directory)
 
 
-def choice(*token_ids: int, reason: str, index: int = 0, version: str | None = "7") -> dict:
-    """As vLLM tells of one completion; before 0.30 without a version."""
-    spans = None if version is None else [{"version": version, "start": 0, "end": len(token_ids)}]
-    entries = [{"logprob": -1.0} for _ in token_ids]
-    return {
-        "index": index,
-        "token_ids": list(token_ids),
-        "logprobs": {"content": entries},
-        "finish_reason": reason,
-        "weight_versions": spans,
-    }
+def completed(*token_ids: int, reason: str, version: str | None = "7") -> PackedCompletion:
+    """As the server tells of one completion; with vLLM before 0.30 without a version."""
+    spans = None if version is None else [(version, 0, len(token_ids))]
+    tokens, logprobs = pack(TOKEN, list(token_ids)), pack(LOGPROB, [-1.0] * len(token_ids))
+    return PackedCompletion(token_ids=tokens, logprobs=logprobs, finish_reason=reason, versions=spans)
 
 
 @asynccontextmanager
 async def connected(
     tokenizer: Tokenizer, generate: Callable, push: Callable | None = None
 ) -> AsyncIterator[VLLMGenerator]:
-    """A client with version 7; `generate` makes the choices out of a request, `push` is called while weights arrive."""
+    """A client with version 7; `generate` makes the completions out of a request, `push` is called while weights arrive."""
 
     async def answer(request: web.Request) -> web.Response:
-        return web.json_response({"choices": await generate(await request.json())})
+        asked = msgspec.msgpack.decode(await request.read(), type=PackedRequest)
+        return web.Response(body=msgspec.msgpack.encode(PackedAnswer(await generate(asked))))
 
     async def anything_else(request: web.Request) -> web.Response:
         if push is not None and request.path == "/update_weights":
@@ -53,7 +58,7 @@ async def connected(
         return web.json_response({"success": True, "weight_version": "7"})
 
     application = web.Application()
-    application.router.add_post("/inference/v1/generate", answer)
+    application.router.add_post(SAMPLE, answer)
     application.router.add_route("*", "/{path:.*}", anything_else)
     async with serving(application, tokenizer) as client:
         client.version = 7
@@ -90,28 +95,30 @@ def request(samples: int = 1, begun: Completion | None = None) -> SamplingReques
     return SamplingRequest(prompt=PROMPT, samples=samples, seed=1, temperature=1.0, max_new_tokens=4, begun=begun)
 
 
-def answered(tokenizer: Tokenizer, *choices: dict, begun: Completion | None = None) -> list[Completion]:
+def answered(
+    tokenizer: Tokenizer, *completions: PackedCompletion, samples: int = 1, begun: Completion | None = None
+) -> list[Completion]:
     async def go() -> list[Completion]:
-        async def generate(body: dict) -> list[dict]:
-            return list(choices)
+        async def generate(asked: PackedRequest) -> list[PackedCompletion]:
+            return list(completions)
 
         async with connected(tokenizer, generate) as client:
-            return await client.sample(request(len(choices), begun))
+            return await client.sample(request(samples, begun))
 
     return asyncio.run(go())
 
 
-def test_samples_that_end_at_different_steps_all_come_back(tokenizer):
-    ended = [choice(65, 257, reason="stop"), choice(65, 66, 257, reason="stop", index=1)]
+def test_every_sample_of_a_request_comes_back_in_order(tokenizer):
+    ended = [completed(65, 257, reason="stop"), completed(65, 66, 257, reason="stop")]
+    assert [completion.text for completion in answered(tokenizer, *ended, samples=2)] == ["A", "AB"]
+    with pytest.raises(GeneratorError, match="generator.0: asked for 2 completions, got 1"):
+        answered(tokenizer, ended[0], samples=2)
 
-    async def generate(body: dict) -> list[dict]:  # as vLLM 0.26 does
-        return ended if body["sampling_params"].get("output_kind") == FINAL_ONLY else ended[1:]
 
-    async def go() -> list[Completion]:
-        async with connected(tokenizer, generate) as client:
-            return await client.sample(request(2))
-
-    assert [completion.text for completion in asyncio.run(go())] == ["A", "AB"]
+def test_tokens_without_their_log_probabilities_are_refused(tokenizer):
+    short = structs.replace(completed(65, 257, reason="stop"), logprobs=pack(LOGPROB, [-1.0]))
+    with pytest.raises(GeneratorError, match="generator.0: 2 tokens came with 1 log-probabilities"):
+        answered(tokenizer, short)
 
 
 @pytest.mark.parametrize(
@@ -120,26 +127,26 @@ def test_samples_that_end_at_different_steps_all_come_back(tokenizer):
 def test_vllm_says_whether_a_completion_ended(tokenizer, reason, finished, interrupted):
     # 90 (Z) and 258 stand for the other ids of a model's eos_token_id list, of which the tokenizer knows nothing.
     for last in (257, 258, 90):
-        (completion,) = answered(tokenizer, choice(65, last, reason=reason))
+        (completion,) = answered(tokenizer, completed(65, last, reason=reason))
         assert (completion.finished, completion.interrupted) == (finished, interrupted)
         assert completion.token_ids == [65, last]
         assert completion.text == ("AZ" if last == 90 and not finished else "A")
 
 
 def test_going_on_ends_as_the_second_part_did(tokenizer):
-    (begun,) = answered(tokenizer, choice(65, 66, reason="abort"))
-    (whole,) = answered(tokenizer, choice(258, reason="stop"), begun=begun)
+    (begun,) = answered(tokenizer, completed(65, 66, reason="abort"))
+    (whole,) = answered(tokenizer, completed(258, reason="stop"), begun=begun)
     assert (whole.token_ids, whole.text) == ([65, 66, 258], "AB")
     assert whole.finished and not whole.interrupted
 
 
 def test_what_is_whole_is_not_asked_for_again(tokenizer):
-    (cut_at_limit,) = answered(tokenizer, choice(65, 66, 67, 68, reason="abort"))
-    (completion,) = answered(tokenizer, choice(reason="stop"), begun=cut_at_limit)
+    (cut_at_limit,) = answered(tokenizer, completed(65, 66, 67, 68, reason="abort"))
+    (completion,) = answered(tokenizer, completed(reason="stop"), begun=cut_at_limit)
     assert (completion.token_ids, completion.text) == ([65, 66, 67, 68], "ABCD")
     assert not completion.finished and not completion.interrupted
-    (ended,) = answered(tokenizer, choice(65, 258, reason="stop"))
-    assert answered(tokenizer, choice(66, reason="length"), begun=ended) == [ended]
+    (ended,) = answered(tokenizer, completed(65, 258, reason="stop"))
+    assert answered(tokenizer, completed(66, reason="length"), begun=ended) == [ended]
 
 
 @pytest.mark.parametrize("recorded", ["7", None])
@@ -147,10 +154,10 @@ def test_an_answer_that_a_push_cut_off_has_the_version_it_was_sampled_with(token
     async def go() -> list[Completion]:
         asked, pushing, answered = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-        async def generate(body: dict) -> list[dict]:
+        async def generate(_: PackedRequest) -> list[PackedCompletion]:
             asked.set()
             await pushing.wait()
-            return [choice(65, 66, reason="abort", version=recorded)]
+            return [completed(65, 66, reason="abort", version=recorded)]
 
         async def push() -> None:
             pushing.set()
@@ -245,18 +252,20 @@ def model_server(name: str, rows: list | None = None) -> web.Application:
     async def models(request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": name, "object": "model"}]})
 
-    async def generate(request: web.Request) -> web.Response:
-        body = await request.json()
-        if "prompt_logprobs" in body["sampling_params"]:
-            return web.json_response({"choices": [], "prompt_logprobs": rows})
-        return web.json_response({"choices": [choice(65, 257, reason="stop", version="default")]})
+    async def sample(request: web.Request) -> web.Response:
+        answer = PackedAnswer([completed(65, 257, reason="stop", version="default")])
+        return web.Response(body=msgspec.msgpack.encode(answer))
+
+    async def score(request: web.Request) -> web.Response:
+        return web.json_response({"choices": [], "prompt_logprobs": rows})
 
     async def anything_else(request: web.Request) -> web.Response:
         return web.json_response({})
 
     application = web.Application()
     application.router.add_get("/v1/models", models)
-    application.router.add_post("/inference/v1/generate", generate)
+    application.router.add_post(SAMPLE, sample)
+    application.router.add_post("/inference/v1/generate", score)
     application.router.add_route("*", "/{path:.*}", anything_else)
     return application
 

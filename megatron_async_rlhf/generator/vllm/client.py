@@ -1,6 +1,6 @@
 """Talks to one vLLM server: sampling, pausing, and the generator's half of a weight push. No vllm import.
 
-    sample ──> /inference/v1/generate ──────────────────────────────> completions, interrupted or not
+    sample ──> /async_rlhf/sample (packed_route) ───────────────────> completions, interrupted or not
                      ▲ begun: goes on after these tokens ──────────────────────┘
     pause(keep | wait | abort) ──> receive_weights(recompute | not) ──> resume
 
@@ -17,13 +17,18 @@ from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
-from megatron_async_rlhf.serving.connection import NO_LIMIT, Connection
+from megatron_async_rlhf.generator.vllm.packed import (
+    LOGPROB,
+    TOKEN,
+    PackedAnswer,
+    PackedCompletion,
+    PackedRequest,
+    unpack,
+)
+from megatron_async_rlhf.serving.connection import NO_LIMIT, SAMPLE, Connection
 from megatron_async_rlhf.serving.silence import StallDetector
 from megatron_async_rlhf.types import Completion
 
-# vLLM's `RequestOutputKind`. Left to its default, 0.26 answers a request for several samples with those that ended in
-# the last step, and loses the others.
-_FINAL_ONLY = 2
 _NOTHING = Completion(token_ids=[], logprobs=[], versions=[], finished=False, text="")
 
 
@@ -31,32 +36,6 @@ class _Entry(Struct):
     """Of one token."""
 
     logprob: float
-
-
-class _Logprobs(Struct):
-    content: list[_Entry] | None = None
-
-
-class _Span(Struct):
-    """Tokens from `start` to before `end` were sampled by the weights that the server calls `version`."""
-
-    version: str
-    start: int
-    end: int
-
-
-class _Choice(Struct):
-    """One completion, as vLLM tells of it."""
-
-    index: int
-    token_ids: list[int] | None = None
-    logprobs: _Logprobs | None = None
-    finish_reason: str | None = None
-    weight_versions: list[_Span] | None = None
-
-
-class _Answer(Struct):
-    choices: list[_Choice]
 
 
 class _ScoredPrompt(Struct):
@@ -119,36 +98,27 @@ class VLLMGenerator:
             raise GeneratorError(f"{self.name}: only one sample can go on from what was begun, not {request.samples}")
         if begun.finished or left <= 0:
             return [structs.replace(begun, interrupted=False)]
-        body = {
-            "token_ids": request.prompt.token_ids + begun.token_ids,
-            "priority": request.order,
-            "sampling_params": {
-                "n": request.samples,
-                "seed": continued_seed(request.seed, len(begun.token_ids)),
-                "temperature": request.temperature,
-                "top_p": 1.0,
-                "top_k": 0,
-                "max_tokens": left,
-                "logprobs": 0,
-                "stop_token_ids": [self._tokenizer.eos_token_id],
-                "detokenize": False,
-                "output_kind": _FINAL_ONLY,
-            },
-        }
+        packed = PackedRequest(
+            token_ids=request.prompt.token_ids + begun.token_ids,
+            samples=request.samples,
+            seed=continued_seed(request.seed, len(begun.token_ids)),
+            temperature=request.temperature,
+            max_tokens=left,
+            stop_token_ids=[self._tokenizer.eos_token_id],
+            order=request.order,
+        )
         version = self.version  # a push may begin before an answer that it has cut off is read
         self._under_way += 1
         try:
-            asking = self._ask("/inference/v1/generate", body, timeout_s=NO_LIMIT, answer=_Answer)
-            answer = await self._silence.wait(asking)
+            answer = await self._silence.wait(self._server.post_packed(SAMPLE, packed, PackedAnswer))
         except GeneratorGoneError:
             self.version = -1
             raise
         finally:
             self._under_way -= 1
-        choices = sorted(answer.choices, key=lambda choice: choice.index)
-        if len(choices) != request.samples:
-            raise GeneratorError(f"{self.name}: asked for {request.samples} completions, got {len(choices)}")
-        return [self._continued(begun, choice, version) for choice in choices]
+        if len(answer.completions) != request.samples:
+            raise GeneratorError(f"{self.name}: asked for {request.samples} completions, got {len(answer.completions)}")
+        return [self._continued(begun, completion, version) for completion in answer.completions]
 
     async def logprobs(self, token_ids: list[int], start: int) -> list[float]:
         """Log-probability of each token from position `start` on, given all before it, at temperature 1.
@@ -166,38 +136,37 @@ class VLLMGenerator:
             raise GeneratorError(f"{self.name}: {len(rows)} log-probabilities came for {len(token_ids)} tokens")
         return [rows[place][str(token_ids[place])].logprob for place in range(start, len(rows))]
 
-    def _continued(self, begun: Completion, choice: "_Choice", version: int) -> Completion:
+    def _continued(self, begun: Completion, more: PackedCompletion, version: int) -> Completion:
         """
         Args:
             version: of the weights when the request began.
         """
-        token_ids = choice.token_ids or []
-        entries = choice.logprobs.content or [] if choice.logprobs is not None else []
-        if len(entries) != len(token_ids):
-            raise GeneratorError(f"{self.name}: {len(token_ids)} tokens came with {len(entries)} log-probabilities")
+        token_ids, logprobs = unpack(TOKEN, more.token_ids), unpack(LOGPROB, more.logprobs)
+        if len(logprobs) != len(token_ids):
+            raise GeneratorError(f"{self.name}: {len(token_ids)} tokens came with {len(logprobs)} log-probabilities")
         whole = begun.token_ids + token_ids
         # Not by the tokenizer's end-of-sequence token: vLLM also stops at those the model's own config names.
-        finished = choice.finish_reason == "stop"
+        finished = more.finish_reason == "stop"
         return Completion(
             token_ids=whole,
-            logprobs=begun.logprobs + [entry.logprob for entry in entries],
-            versions=begun.versions + self._versions(choice.weight_versions, len(token_ids), version),
+            logprobs=begun.logprobs + logprobs,
+            versions=begun.versions + self._versions(more.versions, len(token_ids), version),
             finished=finished,
             text=self._tokenizer.decode(whole[:-1] if finished else whole),
-            interrupted=choice.finish_reason == "abort",
+            interrupted=more.finish_reason == "abort",
         )
 
-    def _versions(self, spans: "list[_Span] | None", length: int, version: int) -> list[int]:
+    def _versions(self, spans: list[tuple[str, int, int]] | None, length: int, version: int) -> list[int]:
         """Version per token, from vLLM's own record of which weights sampled what."""
         if self._serves is not None:  # one version, the model's own
             return [0] * length
         if spans is None:  # vLLM before 0.30 keeps no record; its weights only change while nothing runs
             return [version] * length
         versions: list[int] = []
-        for span in spans:
-            if not span.version.isdecimal():
+        for label, start, end in spans:
+            if not label.isdecimal():
                 raise self._started_again()
-            versions += [int(span.version)] * (span.end - span.start)
+            versions += [int(label)] * (end - start)
         if len(versions) != length:
             raise GeneratorError(f"{self.name}: weight versions cover {len(versions)} of {length} tokens")
         return versions
