@@ -30,7 +30,7 @@ class StepTimes(Struct, frozen=True, kw_only=True):
         train, generate: with all that belongs to a step; of what generators that are kept full would need.
         tail: until the longest completion is there, when no others take the places of those that are.
         push: the generators' pause, of a step's share.
-        streaming: places are taken at once.
+        streaming: whether the configuration's own schedule gives a place to another completion at once.
     """
 
     train: float
@@ -42,14 +42,26 @@ class StepTimes(Struct, frozen=True, kw_only=True):
 
     @property
     def overlapped(self) -> float:
-        """With one rollout ahead."""
-        generate = self.generate + self.push + (0.0 if self.streaming else self.tail)
-        longer, shorter = max(self.train, generate), min(self.train, generate)
-        return longer + (self.contention - 1) * shorter
+        """Both sides at once, with the configuration's own schedule."""
+        return self.bounded if self.streaming else self.one_step
+
+    @property
+    def one_step(self) -> float:
+        """One rollout ahead, which is waited for to its longest completion."""
+        return self._longer(self.generate + self.tail + self.push)
+
+    @property
+    def bounded(self) -> float:
+        """Generators always full."""
+        return self._longer(self.generate + self.push)
 
     @property
     def in_turns(self) -> float:
         return self.train + self.generate + self.tail + self.push
+
+    def _longer(self, generate: float) -> float:
+        longer, shorter = max(self.train, generate), min(self.train, generate)
+        return longer + (self.contention - 1) * shorter
 
 
 def step_times(config: RunConfig, arch: Architecture, workload: Workload) -> tuple[StepTimes, Speed]:

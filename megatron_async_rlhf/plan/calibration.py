@@ -27,8 +27,11 @@ class Calibration(Struct, frozen=True, kw_only=True):
     source: str
 
 
-def calibrate(run_dir: Path) -> Calibration:
+def calibrate(run_dir: Path, where: str = "") -> Calibration:
     """
+    Args:
+        where: it was measured, for who reads the figures; default: in this directory.
+
     Raises:
         ConfigError: the run has no finished RL steps.
     """
@@ -53,6 +56,6 @@ def calibrate(run_dir: Path) -> Calibration:
     return Calibration(
         lengths=lengths,
         factors=factors,
-        source=f"as measured in {run_dir}: training {factors.train:.2f}, generation {factors.generate:.2f} and pushes "
+        source=f"as measured {where or f'in {run_dir}'}: training {factors.train:.2f}, generation {factors.generate:.2f} and pushes "
         f"{factors.push:.2f} times as long as estimated there",
     )

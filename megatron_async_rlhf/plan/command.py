@@ -1,12 +1,14 @@
 """`async-rlhf plan`: from a task and a number of devices to configurations."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.options import SetOption
 
 if TYPE_CHECKING:
@@ -32,10 +34,11 @@ def plan(
     from_run: Annotated[
         Path | None, typer.Option(help="A finished run: lengths and speeds are as they were there, unless given.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="First measure this machine, with a run of two minutes or so.")
+    ] = False,
     best: Annotated[int, typer.Option(min=1, help="How many plans of each schedule to show.")] = 3,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the configuration of the best asynchronous plan to this file.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the configuration of the fastest plan to this file.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the plans as JSON.")] = False,
 ) -> None:
     """Divide devices between learner and generators: the layouts that fit, and the time of a step with the best of them.
@@ -47,15 +50,18 @@ def plan(
     from megatron_async_rlhf.config.load import dump_config, load_config
     from megatron_async_rlhf.formats.hub_snapshot import with_local_models
     from megatron_async_rlhf.plan.report import show, to_json
+    from megatron_async_rlhf.plan.search import step_seconds
     from megatron_async_rlhf.telemetry.files import writing
 
     given = {"launch.nodes": nodes, "launch.gpus_per_node": gpus_per_node, "launch.gpu": gpu}
     overrides = [*set, *(f"{key}={value}" for key, value in given.items() if value is not None)]
     task = with_local_models(load_config(config, overrides), weights=False)
-    plans, assumed = _planned(task, prompt_tokens, completion_tokens, from_run, best)
+    if measure and from_run is not None:
+        raise ConfigError("--measure and --from-run both say how fast machines are; give one of them")
+    plans, assumed = _planned(task, prompt_tokens, completion_tokens, best, from_run=from_run, measure=measure)
     if out is not None:
         with writing(out):
-            out.write_text(dump_config(plans[0].config), encoding="utf-8")
+            out.write_text(dump_config(min(plans, key=step_seconds).config), encoding="utf-8")
     if json_:
         typer.echo(json.dumps([to_json(each) for each in plans], indent=1))
         return
@@ -65,19 +71,32 @@ def plan(
 
 
 def _planned(
-    task: RunConfig, prompt_tokens: float | None, completion_tokens: float | None, from_run: Path | None, best: int
+    task: RunConfig,
+    prompt_tokens: float | None,
+    completion_tokens: float | None,
+    best: int,
+    *,
+    from_run: Path | None,
+    measure: bool,
 ) -> "tuple[list[Plan], str]":
     """The plans, and what they assume."""
     from megatron_async_rlhf.estimate.machines import machine_of
     from megatron_async_rlhf.estimate.speed import Factors, typical_lengths
     from megatron_async_rlhf.plan.analytic import Workload
     from megatron_async_rlhf.plan.calibration import calibrate
+    from megatron_async_rlhf.plan.measuring import measure_here
     from megatron_async_rlhf.plan.search import find_plans
     from megatron_async_rlhf.simulate.prediction import shape_of
 
     arch = shape_of(task)
     calibration = calibrate(from_run) if from_run is not None else None
     usual = calibration.lengths if calibration is not None else typical_lengths(task, arch)
+    if measure:  # its completions are another task's
+        with tempfile.TemporaryDirectory() as directory:
+            calibration = calibrate(
+                measure_here(task, arch, Path(directory), note=lambda line: typer.echo(line, err=True)),
+                "on this machine",
+            )
     lengths = prompt_tokens or usual[0], completion_tokens or usual[1]
     factors = calibration.factors if calibration is not None else Factors()
     plans = find_plans(task, arch, best=best, workload=Workload(lengths=lengths, factors=factors))

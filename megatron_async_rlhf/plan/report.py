@@ -19,14 +19,13 @@ _DECIDED = {
         "distributed_optimizer", "overlap_grad_reduce", "recompute", "micro_batch_tokens", "reference", "optimizer_offload",
     ),
     "generator": ("replicas", "tensor_parallel", "max_concurrent"),
-    "schedule": ("mode",),
+    "schedule": ("mode", "max_staleness", "generation", "in_flight_updates"),
 }  # fmt: skip
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """Documented in docs/plan.md."""
-    outcome = plan.prediction.schedule if plan.kind == "async" else plan.prediction.synchronous
-    totals, step = outcome.totals, step_seconds(plan)
+    totals, step = plan.prediction.schedule.totals, step_seconds(plan)
     wall = totals.wall_s or 1.0
     return {
         "schedule": plan.kind,
@@ -37,7 +36,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "generators": max(0.0, 1 - totals.generate_busy_s / wall),
         },
         "staleness": staleness_figures(totals.staleness) | {"bound": plan.config.schedule.staleness_bound},
-        "speedup_over_sync": plan.prediction.speedup if plan.kind == "async" else 1.0,
+        "speedup_over_sync": plan.prediction.speedup,
         "train_seconds": plan.times.train,
         "generate_seconds": plan.times.generate + plan.times.tail,
         "push_seconds": plan.times.push,
@@ -100,7 +99,7 @@ def show(console: Console, plans: Sequence[Plan], assumed: str) -> None:
         facts = to_json(plan)
         idle = facts["idle"]
         table.add_row(
-            plan.kind,
+            plan.kind.replace("_", " "),
             _learner(plan.config),
             f"{plan.config.generator.replicas} x TP{plan.config.generator.tensor_parallel}",
             f"{facts['step_seconds']:.2f}",
@@ -110,8 +109,8 @@ def show(console: Console, plans: Sequence[Plan], assumed: str) -> None:
         )
     console.print(table)
     console.print("idle: learner / generators; staleness: mean over tokens, in optimizer steps", markup=False)
-    best = plans[0]
-    console.print(f"the first waits for {limited_by(best)}; it sets", markup=False)
+    best = min(plans, key=step_seconds)
+    console.print(f"the fastest, {best.kind.replace('_', ' ')}, waits for {limited_by(best)}; it sets", markup=False)
     for section, keys in settings_of(best.config).items():
         console.print(f"  {section}: {', '.join(f'{key} {value}' for key, value in keys.items())}", markup=False)
     console.print(f"assumed, not measured: {assumed}", markup=False)

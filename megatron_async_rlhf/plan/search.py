@@ -22,10 +22,12 @@ from megatron_async_rlhf.plan.layouts import Group, fitting, generator_sizes, le
 from megatron_async_rlhf.simulate.prediction import Prediction, estimated_scenario, predict, sized
 from megatron_async_rlhf.simulate.scenario import Scenario
 
-Kind = Literal["async", "sync"]
+Kind = Literal["one_step", "bounded", "sync"]
+KINDS: tuple[Kind, ...] = ("one_step", "bounded", "sync")
+_BOUND = 4  # rollouts that `bounded` is ahead, unless the task says how many
 _SPLITS = 24  # that are tried for each pair of sizes: all, or so many spread evenly
 _MOST_CONCURRENT = 1024  # sequences of a generator
-_SIMULATED = 512  # completions of a rollout; of a larger one a part is
+_SIMULATED = 256  # completions of a rollout; of a larger one a part is
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
@@ -36,7 +38,8 @@ class Candidate(Struct, frozen=True, kw_only=True):
     speed: Speed
 
     def step_s(self, kind: Kind) -> float:
-        return self.times.overlapped if kind == "async" else self.times.in_turns
+        times = self.times
+        return {"one_step": times.one_step, "bounded": times.bounded, "sync": times.in_turns}[kind]
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -57,7 +60,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Workload = Workload()) -> list[Plan]:
-    """The `best` of each kind of schedule, the fastest first.
+    """The `best` of each kind of schedule that the algorithm allows, the fastest first.
 
     Args:
         config: the task, and `launch`: how many machines with how many devices.
@@ -69,7 +72,7 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
     if not candidates:
         raise ConfigError(_nothing_fits(config, arch))
     plans: list[Plan] = []
-    for kind in ("async", "sync"):
+    for kind in KINDS:
         ranked = sorted(candidates, key=lambda candidate: candidate.step_s(kind))
         found: list[Plan] = []
         for candidate in ranked:
@@ -84,12 +87,11 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
 
 def step_seconds(plan: Plan) -> float:
     """Once the run is under way."""
-    outcome = plan.prediction.schedule if plan.kind == "async" else plan.prediction.synchronous
-    return outcome.step_s
+    return plan.prediction.schedule.step_s
 
 
 def _candidates(config: RunConfig, arch: Architecture, workload: Workload) -> Iterator[Candidate]:
-    """The best splits of each pair of sizes: for overlap, and for taking turns."""
+    """The best splits of each pair of sizes, one for each kind of schedule."""
     devices, on_machine = devices_of(config), config.launch.gpus_per_node
     free = devices - config.reward_workers
     for workers in generator_sizes(arch, free, on_machine):
@@ -99,7 +101,7 @@ def _candidates(config: RunConfig, arch: Architecture, workload: Workload) -> It
                 for copies in _copies(config, group, workers, free)
                 if (candidate := _candidate(config, arch, group, copies, workers, free, workload)) is not None
             ]
-            chosen = {id(best): best for kind in ("async", "sync") if (best := _fastest(splits, kind)) is not None}
+            chosen = {id(best): best for kind in KINDS if (best := _fastest(splits, kind)) is not None}
             yield from chosen.values()
 
 
@@ -159,9 +161,9 @@ def _candidate(
 
 def _simulated(candidate: Candidate, arch: Architecture, kind: Kind, workload: Workload) -> Plan | None:
     """None if some rule forbids the configuration after all."""
-    mode: dict[str, Any] = {"mode": kind}
     try:
-        config = RunConfig.model_validate(with_keys(candidate.config, "schedule", mode).model_dump())
+        keys = schedule_keys(kind, candidate.config)
+        config = RunConfig.model_validate(with_keys(candidate.config, "schedule", keys).model_dump())
         check_layouts(config, arch)
         scenario, speed = estimated_scenario(config, arch, workload.lengths, workload.factors)
         prediction = predict(*_scaled_down(sized(config), scenario))
@@ -177,6 +179,28 @@ def _simulated(candidate: Candidate, arch: Architecture, kind: Kind, workload: W
         learner_memory=memory.largest_rank,
         generator_memory=memory.generator.total,
     )
+
+
+def schedule_keys(kind: Kind, config: RunConfig) -> dict[str, Any]:
+    """What makes the task's schedule one of this kind."""
+    schedule = config.schedule
+    rollout = schedule.updates_per_rollout
+    batch = {
+        "generation": "batch", "in_flight_updates": "none", "order": "fifo", "window": None, "max_groups": None,
+        "straggler_s": None,
+    }  # fmt: skip
+    if kind == "sync":
+        return batch | {"mode": "sync", "max_staleness": 0}
+    if kind == "one_step":
+        return batch | {"mode": "async", "max_staleness": rollout}
+    if schedule.mode == "async" and schedule.generation == "streaming":
+        return {}
+    return {
+        "mode": "async",
+        "generation": "streaming",
+        "in_flight_updates": "recompute",
+        "max_staleness": max(schedule.staleness_bound or 0, _BOUND * rollout),
+    }
 
 
 def _scaled_down(config: RunConfig, scenario: Scenario) -> tuple[RunConfig, Scenario]:

@@ -73,7 +73,10 @@ def predict(config: RunConfig, scenario: Scenario, trace: Path | None = None) ->
     Raises:
         InvariantError, DeadlockError, StaleSampleError: a promise of the schedule is broken.
     """
-    turns = simulate(synchronous(config), scenario)
+    in_turns = synchronous(config)
+    turns = simulate(in_turns, scenario)
+    if in_turns == config and trace is None:
+        return Prediction(scenario=scenario, schedule=turns, synchronous=turns)
     if config.schedule.staleness_bound != 0:
         speeds = slowed(scenario.speeds, turns.totals.generate_busy_s, turns.totals.train_busy_s)
         scenario = replace(scenario, speeds=speeds)

@@ -18,7 +18,7 @@ from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.models.layout_rules import check_layouts
 from megatron_async_rlhf.plan.analytic import Workload, step_times
 from megatron_async_rlhf.plan.layouts import with_keys
-from megatron_async_rlhf.plan.search import Plan, _candidates, devices_of, find_plans
+from megatron_async_rlhf.plan.search import KINDS, Plan, _candidates, devices_of, find_plans, step_seconds
 from megatron_async_rlhf.simulate.prediction import shape_of
 from megatron_async_rlhf.usage import run_command_line
 
@@ -62,7 +62,7 @@ def test_no_layout_is_faster_than_the_best_candidate(task):
     """Of all that eight devices allow, tried one by one without the planner's own enumeration."""
     config, arch = task()
     found = list(_candidates(config, arch, Workload()))
-    for kind in ("async", "sync"):
+    for kind in KINDS:
         best = min(candidate.step_s(kind) for candidate in found)
         others = []
         for tensor, pipeline, workers in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2, 4)):
@@ -90,17 +90,35 @@ def test_no_layout_is_faster_than_the_best_candidate(task):
                     if 1.15 * run_memory(other, arch).largest_rank > 80 * GIB:
                         continue
                     times, _ = step_times(other, arch, Workload())
-                    others.append(times.overlapped if kind == "async" else times.in_turns)
+                    others.append({"one_step": times.one_step, "bounded": times.bounded, "sync": times.in_turns}[kind])
         assert len(others) > 50
         assert best <= min(others) + 1e-9
 
 
 def test_more_devices_are_never_slower(task):
     steps = [
-        min(c.step_s("async") for c in _candidates(*task(f"launch.nodes={nodes}"), Workload()))
+        min(c.step_s("one_step") for c in _candidates(*task(f"launch.nodes={nodes}"), Workload()))
         for nodes in (1, 2, 4, 8)
     ]
     assert steps == sorted(steps, reverse=True)
+
+
+def test_each_kind_has_the_schedule_that_it_is_named_after(task):
+    plans = {plan.kind: plan for plan in plans_of(task, best=1)}
+    schedules = {kind: plan.config.schedule for kind, plan in plans.items()}
+    assert [schedules[kind].staleness_bound for kind in KINDS] == [1, 4, 0]
+    assert [schedules[kind].generation for kind in KINDS] == ["batch", "streaming", "batch"]
+    # Places are never empty where the next completion may begin at once.
+    assert step_seconds(plans["bounded"]) <= step_seconds(plans["one_step"]) <= step_seconds(plans["sync"])
+    own = ("schedule.generation=streaming", "schedule.in_flight_updates=keep", "schedule.max_staleness=7")
+    (bounded,) = (plan for plan in plans_of(task, *own, best=1) if plan.kind == "bounded")
+    assert (bounded.config.schedule.max_staleness, bounded.config.schedule.in_flight_updates) == (7, "keep")
+
+
+def test_a_thousand_devices_are_planned(task):
+    """What is simulated does not grow with their number."""
+    first = plans_of(task, "launch.nodes=128", "schedule.prompts_per_step=2048", best=1)[0]
+    assert first.config.gpus > 512 and first.config.generator.replicas > 16
 
 
 def test_a_plan_for_one_kind_of_gpu_is_faster_on_a_faster_one(task):
@@ -134,7 +152,7 @@ def test_programs_read_json(tmp_path: Path, monkeypatch):
     )
     assert result.exit_code == 0, result.output
     plans = json.loads(result.output)
-    assert [plan["schedule"] for plan in plans] == ["async", "async", "sync", "sync"]
+    assert [plan["schedule"] for plan in plans] == [kind for kind in KINDS for _ in range(2)]
     for plan in plans:
         assert plan["step_seconds"] > 0 and set(plan["idle"]) == {"learner", "generators"}
         assert plan["hours"] == pytest.approx(plan["step_seconds"] * 390 / 3600)
@@ -151,6 +169,6 @@ def test_people_read_a_table_of_eighty_columns(monkeypatch):
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert lines[0].strip() == "predicted for 8 devices"
-    assert [line.split()[0] for line in lines[2:4]] == ["async", "sync"]
-    assert all(len(line) <= 80 for line in lines[:4])
+    assert [line.split()[0] for line in lines[2:5]] == ["one", "bounded", "sync"]
+    assert all(len(line) <= 80 for line in lines[:5])
     assert "assumed, not measured: prompts of 256 and completions of 512 tokens" in result.output.replace("\n", " ")
