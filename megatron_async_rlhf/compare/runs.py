@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from msgspec import Struct, ValidationError, convert
+from msgspec import Struct, ValidationError
 
 from megatron_async_rlhf.compare.schedules import Schedule, schedule_of
 from megatron_async_rlhf.config.load import load_config
@@ -17,7 +17,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.evaluation.wins import wins
 from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, RESOLVED_CONFIG, read_lines, read_steps
-from megatron_async_rlhf.telemetry.summary import read_summary
+from megatron_async_rlhf.telemetry.summary import read_figures
 
 WINDOW = 0.1  # of the steps: rewards of training are means over so many, as a single step's is mostly noise
 # What runs that are compared may differ in: the seed, the schedule, where processes are and what is written.
@@ -39,25 +39,6 @@ _MAY_DIFFER = {
     },
     "weights": {"transport"},
 }
-
-
-class _Pushes(Struct):
-    count: int
-    generator_stall_seconds_mean: float
-
-
-class _Summary(Struct):
-    """Of a run's `summary.json`, documented in docs/run_directory.md."""
-
-    status: str
-    steps: int
-    startup_seconds: float
-    wall_seconds: float
-    generate_busy_seconds: float
-    train_busy_seconds: float
-    samples_generated: int
-    weight_sync: _Pushes
-    eval: dict[str, dict[str, float]] = {}
 
 
 class Moment(Struct, frozen=True, kw_only=True):
@@ -142,7 +123,7 @@ def read_run(directory: Path) -> ComparedRun:
     if not path.is_file():
         raise ConfigError(f"{directory}: is no run's directory (it has no {RESOLVED_CONFIG})")
     try:
-        summary = convert(read_summary(directory), _Summary)
+        summary = read_figures(directory)
     except ValidationError:
         raise ConfigError(f"{directory}: its summary.json is not that of a run that did RL") from None
     lines = read_steps(directory / METRICS)

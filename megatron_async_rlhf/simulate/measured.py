@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from msgspec import Struct, ValidationError, convert
+from msgspec import Struct, ValidationError
 from msgspec.structs import replace
 
 from megatron_async_rlhf.config.load import load_config
@@ -24,26 +24,7 @@ from megatron_async_rlhf.telemetry.files import (
     read_lines,
     read_steps,
 )
-from megatron_async_rlhf.telemetry.summary import read_summary
-
-
-class _Pushes(Struct):
-    count: int
-    seconds_mean: float
-
-
-class _Figures(Struct):
-    """What `summary.json` says of a run; its keys are documented in docs/run_directory.md."""
-
-    max_staleness: int | None
-    steps: int
-    wall_seconds: float
-    generate_busy_seconds: float
-    train_busy_seconds: float
-    samples_generated: int
-    samples_cancelled: int
-    tokens_generated: int
-    weight_sync: _Pushes
+from megatron_async_rlhf.telemetry.summary import RunFigures, read_figures
 
 
 class Measured(Struct, frozen=True, kw_only=True):
@@ -83,7 +64,7 @@ def measure(run_dir: Path) -> Measured:
     """
     lines, nothing = read_steps(run_dir / METRICS), f"--from-run {run_dir}: has no finished RL steps"
     try:
-        summary = convert(read_summary(run_dir), _Figures)
+        summary = read_figures(run_dir)
     except ValidationError as error:
         raise ConfigError(f"{nothing} ({SUMMARY}: {error}); give the directory of a completed run") from None
     if not (summary.tokens_generated and summary.weight_sync.count and lines):
@@ -120,7 +101,7 @@ def _jitter(config: RunConfig, lines: list[dict[str, Any]]) -> float:
     return pstdev(differences) / fmean(trained) if len(differences) > 1 and any(trained) else 0.0
 
 
-def _lengths(run_dir: Path, summary: _Figures, lines: list[dict[str, Any]]) -> Lengths:
+def _lengths(run_dir: Path, summary: RunFigures, lines: list[dict[str, Any]]) -> Lengths:
     """With the mean of all that the run generated: of a prompt's completions only those that were trained on are recorded,
     and held-out ones may be sampled at another temperature."""
     complete = summary.samples_generated - summary.samples_cancelled

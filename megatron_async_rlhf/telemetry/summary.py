@@ -178,6 +178,37 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return summary
 
 
+class PushFigures(Struct):
+    count: int
+    seconds_mean: float
+    generator_stall_seconds_mean: float
+
+
+class RunFigures(Struct):
+    """What programs compute with of the `summary.json` of a run that did RL."""
+
+    status: str
+    max_staleness: int | None
+    steps: int
+    startup_seconds: float
+    wall_seconds: float
+    generate_busy_seconds: float
+    train_busy_seconds: float
+    samples_generated: int
+    samples_cancelled: int
+    tokens_generated: int
+    weight_sync: PushFigures
+    eval: dict[str, dict[str, float]] = {}
+
+
+def read_figures(run_dir: Path) -> RunFigures:
+    """
+    Raises:
+        ValidationError: of msgspec; the run did no RL, or has no summary.
+    """
+    return convert(read_summary(run_dir), RunFigures)
+
+
 @cache  # looking takes tens of milliseconds, and the summary is written after every step
 def installed_versions() -> dict[str, str]:
     """Version of Python and of every package that matters and is installed."""

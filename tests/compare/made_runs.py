@@ -56,7 +56,8 @@ def leave_run(
     summary = {
         "status": status, "steps": steps, "startup_seconds": 9.0, "wall_seconds": wall_s,
         "generate_busy_seconds": generate_s, "train_busy_seconds": train_s, "samples_generated": 8 * steps,
-        "weight_sync": {"count": steps, "generator_stall_seconds_mean": 0.1},
+        "samples_cancelled": 0, "tokens_generated": 80 * steps, "max_staleness": 1,
+        "weight_sync": {"count": steps, "seconds_mean": 0.1, "generator_stall_seconds_mean": 0.1},
         "eval": {"before": {"reward": 0.25}, "after": {"reward": after}},
     }  # fmt: skip
     (directory / "summary.json").write_text(json.dumps(summary))
