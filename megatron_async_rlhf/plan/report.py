@@ -58,7 +58,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
 def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
     """What the plan decides, by section."""
     tree = config.model_dump(mode="json")
-    return {section: {key: tree[section][key] for key in keys} for section, keys in _DECIDED.items()}
+    decided = {section: {key: tree[section][key] for key in keys} for section, keys in _DECIDED.items()}
+    return decided | {key: {"replicas": model.replicas} for key, model in config.served_reward_models.items()}
 
 
 def limited_by(plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """From a task and so many devices to the best layouts: enumerate, fit, rank by formula, simulate the best.
 
 groups of learner ranks x sizes of a generator ──> the split between both ──> fitted to memory ──> StepTimes
+    ├──> a step's time says how many reward servers there must be ──> once more, with these
     └──> the best few, checked as any configuration is ──> Prediction of each ──> Plan
 """
 
@@ -14,11 +15,12 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError
 from megatron_async_rlhf.estimate.fitting import run_memory
 from megatron_async_rlhf.estimate.generator_memory import GIB
-from megatron_async_rlhf.estimate.speed import Speed
+from megatron_async_rlhf.estimate.speed import Speed, typical_lengths
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.models.layout_rules import check_layouts
 from megatron_async_rlhf.plan.analytic import StepTimes, Workload, step_times
 from megatron_async_rlhf.plan.layouts import Group, fitting, generator_sizes, learner_groups, least_memory, with_keys
+from megatron_async_rlhf.plan.scoring import with_reward_servers
 from megatron_async_rlhf.simulate.prediction import Prediction, estimated_scenario, predict, sized
 from megatron_async_rlhf.simulate.scenario import Scenario
 
@@ -71,9 +73,13 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
     candidates = list(_candidates(config, arch, workload))
     if not candidates:
         raise ConfigError(_nothing_fits(config, arch))
+    tried = {config.reward_workers: candidates}
     plans: list[Plan] = []
     for kind in KINDS:
-        ranked = sorted(candidates, key=lambda candidate: candidate.step_s(kind))
+        served = _served(config, arch, workload, min(candidate.step_s(kind) for candidate in candidates))
+        if served.reward_workers not in tried:
+            tried[served.reward_workers] = list(_candidates(served, arch, workload)) or candidates
+        ranked = sorted(tried[served.reward_workers], key=lambda candidate: candidate.step_s(kind))
         found: list[Plan] = []
         for candidate in ranked:
             plan = _simulated(candidate, arch, kind, workload)
@@ -83,6 +89,12 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
                 break
         plans += sorted(found, key=lambda plan: step_seconds(plan))
     return plans
+
+
+def _served(config: RunConfig, arch: Architecture, workload: Workload, step_s: float) -> RunConfig:
+    """With the reward servers that such a step needs."""
+    lengths = workload.lengths or typical_lengths(config, arch)
+    return with_reward_servers(config, lengths, step_s, devices_of(config))
 
 
 def step_seconds(plan: Plan) -> float:

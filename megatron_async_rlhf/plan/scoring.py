@@ -1,0 +1,41 @@
+"""How many servers of a reward model a plan needs, so that no step waits for scores."""
+
+import math
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.estimate.machines import machine_of
+from megatron_async_rlhf.estimate.reward_memory import classifier_size
+from megatron_async_rlhf.estimate.speed import Lengths
+
+_BUSY = 0.7  # of a step, at most: completions end unevenly
+_MOST = 0.25  # of all devices
+
+
+def with_reward_servers(config: RunConfig, lengths: Lengths, step_s: float, devices: int) -> RunConfig:
+    """With as many replicas of each served reward model as score a step's completions within a step of so many seconds.
+
+    Raises:
+        ConfigError, CheckpointError: there is no such model.
+    """
+    changed = config
+    for key, section in config.served_reward_models.items():
+        most = max(1, math.floor(_MOST * devices / section.tensor_parallel))
+        needed = math.ceil(scoring_s(config, key, lengths) / (_BUSY * step_s))
+        changed = _with_replicas(changed, key, min(most, max(1, needed)))
+    return changed
+
+
+def scoring_s(config: RunConfig, key: str, lengths: Lengths) -> float:
+    """Seconds in which one replica scores all completions of an optimizer step: a pass over each with its prompt."""
+    section, schedule = config.served_reward_models[key], config.schedule
+    completions = schedule.groups_per_rollout * config.algorithm.samples_per_prompt / schedule.updates_per_rollout
+    flops = 2.0 * classifier_size(f"{key}.model", section.model) * completions * sum(lengths)
+    return flops / (machine_of(config).prefill * section.tensor_parallel)
+
+
+def _with_replicas(config: RunConfig, key: str, replicas: int) -> RunConfig:
+    changed = config.reward_models[key].model_copy(update={"replicas": replicas})
+    if not isinstance(config.reward, list):
+        return config.model_copy(update={"reward": changed})
+    place = int(key.removeprefix("reward."))
+    return config.model_copy(update={"reward": [*config.reward[:place], changed, *config.reward[place + 1 :]]})

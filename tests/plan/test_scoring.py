@@ -1,0 +1,46 @@
+"""How many reward servers a plan has."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.plan.analytic import Workload
+from megatron_async_rlhf.plan.scoring import scoring_s, with_reward_servers
+from megatron_async_rlhf.plan.search import devices_of, find_plans
+from megatron_async_rlhf.simulate.prediction import shape_of
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "examples" / "llama3.1-8b_no_robots" / "rlhf.yaml"
+LENGTHS = (150.0, 286.0)
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_time_of_scoring_by_hand():
+    """256 completions of 436 tokens, two operations for each of 7.5 billion numbers, at half of 989 TFLOP/s."""
+    seconds = scoring_s(load_config(RECIPE), "reward", LENGTHS)
+    assert seconds == pytest.approx(256 * 436 * 2 * 7.505e9 / (0.5 * 989e12), rel=0.01)
+
+
+@pytest.mark.parametrize(("step_s", "replicas"), [(100.0, 1), (3.0, 2), (1.0, 5), (0.1, 8)])
+def test_a_step_never_waits_for_scores_while_there_is_room(step_s, replicas):
+    config = load_config(RECIPE, ["launch.nodes=4"])
+    assert with_reward_servers(config, LENGTHS, step_s, devices_of(config)).reward_workers == replicas
+
+
+def test_each_of_several_models_has_its_own():
+    models = "[{type: reward_model, model: examples/llama8b_reward_model, name: a, weight: 1.0}, {type: length, per_token: 0.1}]"
+    config = with_reward_servers(load_config(RECIPE, [f"reward={models}", "launch.nodes=4"]), LENGTHS, 1.0, 32)
+    assert [entry.type for entry in config.rewards] == ["reward_model", "length"]
+    assert config.reward_models["reward.0"].replicas > 1
+
+
+def test_plans_have_the_servers_that_they_need():
+    config = load_config(RECIPE, ["launch.nodes=4", "schedule.prompts_per_step=1024"])
+    plans = find_plans(config, shape_of(config), best=1, workload=Workload(lengths=LENGTHS))
+    assert {plan.config.reward_workers for plan in plans} != {1}
+    assert all(plan.config.gpus <= 32 for plan in plans)
