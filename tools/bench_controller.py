@@ -40,14 +40,7 @@ from megatron_async_rlhf.data.builtin_task import make_examples
 from megatron_async_rlhf.data.prompts import PromptOrder, build_prompts
 from megatron_async_rlhf.data.tokenizer import Tokenizer, train_bpe_tokenizer
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
-from megatron_async_rlhf.generator.vllm.packed import (
-    LOGPROB,
-    TOKEN,
-    PackedAnswer,
-    PackedCompletion,
-    PackedRequest,
-    pack,
-)
+from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
 from megatron_async_rlhf.interpreter import collect_rarely
 from megatron_async_rlhf.learner.protocol import (
     Answer,
@@ -83,7 +76,7 @@ def serve(port: int, length: int, core: int) -> None:
     def completion() -> PackedCompletion:
         tokens = [rng.randrange(300, VOCAB) for _ in range(length)]
         logprobs = [-rng.expovariate(1.0) for _ in range(length)]
-        return PackedCompletion(pack(TOKEN, tokens), pack(LOGPROB, logprobs), "length", None)
+        return PackedCompletion.of(tokens, logprobs, "length", None)
 
     completions = [completion() for _ in range(16)]
 

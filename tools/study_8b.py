@@ -8,7 +8,7 @@
 3. More completions of a prompt (K) and more updates on a rollout (T), on the planned split: bound by generation, or by training.
 4. 8 to 1,024 GPUs with a batch that grows as they do: the best asynchronous plan beside the best synchronous one.
 
-All of it is steps of a run under way; docs/studies.md is made of the file that this writes.
+All of it is steps of a run under way. Prints the tables of docs/studies.md.
 """
 
 import json
@@ -19,18 +19,17 @@ from typing import Annotated, Any
 import typer
 from msgspec import Struct
 from msgspec.structs import asdict, replace
-from rich.console import Console
-from rich.table import Table
 
 from megatron_async_rlhf.config.load import check_tree
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.devices import DEVICES
+from megatron_async_rlhf.estimate.machines import Machine
+from megatron_async_rlhf.estimate.speed import Speed
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.models.flops import token_flops
 from megatron_async_rlhf.plan.analytic import Workload
 from megatron_async_rlhf.plan.report import to_json
-from megatron_async_rlhf.plan.search import find_plans
-from megatron_async_rlhf.simulate.prediction import estimated_scenario, predict, shape_of, sized
+from megatron_async_rlhf.plan.search import KINDS, find_plans
+from megatron_async_rlhf.simulate.prediction import SIGMA, estimated_scenario, predict, shape_of, sized
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAPER_SAVING = 1 - 142 / 230  # table 1, "compute time" without a unit
@@ -47,8 +46,6 @@ class Zero3(Struct, frozen=True, kw_only=True):
         max_new_tokens: of a completion.
         passes: forward passes of models as large as the policy on each completion before it is trained: policy, reference and
             reward model; each holds its weights divided over all ranks.
-        reached: share of the peak FLOP/s in matrix products.
-        link_reached: of what NVLink can do, while weights are gathered.
     """
 
     ranks: int = 7
@@ -57,15 +54,12 @@ class Zero3(Struct, frozen=True, kw_only=True):
     completion_tokens: float = 286.0
     max_new_tokens: int = 1024
     passes: int = 3
-    reached: float = 0.45
-    link_reached: float = 0.7
 
-    def step_s(self, arch: Architecture) -> float:
+    def step_s(self, arch: Architecture, machine: Machine) -> float:
         """Of one sequence at a time the longer of computing it and gathering the weights for it: both happen at once."""
-        device = DEVICES["h100"]
         length = self.prompt_tokens + self.completion_tokens
-        gather_s = 2 * arch.num_parameters * (self.ranks - 1) / self.ranks / (self.link_reached * device.link)
-        forward_s = length * token_flops(arch, length / 2) / (self.reached * device.flops["bf16"])
+        gather_s = 2 * arch.num_parameters * (self.ranks - 1) / self.ranks / machine.link
+        forward_s = length * token_flops(arch, length / 2) / machine.learner
         sequences = 2 * self.prompts / self.ranks
         before = sequences * self.passes * max(forward_s, gather_s)
         # A pair is one micro-batch: forward, forward again and backward; weights are gathered for each, gradients sent once.
@@ -76,12 +70,12 @@ def paper_split(inputs: Zero3) -> dict[str, Any]:
     config = _task(inputs.prompts, inputs.ranks, inputs.max_new_tokens)
     arch = shape_of(config)
     scenario, speed = estimated_scenario(config, arch, (inputs.prompt_tokens, inputs.completion_tokens))
-    step_s = inputs.step_s(arch)
+    step_s = inputs.step_s(arch, speed.machine)
     speeds = replace(scenario.speeds, train_s=step_s, train_token_s=0.0)
     prediction = predict(sized(config), replace(scenario, speeds=speeds))
     turns = prediction.synchronous
     return {
-        "inputs": asdict(inputs) | _generator_inputs(speed),
+        "inputs": asdict(inputs) | _machine_inputs(speed),
         "train_seconds": step_s,
         "generate_seconds": turns.totals.generate_busy_s / turns.totals.steps,
         "sync_seconds": turns.step_s,
@@ -91,13 +85,15 @@ def paper_split(inputs: Zero3) -> dict[str, Any]:
     }
 
 
-def _generator_inputs(speed: Any) -> dict[str, float]:
-    """Of the one generator, as the planner has them."""
+def _machine_inputs(speed: Speed) -> dict[str, float]:
+    """Of a rank and of the one generator, as the planner has them."""
     return {
+        "learner_flops_per_s": speed.machine.learner,
+        "link_bytes_per_s": speed.machine.link,
         "decode_fixed_ms": 1000 * speed.token_s,
         "decode_sequence_ms": 1000 * speed.sequence_s,
         "push_seconds": speed.push_s,
-        "length_sigma": 0.6,
+        "length_sigma": SIGMA,
     }
 
 
@@ -158,9 +154,9 @@ def _task(
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
 ) -> None:
-    console, inputs = Console(highlight=False), Zero3()
+    inputs = Zero3()
     paper = paper_split(inputs)
-    console.print(
+    print(
         f"7 + 1: training {paper['train_seconds']:.1f} s, generation {paper['generate_seconds']:.1f} s, in turns "
         f"{paper['sync_seconds']:.1f} s, asynchronous {paper['async_seconds']:.1f} s: {paper['saving']:.0%} less "
         f"(published {PAPER_SAVING:.0%})"
@@ -170,30 +166,33 @@ def main(
         for samples, epochs in ((2, 1), (4, 1), (8, 1), (2, 2), (2, 4))
     ]
     scales = [planned(gpus, inputs.prompts * gpus // 8, inputs) for gpus in SCALES]
-    for title, rows in (("workloads on 8 GPUs", workloads), ("batch and GPUs grow together", scales)):
-        console.print(_table(title, rows))
+    print_table(("K", "T"), [((row["samples"], row["epochs"]), row) for row in workloads])
+    print_table(("GPUs", "prompts"), [((row["gpus"], row["prompts"]), row) for row in scales])
     if json_file:
         content = {"paper": paper, "workloads": workloads, "scales": scales}
         json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, box=None, title_justify="left")
-    for column in ("GPUs", "K", "T", "one step", "s", "bounded", "s", "sync", "s", "saving"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        plans = row["plans"]
-        cells = [str(row["gpus"]), str(row.get("samples", 2)), str(row.get("epochs", 1))]
-        for kind in ("one_step", "bounded", "sync"):
-            plan = plans.get(kind)
-            cells += ["", ""] if plan is None else [_split(plan), f"{plan['step_seconds']:.2f}"]
-        table.add_row(*cells, " / ".join(f"{saving:.0%}" for saving in row["saving"].values()))
-    return table
-
-
-def _split(plan: dict[str, Any]) -> str:
-    """GPUs that learn and that generate."""
-    return f"{plan['devices']['learner']} + {plan['devices']['generators']}"
+def print_table(names: tuple[str, str], rows: list[tuple[tuple[int, int], dict[str, Any]]]) -> None:
+    """In Markdown: what a row varies, and its best plans."""
+    head = [
+        *names,
+        *(cell for kind in KINDS for cell in (kind.replace("_", " "), "step")),
+        "one step saves",
+        "bounded saves",
+    ]
+    print(f"\n| {' | '.join(head)} |\n| {' | '.join('---' for _ in head)} |")
+    for varied, row in rows:
+        cells = [f"{number:,}" for number in varied]
+        for kind in KINDS:
+            plan = row["plans"][kind]
+            gpus = plan["devices"]
+            cells += [
+                f"{gpus['learner']} + {gpus['generators']} + {gpus['reward_models']}",
+                f"{plan['step_seconds']:.2f} s",
+            ]
+        cells += [f"{row['saving'][kind]:.0%}" for kind in ("one_step", "bounded")]
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

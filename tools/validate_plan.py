@@ -26,7 +26,7 @@ def predicted(row: dict[str, Any], shapes: dict[str, Any]) -> tuple[float, StepT
         **shapes[row["model"]], context_length=row["limit"], rope_theta=5e5, norm_eps=1e-5, tie_embeddings=False
     )
     times, _ = step_times(_config(row), arch, Workload(lengths=(row["prompt_tokens"], row["completion_tokens"])))
-    one = times.overlapped if row["schedule"] == "async" else times.in_turns
+    one = times.bounded if row["schedule"] == "async" else times.in_turns
     return row["updates"] * one, times
 
 

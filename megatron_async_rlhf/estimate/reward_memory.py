@@ -55,7 +55,7 @@ def reward_memory(config: RunConfig, *, fixed: int) -> list[RewardMemory]:
         model = read_classifier(f"{key}.model", section.model)
         item, parallel = ITEM_BYTES[section.dtype], section.tensor_parallel
         context = section.context_length or model.context_length
-        weights = item * -(-classifier_size(f"{key}.model", section.model) // parallel)
+        weights = item * -(-classifier_size(f"{key}.model", section.model, model) // parallel)
         activations = item * max(context, PREFILL_TOKENS) * (2 * model.hidden_size + 3 * model.ffn_size // parallel)
         room = round(section.gpu_memory_share * config.launch.gpu_memory_gib * GIB)
         cache = reward_cache(config, section, model) if config.run.device == "cpu" else room - weights - activations
@@ -80,14 +80,14 @@ def reward_cache(config: RunConfig, section: RewardModelSection, model: Classifi
     return min(section.kv_cache_gib * GIB, usable)
 
 
-def classifier_size(key: str, directory: Path) -> int:
+def classifier_size(key: str, directory: Path, model: Classifier) -> int:
     """How many numbers the weights of a reward model are; of one that is only described, those that its shape needs.
 
     Raises:
         ConfigError, CheckpointError: they cannot be counted.
     """
     if weight_files(directory):
-        return classifier_numbers(key, directory, read_classifier(key, directory))
+        return classifier_numbers(key, directory, model)
     try:
         return architecture_of_hf(directory).num_parameters
     except ConfigError as error:

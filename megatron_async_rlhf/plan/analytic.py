@@ -30,7 +30,6 @@ class StepTimes(Struct, frozen=True, kw_only=True):
         train, generate: with all that belongs to a step; of what generators that are kept full would need.
         tail: until the longest completion is there, when no others take the places of those that are.
         push: the generators' pause, of a step's share.
-        streaming: whether the configuration's own schedule gives a place to another completion at once.
     """
 
     train: float
@@ -38,12 +37,6 @@ class StepTimes(Struct, frozen=True, kw_only=True):
     tail: float
     push: float
     contention: float
-    streaming: bool
-
-    @property
-    def overlapped(self) -> float:
-        """Both sides at once, with the configuration's own schedule."""
-        return self.bounded if self.streaming else self.one_step
 
     @property
     def one_step(self) -> float:
@@ -81,7 +74,6 @@ def step_times(config: RunConfig, arch: Architecture, workload: Workload) -> tup
             tail=(longest - speed.completion) * speed.token_s / updates,  # with few sequences at last
             push=speed.push_s / updates,
             contention=speed.machine.contention,
-            streaming=schedule.generation == "streaming",
         ),
         speed,
     )

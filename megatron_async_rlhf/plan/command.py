@@ -50,7 +50,7 @@ def plan(
     from megatron_async_rlhf.config.load import dump_config, load_config
     from megatron_async_rlhf.formats.hub_snapshot import with_local_models
     from megatron_async_rlhf.plan.report import show, to_json
-    from megatron_async_rlhf.plan.search import step_seconds
+    from megatron_async_rlhf.plan.search import fastest
     from megatron_async_rlhf.telemetry.files import writing
 
     given = {"launch.nodes": nodes, "launch.gpus_per_node": gpus_per_node, "launch.gpu": gpu}
@@ -61,7 +61,7 @@ def plan(
     plans, assumed = _planned(task, prompt_tokens, completion_tokens, best, from_run=from_run, measure=measure)
     if out is not None:
         with writing(out):
-            out.write_text(dump_config(min(plans, key=step_seconds).config), encoding="utf-8")
+            out.write_text(dump_config(fastest(plans).config), encoding="utf-8")
     if json_:
         typer.echo(json.dumps([to_json(each) for each in plans], indent=1))
         return

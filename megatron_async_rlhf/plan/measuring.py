@@ -102,7 +102,7 @@ def _config(task: RunConfig, arch: Architecture, directory: Path, layers: int, p
             "temperature": generator.temperature,
         },
         "algorithm": {"type": "online_dpo", "samples_per_prompt": max(2, task.algorithm.samples_per_prompt)},
-        "schedule": {"mode": "sync", "max_staleness": 0, "steps": _STEPS, "prompts_per_step": prompts},
+        "schedule": {"mode": "sync", "steps": _STEPS, "prompts_per_step": prompts},
         "launch": {
             "gpus_per_node": max(1, min(2, gpus)),
             "gpu": task.launch.gpu,

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.generator_memory import GIB
-from megatron_async_rlhf.plan.search import Plan, devices_of, step_seconds
+from megatron_async_rlhf.plan.search import Plan, devices_of, fastest, step_seconds
 from megatron_async_rlhf.telemetry.summary import staleness_figures
 
 _HOUR = 3600.0
@@ -110,7 +110,7 @@ def show(console: Console, plans: Sequence[Plan], assumed: str) -> None:
         )
     console.print(table)
     console.print("idle: learner / generators; staleness: mean over tokens, in optimizer steps", markup=False)
-    best = min(plans, key=step_seconds)
+    best = fastest(plans)
     console.print(f"the fastest, {best.kind.replace('_', ' ')}, waits for {limited_by(best)}; it sets", markup=False)
     for section, keys in settings_of(best.config).items():
         console.print(f"  {section}: {', '.join(f'{key} {value}' for key, value in keys.items())}", markup=False)

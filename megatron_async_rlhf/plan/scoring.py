@@ -6,6 +6,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.machines import machine_of
 from megatron_async_rlhf.estimate.reward_memory import classifier_size
 from megatron_async_rlhf.estimate.speed import Lengths
+from megatron_async_rlhf.models.classifier import read_classifier
 
 _BUSY = 0.7  # of a step, at most: completions end unevenly
 _MOST = 0.25  # of all devices
@@ -29,7 +30,9 @@ def scoring_s(config: RunConfig, key: str, lengths: Lengths) -> float:
     """Seconds in which one replica scores all completions of an optimizer step: a pass over each with its prompt."""
     section, schedule = config.served_reward_models[key], config.schedule
     completions = schedule.groups_per_rollout * config.algorithm.samples_per_prompt / schedule.updates_per_rollout
-    flops = 2.0 * classifier_size(f"{key}.model", section.model) * completions * sum(lengths)
+    name = f"{key}.model"
+    numbers = classifier_size(name, section.model, read_classifier(name, section.model))
+    flops = 2.0 * numbers * completions * sum(lengths)
     return flops / (machine_of(config).prefill * section.tensor_parallel)
 
 

@@ -21,7 +21,7 @@ from megatron_async_rlhf.models.layout_rules import check_layouts
 from megatron_async_rlhf.plan.analytic import StepTimes, Workload, step_times
 from megatron_async_rlhf.plan.layouts import Group, fitting, generator_sizes, learner_groups, least_memory, with_keys
 from megatron_async_rlhf.plan.scoring import with_reward_servers
-from megatron_async_rlhf.simulate.prediction import Prediction, estimated_scenario, predict, sized
+from megatron_async_rlhf.simulate.prediction import IN_TURNS, Prediction, estimated_scenario, predict, sized
 from megatron_async_rlhf.simulate.scenario import Scenario
 
 Kind = Literal["one_step", "bounded", "sync"]
@@ -73,10 +73,12 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
     candidates = list(_candidates(config, arch, workload))
     if not candidates:
         raise ConfigError(_nothing_fits(config, arch))
+    lengths = workload.lengths or typical_lengths(config, arch)
     tried = {config.reward_workers: candidates}
     plans: list[Plan] = []
     for kind in KINDS:
-        served = _served(config, arch, workload, min(candidate.step_s(kind) for candidate in candidates))
+        step_s = min(candidate.step_s(kind) for candidate in candidates)
+        served = with_reward_servers(config, lengths, step_s, devices_of(config))
         if served.reward_workers not in tried:
             tried[served.reward_workers] = list(_candidates(served, arch, workload)) or candidates
         ranked = sorted(tried[served.reward_workers], key=lambda candidate: candidate.step_s(kind))
@@ -87,19 +89,18 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
                 found.append(plan)
             if len(found) == best:
                 break
-        plans += sorted(found, key=lambda plan: step_seconds(plan))
+        plans += sorted(found, key=step_seconds)
     return plans
-
-
-def _served(config: RunConfig, arch: Architecture, workload: Workload, step_s: float) -> RunConfig:
-    """With the reward servers that such a step needs."""
-    lengths = workload.lengths or typical_lengths(config, arch)
-    return with_reward_servers(config, lengths, step_s, devices_of(config))
 
 
 def step_seconds(plan: Plan) -> float:
     """Once the run is under way."""
     return plan.prediction.schedule.step_s
+
+
+def fastest(plans: Sequence[Plan]) -> Plan:
+    """Of all kinds."""
+    return min(plans, key=step_seconds)
 
 
 def _candidates(config: RunConfig, arch: Architecture, workload: Workload) -> Iterator[Candidate]:
@@ -197,14 +198,10 @@ def schedule_keys(kind: Kind, config: RunConfig) -> dict[str, Any]:
     """What makes the task's schedule one of this kind."""
     schedule = config.schedule
     rollout = schedule.updates_per_rollout
-    batch = {
-        "generation": "batch", "in_flight_updates": "none", "order": "fifo", "window": None, "max_groups": None,
-        "straggler_s": None,
-    }  # fmt: skip
     if kind == "sync":
-        return batch | {"mode": "sync", "max_staleness": 0}
+        return IN_TURNS
     if kind == "one_step":
-        return batch | {"mode": "async", "max_staleness": rollout}
+        return IN_TURNS | {"mode": "async", "max_staleness": rollout}
     if schedule.mode == "async" and schedule.generation == "streaming":
         return {}
     return {

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -48,7 +49,7 @@ class Connection:
         )
 
     async def get(self, path: str, answer: Any = dict[str, Any]) -> Any:
-        return await self._request("GET", path, None, self._timeout_s, answer)
+        return await self._request("GET", path, {}, self._timeout_s, answer)
 
     async def post(
         self, path: str, body: dict | None = None, timeout_s: float | None = None, answer: Any = dict[str, Any]
@@ -63,11 +64,13 @@ class Connection:
             GeneratorSilentError: it did not answer in time.
             GeneratorError: it refused.
         """
-        return await self._request("POST", path, body, self._timeout_s if timeout_s is None else timeout_s, answer)
+        limit = self._timeout_s if timeout_s is None else timeout_s
+        return await self._request("POST", path, {"json": body}, limit, answer)
 
     async def post_packed(self, path: str, body: msgspec.Struct, answer: Any) -> Any:
         """As `post`, in MessagePack both ways, without a limit on time."""
-        return await self._request("POST", path, msgspec.msgpack.encode(body), NO_LIMIT, answer)
+        content = {"data": msgspec.msgpack.encode(body)}
+        return await self._request("POST", path, content, NO_LIMIT, answer, decode=msgspec.msgpack.decode)
 
     async def has_engine(self) -> bool:
         """Whether the server answers and believes its engine alive, which it does of one that hangs too."""
@@ -81,23 +84,26 @@ class Connection:
     async def close(self) -> None:
         await self._http.close()
 
-    def _decoded(self, path: str, content: bytes, answer: Any, *, packed: bool) -> Any:
-        try:
-            return (msgspec.msgpack if packed else msgspec.json).decode(content, type=answer)
-        except msgspec.MsgspecError as error:
-            raise GeneratorError(f"{self._name}: {path} answered something else than expected: {error}") from None
-
     async def _request(
-        self, method: str, path: str, body: dict | bytes | None, limit: float, answer: Any = dict[str, Any]
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any],
+        limit: float,
+        answer: Any,
+        decode: Callable[..., Any] = msgspec.json.decode,
     ) -> Any:
-        name, packed = self._name, isinstance(body, bytes)
-        content_of: dict[str, Any] = {"data": body} if packed else {"json": body}
+        """
+        Args:
+            body: as `aiohttp` takes it, `json` or `data`.
+        """
+        name = self._name
         place = self._free_places if path in _TAKE_PLACES else contextlib.nullcontext()
         try:
             async with (
                 place,
                 self._http.request(
-                    method, path, **content_of, timeout=aiohttp.ClientTimeout(total=limit or None)
+                    method, path, **body, timeout=aiohttp.ClientTimeout(total=limit or None)
                 ) as response,
             ):
                 status, content = response.status, await response.read()
@@ -110,7 +116,10 @@ class Connection:
             self._refuse_if_ours(error)
             raise GeneratorGoneError(f"{name}: {path} failed, the server is gone ({type(error).__name__})") from None
         if status == 200:
-            return self._decoded(path, content, answer, packed=packed) if content else {}
+            try:
+                return decode(content, type=answer) if content else {}
+            except msgspec.MsgspecError as error:
+                raise GeneratorError(f"{name}: {path} answered something else than expected: {error}") from None
         if status >= 500 and _ENDING in content:
             raise GeneratorGoneError(f"{name}: {path} failed, the server was told to end")
         if status >= 500 and not await self.has_engine():  # a server outlives its engine by a moment

@@ -30,6 +30,18 @@ _MOST_IN_A_ROLLOUT = 20000  # completions for which a dry run waits
 MEASURED = ("examples/quickstart.yaml on two CPU cores", 1.49)
 PREDICTED = 1.64
 
+# Keys of the schedule that make any synchronous.
+IN_TURNS = {
+    "mode": "sync",
+    "generation": "batch",
+    "in_flight_updates": "none",
+    "order": "fifo",
+    "window": None,
+    "max_groups": None,
+    "straggler_s": None,
+    "max_staleness": 0,
+}
+
 
 class Prediction(Struct, frozen=True, kw_only=True):
     """The same sizes and machines under both schedules."""
@@ -53,18 +65,8 @@ class Prediction(Struct, frozen=True, kw_only=True):
 
 def synchronous(config: RunConfig) -> RunConfig:
     """The same sizes and machines, taking turns: the split with idling that the paper compares with."""
-    kept = {
-        "mode": "sync",
-        "generation": "batch",
-        "in_flight_updates": "none",
-        "order": "fifo",
-        "window": None,
-        "max_groups": None,
-        "straggler_s": None,
-        "max_staleness": 0,
-    }
     tree = config.model_dump()
-    return RunConfig.model_validate(tree | {"schedule": tree["schedule"] | kept})
+    return RunConfig.model_validate(tree | {"schedule": tree["schedule"] | IN_TURNS})
 
 
 def predict(config: RunConfig, scenario: Scenario, trace: Path | None = None) -> Prediction:

@@ -15,14 +15,7 @@ from tiny_reward_model import describe_reward_model
 
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.generator.vllm.packed import (
-    LOGPROB,
-    TOKEN,
-    PackedAnswer,
-    PackedCompletion,
-    PackedRequest,
-    pack,
-)
+from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
 from megatron_async_rlhf.jobs import evaluate
 from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import make_model_template
@@ -64,8 +57,7 @@ class Server:
         self.requests.append(asked)
         if (refusal := await self._take()) is not None:
             return refusal
-        tokens, logprobs = pack(TOKEN, [65, 257]), pack(LOGPROB, [-0.5] * 2)
-        completion = PackedCompletion(token_ids=tokens, logprobs=logprobs, finish_reason="stop", versions=None)
+        completion = PackedCompletion.of([65, 257], [-0.5] * 2, finish_reason="stop", versions=None)
         return web.Response(body=msgspec.msgpack.encode(PackedAnswer([completion] * asked.samples)))
 
     async def score(self, request: web.Request) -> web.Response:

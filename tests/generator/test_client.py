@@ -8,20 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 from aiohttp import web
-from msgspec import structs
 
 from megatron_async_rlhf.data.tokenizer import Tokenizer, make_byte_tokenizer
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
-from megatron_async_rlhf.generator.vllm.packed import (
-    LOGPROB,
-    TOKEN,
-    PackedAnswer,
-    PackedCompletion,
-    PackedRequest,
-    pack,
-)
+from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
 from megatron_async_rlhf.serving.connection import SAMPLE
 from megatron_async_rlhf.types import Completion, Prompt
 
@@ -38,8 +30,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def completed(*token_ids: int, reason: str, version: str | None = "7") -> PackedCompletion:
     """As the server tells of one completion; with vLLM before 0.30 without a version."""
     spans = None if version is None else [(version, 0, len(token_ids))]
-    tokens, logprobs = pack(TOKEN, list(token_ids)), pack(LOGPROB, [-1.0] * len(token_ids))
-    return PackedCompletion(token_ids=tokens, logprobs=logprobs, finish_reason=reason, versions=spans)
+    return PackedCompletion.of(token_ids, [-1.0] * len(token_ids), finish_reason=reason, versions=spans)
 
 
 @asynccontextmanager
@@ -116,7 +107,7 @@ def test_every_sample_of_a_request_comes_back_in_order(tokenizer):
 
 
 def test_tokens_without_their_log_probabilities_are_refused(tokenizer):
-    short = structs.replace(completed(65, 257, reason="stop"), logprobs=pack(LOGPROB, [-1.0]))
+    short = PackedCompletion.of([65, 257], [-1.0], finish_reason="stop", versions=None)
     with pytest.raises(GeneratorError, match="generator.0: 2 tokens came with 1 log-probabilities"):
         answered(tokenizer, short)
 

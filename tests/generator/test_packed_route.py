@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from vllm.sampling_params import RequestOutputKind
 
-from megatron_async_rlhf.generator.vllm.packed import LOGPROB, TOKEN, PackedAnswer, PackedRequest, unpack
+from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedRequest
 from megatron_async_rlhf.generator.vllm.packed_route import PackedRoute
 from megatron_async_rlhf.serving.connection import SAMPLE
 
@@ -83,9 +83,9 @@ def test_all_samples_come_back_in_order():
     status, content = answered(engine)
     assert status == 200
     first, second = msgspec.msgpack.decode(content, type=PackedAnswer).completions
-    assert unpack(TOKEN, first.token_ids) == [65, 257] and unpack(LOGPROB, first.logprobs) == [-0.65, -2.57]
+    assert first.unpacked() == ([65, 257], [-0.65, -2.57])
     assert (first.finish_reason, first.versions) == ("length", [("7", 0, 2)])
-    assert unpack(TOKEN, second.token_ids) == [66] and second.finish_reason == "stop"
+    assert second.unpacked()[0] == [66] and second.finish_reason == "stop"
 
 
 def test_the_engine_is_asked_for_what_the_request_says():

@@ -27,13 +27,15 @@ def test_the_learner_of_the_paper_waits_for_weights_or_computes():
     import math
 
     from megatron_async_rlhf.config.load import load_config
+    from megatron_async_rlhf.estimate.machines import machine_of
     from megatron_async_rlhf.simulate.prediction import shape_of
 
-    arch = shape_of(load_config(ROOT / "examples/llama8b_async.yaml", [f"model.hf={ROOT / 'examples/llama8b'}"]))
+    config = load_config(ROOT / "examples/llama8b_async.yaml", [f"model.hf={ROOT / 'examples/llama8b'}"])
+    arch = shape_of(config)
     gather = 2 * 8.03e9 * 6 / 7 / 315e9
     forward = 436 * 2 * 8.03e9 / (0.45 * 989e12)
     by_hand = 32 * 3 * max(gather, forward) + 16 * max(8 * forward, 4 * gather)
-    assert math.isclose(Zero3().step_s(arch), by_hand, rel_tol=0.03)
+    assert math.isclose(Zero3().step_s(arch, machine_of(config)), by_hand, rel_tol=0.03)
 
 
 def test_the_page_has_the_best_split():

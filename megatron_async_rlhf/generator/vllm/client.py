@@ -17,14 +17,7 @@ from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
-from megatron_async_rlhf.generator.vllm.packed import (
-    LOGPROB,
-    TOKEN,
-    PackedAnswer,
-    PackedCompletion,
-    PackedRequest,
-    unpack,
-)
+from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
 from megatron_async_rlhf.serving.connection import NO_LIMIT, SAMPLE, Connection
 from megatron_async_rlhf.serving.silence import StallDetector
 from megatron_async_rlhf.types import Completion
@@ -141,7 +134,7 @@ class VLLMGenerator:
         Args:
             version: of the weights when the request began.
         """
-        token_ids, logprobs = unpack(TOKEN, more.token_ids), unpack(LOGPROB, more.logprobs)
+        token_ids, logprobs = more.unpacked()
         if len(logprobs) != len(token_ids):
             raise GeneratorError(f"{self.name}: {len(token_ids)} tokens came with {len(logprobs)} log-probabilities")
         whole = begun.token_ids + token_ids

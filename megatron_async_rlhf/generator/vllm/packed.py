@@ -4,10 +4,12 @@ Little-endian, as all machines are that vLLM runs on. No vllm import: the contro
 """
 
 import array
+from collections.abc import Iterable
+from typing import Self
 
 from msgspec import Struct
 
-TOKEN, LOGPROB = "i", "d"  # of `array`: 4 and 8 bytes
+_TOKEN, _LOGPROB = "i", "d"  # of `array`: 4 and 8 bytes
 
 
 class PackedRequest(Struct, frozen=True, array_like=True):
@@ -25,7 +27,7 @@ class PackedRequest(Struct, frozen=True, array_like=True):
 class PackedCompletion(Struct, frozen=True, array_like=True):
     """
     Attributes:
-        token_ids, logprobs: arrays of `TOKEN` and `LOGPROB`.
+        token_ids, logprobs: arrays, which `of` packs and `unpacked` reads.
         finish_reason: as vLLM has it; empty for none.
         versions: which weights sampled the tokens from one place to before another; None if vLLM keeps no record.
     """
@@ -35,18 +37,28 @@ class PackedCompletion(Struct, frozen=True, array_like=True):
     finish_reason: str
     versions: list[tuple[str, int, int]] | None
 
+    @classmethod
+    def of(
+        cls,
+        token_ids: Iterable[int],
+        logprobs: Iterable[float],
+        finish_reason: str,
+        versions: list[tuple[str, int, int]] | None,
+    ) -> Self:
+        return cls(
+            array.array(_TOKEN, token_ids).tobytes(), array.array(_LOGPROB, logprobs).tobytes(), finish_reason, versions
+        )
+
+    def unpacked(self) -> tuple[list[int], list[float]]:
+        """Token ids and log-probabilities."""
+        token_ids: array.array[int] = array.array(_TOKEN)
+        logprobs: array.array[float] = array.array(_LOGPROB)
+        token_ids.frombytes(self.token_ids)
+        logprobs.frombytes(self.logprobs)
+        return token_ids.tolist(), logprobs.tolist()
+
 
 class PackedAnswer(Struct, frozen=True, array_like=True):
     """A completion for each sample, in order."""
 
     completions: list[PackedCompletion]
-
-
-def pack(kind: str, numbers: list) -> bytes:
-    return array.array(kind, numbers).tobytes()
-
-
-def unpack(kind: str, content: bytes) -> list:
-    numbers = array.array(kind)
-    numbers.frombytes(content)
-    return numbers.tolist()

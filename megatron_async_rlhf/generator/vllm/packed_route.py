@@ -14,14 +14,7 @@ import msgspec
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from megatron_async_rlhf.generator.vllm.packed import (
-    LOGPROB,
-    TOKEN,
-    PackedAnswer,
-    PackedCompletion,
-    PackedRequest,
-    pack,
-)
+from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
 from megatron_async_rlhf.serving.connection import SAMPLE
 
 Message = MutableMapping[str, Any]
@@ -99,9 +92,9 @@ class PackedRoute:
 
 def _packed(output: Any) -> PackedCompletion:
     spans = getattr(output, "weight_versions", None)
-    return PackedCompletion(
-        token_ids=pack(TOKEN, list(output.token_ids)),
-        logprobs=pack(LOGPROB, output.logprobs.logprobs if output.logprobs is not None else []),
+    return PackedCompletion.of(
+        output.token_ids,
+        output.logprobs.logprobs if output.logprobs is not None else [],
         finish_reason=output.finish_reason or "",
         versions=None if spans is None else [(span.version, span.start, span.end) for span in spans],
     )
