@@ -58,5 +58,5 @@ def test_each_layer_is_read_into_and_written_from_its_chunk(run: LayoutRun, sing
             if stage == "initial":
                 assert torch.equal(ours[key], tensor), key
             else:
-                # Adam makes steps of a rounding where a gradient is near 0, and how many there are depends on the CPU.
-                assert (ours[key] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), key
+                # Adam makes steps of a rounding where a gradient is near 0; the largest difference seen is 2.1e-4, on an AMD EPYC.
+                assert (ours[key] - tensor).abs().max() <= 5e-4 * tensor.abs().max(), key
