@@ -52,10 +52,10 @@ class Supervised:
         await self.server.start()
 
     async def run(self, break_it: Callable[["Supervised"], object]) -> None:
-        """`break_it` is called once the server has scored a third of all groups."""
+        """`break_it` is called once the server has scored half of all groups: more than there can be before the first step."""
 
         async def watch() -> None:
-            while len(self.server.bodies) < STEPS * GROUPS // 3:
+            while len(self.server.bodies) < STEPS * GROUPS // 2:
                 await asyncio.sleep(0.001)
             if asyncio.iscoroutine(going_on := break_it(self)):
                 await going_on
