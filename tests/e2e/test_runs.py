@@ -11,7 +11,8 @@ from megatron_async_rlhf.config.metrics import metric_names
 from megatron_async_rlhf.telemetry.metrics import METRICS, SUMMARY, TRACE_ARGS, WARM_START
 
 LAYOUTS = [
-    pytest.param((1, 1, 1), "async", 1, False, id="tp1-generator-tp1"),
+    # What these two show of the schedule, simulations do too; one rank each runs in test_schedules.py and others.
+    pytest.param((1, 1, 1), "async", 1, False, id="tp1-generator-tp1", marks=pytest.mark.thorough),
     pytest.param((1, 2, 1), "sync", 1, False, id="pp2-generator-tp1-sync", marks=pytest.mark.thorough),
     pytest.param((2, 2, 2), "async", 2, True, id="tp2-pp2-generator-tp2-reward-model"),
 ]

@@ -171,8 +171,7 @@ LLAMA = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nodes", LLAMA)
-@pytest.mark.parametrize("mode", ["async", "sync"])
+@pytest.mark.parametrize(("mode", "nodes"), [*(("async", nodes) for nodes in LLAMA), ("sync", 2)])
 def test_the_jobs_layouts(mode: str, nodes: int):
     command = ["bash", f"slurm/llama8b_{mode}.sh", f"--nodes={nodes}", "--dry-run"]
     environment = {"VENV": str(Path(sys.prefix)), "PATH": "/usr/bin:/bin"}

@@ -119,6 +119,7 @@ LAYOUTS = [
 ]
 # Each alone what others have together.
 THOROUGH = [
+    Layout(tensor=2, sequence_parallel=True),
     Layout(tensor=2),
     Layout(pipeline=2),
     Layout(tensor=2, pipeline=2),

@@ -45,7 +45,12 @@ def plans_of(task, *overrides: str, best: int = 2) -> list[Plan]:
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["launch.nodes=2"], ["launch.gpu=a100", "generator.max_new_tokens=256"], ["algorithm={type: ppo}"]],
+    [
+        [],
+        pytest.param(["launch.nodes=2"], marks=pytest.mark.thorough),
+        pytest.param(["launch.gpu=a100", "generator.max_new_tokens=256"], marks=pytest.mark.thorough),
+        ["algorithm={type: ppo}"],
+    ],
 )
 def test_every_plan_is_one_that_a_run_takes(task, overrides: list[str]):
     for plan in plans_of(task, *overrides):

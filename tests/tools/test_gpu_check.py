@@ -61,6 +61,7 @@ MISSING = "No module named 'megatron.core'; 'megatron' is not a package"
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_that_fails_is_kept_and_its_first_cause_shown(tmp_path: Path):
     broken = tmp_path / "broken"
     broken.mkdir()
