@@ -52,6 +52,8 @@ class Against(Struct, frozen=True, kw_only=True):
 
     Attributes:
         speedup: the baseline's wall clock over the asynchronous one; `time_saved` says the same as a share.
+        inflation: the asynchronous wall clock over the time that the baseline's slower side was at work: 1 if it never waits, and
+            takes no longer while the other side works too.
         held_out_reward, win_rate, kl: differences at the end, so at equal samples.
         reward_at_equal_samples, reward_at_equal_time: differences in training reward, over a window of steps: at the end, and
             when the faster of both was done.
@@ -60,6 +62,7 @@ class Against(Struct, frozen=True, kw_only=True):
     seeds: list[int]
     speedup: Estimate
     time_saved: Estimate
+    inflation: Estimate
     held_out_reward: Estimate | None
     win_rate: Estimate | None
     kl: Estimate | None
@@ -174,6 +177,7 @@ def _against(ours: Sequence[ComparedRun], theirs: Sequence[ComparedRun]) -> Agai
         seeds=[our.seed for our in ours],
         speedup=speedup,
         time_saved=transformed(speedup, lambda ratio: 1 - 1 / ratio),
+        inflation=ratio_of([our.wall_s / max(their.generate_s, their.train_s) for our, their in pairs]),
         held_out_reward=difference(lambda run: run.after),
         win_rate=difference(lambda run: run.win_rate),
         kl=difference(lambda run: run.kl_at_end),

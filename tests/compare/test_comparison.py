@@ -45,6 +45,7 @@ def test_seeds_are_compared_one_by_one(tmp_path: Path):
     assert against.seeds == [0, 1] and against.speedup.mean == pytest.approx(2.0)
     assert (against.speedup.low, against.speedup.high) == (pytest.approx(2.0), pytest.approx(2.0))
     assert against.time_saved.mean == pytest.approx(0.5)
+    assert against.inflation.mean == pytest.approx((50 / 50 * 60 / 50) ** 0.5)  # training takes 50 s in either baseline
     assert against.held_out_reward.mean == pytest.approx(0.125)
     assert against.kl.mean == against.reward_at_equal_samples.mean == 0
     # When the asynchronous run is done, the synchronous one is half way: (19 + 20) / 40 against (9 + 10) / 40.
