@@ -34,7 +34,7 @@ _NEEDS = (
     _Needs(("warm_start.min_learning_rate",), "warm_start.lr_decay", ("cosine", "linear")),
     _Needs(("sft.min_learning_rate",), "sft.lr_decay", ("linear", "cosine")),
     _Needs(("reward_model.min_learning_rate",), "reward_model.lr_decay", ("linear", "cosine")),
-    _Needs(("generator.kv_cache_gib", "launch.cores", "launch.pin_cores"), "run.device", ("cpu",)),
+    _Needs(("generator.kv_cache_gib", "launch.cores"), "run.device", ("cpu",)),
     _Needs(("generator.gpu_memory_share", "generator.cuda_graphs"), "run.device", ("cuda",)),
     _Needs(("learner.reference",), "algorithm.type", _algorithms(OnlineDPOSection, PolicyGradientKeys)),
     _Needs(("algorithm.reward_scale",), "algorithm.type", _algorithms(PolicyGradientKeys)),

@@ -308,7 +308,7 @@ class WeightsSection(Section):
     transport: Literal["gloo", "nccl", "ipc"] = "gloo"  # sockets | one GPU per rank | learner and generator share GPUs
     verify: Literal["every", "first", "off"] = "every"  # pushes with both sides' digests compared
     staging_mib: PositiveInt = 64  # a staging buffer; a rank has two (generators on CPU: one, see docs/weights.md)
-    snapshot: bool = False  # send from a copy, so that not even the optimizer's step waits; costs the copy's memory
+    snapshot: bool = False  # send from a copy: the optimizer's step waits for that only; costs the copy's memory
     timeout_s: PositiveFloat = 120.0  # abort when no data arrives for this long (rendezvous, message, digest check)
 
     @property
@@ -374,7 +374,8 @@ class LaunchSection(Section):
     memory_check: bool = True  # refuse to start on GPUs if the estimate is clearly above gpu_memory_gib
     # split: learner and servers have cores of their own; shared: all have all cores, in turn, with a synchronous schedule
     cores: Literal["split", "shared"] = "split"
-    pin_cores: bool = True  # bind learner ranks to their cores; vLLM always binds its workers
+    # Bind learner ranks to cores of their own, on GPUs ranks and servers to those near theirs; vLLM always binds CPU workers.
+    pin_cores: bool = True
     shutdown_grace_s: PositiveFloat = 10.0  # between SIGTERM and SIGKILL
     interrupt_grace_s: PositiveFloat = 120.0  # after Ctrl-C, for the step under way, the checkpoint and the export
     # Variables for all processes: the way to set what is otherwise ignored, as VLLM_LOGGING_LEVEL (docs/environment.md)

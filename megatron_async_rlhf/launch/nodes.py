@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.launch.near_cores import cores_near
 
 LOOPBACK = "127.0.0.1"
 # The way out where the variables are left over: a notebook or an editor's terminal that was started inside a step.
@@ -25,6 +26,7 @@ class Node(Struct, frozen=True, kw_only=True):
         address: where the others reach it, IPv4.
         interface: the network interface of that address.
         gpus: their names, as CUDA_VISIBLE_DEVICES wants them.
+        gpu_cores: of each GPU, the cores near it; none where that is not known.
         ports: `PORTS` that nobody listens on.
         generator_ports: one for each replica, whether or not it will run here.
         reward_ports: one for each replica of each reward model that the run serves.
@@ -38,6 +40,7 @@ class Node(Struct, frozen=True, kw_only=True):
     ports: list[int]
     generator_ports: list[int]
     reward_ports: list[int] = []
+    gpu_cores: list[list[int]] = []
 
 
 def this_node(config: RunConfig, gpus: int, address: str = LOOPBACK) -> Node:
@@ -51,15 +54,17 @@ def this_node(config: RunConfig, gpus: int, address: str = LOOPBACK) -> Node:
     """
     generator_ports = _generator_ports(config)
     ports = free_ports(PORTS + _reward_servers(config), taken=generator_ports)
+    cores, names = sorted(os.sched_getaffinity(0)), _gpu_names(gpus)
     return Node(
         name=node_name(),
         address=address,
         interface=_interface_of(address),
-        cores=sorted(os.sched_getaffinity(0)),
-        gpus=_gpu_names(gpus),
+        cores=cores,
+        gpus=names,
         ports=ports[:PORTS],
         generator_ports=generator_ports,
         reward_ports=ports[PORTS:],
+        gpu_cores=cores_near(names, cores),
     )
 
 

@@ -266,18 +266,31 @@ def _server(
     restarts: _Restarts,
 ) -> ProcessSpec:
     """One vLLM server, on the machine of all its workers."""
+    on_gpu = config.run.device == "cuda"
     return ProcessSpec(
         name=name,
         arguments=arguments,
         environment=_environment(config, environment | _network(node) | {"VLLM_HOST_IP": node.address}),
-        cores=[],  # vLLM binds its workers itself; its front end may run wherever there is room
-        gpus=[gpu for slot in slots for gpu in slot.devices] if config.run.device == "cuda" else [],
+        # On CPUs vLLM binds its workers itself, and its front end may run wherever there is room.
+        cores=_cores(config, slots, node) if on_gpu else [],
+        gpus=[gpu for slot in slots for gpu in slot.devices] if on_gpu else [],
         node=slots[0].node,
         end_signal=signal.SIGINT,  # which vLLM takes as it takes a SIGTERM
         blocks_terminate=True,
         restarts=restarts.limit,
         restarts_key=restarts.key,
     )
+
+
+def _cores(config: RunConfig, slots: Sequence[Slot], node: Node) -> list[int]:
+    """What a process on these slots is bound to; nothing if it may run anywhere."""
+    devices = [device for slot in slots for device in slot.devices]
+    if not config.launch.pin_cores:
+        return []
+    if config.run.device == "cpu":
+        return devices
+    near = [node.gpu_cores[gpu] for gpu in devices] if node.gpu_cores else []
+    return sorted({core for cores in near for core in cores}) if all(near) else []
 
 
 def _device_names(config: RunConfig, slots: Sequence[Slot], node: Node) -> list[str]:
@@ -320,7 +333,7 @@ def _learners(
                     **in_order,
                 },
             ),
-            cores=list(slot.devices) if config.launch.pin_cores and not on_gpu else [],
+            cores=_cores(config, [slot], nodes[slot.node]),
             gpus=list(slot.devices) if on_gpu else [],
             node=slot.node,
             end_signal=signal.SIGKILL,  # a SIGTERM it ignores: a scheduler sends that to all of a job

@@ -31,7 +31,6 @@ IN_VAIN = [
         "warm_start.min_learning_rate = 1e-07 has no effect with warm_start.lr_decay = constant",
     ),
     ({**CUDA, "generator": {"kv_cache_gib": 2}}, "generator.kv_cache_gib = 2 has no effect with run.device = cuda"),
-    ({**CUDA, "launch": {"pin_cores": False}}, "launch.pin_cores = false has no effect with run.device = cuda"),
     ({"generator": {"gpu_memory_share": 0.5}}, "generator.gpu_memory_share = 0.5 has no effect with run.device = cpu"),
     ({"generator": {"cuda_graphs": False}}, "generator.cuda_graphs = false has no effect with run.device = cpu"),
     (
@@ -64,7 +63,7 @@ IN_VAIN = [
 IN_USE = [
     {**GSM8K, "reward": {"type": "gsm8k", "format_reward": 0.3}},
     {"learner": {"min_learning_rate": 1e-7}},
-    {**CUDA, "generator": {"gpu_memory_share": 0.5, "cuda_graphs": False}},
+    {**CUDA, "generator": {"gpu_memory_share": 0.5, "cuda_graphs": False}, "launch": {"pin_cores": False}},
     {"generator": {"kv_cache_gib": 2}, "launch": {"pin_cores": False}},
     {"learner": {"reference": "swapped"}, "algorithm": {"type": "ppo", "reward_scale": "batch"}},
     {"algorithm": {"type": "grpo", "loss": "cispo", "cispo_high": 3}},
