@@ -1,7 +1,7 @@
 """Commands the controller sends to the learner, and what it answers. No torch: both sides import it.
 
 The learner is a group of SPMD ranks; rank 0 receives a command, all ranks execute it, rank 0 answers. Commands
-are executed one at a time in the order they were sent.
+are executed one at a time in the order they were sent, except BeginPush.
 """
 
 import signal
@@ -141,14 +141,28 @@ class JoinTransfer(Command, frozen=True, kw_only=True, tag=True):
 
 
 class PushWeights(Command, frozen=True, kw_only=True, tag=True):
-    """Start sending the policy to every generator; answered at once. Training may go on until it changes weights."""
+    """Start sending the policy to every generator; answered at once. Training may go on until it changes weights.
+
+    Attributes:
+        offered: send only when BeginPush comes; if none has come before weights change, the push is dropped.
+    """
 
     version: int
     verify: bool
+    offered: bool = False
+
+
+class BeginPush(Command, frozen=True, kw_only=True, tag=True):
+    """Begin the push of `version` that was offered; the answer's `begun` is false if it has been dropped.
+
+    Executed at once, also while another command is: it goes to the `begin_at` of the offer's answer.
+    """
+
+    version: int
 
 
 class FinishPush(Command, frozen=True, kw_only=True, tag=True):
-    """Wait for the push under way; the answer carries its report."""
+    """Wait for the push under way, which is not one that was dropped; the answer carries its report."""
 
 
 class SaveCheckpoint(Command, frozen=True, kw_only=True, tag=True):
@@ -179,7 +193,7 @@ class Stop(Command, frozen=True, kw_only=True, tag=True):
     """End the learner's processes cleanly."""
 
 
-# What a learner receives.
+# What a learner receives in turn.
 AnyCommand = (
     WaitUntilReady
     | StartSupervised
@@ -216,12 +230,15 @@ class Answer(Struct, frozen=True, kw_only=True):
     logprobs: list[list[float]] = []
     rewards: list[float] = []  # of ScoreRewards, in the command's order
     push: PushReport | None = None
+    begin_at: str = ""  # of PushWeights that offers a push: ZeroMQ address for BeginPush
+    begun: bool = False  # of BeginPush
     saved: bool = False
     spans: list[Span] = []
 
 
 encode_command = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(AnyCommand).decode
+decode_begin_push = msgspec.msgpack.Decoder(BeginPush).decode
 encode_answer = msgspec.msgpack.Encoder().encode
 decode_answer = msgspec.msgpack.Decoder(Answer).decode
 

@@ -8,7 +8,8 @@
   (`batch`), whose completions are scored and become ready; waits for `Pacer.admissible`, which a push, a group's end or
   room on a generator unblock.
 - learning loop: consumes ready groups, produces policy versions; starts pushing them whenever the generators can take
-  them, trains otherwise, also while a push is under way; waits for either to be possible.
+  them, trains otherwise, also while a push is under way; waits for either to be possible. Where the generators are not
+  ready for a version when its training step begins, its push is on offer until that step changes the weights.
 - beside them: lost generators are watched for, stragglers are cancelled and sampled anew.
 
 Between two rollouts the state is small: the version, the groups that are ready, the numbers of those under way. When a
@@ -20,30 +21,28 @@ Synchronous training is the same loop with a staleness bound of 0, which leaves 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from statistics import fmean
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import NonFiniteLossError, RewardError, WriteError
-from megatron_async_rlhf.generator.protocol import Generator, Pause, Receiver
 from megatron_async_rlhf.learner.protocol import Learner, TrainRollout, rollout_span
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
 from megatron_async_rlhf.scheduler.generation import Generation
 from megatron_async_rlhf.scheduler.pacing import Pacer
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
+from megatron_async_rlhf.scheduler.pushes import Pushes
 from megatron_async_rlhf.scheduler.recording import RolloutSink
 from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_facts
 from megatron_async_rlhf.scheduler.signal import Signal
 from megatron_async_rlhf.scheduler.state import BEGINNING, Checkpoints, ControllerState, ReadyGroup
 from megatron_async_rlhf.scheduler.training_batch import TrainingBatch, select_training_samples
-from megatron_async_rlhf.scheduler.weight_sync import PushError, WeightSync
+from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.telemetry.files import FAILED_BATCH
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.telemetry.summary import staleness_figures
-
-_PAUSES: dict[str, Pause] = {"none": "keep", "keep": "keep", "recompute": "keep", "resubmit": "abort"}
 
 
 class Controller:
@@ -75,7 +74,6 @@ class Controller:
         self._schedule = config.schedule
         self._learner = learner
         self._pool = pool
-        self._weight_sync = weight_sync
         self._recorder = recorder
         self._checkpoints = checkpoints
         self._rollouts = rollouts
@@ -99,9 +97,11 @@ class Controller:
             clock=clock,
         )
         pool.busy = self._generation.busy
+        self._pushes = Pushes(
+            config.schedule, self._pacer, pool, weight_sync, self._generation, recorder, self._changed
+        )
         self._evaluation = evaluation
         self._rewards = state.rewards
-        self._push: asyncio.Task | None = None
         self._save: asyncio.Task | None = None
         self._stopping = False
         self._failure: RewardError | None = None
@@ -116,12 +116,12 @@ class Controller:
         if self._stopping:
             return
         async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
+            self._tasks = self._pushes.tasks = tasks
             self._generation.weights_arrived()  # an evaluation that was due when the state was saved
             await self._pool.resume()
             beside = [
                 tasks.create_task(self._generation.run(tasks)),
-                tasks.create_task(self._pool.watch(self._returned)),
+                tasks.create_task(self._pool.watch(self._pushes.returned)),
             ]
             if self._schedule.straggler_s is not None:
                 beside.append(tasks.create_task(self._generation.resample_stragglers(self._schedule.straggler_s)))
@@ -140,8 +140,8 @@ class Controller:
         """
         assert self._evaluation is not None  # whoever calls this gave one
         async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            beside = [tasks.create_task(self._pool.watch(self._returned)), tasks.create_task(self._restore())]
+            self._tasks = self._pushes.tasks = tasks
+            beside = [tasks.create_task(self._pool.watch(self._pushes.returned)), tasks.create_task(self._restore())]
             self._pacer.begin_evaluation()
             start = self._clock()
             completions = await self._pool.sample_together(self._evaluation.requests())
@@ -153,8 +153,8 @@ class Controller:
     async def _restore(self) -> None:
         """Give the version once more to generators that came back, whenever no other is left."""
         while True:
-            await self._changed.wait_until(self._may_push)
-            await self._start_push()
+            await self._changed.wait_until(self._pushes.may_start)
+            await self._pushes.start()
 
     async def stop(self) -> None:
         """Finish the rollout and push under way, then let `run` return."""
@@ -184,11 +184,13 @@ class Controller:
     async def _learning_loop(self) -> None:
         """Consumes ready groups, produces versions; waits for a rollout or for generators that can take weights."""
         while True:
-            await self._changed.wait_until(lambda: self._is_over() or self._may_push() or self._pacer.next_rollout())
+            await self._changed.wait_until(
+                lambda: self._is_over() or self._pushes.may_start() or self._pacer.next_rollout()
+            )
             if self._is_over():
                 return
-            if self._may_push():
-                await self._start_push()
+            if self._pushes.may_start():
+                await self._pushes.start()
                 continue
             tickets, arrivals = self._pacer.next_rollout(), list(self._pacer.ready)
             assert tickets is not None  # which was waited for
@@ -203,11 +205,6 @@ class Controller:
         if self._pacer.pushing:
             return False
         return self._stopping or self._pacer.trained_version == self._pacer.pushed_version == self._schedule.steps
-
-    def _may_push(self) -> bool:
-        serving, waiting = bool(self._pool.serving), self._pool.without_weights
-        somebody = serving or waiting  # else wait for a generator to come back
-        return somebody and self._pacer.may_push(waiting=waiting, abandoned=not serving)
 
     async def _train(self, rollout: list[ReadyGroup], arrivals: list[int]) -> None:
         """One rollout, chosen when the groups of `arrivals` were complete."""
@@ -226,6 +223,7 @@ class Controller:
         )
         if self._rollouts is not None:
             self._rollouts.write(command, rollout, arrivals)
+        await self._pushes.offer()
         start = self._clock()
         try:
             answer = await self._learner.execute(command)
@@ -233,6 +231,7 @@ class Controller:
             raise NonFiniteLossError(f"{error}; {self._keep_failed(rollout)}") from None
         end = self._clock()
         self._recorder.activity("learner", "idle")
+        await self._pushes.end_offer()
         # Generators get the version before this one first, however the two race: schedules do not depend on speed.
         await self._changed.wait_until(lambda: not self._pacer.pushing)
         self._pacer.trained()
@@ -281,83 +280,13 @@ class Controller:
 
     async def _start_save(self) -> None:
         """Freeze the state after a rollout; its files are written while the loop goes on."""
-        for before in (self._push, self._save):  # what the totals should have in them, and the save before
-            if before is not None:
-                await before
+        await self._pushes.ended()  # the totals should have it in them
+        if self._save is not None:
+            await self._save
         await self._checkpoints.start(self.state)
         self._save = self._tasks.create_task(self._checkpoints.complete())
         if not self._config.checkpoint.async_save:
             await self._save
-
-    async def _start_push(self) -> None:
-        """The learner has begun to send when this returns, so that a training command finds it at the next version."""
-        if self._push is not None and not self._push.done():
-            await self._push  # the learner gives its account of one push before it begins another
-            return  # to look again who there is to push to
-        version, how = self._pacer.trained_version, self._schedule.in_flight_updates
-        receivers = self._pool.alive
-        try:
-            await self._weight_sync.connect(receivers, newcomers=self._pool.returned)
-        except PushError as error:
-            await self._push_failed(error)
-            return
-        if receivers != self._pool.alive or not self._may_push():
-            return  # things have changed meanwhile
-        self._pacer.begin_push()
-        self._pool.hold()
-        self._recorder.activity("learner", f"push {version}")
-        try:
-            await self._weight_sync.start(
-                version, receivers, how=_PAUSES[how], recompute=how != "keep", on_paused=self._generation.busy.freeze
-            )
-        except PushError as error:
-            await self._push_failed(error)
-            return
-        self._push = self._tasks.create_task(self._finish_push(version, receivers))
-
-    async def _finish_push(self, version: int, receivers: Sequence[Receiver]) -> None:
-        try:
-            await self._weight_sync.arrived()
-        except PushError as error:
-            await self._push_failed(error)
-            return
-        await self._pool.mark_updated(receivers)
-        self._pacer.push_arrived(version)
-        self._generation.weights_arrived()
-        # A batch resumes its engines itself, once all its requests are there; one that waits for a generator does not yet.
-        if self._schedule.generation == "streaming" or self._pacer.running or self._pacer.evaluating:
-            await self._pool.resume()
-        else:
-            await self._pool.release()
-        self._pacer.end_push()  # not before: nobody may pause engines that are about to be told to go on
-        self._generation.busy.thaw()
-        await self._changed.notify()
-        self._recorder.pushed(*await self._weight_sync.report())
-
-    async def _push_failed(self, error: PushError) -> None:
-        """Go on without the generators that caused it; if none did, there is no way on.
-
-        The others serve on, unless weights were under way.
-        """
-        if not error.gone:
-            raise error
-        names = ", ".join(receiver.name for receiver in error.gone)
-        self._recorder.note(f"push failed, going on without {names}: {error}")
-        for receiver, why in error.gone.items():
-            await self._pool.mark_lost(receiver, why)
-        if error.moved:
-            await self._pool.mark_stale()
-            await self._pool.release()
-        elif self._pacer.pushing:
-            await self._pool.resume()
-            self._generation.busy.thaw()
-        self._pacer.end_push()
-        await self._changed.notify()
-
-    def _returned(self, generator: Generator) -> None:
-        self._weight_sync.disconnect()
-        self._recorder.activity("generators", f"{generator.name} is back")
-        self._tasks.create_task(self._changed.notify())
 
 
 def _versions(groups: Iterable[ReadyGroup]) -> Counter[int]:

@@ -49,6 +49,7 @@ class Pacer:
         pushed_version: policy version the generators hold.
         pushing: from the pause of the engines until they have been told to go on.
         learner_busy: a rollout is being trained on, or saved.
+        offering: the version that is being trained from can still be pushed.
         evaluating: pushes wait, so that an evaluation sees one version.
         admitted: groups that were ever started.
         running: groups under way, by index, oldest number first.
@@ -69,7 +70,7 @@ class Pacer:
         # Both, by number, which is the order of their versions and deadlines too; and how many there are of each version.
         self._outstanding: dict[int, Ticket] = {}
         self._of_version: dict[int, int] = {}
-        self.pushing = self.learner_busy = self.evaluating = False
+        self.pushing = self.learner_busy = self.offering = self.evaluating = False
 
     def admissible(self, room: int) -> int:
         """How many groups may start now, if there is room for so many."""
@@ -78,7 +79,8 @@ class Pacer:
             limit = min(limit, (self.pushed_version + self._bound + self._updates) // self._updates * self._groups)
         allowed = len(self._again) + limit - self.admitted
         if self._schedule.generation == "batch":
-            push_is_next = self.trained_version > self.pushed_version and not self.learner_busy and not self.evaluating
+            can_be_pushed = self.offering or not self.learner_busy
+            push_is_next = self.trained_version > self.pushed_version and can_be_pushed and not self.evaluating
             closed = self.running or self.pushing or push_is_next
             return self._groups if allowed >= self._groups and room and not closed else 0
         if self._schedule.max_groups is not None:
@@ -165,6 +167,14 @@ class Pacer:
     def end_training(self) -> None:
         """It may take the next one."""
         self.learner_busy = False
+
+    def begin_offer(self) -> None:
+        """The learner trains, and sends the version it trains from as soon as it is told to."""
+        self.offering = True
+
+    def end_offer(self) -> None:
+        """It has trained."""
+        self.offering = False
 
     def begin_push(self) -> None:
         """Engines are paused from now on, and nobody else may pause or resume them."""

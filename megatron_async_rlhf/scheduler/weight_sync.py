@@ -1,6 +1,7 @@
 """A weight push as the controller sees it: the learner sends, every generator receives, digests are compared.
 
     connect: learner and generators meet, unless they have met already; engines may be at work
+    offer:   the learner is about to train and the generators cannot take weights yet: they may until it changes them
     start:   pause the engines -> tell the learner to send, the generators to receive
     arrived: every generator holds the version, verified; generation may go on
     report:  the learner's account of it, when it has time to give one
@@ -26,6 +27,7 @@ from megatron_async_rlhf.errors import (
 )
 from megatron_async_rlhf.generator.protocol import Pause, Receiver
 from megatron_async_rlhf.learner.protocol import (
+    BeginPush,
     FinishPush,
     JoinTransfer,
     Learner,
@@ -87,11 +89,11 @@ class WeightSync:
         """
         if not receivers:
             raise GeneratorError("no generator is alive to receive weights; see their logs")
-        if list(receivers) == self._met:
+        if self.is_connected(receivers):
             return
         for newcomer in newcomers:
             await self._meet_alone(newcomer)
-        if list(receivers) == self._met:
+        if self.is_connected(receivers):
             return
         try:
             await self._meet(receivers)
@@ -102,18 +104,30 @@ class WeightSync:
                 await self._meet_alone(receiver)
             raise
 
+    def is_connected(self, receivers: Sequence[Receiver]) -> bool:
+        """Whether a push to exactly these can start at once."""
+        return list(receivers) == self._met
+
+    async def offer(self, version: int) -> None:
+        """Let a push to all that are connected be started while the learner trains."""
+        await self._learner.execute(PushWeights(version=version, verify=self._verifies, offered=True))
+
     async def start(
         self,
         version: int,
         receivers: Sequence[Receiver],
         *,
+        offered: bool = False,
         how: Pause = "keep",
         recompute: bool = True,
         on_paused: Callable[[], None] = lambda: None,
-    ) -> None:
+    ) -> bool:
         """Begin to bring these generators, which are connected, to `version`. Then await `arrived`.
 
+        Returns false if it is too late for one that was offered: the engines are paused, and that is all.
+
         Args:
+            offered: see `offer`.
             how: what becomes of requests under way.
             recompute: the generators empty their caches, those of frozen requests too, which older weights made.
             on_paused: called once no engine computes any more.
@@ -121,14 +135,22 @@ class WeightSync:
         Raises:
             PushError: an engine cannot be paused; the others are.
         """
-        weights = self._config.weights
-        verify = weights.verify == "every" or (weights.verify == "first" and not self._is_verified)
-        started = self._clock()
+        verify, started = self._verifies, self._clock()
         self._check(await _from_each(receivers, lambda receiver: receiver.pause(how)))
         on_paused()
         self._account = None
-        await self._learner.execute(PushWeights(version=version, verify=verify))
+        if offered:
+            if not (await self._learner.execute(BeginPush(version=version))).begun:
+                return False
+        else:
+            await self._learner.execute(PushWeights(version=version, verify=verify))
         self._receiving = asyncio.create_task(self._receive(receivers, version, verify, recompute, started))
+        return True
+
+    @property
+    def _verifies(self) -> bool:
+        verify = self._config.weights.verify
+        return verify == "every" or (verify == "first" and not self._is_verified)
 
     def disconnect(self) -> None:
         """Meet anew before the next push: one of the generators is another process now."""

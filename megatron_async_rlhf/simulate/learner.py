@@ -1,4 +1,4 @@
-"""A learner that only counts: versions go up, time passes, commands are executed one at a time in their order."""
+"""A learner that only counts: versions go up, time passes, commands are executed in turn, except BeginPush."""
 
 import asyncio
 from random import Random
@@ -6,6 +6,7 @@ from random import Random
 from megatron_async_rlhf.errors import LearnerError, TransferError
 from megatron_async_rlhf.learner.protocol import (
     Answer,
+    BeginPush,
     Command,
     FinishPush,
     JoinTransfer,
@@ -36,9 +37,12 @@ class SimulatedLearner:
         self._forgets = forgets
         self._turn = asyncio.Lock()
         self._pushes = False
+        self._offered: int | None = None
         self._random, self._deviation = Random(0), 0.0
 
     async def execute(self, command: Command) -> Answer:
+        if isinstance(command, BeginPush):
+            return self._begin_push(command)
         async with self._turn:
             match command:
                 case JoinTransfer():
@@ -57,10 +61,22 @@ class SimulatedLearner:
             raise LearnerError(f"version {command.version} is to be pushed, but the learner is at {self.version}")
         if self._pushes:
             raise LearnerError("PushWeights came before the push under way was finished with FinishPush")
+        if command.offered:
+            self._offered = command.version
+            return Answer(id=0)
         self._pushes = True
         self.commands.append(command)
         self._exchange.begin(command.version)
         return Answer(id=0)
+
+    def _begin_push(self, command: BeginPush) -> Answer:
+        begun = self._offered == command.version
+        if begun:
+            self._offered = None
+            self._pushes = True
+            self.commands.append(PushWeights(version=command.version, verify=True))
+            self._exchange.begin(command.version)
+        return Answer(id=0, begun=begun)
 
     async def _finish_push(self) -> Answer:
         if not self._pushes:
@@ -85,6 +101,7 @@ class SimulatedLearner:
         updates = len(tokens) * command.epochs
         seconds = updates * self._speeds.train_s + sum(tokens) * command.epochs * self._speeds.train_token_s
         await asyncio.sleep(seconds * self._variation())
+        self._offered = None
         if self._exchange.push is not None:
             await self._exchange.push.outcome()  # weights do not change while they are being sent
         self.version += updates

@@ -42,8 +42,9 @@ def test_stop_closes_the_push_before_the_groups_of_training(monkeypatch):
     assert happened == ["answered 7", "push closed", "channel closed", "group destroyed"]
 
 
-def test_a_closed_push_has_left_its_group_and_ended_its_thread():
+def test_a_closed_push_has_left_its_group_and_ended_its_thread(monkeypatch):
     """A push that waits for a generator ends when the group is left, as NCCL's do."""
+    monkeypatch.setattr(worker.dist, "get_world_size", lambda: 1)
     config = RunConfig.model_validate({"model": MODEL})
     push = WeightPush(config, None, PLACEMENT, {})
 
@@ -67,9 +68,9 @@ def test_a_closed_push_has_left_its_group_and_ended_its_thread():
     push._transport = Transport()
     push._sender = Sender(push._transport)
     push.start(verify=False)
-    under_way, transport = push._under_way, push._transport
+    ending, transport = push._under_way.ending, push._transport
     push.close()
     assert transport.closed.is_set()
-    assert under_way.result(0).error == "the group was left"
+    assert ending.result(0).error == "the group was left"
     with pytest.raises(RuntimeError, match="shutdown"):
         push._thread.submit(print)

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.learner.protocol import (
     Answer,
+    BeginPush,
     Command,
     FinishCheckpoint,
     FinishPush,
@@ -27,6 +28,7 @@ class FakeLearner:
         self._polls = polls
         self._asked = 0
         self.commands: list[Command] = []
+        self._offered: int | None = None
         self._rng = rng
 
     async def execute(self, command: Command) -> Answer:
@@ -38,7 +40,10 @@ class FakeLearner:
             case PushWeights():
                 assert command.version == self.version
                 self._verify = command.verify
+                self._offered = command.version if command.offered else None
                 return Answer(id=0)
+            case BeginPush():
+                return Answer(id=0, begun=command.version == self._offered)
             case FinishPush():
                 return Answer(id=0, push=PushReport(wire_bytes=8, compared=1 if self._verify else 0))
             case SaveCheckpoint():
@@ -52,6 +57,7 @@ class FakeLearner:
         assert isinstance(command, TrainRollout)
         assert command.version == self.version
         self.version += 1
+        self._offered = None
         return Answer(
             id=0,
             steps=[StepMetrics(values={"loss": 1.0})],

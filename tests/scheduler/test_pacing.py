@@ -80,6 +80,10 @@ def test_a_batch_starts_whole_and_alone():
     assert pacer.admissible(PLENTY) == 0, "newer weights come first"
     pacer.begin_training([])
     assert pacer.admissible(PLENTY) == 2, "but not while the learner is at the next step"
+    pacer.begin_offer()
+    assert pacer.may_push() and pacer.admissible(PLENTY) == 0, "unless it offers to push meanwhile"
+    pacer.end_offer()
+    assert pacer.admissible(PLENTY) == 2
 
 
 def test_fifo_takes_what_was_started_first_however_late_it_is():

@@ -14,7 +14,15 @@ from megatron_async_rlhf.errors import (
     MismatchError,
     TransferError,
 )
-from megatron_async_rlhf.learner.protocol import Answer, Command, FinishPush, JoinTransfer, PushReport, PushWeights
+from megatron_async_rlhf.learner.protocol import (
+    Answer,
+    BeginPush,
+    Command,
+    FinishPush,
+    JoinTransfer,
+    PushReport,
+    PushWeights,
+)
 from megatron_async_rlhf.scheduler import weight_sync
 from megatron_async_rlhf.scheduler.weight_sync import PushError, WeightSync
 
@@ -23,15 +31,24 @@ REPORT = PushReport(wire_bytes=100, compared=4)
 
 
 class Learner:
-    """Answers from `finish`: a report or an error for each push, in order; joins from `joins`. Asked once per push."""
+    """Answers from `finish`: a report or an error for each push, in order; joins from `joins`. Asked once per push.
 
-    def __init__(self, *finish: PushReport | Exception, joins: tuple = ()) -> None:
+    What it offers begins if it is not `too_late`.
+    """
+
+    def __init__(self, *finish: PushReport | Exception, joins: tuple = (), too_late: bool = False) -> None:
         self.commands: list[Command] = []
         self._finish, self._joins = list(finish), list(joins)
         self._pushes = False
+        self._too_late = too_late
 
     async def execute(self, command: Command) -> Answer:
         self.commands.append(command)
+        if isinstance(command, BeginPush):
+            self._pushes = not self._too_late
+            return Answer(id=0, begun=self._pushes)
+        if isinstance(command, PushWeights) and command.offered:
+            return Answer(id=0)
         if isinstance(command, PushWeights | FinishPush):
             assert self._pushes == isinstance(command, FinishPush)
             self._pushes = not self._pushes
@@ -304,3 +321,26 @@ def test_what_the_learner_says_of_itself_is_nobodys_fault():
     learner = Learner(joins=(LearnerError("learner.1: did not answer"),))
     with pytest.raises(LearnerError, match="learner.1: did not answer"):
         push(make(learner), [Receiver("generator.0"), Receiver("generator.1")], 0)
+
+
+@pytest.mark.parametrize("too_late", [False, True])
+def test_a_push_that_was_offered_is_begun_or_nothing_happens(too_late):
+    learner, receiver = Learner(REPORT, REPORT, too_late=too_late), Receiver("generator.0")
+    sync = make(learner)
+
+    async def whole() -> bool:
+        async with asyncio.timeout(10):
+            assert not sync.is_connected([receiver])
+            await sync.push(0, [receiver])
+            assert sync.is_connected([receiver])
+            await sync.offer(1)
+            started = await sync.start(1, [receiver], offered=True)
+            if started:
+                await sync.arrived()
+                await sync.report()
+            return started
+
+    assert asyncio.run(whole()) == (not too_late)
+    assert receiver.version == (0 if too_late else 1)
+    assert [(command.version, command.offered) for command in learner.sent(PushWeights)] == [(0, False), (1, True)]
+    assert len(receiver.verified) == (1 if too_late else 2)

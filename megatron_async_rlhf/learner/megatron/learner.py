@@ -171,6 +171,7 @@ class MegatronLearner:
             self.version += 1
             steps.append(metrics)
             logprobs = logprobs or logprobs_before
+        self._push.wait_until_weights_may_change()  # also if no update changed them: the version is another one
         measured = self._measured(rollout)
         steps = [metrics | measured if metrics["num_sequences"] else metrics for metrics in steps]
         return self._answer(rollout.id, steps=[StepMetrics(values=metrics) for metrics in steps], logprobs=logprobs)
@@ -212,13 +213,13 @@ class MegatronLearner:
         return self._answer(command.id)
 
     def push_weights(self, command: PushWeights) -> Answer:
-        """Start sending the policy to every generator worker, which must be receiving by now."""
+        """Start sending the policy to every generator worker, or offer to; then they must be receiving by now."""
         if command.version != self.version:
             raise LearnerError(f"asked to push policy version {command.version}, but the learner is at {self.version}")
         with self._meter.span("start push"):
             self.gather_parameters()
-            self._push.start(verify=command.verify)
-        return self._answer(command.id)
+            begin_at = self._push.start(verify=command.verify, offered=command.version if command.offered else None)
+        return self._answer(command.id, begin_at=begin_at)
 
     def finish_push(self, command: FinishPush) -> Answer:
         """Wait until every generator holds what was sent, or the push has failed."""

@@ -1,13 +1,15 @@
 """Weight pushes on one learner rank: joins the transfer group, sends in the background, tells when weights may change.
 
-PushWeights: [copy a snapshot] -> start a thread that sends       (the answer comes at once)
-training:    forward and backward go on; the optimizer's step waits for the thread, unless there is a snapshot
+PushWeights: start a thread that sends, from a copy if there is to be a snapshot       (the answer comes at once)
+             the push is offered: the thread first waits for BeginPush, and gives up if the weights change before
+training:    forward and backward go on; the optimizer's step waits until the thread has read the weights
 FinishPush:  wait for the thread; all ranks learn whether any failed
 """
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from threading import Event
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from msgspec import Struct
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, TransferError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.transfer.push_offers import PushOffers
 from megatron_async_rlhf.learner.protocol import JoinTransfer
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.types import PushReport, Span
@@ -40,6 +43,22 @@ class _Ending(Struct, frozen=True):
     end: float
 
 
+class _Sending:
+    """A push that was started or offered.
+
+    Attributes:
+        weights_read: nothing reads the weights any more.
+        dropped: the offer was not taken; known once `weights_read` is set.
+        ending: to be waited for.
+    """
+
+    ending: Future[_Ending]
+
+    def __init__(self) -> None:
+        self.weights_read = Event()
+        self.dropped = False
+
+
 class WeightPush:
     """This rank's connection to the generators. Collective over the learner: every rank makes the same calls."""
 
@@ -50,7 +69,9 @@ class WeightPush:
         self._sender: Sender | None = None
         self._transport: Transport | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weight-push")
-        self._under_way: Future[_Ending] | None = None
+        self._offers = PushOffers(placement, config.learner.timeout_s)
+        self._host = ""  # of rank 0, by the last rendezvous
+        self._under_way: _Sending | None = None
         # Beside the training's stream, so that both go on at once.
         self._stream = torch.cuda.Stream(placement.device) if placement.device.type == "cuda" else None
 
@@ -68,8 +89,10 @@ class WeightPush:
             error = str(failure)
         self._agree(error, time.time())
 
-    def start(self, *, verify: bool) -> None:
-        """Begin sending the weights as they are now.
+    def start(self, *, verify: bool, offered: int | None = None) -> str:
+        """Begin sending the weights as they are now, or offer to send them as this version.
+
+        Returns the address for BeginPush, on rank 0 and if the push is offered.
 
         Raises:
             LearnerError: not connected, or the push before was not finished.
@@ -79,17 +102,22 @@ class WeightPush:
             raise LearnerError("PushWeights came before JoinTransfer: no generator is connected")
         if self._under_way is not None:
             raise LearnerError("PushWeights came before the push under way was finished with FinishPush")
-        weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
-        if self._config.weights.snapshot:
-            weights = {name: tensor.clone() for name, tensor in weights.items()}
+        if offered is not None:
+            self._offers.make(offered, self._host)
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())  # for the optimizer's step, or the snapshot
-        self._under_way = self._thread.submit(self._send, self._sender, weights, verify)
+            self._stream.wait_stream(torch.cuda.current_stream())  # for the optimizer's step
+        self._under_way = sending = _Sending()
+        sending.ending = self._thread.submit(self._send, sending, self._sender, verify, offered is not None)
+        return self._offers.address if offered is not None else ""
 
     def wait_until_weights_may_change(self) -> None:
-        """Returns when no push reads the parameters any more; errors are left for `finish`."""
-        if self._under_way is not None and not self._config.weights.snapshot:
-            self._under_way.exception()
+        """Returns when no push reads the parameters any more; drops one that only was offered. `finish` tells errors."""
+        if self._under_way is None:
+            return
+        self._offers.withdraw()
+        self._under_way.weights_read.wait()
+        if self._under_way.dropped:
+            self._under_way = None
 
     def finish(self) -> tuple[PushReport, Span]:
         """The push under way, once it has ended.
@@ -99,7 +127,7 @@ class WeightPush:
         """
         if self._under_way is None:
             raise LearnerError("FinishPush came without PushWeights")
-        ending, self._under_way = self._under_way.result(), None
+        ending, self._under_way = self._under_way.ending.result(), None
         self._agree(ending.error, ending.end)
         report, process = ending.report, f"learner.{self._placement.rank}"
         assert report is not None  # without one there is an error
@@ -109,12 +137,14 @@ class WeightPush:
     def close(self) -> None:
         """Leave the generators for good; a push under way fails. An interpreter that ends with an NCCL communicator open
         may hang in it, or crash."""
+        self._offers.close()
         self._leave()
         self._thread.shutdown()
         self._store = None
 
     def _join(self, command: JoinTransfer) -> None:
         config, placement = self._config, self._placement
+        self._host = command.host
         roster = Roster(
             senders=placement.layout.ranks,
             generators=command.generators,
@@ -139,16 +169,33 @@ class WeightPush:
         agree(transport, roster, plan.fingerprint)
         self._sender = Sender(plan, roster, transport)
 
-    def _send(self, sender: Sender, weights: dict[str, torch.Tensor], verify: bool) -> _Ending:
+    def _send(self, sending: _Sending, sender: Sender, verify: bool, offered: bool) -> _Ending:
         start = time.time()
+        report = error = None
         try:
-            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                report, error = sender.push(weights.__getitem__, verify=verify), None
+            if offered:
+                sending.dropped = not self._offers.verdict()
+                start = time.time()
+            if not sending.dropped:
+                with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                    report = sender.push(self._weights(sending).__getitem__, verify=verify)
         except TransferError as failure:
-            report, error = None, str(failure)
-        if self._stream is not None:
-            self._stream.synchronize()  # from here on nothing reads the weights
+            error = str(failure)
+        finally:
+            self._all_read(sending)
         return _Ending(report, error, start, time.time())
+
+    def _weights(self, sending: _Sending) -> dict[str, torch.Tensor]:
+        weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        if self._config.weights.snapshot:
+            weights = {name: tensor.clone() for name, tensor in weights.items()}
+            self._all_read(sending)
+        return weights
+
+    def _all_read(self, sending: _Sending) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+        sending.weights_read.set()
 
     def _leave(self) -> None:
         if self._transport is not None:
