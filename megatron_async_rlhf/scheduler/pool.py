@@ -91,6 +91,7 @@ class GeneratorPool:
         self.busy = ServersBusy(time.time, on_any=lambda span: None, on_one=lambda span: None)
         self._last_loss = "none answered"
         self._held = False  # by a push
+        self._paused = False  # all engines, as a push has left them
         self._dealing = False  # by `sample_together`, while requests queue at paused engines
         self._recount()
 
@@ -142,6 +143,7 @@ class GeneratorPool:
                 ]
                 queued = zip(members, map(len, shares), strict=True)
                 await asyncio.gather(*(self._wait_queued(member, count) for member, count in queued))
+                self._paused = False
                 await self._everywhere(lambda generator: generator.resume())
             finally:
                 self._dealing = False
@@ -160,14 +162,15 @@ class GeneratorPool:
         self._held = True
 
     async def release(self) -> None:
-        """The push is over; the engines stay as they are."""
-        self._held = False
+        """The push is over; the engines stay paused."""
+        self._held, self._paused = False, True
         await self._changed.notify()
 
     async def resume(self) -> None:
         """The push is over, and the engines go on."""
         await self._everywhere(lambda generator: generator.resume())
-        await self.release()
+        self._held = self._paused = False
+        await self._changed.notify()
 
     async def watch(self, on_return: Callable[[Generator], object]) -> None:
         """For ever: notice when lost generators answer again, and report those that do not come back.
@@ -284,13 +287,11 @@ class GeneratorPool:
                 await self.mark_lost(member.generator, error)
 
     async def _paused_members(self) -> list[Member]:
-        """Members that serve, with paused engines, once there are any.
-
-        Whoever serves after a wait comes from a push, which lets the engines go on when it ends: they are paused after it.
-        """
+        """Members that serve, with paused engines, once there are any. A push mostly has left them paused."""
         while True:
             await self._changed.wait_until(lambda: self._serving and not self._held)
-            await self._everywhere(lambda generator: generator.pause())
+            if not self._paused:
+                await self._everywhere(lambda generator: generator.pause())
             if self._serving and not self._held:
                 return self._serving
 

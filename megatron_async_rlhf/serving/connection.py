@@ -14,7 +14,7 @@ from megatron_async_rlhf.limits import open_files
 
 NO_LIMIT = 0.0
 CLASSIFY = "/classify"
-SAMPLE = "/async_rlhf/sample"  # `generator/vllm/packed_route.py`
+SAMPLE, PAUSE = "/async_rlhf/sample", "/async_rlhf/pause"  # `generator/vllm/routes.py`
 _TAKE_PLACES = {"/inference/v1/generate", SAMPLE, CLASSIFY}
 _ENDING = b"Server shutting down"  # what vLLM's engine says to whatever it is asked after it was told to end
 # Of a connection that this machine does not even try to make: the server has nothing to do with it.

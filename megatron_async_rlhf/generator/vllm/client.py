@@ -1,6 +1,6 @@
 """Talks to one vLLM server: sampling, pausing, and the generator's half of a weight push. No vllm import.
 
-    sample ──> /async_rlhf/sample (packed_route) ───────────────────> completions, interrupted or not
+    sample ──> /async_rlhf/sample (routes) ────────────────────────> completions, interrupted or not
                      ▲ begun: goes on after these tokens ──────────────────────┘
     pause(keep | wait | abort) ──> receive_weights(recompute | not) ──> resume
 
@@ -18,7 +18,7 @@ from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
 from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
-from megatron_async_rlhf.serving.connection import NO_LIMIT, SAMPLE, Connection
+from megatron_async_rlhf.serving.connection import NO_LIMIT, PAUSE, SAMPLE, Connection
 from megatron_async_rlhf.serving.silence import StallDetector
 from megatron_async_rlhf.types import Completion
 
@@ -175,7 +175,7 @@ class VLLMGenerator:
             GeneratorGoneError: as `sample`; a push must not begin with a server that is not the one that was connected.
         """
         clear_cache = how != "keep" or not self._under_way
-        await self._ask(f"/pause?mode={how}&clear_cache={str(clear_cache).lower()}")
+        await self._ask(f"{PAUSE}?mode={how}&clear_cache={str(clear_cache).lower()}")
         self._silence.pause()
         if self.version >= 0 and await self._label() not in (None, str(self.version)):
             raise self._started_again()

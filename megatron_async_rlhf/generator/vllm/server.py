@@ -53,7 +53,7 @@ def server_command(
         *("--generation-config", "vllm"),
         *("--scheduling-policy", "priority"),  # requests run in the controller's order, not the network's
         "--enable-server-load-tracking",
-        *("--middleware", "megatron_async_rlhf.generator.vllm.packed_route.PackedRoute"),
+        *("--middleware", "megatron_async_rlhf.generator.vllm.routes.Routes"),
         *(["--enable-scale-out"] if _scale_out_is_optional() else []),  # tokens in, tokens out
         # Requests that keep their cache through an update hold blocks of older weights, and vLLM cannot empty its
         # prefix cache while they do: the next request with the same prompt would go on from those.

@@ -5,10 +5,13 @@ nothing else while a worker computes. That is free where cores are idle. Here th
 the learner: with a reward model's server beside a generator on one core, steps took three times as long.
 """
 
+import time
+
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
-# A notification that is sent before its reader has subscribed is lost.
-_LONGEST_SLEEP_MS = 20
+# Notifications get lost: those sent within about a millisecond of another one, as vLLM lets one wait in the socket at most. So a
+# reader that has not read for a while sleeps about as long as that before it looks itself, between these two.
+_SHORTEST_SLEEP_MS, _LONGEST_SLEEP_MS = 1, 20
 _wait = SpinCondition.wait
 
 
@@ -19,4 +22,6 @@ def wait_asleep() -> None:
 
 def _asleep(condition: SpinCondition, timeout_ms: int | None = None) -> None:
     condition.busy_loop_s = 0.0
-    _wait(condition, _LONGEST_SLEEP_MS if timeout_ms is None else min(timeout_ms, _LONGEST_SLEEP_MS))
+    since_last_ms = int(1000 * (time.monotonic() - condition.last_read))
+    sleep_ms = min(max(since_last_ms, _SHORTEST_SLEEP_MS), _LONGEST_SLEEP_MS)
+    _wait(condition, sleep_ms if timeout_ms is None else min(timeout_ms, sleep_ms))

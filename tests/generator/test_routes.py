@@ -1,4 +1,4 @@
-"""The route for samples in front of an engine that answers as vLLM's does; the real one is in tests/e2e."""
+"""The routes in front of an engine that answers as vLLM's does; the real one is in tests/e2e."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,8 +10,8 @@ import pytest
 from vllm.sampling_params import RequestOutputKind
 
 from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedRequest
-from megatron_async_rlhf.generator.vllm.packed_route import PackedRoute
-from megatron_async_rlhf.serving.connection import SAMPLE
+from megatron_async_rlhf.generator.vllm.routes import Routes
+from megatron_async_rlhf.serving.connection import PAUSE, SAMPLE
 
 REQUEST = PackedRequest(
     token_ids=[5, 6], samples=2, seed=3, temperature=0.7, max_tokens=4, stop_token_ids=[257], order=11
@@ -72,8 +72,9 @@ def answered(engine: Engine, content: bytes | None = None, path: str = SAMPLE, *
     async def vllm(scope: dict, receive: Any, send: Any) -> None:
         await send({"status": 404, "body": b"vLLM"})
 
-    scope = {"type": "http", "path": path, "app": SimpleNamespace(state=state)}
-    asyncio.run(asyncio.wait_for(PackedRoute(vllm)(scope, receive, send), 20.0))
+    path, _, query = path.partition("?")
+    scope = {"type": "http", "path": path, "query_string": query.encode(), "app": SimpleNamespace(state=state)}
+    asyncio.run(asyncio.wait_for(Routes(vllm)(scope, receive, send), 20.0))
     assert getattr(state, "server_load_metrics", 0) == 0
     return sent[0]["status"], sent[-1]["body"]
 
@@ -101,7 +102,7 @@ def test_the_engine_is_asked_for_what_the_request_says():
 
 def test_requests_have_names_of_their_own():
     engine = Engine(output(0, [65]), output(1, [66]))
-    route = PackedRoute(None)
+    route = Routes(None)
 
     async def two() -> None:
         for _ in range(2):
@@ -135,3 +136,23 @@ def test_other_requests_are_vllms():
     engine = Engine()
     assert answered(engine, path="/health") == (404, b"vLLM")
     assert not engine.asked
+
+
+@pytest.mark.parametrize(("mode", "clear"), [("keep", True), ("abort", False)])
+def test_a_pause_is_the_engines(mode, clear):
+    paused = []
+
+    async def pause_scheduler_async(*, mode: str, clear_cache: bool) -> None:
+        paused.append((mode, clear_cache))
+
+    engine = SimpleNamespace(engine_core=SimpleNamespace(pause_scheduler_async=pause_scheduler_async))
+    status, content = answered(engine, path=f"{PAUSE}?mode={mode}&clear_cache={str(clear).lower()}")
+    assert (status, content) == (200, b'{"status": "paused"}') and paused == [(mode, clear)]
+
+
+def test_an_engine_that_cannot_be_paused_is_told():
+    async def pause_scheduler_async(**_: Any) -> None:
+        raise RuntimeError("the engine is dead")
+
+    engine = SimpleNamespace(engine_core=SimpleNamespace(pause_scheduler_async=pause_scheduler_async))
+    assert answered(engine, path=f"{PAUSE}?mode=keep&clear_cache=true") == (500, b"RuntimeError: the engine is dead")

@@ -1,28 +1,33 @@
-"""A route of vLLM's server for samples: tokens in, tokens and log-probabilities out, as packed numbers.
+"""Two routes of vLLM's server that are this project's own, because one side or the other waits while they are answered.
 
-vLLM's own route for tokens makes an object, and then JSON, of every token's log-probability; where sampling and training have
-one core each, one of them waits meanwhile. This is ASGI middleware (vLLM's option `--middleware`): it answers one path itself,
-with the server's engine, and passes every other request on to vLLM.
+- samples: tokens in, tokens and log-probabilities out, as packed numbers. vLLM's own route makes an object, and then JSON, of
+  every token's log-probability.
+- pause: answered as soon as the engine has stopped. vLLM's own route then sleeps for 20 ms, so that outputs of requests that
+  have ended mostly come first, which nothing here depends on.
+
+This is ASGI middleware (vLLM's option `--middleware`), which passes every other request on to vLLM.
 """
 
 import asyncio
 import itertools
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
-from megatron_async_rlhf.serving.connection import SAMPLE
+from megatron_async_rlhf.serving.connection import PAUSE, SAMPLE
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-class PackedRoute:
+class Routes:
     """ASGI application around another one."""
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
@@ -32,10 +37,26 @@ class PackedRoute:
         self._encoder = msgspec.msgpack.Encoder()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != SAMPLE:
+        if scope["type"] == "http" and scope["path"] == SAMPLE:
+            await self._sample(scope["app"].state, receive, send)
+        elif scope["type"] == "http" and scope["path"] == PAUSE:
+            await self._pause(scope["app"].state.engine_client, scope["query_string"], send)
+        else:
             await self._app(scope, receive, send)
+
+    async def _pause(self, engine: Any, query: bytes, send: Send) -> None:
+        """As `/pause` of vLLM with the same query."""
+        options = {name: values[-1] for name, values in parse_qs(query.decode()).items()}
+        try:
+            await engine.engine_core.pause_scheduler_async(
+                mode=options["mode"], clear_cache=options["clear_cache"] == "true"
+            )
+        except Exception as error:  # one request's failure must not end the server
+            await _respond(send, 500, f"{type(error).__name__}: {error}".encode(), b"text/plain")
             return
-        state = scope["app"].state
+        await _respond(send, 200, json.dumps({"status": "paused"}).encode(), b"application/json")
+
+    async def _sample(self, state: Any, receive: Receive, send: Send) -> None:
         content = await _body(receive)
         # Counted as by vLLM's own routes, for `/load`.
         state.server_load_metrics = getattr(state, "server_load_metrics", 0) + 1
@@ -43,9 +64,7 @@ class PackedRoute:
             status, content = await self._answered(state.engine_client, content, receive)
         finally:
             state.server_load_metrics -= 1
-        headers = [(b"content-type", b"application/msgpack"), (b"content-length", str(len(content)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+        await _respond(send, status, content, b"application/msgpack")
 
     async def _answered(self, engine: Any, content: bytes, receive: Receive) -> tuple[int, bytes]:
         """HTTP status and body. Sampling ends when the client has gone away."""
@@ -107,6 +126,12 @@ async def _body(receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+async def _respond(send: Send, status: int, content: bytes, content_type: bytes) -> None:
+    headers = [(b"content-type", content_type), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
 
 
 async def _until_gone(receive: Receive) -> None:
