@@ -43,7 +43,6 @@ def common_arguments(
         *("--max-num-seqs", str(max_concurrent)),
         *("--max-num-batched-tokens", str(max(context_length, _PREFILL_TOKENS))),
         "--disable-uvicorn-access-log",
-        "--disable-log-stats",
     ]
 
 
