@@ -20,7 +20,7 @@ from megatron_async_rlhf.learner.protocol import WaitUntilReady
 from megatron_async_rlhf.models.hf_mapping import elements_held
 from megatron_async_rlhf.scheduler.weight_sync import PushError
 
-PUSHES = int(os.environ.get("ASYNC_RLHF_TEST_PUSHES", "2"))
+PUSHES = int(os.environ.get("ASYNC_RLHF_TEST_PUSHES", "3"))
 
 # Each start of real servers takes half a minute; what others cover too is thorough.
 
