@@ -10,7 +10,6 @@ This is ASGI middleware (vLLM's option `--middleware`), which passes every other
 
 import asyncio
 import itertools
-import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qs
@@ -54,7 +53,7 @@ class Routes:
         except Exception as error:  # one request's failure must not end the server
             await _respond(send, 500, f"{type(error).__name__}: {error}".encode(), b"text/plain")
             return
-        await _respond(send, 200, json.dumps({"status": "paused"}).encode(), b"application/json")
+        await _respond(send, 200, b'{"status": "paused"}', b"application/json")
 
     async def _sample(self, state: Any, receive: Receive, send: Send) -> None:
         content = await _body(receive)
