@@ -14,7 +14,8 @@ from megatron_async_rlhf.limits import open_files
 
 NO_LIMIT = 0.0
 CLASSIFY = "/classify"
-SAMPLE, PAUSE = "/async_rlhf/sample", "/async_rlhf/pause"  # `generator/vllm/routes.py`
+# `generator/vllm/routes.py`
+SAMPLE, PAUSE, RECEIVE = "/async_rlhf/sample", "/async_rlhf/pause", "/async_rlhf/weights"
 _TAKE_PLACES = {"/inference/v1/generate", SAMPLE, CLASSIFY}
 _ENDING = b"Server shutting down"  # what vLLM's engine says to whatever it is asked after it was told to end
 # Of a connection that this machine does not even try to make: the server has nothing to do with it.
@@ -97,7 +98,7 @@ class Connection:
         Args:
             body: as `aiohttp` takes it, `json` or `data`.
         """
-        name = self._name
+        name, route = self._name, path.partition("?")[0]
         place = self._free_places if path in _TAKE_PLACES else contextlib.nullcontext()
         try:
             async with (
@@ -109,23 +110,23 @@ class Connection:
                 status, content = response.status, await response.read()
         except TimeoutError:
             raise GeneratorSilentError(
-                f"{name}: no answer to {path} within {limit:g} s; see its log, or raise {self._section}.request_timeout_s",
+                f"{name}: no answer to {route} within {limit:g} s; see its log, or raise {self._section}.request_timeout_s",
                 silent_s=limit,
             ) from None
         except aiohttp.ClientError as error:
             self._refuse_if_ours(error)
-            raise GeneratorGoneError(f"{name}: {path} failed, the server is gone ({type(error).__name__})") from None
+            raise GeneratorGoneError(f"{name}: {route} failed, the server is gone ({type(error).__name__})") from None
         if status == 200:
             try:
                 return decode(content, type=answer) if content else {}
             except msgspec.MsgspecError as error:
-                raise GeneratorError(f"{name}: {path} answered something else than expected: {error}") from None
+                raise GeneratorError(f"{name}: {route} answered something else than expected: {error}") from None
         if status >= 500 and _ENDING in content:
-            raise GeneratorGoneError(f"{name}: {path} failed, the server was told to end")
+            raise GeneratorGoneError(f"{name}: {route} failed, the server was told to end")
         if status >= 500 and not await self.has_engine():  # a server outlives its engine by a moment
-            raise GeneratorGoneError(f"{name}: {path} failed, its engine died; see its log")
+            raise GeneratorGoneError(f"{name}: {route} failed, its engine died; see its log")
         detail = " ".join(content.decode(errors="replace").split())[:300]
-        raise GeneratorError(f"{name}: {path} answered {status}: {detail}")
+        raise GeneratorError(f"{name}: {route} answered {status}: {detail}")
 
     def _refuse_if_ours(self, error: Exception) -> None:
         """A limit of this machine must not be taken for a server that is gone."""

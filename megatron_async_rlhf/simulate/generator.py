@@ -14,6 +14,7 @@ from typing import Any
 from megatron_async_rlhf.config.sections import GeneratorSection
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError, InvariantError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
+from megatron_async_rlhf.serving.connection import PAUSE, RECEIVE
 from megatron_async_rlhf.serving.silence import StallDetector
 from megatron_async_rlhf.simulate.engine import Engine, EngineSequence
 from megatron_async_rlhf.simulate.exchange import Exchange
@@ -122,7 +123,7 @@ class SimulatedGenerator:
 
     async def pause(self, how: Pause = "keep") -> None:
         await self._travel()
-        await self._reach("/pause")
+        await self._reach(PAUSE)
         if how == "abort":
             for request in list(self._requests.values()):
                 self._withdraw(self._engine, request)
@@ -165,7 +166,7 @@ class SimulatedGenerator:
         await self._unless_gone(self._exchange.meet(info["session"], self.name))
 
     async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None:
-        await self._reach("/update_weights")
+        await self._reach(RECEIVE)
         self._check_paused(version)
         self.version = -1
         arrived = await self._unless_gone(self._exchange.receive(self.name))
@@ -258,7 +259,7 @@ class SimulatedGenerator:
         except GeneratorError:
             if engine is not self._engine or not self._is_up:
                 raise self._gone("the server is gone") from None
-            await self._reach("/update_weights")
+            await self._reach(RECEIVE)
             raise
 
     def _check_is_not_known_empty(self) -> None:

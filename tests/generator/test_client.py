@@ -14,7 +14,7 @@ from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, Gener
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
-from megatron_async_rlhf.serving.connection import SAMPLE
+from megatron_async_rlhf.serving.connection import RECEIVE, SAMPLE
 from megatron_async_rlhf.types import Completion, Prompt
 
 PROMPT = Prompt(index=0, text="p", token_ids=[112], reference={})
@@ -44,7 +44,7 @@ async def connected(
         return web.Response(body=msgspec.msgpack.encode(PackedAnswer(await generate(asked))))
 
     async def anything_else(request: web.Request) -> web.Response:
-        if push is not None and request.path == "/update_weights":
+        if push is not None and request.path == RECEIVE:
             await push()
         return web.json_response({"success": True, "weight_version": "7"})
 
@@ -211,9 +211,7 @@ def test_a_server_that_was_told_to_end_is_gone(tokenizer):
         application.router.add_get("/health", healthy)
         application.router.add_post("/{path:.*}", refuse)
         async with serving(application, tokenizer) as client:
-            with pytest.raises(
-                GeneratorGoneError, match="generator.0: /start_weight_update failed, the server was told"
-            ):
+            with pytest.raises(GeneratorGoneError, match=f"generator.0: {RECEIVE} failed, the server was told"):
                 await client.receive_weights(version=1, verify=True)
             assert client.version == -1
 

@@ -1,6 +1,7 @@
 """The routes in front of an engine that answers as vLLM's does; the real one is in tests/e2e."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedRequest
 from megatron_async_rlhf.generator.vllm.routes import Routes
-from megatron_async_rlhf.serving.connection import PAUSE, SAMPLE
+from megatron_async_rlhf.serving.connection import PAUSE, RECEIVE, SAMPLE
 
 REQUEST = PackedRequest(
     token_ids=[5, 6], samples=2, seed=3, temperature=0.7, max_tokens=4, stop_token_ids=[257], order=11
@@ -48,7 +49,7 @@ class Engine:
         yield SimpleNamespace(outputs=list(self.outputs) if whole else [self.outputs[-1]])
 
 
-def answered(engine: Engine, content: bytes | None = None, path: str = SAMPLE, *, leaves: bool = False) -> tuple:
+def answered(engine: Any, content: bytes | None = None, path: str = SAMPLE, *, leaves: bool = False) -> tuple:
     """Status, body and the load counted while the engine worked; the body arrives in two parts, as a long one does."""
     content = msgspec.msgpack.encode(REQUEST) if content is None else content
     parts = [
@@ -138,21 +139,73 @@ def test_other_requests_are_vllms():
     assert not engine.asked
 
 
+class PausedEngine:
+    """Takes the calls of a push, and keeps what it was told; `fails` at the call of this name.
+
+    Attributes:
+        emptied: whether it can empty its cache.
+    """
+
+    def __init__(self, *, fails: str = "", emptied: bool = True) -> None:
+        self.calls: list[tuple] = []
+        self.engine_core = self
+        self._fails, self._emptied = fails, emptied
+
+    async def pause_scheduler_async(self, *, mode: str, clear_cache: bool) -> None:
+        self._take("pause", mode, clear_cache)
+
+    async def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        self._take(method, kwargs)
+
+    async def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
+        self._take("reset", reset_running_requests)
+        return self._emptied
+
+    def _take(self, *call: Any) -> None:
+        if call[0] == self._fails:
+            raise RuntimeError("the engine is dead")
+        self.calls.append(call)
+
+
+class VersionedEngine(PausedEngine):
+    """vLLM's from 0.30 on."""
+
+    async def get_weight_version(self) -> str:
+        return "7"
+
+    async def update_weight_version(self, version: str) -> None:
+        self._take("version", version)
+
+
 @pytest.mark.parametrize(("mode", "clear"), [("keep", True), ("abort", False)])
 def test_a_pause_is_the_engines(mode, clear):
-    paused = []
-
-    async def pause_scheduler_async(*, mode: str, clear_cache: bool) -> None:
-        paused.append((mode, clear_cache))
-
-    engine = SimpleNamespace(engine_core=SimpleNamespace(pause_scheduler_async=pause_scheduler_async))
-    status, content = answered(engine, path=f"{PAUSE}?mode={mode}&clear_cache={str(clear).lower()}")
-    assert (status, content) == (200, b'{"status": "paused"}') and paused == [(mode, clear)]
+    for engine, version in ((PausedEngine(), None), (VersionedEngine(), "7")):
+        status, content = answered(engine, path=f"{PAUSE}?mode={mode}&clear_cache={str(clear).lower()}")
+        assert (status, json.loads(content)) == (200, {"weight_version": version})
+        assert engine.calls == [("pause", mode, clear)]
 
 
-def test_an_engine_that_cannot_be_paused_is_told():
-    async def pause_scheduler_async(**_: Any) -> None:
-        raise RuntimeError("the engine is dead")
+def test_weights_are_taken_then_named_then_the_cache_is_emptied():
+    engine = VersionedEngine()
+    assert answered(engine, path=f"{RECEIVE}?version=8&verify=true&recompute=true") == (200, b"{}")
+    assert engine.calls == [("take_weights", {"verify": True}), ("version", "8"), ("reset", True)]
+    engine = VersionedEngine()
+    assert answered(engine, path=f"{RECEIVE}?version=8&verify=false&recompute=false") == (200, b"{}")
+    assert engine.calls == [("take_weights", {"verify": False}), ("version", "8")]
+    engine = PausedEngine()
+    assert answered(engine, path=f"{RECEIVE}?version=8&verify=false&recompute=true") == (200, b"{}")
+    assert engine.calls == [("take_weights", {"verify": False}), ("reset", True)]
 
-    engine = SimpleNamespace(engine_core=SimpleNamespace(pause_scheduler_async=pause_scheduler_async))
-    assert answered(engine, path=f"{PAUSE}?mode=keep&clear_cache=true") == (500, b"RuntimeError: the engine is dead")
+
+@pytest.mark.parametrize(
+    ("engine", "path", "said", "done"),
+    [
+        (VersionedEngine(fails="pause"), f"{PAUSE}?mode=keep&clear_cache=true", b"RuntimeError: the engine is dead", 0),
+        (VersionedEngine(fails="take_weights"), f"{RECEIVE}?version=8&verify=true&recompute=true", b"RuntimeError: the", 0),
+        (VersionedEngine(emptied=False), f"{RECEIVE}?version=8&verify=true&recompute=true", b"RuntimeError: the engine could not empty", 3),
+    ],
+)  # fmt: skip
+def test_a_call_that_fails_ends_a_push_and_is_told(engine, path, said, done):
+    status, content = answered(engine, path=path)
+    assert status == 500 and content.startswith(said)
+    assert len(engine.calls) == done

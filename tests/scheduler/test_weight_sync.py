@@ -168,7 +168,9 @@ def test_a_mismatch_is_an_error_that_carries_its_counts():
         wire_bytes=1, compared=9, mismatches=["generator.0 rank 1: lm_head.weight[0:4, 0:8] from learner rank 2"]
     )
     learner = Learner(bad)
-    receiver = Receiver("generator.0", GeneratorError("generator.0: /update_weights answered 500: verify: 1 of 9 ..."))
+    receiver = Receiver(
+        "generator.0", GeneratorError("generator.0: /async_rlhf/weights answered 500: verify: 1 of 9 ...")
+    )
     with pytest.raises(
         MismatchError, match="version 3: 1 of 9 digests differ, first generator.0 rank 1: lm_head"
     ) as error:
@@ -181,10 +183,10 @@ def test_who_is_gone_is_named_and_the_next_push_meets_anew():
         TransferError("receive of the digests from generator.1 rank 0 failed on learner rank 0: ..."), REPORT
     )
     first = Receiver("generator.0", GeneratorError("generator.0: answered 500: the connection is gone"))
-    second = Receiver("generator.1", GeneratorGoneError("generator.1: /update_weights failed, the server is gone"))
+    second = Receiver("generator.1", GeneratorGoneError("generator.1: /async_rlhf/weights failed, the server is gone"))
     sync = make(learner)
     with pytest.raises(
-        PushError, match="push of version 0 failed: generator.1: /update_weights failed, the server is gone"
+        PushError, match="push of version 0 failed: generator.1: /async_rlhf/weights failed, the server is gone"
     ) as error:
         push(sync, [first, second], 0)
     assert (list(error.value.gone), error.value.moved) == ([second], True)
@@ -217,14 +219,14 @@ def test_a_push_may_take_longer_than_the_timeout_while_it_moves():
 
 
 def test_a_long_push_that_fails_in_the_end_says_what_happened():
-    gone = GeneratorGoneError("generator.1: /finish_weight_update failed, the server is gone")
+    gone = GeneratorGoneError("generator.1: /async_rlhf/weights failed, the server is gone")
     receivers = [Receiver("generator.0"), Receiver("generator.1", gone, takes_s=0.45)]
     with pytest.raises(PushError, match="push of version 0 failed: generator.1: .* the server is gone") as error:
         push(make(Learner(REPORT)), receivers, 0)
     assert list(error.value.gone) == receivers[1:]
 
     bad = PushReport(wire_bytes=1, compared=9, mismatches=["generator.0 rank 1: lm_head.weight[0:4, 0:8]"])
-    slow = Receiver("generator.0", GeneratorError("generator.0: /update_weights answered 500"), takes_s=0.45)
+    slow = Receiver("generator.0", GeneratorError("generator.0: /async_rlhf/weights answered 500"), takes_s=0.45)
     with pytest.raises(MismatchError, match="1 of 9 digests differ, first generator.0 rank 1: lm_head"):
         push(make(Learner(bad)), [slow], 0)
 
@@ -308,10 +310,10 @@ def test_who_cannot_meet_is_found_out_when_nobody_is_gone():
 def test_an_engine_that_cannot_be_paused_costs_the_others_no_weights():
     class Deaf(Receiver):
         async def pause(self, how: str = "keep") -> None:
-            raise GeneratorSilentError(f"{self.name}: no answer to /pause within 3 s", silent_s=3.0)
+            raise GeneratorSilentError(f"{self.name}: no answer to /async_rlhf/pause within 3 s", silent_s=3.0)
 
     learner, deaf = Learner(REPORT), Deaf("generator.1")
-    with pytest.raises(PushError, match="generator.1: no answer to /pause") as error:
+    with pytest.raises(PushError, match="generator.1: no answer to /async_rlhf/pause") as error:
         push(make(learner), [Receiver("generator.0"), deaf], 0)
     assert (list(error.value.gone), error.value.moved) == ([deaf], False)
     assert learner.sent(PushWeights) == []

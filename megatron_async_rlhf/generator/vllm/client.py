@@ -18,7 +18,7 @@ from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError
 from megatron_async_rlhf.generator.protocol import Pause, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
 from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
-from megatron_async_rlhf.serving.connection import NO_LIMIT, PAUSE, SAMPLE, Connection
+from megatron_async_rlhf.serving.connection import NO_LIMIT, PAUSE, RECEIVE, SAMPLE, Connection
 from megatron_async_rlhf.serving.silence import StallDetector
 from megatron_async_rlhf.types import Completion
 
@@ -175,20 +175,10 @@ class VLLMGenerator:
             GeneratorGoneError: as `sample`; a push must not begin with a server that is not the one that was connected.
         """
         clear_cache = how != "keep" or not self._under_way
-        await self._ask(f"{PAUSE}?mode={how}&clear_cache={str(clear_cache).lower()}")
+        answer = await self._ask(f"{PAUSE}?mode={how}&clear_cache={_text(clear_cache)}")
         self._silence.pause()
-        if self.version >= 0 and await self._label() not in (None, str(self.version)):
+        if self.version >= 0 and answer["weight_version"] not in (None, str(self.version)):
             raise self._started_again()
-
-    async def _label(self) -> str | None:
-        """What the server calls its weights; None if it cannot tell: vLLM before 0.30."""
-        try:
-            return (await self._server.get("/weight_info"))["weight_version"]
-        except GeneratorGoneError:
-            self.version = -1
-            raise
-        except GeneratorError:
-            return None
 
     def _started_again(self) -> GeneratorGoneError:
         self.version = -1
@@ -243,11 +233,8 @@ class VLLMGenerator:
             GeneratorError: the push failed; `version` is -1 then, until one succeeds: parts of two versions may be mixed.
         """
         self.version = -1
-        await self._ask("/start_weight_update")
-        await self._ask("/update_weights", {"update_info": {"verify": verify}}, timeout_s=NO_LIMIT)
-        await self._ask("/finish_weight_update", {"weight_version": str(version)})
-        if recompute and not (await self._ask("/reset_prefix_cache?reset_running_requests=true"))["success"]:
-            raise GeneratorError(f"{self.name}: it could not empty its cache, which older weights made; see its log")
+        how = f"verify={_text(verify)}&recompute={_text(recompute)}"
+        await self._ask(f"{RECEIVE}?version={version}&{how}", timeout_s=NO_LIMIT)
         self.version = version
 
     async def probe(self) -> None:
@@ -299,6 +286,11 @@ class VLLMGenerator:
         except GeneratorGoneError:
             self.version = -1
             raise
+
+
+def _text(value: bool) -> str:
+    """As it stands in a query."""
+    return str(value).lower()
 
 
 def continued_seed(seed: int, tokens: int) -> int:

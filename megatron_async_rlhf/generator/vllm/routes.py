@@ -1,9 +1,10 @@
-"""Two routes of vLLM's server that are this project's own, because one side or the other waits while they are answered.
+"""Three routes of vLLM's server that are this project's own, because one side or the other waits while they are answered.
 
 - samples: tokens in, tokens and log-probabilities out, as packed numbers. vLLM's own route makes an object, and then JSON, of
   every token's log-probability.
 - pause: answered as soon as the engine has stopped. vLLM's own route then sleeps for 20 ms, so that outputs of requests that
-  have ended mostly come first, which nothing here depends on.
+  have ended mostly come first, which nothing here depends on. The answer also names the version of the weights.
+- weights: the generator's half of a push, one request and one call of the workers instead of four and three.
 
 This is ASGI middleware (vLLM's option `--middleware`), which passes every other request on to vLLM.
 """
@@ -19,7 +20,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
-from megatron_async_rlhf.serving.connection import PAUSE, SAMPLE
+from megatron_async_rlhf.serving.connection import PAUSE, RECEIVE, SAMPLE
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -36,24 +37,13 @@ class Routes:
         self._encoder = msgspec.msgpack.Encoder()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == SAMPLE:
+        path = scope["path"] if scope["type"] == "http" else None
+        if path == SAMPLE:
             await self._sample(scope["app"].state, receive, send)
-        elif scope["type"] == "http" and scope["path"] == PAUSE:
-            await self._pause(scope["app"].state.engine_client, scope["query_string"], send)
+        elif path in _ENGINE_CALLS:
+            await _call(_ENGINE_CALLS[path], scope["app"].state.engine_client, scope["query_string"], send)
         else:
             await self._app(scope, receive, send)
-
-    async def _pause(self, engine: Any, query: bytes, send: Send) -> None:
-        """As `/pause` of vLLM with the same query."""
-        options = {name: values[-1] for name, values in parse_qs(query.decode()).items()}
-        try:
-            await engine.engine_core.pause_scheduler_async(
-                mode=options["mode"], clear_cache=options["clear_cache"] == "true"
-            )
-        except Exception as error:  # one request's failure must not end the server
-            await _respond(send, 500, f"{type(error).__name__}: {error}".encode(), b"text/plain")
-            return
-        await _respond(send, 200, b'{"status": "paused"}', b"application/json")
 
     async def _sample(self, state: Any, receive: Receive, send: Send) -> None:
         content = await _body(receive)
@@ -106,6 +96,43 @@ class Routes:
         if any(output.finish_reason == "error" for output in last.outputs):
             raise RuntimeError(f"the engine failed on {name}; see the server's log")
         return PackedAnswer([_packed(output) for output in sorted(last.outputs, key=lambda output: output.index)])
+
+
+async def _pause(engine: Any, options: dict[str, str]) -> dict[str, Any]:
+    """As `/pause` of vLLM with the same query, then `/weight_info`; the version is None with vLLM before 0.30."""
+    pausing = engine.engine_core.pause_scheduler_async(
+        mode=options["mode"], clear_cache=options["clear_cache"] == "true"
+    )
+    if not hasattr(engine, "get_weight_version"):
+        await pausing
+        return {"weight_version": None}
+    _, version = await asyncio.gather(pausing, engine.get_weight_version())
+    return {"weight_version": version}
+
+
+async def _receive_weights(engine: Any, options: dict[str, str]) -> dict[str, Any]:
+    """As vLLM's `/start_weight_update`, `/update_weights`, `/finish_weight_update` and, with `recompute`, `/reset_prefix_cache`."""
+    await engine.collective_rpc("take_weights", kwargs={"verify": options["verify"] == "true"})
+    if hasattr(engine, "update_weight_version"):  # vLLM from 0.30 on
+        await engine.update_weight_version(options["version"])
+    if options["recompute"] == "true" and not await engine.reset_prefix_cache(reset_running_requests=True):
+        raise RuntimeError("the engine could not empty its cache, which older weights made; see the server's log")
+    return {}
+
+
+_ENGINE_CALLS = {PAUSE: _pause, RECEIVE: _receive_weights}
+
+
+async def _call(
+    call: Callable[[Any, dict[str, str]], Awaitable[dict[str, Any]]], engine: Any, query: bytes, send: Send
+) -> None:
+    options = {name: values[-1] for name, values in parse_qs(query.decode()).items()}
+    try:
+        answer = await call(engine, options)
+    except Exception as error:  # one request's failure must not end the server
+        await _respond(send, 500, f"{type(error).__name__}: {error}".encode(), b"text/plain")
+        return
+    await _respond(send, 200, msgspec.json.encode(answer), b"application/json")
 
 
 def _packed(output: Any) -> PackedCompletion:

@@ -16,7 +16,7 @@ _BF16_ON_CPU_SINCE = (0, 32)
 _PUSHED = (
     *("--load-format", "dummy"),  # the first push brings the weights
     *("--logprobs-mode", "processed_logprobs"),  # after temperature: what the sampler really used
-    *("--worker-extension-cls", "megatron_async_rlhf.generator.vllm.worker_extension.WeightInspection"),
+    *("--worker-extension-cls", "megatron_async_rlhf.generator.vllm.worker_extension.WeightCalls"),
     *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
 )
 # Of what was sampled and of what was not alike: the model's own, whatever the temperature is.

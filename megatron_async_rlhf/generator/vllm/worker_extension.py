@@ -1,4 +1,4 @@
-"""What every vLLM worker can tell about the weights it computes with (`--worker-extension-cls`)."""
+"""What every vLLM worker does with the weights it computes with, beyond vLLM's own calls (`--worker-extension-cls`)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +14,26 @@ from megatron_async_rlhf.models.layout import by_parameter, generator_pieces
 _BOX_BYTES = 2**20
 
 
-class WeightInspection:
-    """Mixed into vLLM's worker class; called through `/collective_rpc`."""
+class WeightCalls:
+    """Mixed into vLLM's worker class; called through its `collective_rpc`."""
 
     # Of that class. No values: vLLM refuses an extension that has an attribute of its worker.
     get_model: Callable[[], Any]
     model_config: Any
     parallel_config: Any
+    start_weight_update: Callable[[], None]
+    update_weights: Callable[[dict[str, Any]], None]
+    finish_weight_update: Callable[[], None]
+
+    def take_weights(self, verify: bool) -> None:
+        """A push from beginning to end, in one call of the workers.
+
+        Args:
+            verify: of `SinkUpdate`.
+        """
+        self.start_weight_update()
+        self.update_weights({"verify": verify})
+        self.finish_weight_update()
 
     def weight_digests(self) -> dict[str, Any]:
         """Digests of everything this worker holds, in Hugging Face coordinates.
