@@ -1,6 +1,6 @@
 """What learner ranks and generator workers reach of their hardware: all assumptions about machines in one place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.devices import DEVICES
@@ -64,7 +64,7 @@ CPU_CORE = Machine(
 def machine_of(config: RunConfig) -> Machine:
     """What the run is planned for: `run.device`, `launch.gpu`."""
     if config.run.device == "cpu":
-        return CPU_CORE
+        return _cpu(config)
     device, learner, shared = DEVICES[config.launch.gpu], config.learner, config.weights.transport == "ipc"
     peak = device.flops.get("fp8", device.flops["bf16"]) if learner.fp8 else device.flops[learner.precision]
     return Machine(
@@ -85,4 +85,23 @@ def machine_of(config: RunConfig) -> Machine:
         f"bandwidth in decoding, {_REACHED:.0%} of links between GPUs, 25 GB/s a worker in pushes"
         + ", both sides taking turns on their GPU"
         * shared,
+    )
+
+
+def _cpu(config: RunConfig) -> Machine:
+    """`CPU_CORE`, with as many cores of each machine's `launch.gpus_per_node` as a rank and a worker have (`launch.layout`)."""
+    launch, learner = config.launch, config.learner
+    cores = launch.nodes * launch.gpus_per_node
+    ranks, workers = learner.world_size, config.generator.workers + config.reward_workers
+    if launch.cores == "shared":
+        of_rank, of_worker = min(learner.threads, cores / ranks), cores / config.generator.workers
+    else:
+        for_workers = min(workers, max(1, cores - ranks * learner.threads, cores // 2))
+        of_rank = min(learner.threads, max(1, cores - for_workers) / ranks)
+        of_worker = min(1.0, for_workers / workers)
+    return replace(
+        CPU_CORE,
+        learner=CPU_CORE.learner * of_rank,
+        prefill=CPU_CORE.prefill * of_worker,
+        sequence_s=CPU_CORE.sequence_s / min(1.0, of_worker),  # what is done by one thread
     )

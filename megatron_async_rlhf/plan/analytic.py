@@ -6,8 +6,10 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.fitting import generator_worker
-from megatron_async_rlhf.estimate.speed import Factors, Lengths, Speed, corrected, estimate_speed
+from megatron_async_rlhf.estimate.speed import Factors, Speed, corrected, estimate_speed
+from megatron_async_rlhf.estimate.speed import Lengths as MeanLengths
 from megatron_async_rlhf.models.architecture import Architecture
+from megatron_async_rlhf.simulate.lengths import Lengths
 from megatron_async_rlhf.simulate.prediction import SIGMA
 
 
@@ -15,11 +17,13 @@ class Workload(Struct, frozen=True, kw_only=True):
     """What is not in a configuration.
 
     Attributes:
-        lengths: of prompts and completions; None: half of what they may be.
+        lengths: of prompts and completions, on average; None: half of what they may be.
+        completions: how long they are, not only on average; None: lognormal.
         factors: that correct the estimated speeds.
     """
 
-    lengths: Lengths | None = None
+    lengths: MeanLengths | None = None
+    completions: Lengths | None = None
     factors: Factors = Factors()
 
 

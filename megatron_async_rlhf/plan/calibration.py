@@ -10,8 +10,10 @@ from msgspec import Struct
 
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.fitting import generator_worker
-from megatron_async_rlhf.estimate.speed import Factors, Lengths, estimate_speed
+from megatron_async_rlhf.estimate.speed import Factors, estimate_speed
+from megatron_async_rlhf.estimate.speed import Lengths as MeanLengths
 from megatron_async_rlhf.jobs.inputs import resolve_architecture
+from megatron_async_rlhf.simulate.lengths import Lengths
 from megatron_async_rlhf.simulate.measured import measure
 from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, read_steps
 
@@ -19,10 +21,13 @@ from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, re
 class Calibration(Struct, frozen=True, kw_only=True):
     """
     Attributes:
+        lengths: on average.
+        completions: how long they were, not only on average.
         source: for who reads the figures.
     """
 
-    lengths: Lengths
+    lengths: MeanLengths
+    completions: Lengths
     factors: Factors
     source: str
 
@@ -55,6 +60,7 @@ def calibrate(run_dir: Path, where: str = "") -> Calibration:
     )
     return Calibration(
         lengths=lengths,
+        completions=measured.lengths,
         factors=factors,
         source=f"as measured {where or f'in {run_dir}'}: training {factors.train:.2f}, generation {factors.generate:.2f} and pushes "
         f"{factors.push:.2f} times as long as estimated there",

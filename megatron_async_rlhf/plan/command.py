@@ -91,6 +91,7 @@ def _planned(
     arch = shape_of(task)
     calibration = calibrate(from_run) if from_run is not None else None
     usual = calibration.lengths if calibration is not None else typical_lengths(task, arch)
+    completions = calibration.completions if calibration is not None and completion_tokens is None else None
     if measure:  # its completions are another task's
         with tempfile.TemporaryDirectory() as directory:
             calibration = calibrate(
@@ -99,7 +100,9 @@ def _planned(
             )
     lengths = prompt_tokens or usual[0], completion_tokens or usual[1]
     factors = calibration.factors if calibration is not None else Factors()
-    plans = find_plans(task, arch, best=best, workload=Workload(lengths=lengths, factors=factors))
+    plans = find_plans(
+        task, arch, best=best, workload=Workload(lengths=lengths, completions=completions, factors=factors)
+    )
     assumed = (
         f"prompts of {lengths[0]:.0f} and completions of {lengths[1]:.0f} tokens on average, {machine_of(task).assumed}"
     )

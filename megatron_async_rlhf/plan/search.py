@@ -178,7 +178,7 @@ def _simulated(candidate: Candidate, arch: Architecture, kind: Kind, workload: W
         keys = schedule_keys(kind, candidate.config)
         config = RunConfig.model_validate(with_keys(candidate.config, "schedule", keys).model_dump())
         check_layouts(config, arch)
-        scenario, speed = estimated_scenario(config, arch, workload.lengths, workload.factors)
+        scenario, speed = estimated_scenario(config, arch, workload.lengths, workload.factors, workload.completions)
         prediction = predict(*_scaled_down(sized(config), scenario))
     except (ValueError, AsyncRLHFError):
         return None

@@ -16,7 +16,7 @@ from megatron_async_rlhf.estimate.speed import Factors, Speed, corrected, estima
 from megatron_async_rlhf.estimate.speed import Lengths as MeanLengths
 from megatron_async_rlhf.jobs.inputs import make_model_template, resolve_architecture
 from megatron_async_rlhf.models.architecture import Architecture
-from megatron_async_rlhf.simulate.lengths import LognormalLengths
+from megatron_async_rlhf.simulate.lengths import Lengths, LognormalLengths
 from megatron_async_rlhf.simulate.scenario import Scenario, Speeds
 from megatron_async_rlhf.simulate.simulation import Outcome, simulate
 
@@ -132,13 +132,18 @@ def shape_of(config: RunConfig) -> Architecture:
 
 
 def estimated_scenario(
-    config: RunConfig, arch: Architecture, lengths: MeanLengths | None = None, factors: Factors = Factors()
+    config: RunConfig,
+    arch: Architecture,
+    lengths: MeanLengths | None = None,
+    factors: Factors = Factors(),
+    completions: Lengths | None = None,
 ) -> tuple[Scenario, Speed]:
     """What the machines that `config` names are estimated to do with it.
 
     Args:
-        lengths: default: half of what they may be.
+        lengths: on average; default: half of what they may be.
         factors: that correct the estimated speeds.
+        completions: how long they are, not only on average; default: lognormal.
 
     Raises:
         ConfigError: a generator has no room for a single sequence.
@@ -162,7 +167,7 @@ def estimated_scenario(
     )
     scenario = Scenario(
         generators=config.generator.replicas,
-        lengths=LognormalLengths(speed.completion, SIGMA),
+        lengths=completions or LognormalLengths(speed.completion, SIGMA),
         speeds=speeds,
         prompt_tokens=max(1, round(speed.prompt)),
     )

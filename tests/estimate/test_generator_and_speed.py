@@ -16,10 +16,12 @@ from megatron_async_rlhf.estimate.generator_memory import (
 )
 from megatron_async_rlhf.estimate.holdings import generator_holding
 from megatron_async_rlhf.estimate.learner_speed import learner_step, trained_token_flops
-from megatron_async_rlhf.estimate.machines import machine_of
+from megatron_async_rlhf.estimate.machines import CPU_CORE, machine_of
 from megatron_async_rlhf.estimate.speed import estimate_speed
 from megatron_async_rlhf.generator.vllm.server import server_command
 from megatron_async_rlhf.jobs.inputs import resolve_architecture
+from megatron_async_rlhf.launch.layout import lay_out
+from megatron_async_rlhf.launch.nodes import Node
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.models.flops import token_flops
 
@@ -212,3 +214,26 @@ def test_a_pipeline_waits_at_its_ends(llama8b):
     step = learner_step(config, arch, machine_of(config), 768.0)
     passes = step.tokens / config.learner.micro_batch_tokens
     assert step.bubble == pytest.approx(3 / passes * step.compute) and step.tensor == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "of_rank", "of_worker"),
+    [
+        ([], 1, 1),
+        (["learner.threads=2"], 1, 1),  # the generator keeps its core
+        (["learner.ranks=2"], 0.5, 1),
+        (["learner.threads=4", "launch.gpus_per_node=8"], 4, 1),
+        (["generator.replicas=4", "launch.gpus_per_node=4"], 1, 0.75),
+        (["launch.cores=shared", "schedule.mode=sync", "learner.threads=2"], 2, 2),
+    ],
+)
+def test_ranks_and_workers_compute_with_the_cores_that_they_are_given(request, overrides, of_rank, of_worker):
+    example = request.config.rootpath / "examples/quickstart.yaml"
+    config = load_config(example, ["launch.gpus_per_node=2", *overrides])
+    machine = machine_of(config)
+    assert (machine.learner, machine.prefill) == (CPU_CORE.learner * of_rank, CPU_CORE.prefill * of_worker)
+    cores = list(range(config.launch.gpus_per_node))
+    nodes = [Node(name="here", cores=cores, gpus=[], ports=[], generator_ports=[])]
+    layout = lay_out(config, nodes, config.generator.replicas)
+    for slots, each in ((layout.learners, of_rank), ([slots[0] for slots in layout.generators], of_worker)):
+        assert len({core for slot in slots for core in slot.devices}) == each * len(slots)

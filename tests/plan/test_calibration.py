@@ -1,0 +1,80 @@
+"""A run whose speeds are known, because it was simulated with them, against what the planner makes of it."""
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+from msgspec.structs import replace
+
+from megatron_async_rlhf.config.load import check_tree, dump_config
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.jobs.inputs import make_model_template
+from megatron_async_rlhf.plan.calibration import calibrate
+from megatron_async_rlhf.simulate.lengths import MeasuredLengths
+from megatron_async_rlhf.simulate.prediction import estimated_scenario, predict, shape_of
+from megatron_async_rlhf.simulate.scenario import Scenario, Speeds
+from megatron_async_rlhf.simulate.simulation import Simulation
+from megatron_async_rlhf.simulate.simulation import simulate as simulate_one
+from megatron_async_rlhf.simulate.virtual_time import run_in_virtual_time
+from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, read_steps
+from megatron_async_rlhf.telemetry.recorder import Recorder
+
+SEEN = [4, 5, 6, 30]
+
+
+def config_with(mode: str, prompts: int) -> RunConfig:
+    return check_tree(
+        {
+            "model": {
+                "layers": 2, "hidden_size": 64, "ffn_size": 128, "heads": 2, "kv_heads": 1, "context_length": 96,
+            },
+            "data": {"train": "builtin"},
+            "generator": {"max_new_tokens": 40, "max_concurrent": 256},
+            "algorithm": {"type": "online_dpo", "samples_per_prompt": 4},
+            "schedule": {"mode": mode, "steps": 12, "prompts_per_step": prompts},
+        }
+    )  # fmt: skip
+
+
+def simulated_run(config: RunConfig, scenario: Scenario, directory: Path) -> None:
+    (directory / "config.yaml").write_text(dump_config(config))
+    make_model_template(config, directory / POLICY_TEMPLATE_DIR)
+
+    async def whole() -> None:
+        simulation = Simulation(config, scenario, directory)
+        await simulation.run()
+        simulation.recorder.close("completed", None)
+        Recorder.write_summary(simulation.recorder, "completed", None)
+
+    run_in_virtual_time(whole())
+    sequences = config.schedule.prompts_per_step * config.algorithm.trained_samples
+    length = scenario.prompt_tokens + sum(SEEN) / len(SEEN)
+    steps = read_steps(directory / METRICS)
+    trained = {"num_sequences": sequences, "tokens": sequences * length}  # a simulated learner counts none
+    (directory / METRICS).write_text("".join(json.dumps(step | trained) + "\n" for step in steps))
+
+
+@pytest.mark.parametrize(("mode", "prompts"), [("sync", 32), ("async", 32), ("async", 64)])
+def test_what_one_run_shows_predicts_another(tmp_path, mode, prompts):
+    lengths = MeasuredLengths(SEEN, "a test", sum(SEEN) / len(SEEN))
+    calibrated = config_with("sync", 32)
+    scenario, _ = estimated_scenario(calibrated, shape_of(calibrated), completions=lengths)
+    slow = Speeds(
+        token_s=3 * scenario.speeds.token_s,
+        sequence_s=3 * scenario.speeds.sequence_s,
+        prefill_tokens=scenario.speeds.prefill_tokens,
+        train_s=2 * scenario.speeds.train_s,
+        train_token_s=2 * scenario.speeds.train_token_s,
+        push_s=1.5 * scenario.speeds.push_s,
+    )
+    machine = replace(scenario, speeds=slow)
+    simulated_run(calibrated, machine, tmp_path)
+    found = calibrate(tmp_path)
+    assert found.completions.draw(Random(0)) == round(sum(SEEN) / len(SEEN)), "nothing but the mean is recorded here"
+
+    config = config_with(mode, prompts)
+    expected = simulate_one(config, replace(machine, generators=1)).step_s
+    predicted, _ = estimated_scenario(config, shape_of(config), found.lengths, found.factors, lengths)
+    alone = replace(predicted, speeds=replace(predicted.speeds, contention=1.0, jitter=0.0))
+    assert predict(config, alone).schedule.step_s == pytest.approx(expected, rel=0.06)

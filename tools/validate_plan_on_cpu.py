@@ -1,0 +1,171 @@
+"""Compares predicted step times with measured ones of runs on this machine's cores, as docs/plan.md shows it.
+
+    .venv/bin/python tools/validate_plan_on_cpu.py                       # all models: 25 minutes on two cores
+    .venv/bin/python tools/validate_plan_on_cpu.py --only 0.9M --only 6M
+
+One synchronous run of each model calibrates the planner, as `async-rlhf plan --from-run` does. The other runs differ from it in
+schedule, samples of a prompt, lengths or learner ranks; each is predicted from the calibration alone, then made. Models are fresh
+ones on the built-in task, so that nothing else is needed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from megatron_async_rlhf.config.load import check_tree
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.plan.calibration import Calibration, calibrate
+from megatron_async_rlhf.simulate.prediction import estimated_scenario, predict, shape_of, sized
+
+WARM_UP = 2  # steps at the start that are not measured
+ONE_STEP = {"schedule": {"mode": "async", "max_staleness": 1}}
+STREAMING = {
+    "schedule": {"mode": "async", "generation": "streaming", "in_flight_updates": "recompute", "max_staleness": 2}
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """
+    Attributes:
+        shape: section `model` of its runs.
+        prompts, steps: of a run.
+        tokens: of its longest completions.
+        cases: by what they are called; sections that differ from the synchronous run with two samples of a prompt.
+    """
+
+    shape: dict[str, Any]
+    prompts: int
+    steps: int
+    tokens: int
+    cases: dict[str, dict[str, Any]]
+
+
+def _shape(layers: int, hidden: int, heads: int, kv_heads: int, **others: Any) -> dict[str, Any]:
+    return {
+        "layers": layers, "hidden_size": hidden, "ffn_size": 3 * hidden, "heads": heads, "kv_heads": kv_heads,
+        "context_length": 192, "tokenizer": "bytes", **others,
+    }  # fmt: skip
+
+
+MODELS = {
+    "0.9M": Model(
+        shape=_shape(4, 128, 4, 2),
+        prompts=64,
+        steps=16,
+        tokens=32,
+        cases={
+            "one step, K = 2": ONE_STEP,
+            "one step, K = 4": ONE_STEP | {"algorithm": {"samples_per_prompt": 4}},
+            "streaming, K = 8": STREAMING | {"algorithm": {"samples_per_prompt": 8}},
+        },
+    ),
+    "6M": Model(
+        shape=_shape(8, 256, 8, 2),
+        prompts=32,
+        steps=12,
+        tokens=64,
+        cases={
+            "one step, 16 tokens": ONE_STEP | {"generator": {"max_new_tokens": 16}},
+            "two learner ranks, K = 4": ONE_STEP | {"algorithm": {"samples_per_prompt": 4}, "learner": {"ranks": 2}},
+            "streaming, K = 4": STREAMING | {"algorithm": {"samples_per_prompt": 4}},
+        },
+    ),
+    "135M": Model(
+        shape={"hf": "examples/smol135m", "context_length": 192},
+        prompts=8,
+        steps=7,
+        tokens=64,
+        cases={
+            "one step, K = 4": ONE_STEP | {"algorithm": {"samples_per_prompt": 4}},
+            "streaming, K = 4": STREAMING | {"algorithm": {"samples_per_prompt": 4}},
+        },
+    ),
+}
+
+
+def config_of(model: Model, directory: Path, changes: dict[str, dict[str, Any]]) -> RunConfig:
+    tree: dict[str, Any] = {
+        "run": {"dir": str(directory)},
+        "model": model.shape,
+        "data": {"train": "builtin", "eval_prompts": 1},
+        "learner": {"learning_rate": 1e-6, "micro_batch_tokens": 2048},
+        "generator": {"max_new_tokens": model.tokens, "max_concurrent": 128},
+        "algorithm": {"type": "online_dpo", "samples_per_prompt": 2},
+        "schedule": {"mode": "sync", "steps": model.steps, "prompts_per_step": model.prompts},
+        "launch": {"gpus_per_node": len(os.sched_getaffinity(0))},
+    }
+    for section, keys in changes.items():
+        tree[section] = tree[section] | keys
+    return check_tree(tree)
+
+
+def train(config: RunConfig) -> float:
+    """Make the run; seconds of a step once it is under way."""
+    directory = config.run.path
+    path = directory.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    if done.returncode:
+        raise SystemExit(f"error: async-rlhf train {path} failed:\n{done.stdout}{done.stderr}")
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    times = [line["time/elapsed_s"] for line in lines]
+    return (times[-1] - times[WARM_UP - 1]) / (len(times) - WARM_UP)
+
+
+def predicted(config: RunConfig, calibration: Calibration) -> float:
+    """Seconds of a step once the run is under way, as the planner predicts them."""
+    arch = shape_of(config)
+    prompt, completion = calibration.lengths
+    limit = config.generator.max_new_tokens
+    lengths = prompt, min(completion, limit)
+    scenario, _ = estimated_scenario(config, arch, lengths, calibration.factors, calibration.completions)
+    return predict(sized(config), scenario).schedule.step_s
+
+
+def rows(name: str, model: Model, directory: Path) -> list[dict[str, Any]]:
+    """Predicted and measured seconds of each case."""
+    base = config_of(model, directory / f"{name}_sync", {})
+    sync_s = train(base)
+    calibration = calibrate(base.run.path)
+    typer.echo(f"{name}: synchronous {sync_s:.2f} s a step; {calibration.source}", err=True)
+    found = []
+    for i, (case, changes) in enumerate(model.cases.items()):
+        config = config_of(model, directory / f"{name}_{i}", changes)
+        seconds = predicted(config, calibration)
+        measured = train(config)
+        typer.echo(f"{name}, {case}: predicted {seconds:.2f} s, measured {measured:.2f} s", err=True)
+        found.append({"model": name, "case": case, "predicted_s": seconds, "measured_s": measured})
+    return found
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(MODELS)}; again for more.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    if unknown := set(only or ()) - set(MODELS):
+        raise typer.BadParameter(f"--only {unknown.pop()}: one of {', '.join(MODELS)}")
+    with tempfile.TemporaryDirectory() as directory:
+        found = [row for name in only or MODELS for row in rows(name, MODELS[name], Path(directory))]
+    print("| model | configuration | measured | predicted | error |")
+    print("| --- | --- | --- | --- | --- |")
+    for row in found:
+        off = row["predicted_s"] / row["measured_s"] - 1
+        print(
+            f"| {row['model']} | {row['case']} | {row['measured_s']:.2f} s | {row['predicted_s']:.2f} s | {off:+.0%} |"
+        )
+    if json_file:
+        json_file.write_text(json.dumps({"cores": len(os.sched_getaffinity(0)), "rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
