@@ -90,7 +90,7 @@ def test_sides_that_work_at_once_slow_each_other_down(generate_s, train_s):
 
 
 def test_times_that_vary_cost_the_schedule_that_overlaps():
-    config = sized(load_config(EXAMPLES / "quickstart.yaml"))
+    config = sized(load_config(EXAMPLES / "quickstart.yaml", ["schedule.max_staleness=1"]))
     steady = Speeds(token_s=0.0, sequence_s=0.0002, train_s=384 * 21 * 0.0002, train_token_s=0.0, push_s=0.0)
     scenario = Scenario(lengths=ConstantLength(20), speeds=steady)
     varied = Scenario(lengths=ConstantLength(20), speeds=Speeds(**{**_fields(steady), "jitter": 0.3}))
