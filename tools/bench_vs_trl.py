@@ -94,10 +94,13 @@ def make_model(options: Options, directory: Path, steps: int) -> Path:
 def ours(options: Options, mode: str, model: Path, limit: int, directory: Path) -> Speed:
     _run("train", _tree(options, mode, model, limit, directory), directory)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((directory / "summary.json").read_text())
+    if summary["samples_trained"] != _samples(options) * options.steps:
+        raise SystemExit(f"error: {directory}: only {summary['samples_trained']} samples were trained on")
     seconds = lines[-1]["time/elapsed_s"] - lines[options.warm_up - 1]["time/elapsed_s"]
     return Speed(
         samples_per_s=_samples(options) * (options.steps - options.warm_up) / seconds,
-        startup_s=json.loads((directory / "summary.json").read_text())["startup_seconds"],
+        startup_s=summary["startup_seconds"],
         length=fmean(line["response_length"] for line in lines),
     )
 
@@ -205,7 +208,12 @@ def _tree(options: Options, mode: str, model: Path, limit: int, directory: Path)
             "steps": options.steps,
             "prompts_per_step": options.prompts,
         },
-        "algorithm": {"type": options.algorithm, "samples_per_prompt": options.samples, "beta": BETA},
+        "algorithm": {
+            "type": options.algorithm,
+            "samples_per_prompt": options.samples,
+            "beta": BETA,
+            "missing_eos_reward": None,  # or pairs of two that were cut off would be ties
+        },
         "reward": {"type": "function", "function": f"{__file__}:score"},
     }
 
