@@ -17,7 +17,6 @@ TRL run beside it.
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,10 +29,12 @@ from statistics import fmean, median
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 
 from megatron_async_rlhf.config.load import check_tree
 from megatron_async_rlhf.jobs.inputs import load_run_inputs
+from megatron_async_rlhf.launch.child_command import EXIT_COMPLETED, Commands
+from megatron_async_rlhf.telemetry.files import METRICS, read_steps
+from megatron_async_rlhf.telemetry.summary import read_summary
 
 MODEL = {
     "layers": 6, "hidden_size": 192, "ffn_size": 576, "heads": 6, "kv_heads": 2, "context_length": 384, "init_std": 0.08,
@@ -93,10 +94,10 @@ def make_model(options: Options, directory: Path, steps: int) -> Path:
 
 def ours(options: Options, mode: str, model: Path, limit: int, directory: Path) -> Speed:
     _run("train", _tree(options, mode, model, limit, directory), directory)
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((directory / "summary.json").read_text())
-    if summary["samples_trained"] != _samples(options) * options.steps:
-        raise SystemExit(f"error: {directory}: only {summary['samples_trained']} samples were trained on")
+    lines, summary = read_steps(directory / METRICS), read_summary(directory)
+    trained = summary["samples_trained"]
+    if trained != _samples(options) * options.steps:
+        raise SystemExit(f"error: {directory}: only {trained} samples were trained on")
     seconds = lines[-1]["time/elapsed_s"] - lines[options.warm_up - 1]["time/elapsed_s"]
     return Speed(
         samples_per_s=_samples(options) * (options.steps - options.warm_up) / seconds,
@@ -235,13 +236,9 @@ def _data(options: Options) -> dict[str, Any]:
 
 
 def _run(command: str, tree: dict[str, Any], directory: Path) -> None:
-    config = directory.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(tree))
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_async_rlhf", command, str(config)], capture_output=True, encoding="utf-8"
-    )
-    if done.returncode:
-        raise SystemExit(f"error: async-rlhf {command} {config} failed:\n{done.stdout}{done.stderr}")
+    with Commands(directory.parent, note=lambda line: print(line, file=sys.stderr, flush=True)) as commands:
+        if commands.run(command, directory.name, check_tree(tree)) != EXIT_COMPLETED:
+            raise SystemExit(1)
 
 
 def prompt_texts(options: Options, model: Path, limit: int, directory: Path) -> list[str]:

@@ -1,6 +1,6 @@
-"""Compares predicted step times with measured ones of runs on this machine's cores, as docs/plan.md shows it.
+"""Compares predicted step times with measured ones of runs on this machine's cores.
 
-    .venv/bin/python tools/validate_plan_on_cpu.py                       # all models: 25 minutes on two cores
+    .venv/bin/python tools/validate_plan_on_cpu.py                       # all models, on two cores or more
     .venv/bin/python tools/validate_plan_on_cpu.py --only 0.9M --only 6M
 
 One synchronous run of each model calibrates the planner, as `async-rlhf plan --from-run` does. The other runs differ from it in
@@ -10,20 +10,19 @@ ones on the built-in task, so that nothing else is needed.
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from megatron_async_rlhf.config.load import check_tree
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.launch.child_command import EXIT_COMPLETED, Commands
 from megatron_async_rlhf.plan.calibration import Calibration, calibrate
 from megatron_async_rlhf.simulate.prediction import estimated_scenario, predict, shape_of, sized
+from megatron_async_rlhf.telemetry.files import METRICS, read_steps
 
 WARM_UP = 2  # steps at the start that are not measured
 ONE_STEP = {"schedule": {"mode": "async", "max_staleness": 1}}
@@ -108,17 +107,11 @@ def config_of(model: Model, directory: Path, changes: dict[str, dict[str, Any]])
     return check_tree(tree)
 
 
-def train(config: RunConfig) -> float:
+def train(commands: Commands, config: RunConfig) -> float:
     """Make the run; seconds of a step once it is under way."""
-    directory = config.run.path
-    path = directory.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
-    command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8")
-    if done.returncode:
-        raise SystemExit(f"error: async-rlhf train {path} failed:\n{done.stdout}{done.stderr}")
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    times = [line["time/elapsed_s"] for line in lines]
+    if commands.run("train", config.run.path.name, config) != EXIT_COMPLETED:
+        raise SystemExit(1)
+    times = [line["time/elapsed_s"] for line in read_steps(config.run.path / METRICS)]
     return (times[-1] - times[WARM_UP - 1]) / (len(times) - WARM_UP)
 
 
@@ -132,17 +125,17 @@ def predicted(config: RunConfig, calibration: Calibration) -> float:
     return predict(sized(config), scenario).schedule.step_s
 
 
-def rows(name: str, model: Model, directory: Path) -> list[dict[str, Any]]:
+def rows(name: str, model: Model, directory: Path, commands: Commands) -> list[dict[str, Any]]:
     """Predicted and measured seconds of each case."""
     base = config_of(model, directory / f"{name}_sync", {})
-    sync_s = train(base)
+    sync_s = train(commands, base)
     calibration = calibrate(base.run.path)
     typer.echo(f"{name}: synchronous {sync_s:.2f} s a step; {calibration.source}", err=True)
     found = []
     for i, (case, changes) in enumerate(model.cases.items()):
         config = config_of(model, directory / f"{name}_{i}", changes)
         seconds = predicted(config, calibration)
-        measured = train(config)
+        measured = train(commands, config)
         typer.echo(f"{name}, {case}: predicted {seconds:.2f} s, measured {measured:.2f} s", err=True)
         found.append({"model": name, "case": case, "predicted_s": seconds, "measured_s": measured})
     return found
@@ -154,8 +147,10 @@ def main(
 ) -> None:
     if unknown := set(only or ()) - set(MODELS):
         raise typer.BadParameter(f"--only {unknown.pop()}: one of {', '.join(MODELS)}")
-    with tempfile.TemporaryDirectory() as directory:
-        found = [row for name in only or MODELS for row in rows(name, MODELS[name], Path(directory))]
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        with Commands(directory, note=lambda line: typer.echo(line, err=True)) as commands:
+            found = [row for name in only or MODELS for row in rows(name, MODELS[name], directory, commands)]
     print("| model | configuration | measured | predicted | error |")
     print("| --- | --- | --- | --- | --- |")
     for row in found:

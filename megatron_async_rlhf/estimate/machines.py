@@ -1,7 +1,9 @@
 """What learner ranks and generator workers reach of their hardware: all assumptions about machines in one place."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_async_rlhf.config.cores import divide_cores, place_on_cores
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.devices import DEVICES
 from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
@@ -89,19 +91,24 @@ def machine_of(config: RunConfig) -> Machine:
 
 
 def _cpu(config: RunConfig) -> Machine:
-    """`CPU_CORE`, with as many cores of each machine's `launch.gpus_per_node` as a rank and a worker have (`launch.layout`)."""
+    """`CPU_CORE`, with as many cores of each machine's `launch.gpus_per_node` as a rank and a worker have."""
     launch, learner = config.launch, config.learner
-    cores = launch.nodes * launch.gpus_per_node
-    ranks, workers = learner.world_size, config.generator.workers + config.reward_workers
+    cores = range(launch.nodes * launch.gpus_per_node)
     if launch.cores == "shared":
-        of_rank, of_worker = min(learner.threads, cores / ranks), cores / config.generator.workers
+        ranks, workers = divide_cores(learner.world_size, cores), divide_cores(config.generator.workers, cores)
     else:
-        for_workers = min(workers, max(1, cores - ranks * learner.threads, cores // 2))
-        of_rank = min(learner.threads, max(1, cores - for_workers) / ranks)
-        of_worker = min(1.0, for_workers / workers)
+        servers = config.generator.workers + config.reward_workers
+        ranks, own = place_on_cores(learner.world_size, learner.threads, servers, cores)
+        workers = [(core,) for core in own]
+    of_rank, of_worker = min(learner.threads, _cores_each(ranks)), _cores_each(workers)
     return replace(
         CPU_CORE,
         learner=CPU_CORE.learner * of_rank,
         prefill=CPU_CORE.prefill * of_worker,
         sequence_s=CPU_CORE.sequence_s / min(1.0, of_worker),  # what is done by one thread
     )
+
+
+def _cores_each(placed: Sequence[tuple[int, ...]]) -> float:
+    """On average; below 1 where processes share them."""
+    return len({core for cores in placed for core in cores}) / len(placed)
