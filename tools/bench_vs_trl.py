@@ -201,7 +201,12 @@ def _tree(options: Options, mode: str, model: Path, limit: int, directory: Path)
         "run": {"dir": str(directory)},
         "model": {"hf": str(model), "context_length": MODEL["context_length"]},
         "data": _data(options) | {"eval_prompts": 1},
-        "learner": {"learning_rate": LEARNING_RATE, "lr_decay": "constant", "micro_batch_tokens": 4096},
+        "learner": {
+            "learning_rate": LEARNING_RATE,
+            "lr_decay": "constant",
+            "micro_batch_tokens": 4096,
+            "share_prompts": True,
+        },
         "generator": {"temperature": TEMPERATURE, "max_new_tokens": limit, "max_concurrent": _samples(options)},
         "schedule": {
             "mode": mode,

@@ -33,6 +33,11 @@ def check_parallelism(learner: LearnerSection) -> None:
                 raise ValueError(
                     f"learner.{key} {purpose}: learner.ranks = {learner.world_size} / ({product}) = 1 must be at least 2"
                 )
+    if learner.share_prompts and learner.context_parallel > 1:
+        raise ValueError(
+            f"learner.share_prompts = true needs whole sequences on a rank, and learner.context_parallel = "
+            f"{learner.context_parallel} divides them: set share_prompts = false, or context_parallel = 1"
+        )
     if learner.overlap_param_gather and not (learner.distributed_optimizer and learner.overlap_grad_reduce):
         raise ValueError(
             "learner.overlap_param_gather hides what learner.distributed_optimizer has to gather: set that and "
@@ -50,6 +55,10 @@ def check_device(device: Device, learner: LearnerSection) -> None:
             if value != off:
                 what = value.recipe if isinstance(value, Fp8Keys) else value
                 raise ValueError(f"learner.{key} = {what} needs GPUs: set run.device = cuda, or remove it")
+    if device == "cuda" and learner.share_prompts:
+        raise ValueError(
+            "learner.share_prompts = true takes attention that Transformer Engine lacks: set it to false, or run.device = cpu"
+        )
     if learner.optimizer_offload and not learner.distributed_optimizer:
         raise ValueError(
             f"learner.optimizer_offload = {learner.optimizer_offload} is a kind of Megatron's distributed optimizer: set "

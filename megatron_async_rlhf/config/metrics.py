@@ -33,7 +33,7 @@ _OF_EVERY_RUN = (
     Key("sampler/kl_k3", "nats", "estimate k3 of the same, never negative", "learner"),
     Key("grad_norm", "-", "of the policy, before clipping", "learner"),
     Key("learning_rate", "-", "the policy's, of this step", "learner"),
-    Key("tokens", "tokens", "positions of the step with a token, prompts included, on all ranks", "learner"),
+    Key("tokens", "tokens", "positions of the step with a token, prompts included, on all ranks; a shared prompt counts once", "learner"),
     Key("padding", "share", "of computed positions without a token", "learner"),
     Key("tokens_per_s", "tokens/s", "over the time the learner works, waiting for a push left out", "learner"),
     Key("model_flops_utilisation", "share", "of what all ranks' devices could do; only if their peak is known", "learner"),

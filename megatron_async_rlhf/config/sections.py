@@ -141,6 +141,7 @@ class LearnerSection(OptimizerKeys):
     precision: Precision = "fp32"  # of weights and activations; with bf16 Adam keeps float32 weights of its own
     fp8: Fp8Keys | None = None
     micro_batch_tokens: PositiveInt = 4096  # most tokens of one forward-backward pass on one rank
+    share_prompts: bool = False  # compute a prompt once for its completions in a micro-batch; cpu only
     # TFLOP/s one rank's device could do, dense, at this precision: model_flops_utilisation is a share of it. Default: of
     # known GPUs, none for a CPU
     peak_tflops: PositiveFloat | None = None

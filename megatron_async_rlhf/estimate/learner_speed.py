@@ -29,7 +29,7 @@ class LearnerStep:
         bubble: a pipeline stage waits for others.
         reduction: gradients, and with a distributed optimizer weights, on their way between copies.
         optimizer: Adam.
-        tokens: that are trained.
+        tokens: that are trained; a prompt is in each of its sequences.
     """
 
     compute: float
@@ -59,18 +59,21 @@ class LearnerStep:
         return self.fixed + self.compute + self.tensor + self.bubble
 
 
-def learner_step(config: RunConfig, arch: Architecture, machine: Machine, length: float) -> LearnerStep:
+def learner_step(
+    config: RunConfig, arch: Architecture, machine: Machine, prompt: float, completion: float
+) -> LearnerStep:
     """
     Args:
-        length: tokens of prompt and completion, on average.
+        prompt, completion: tokens of each, on average.
     """
-    learner = config.learner
+    learner, length = config.learner, prompt + completion
     tokens = config.algorithm.trained_samples * config.schedule.prompts_per_step * length
-    own = tokens / learner.data_parallel / learner.context_parallel  # of one rank's sequences
+    computed = tokens * computed_share(config, prompt, completion)
+    own = computed / learner.data_parallel / learner.context_parallel  # of one rank's sequences
     stages = learner.pipeline_parallel
     compute = own * trained_token_flops(config, arch, length) / (machine.learner * learner.tensor_parallel * stages)
     tensor = own * _tensor_bytes_per_token(config, arch) / machine.link
-    micro_batches = max(1.0, tokens / learner.data_parallel / learner.micro_batch_tokens)
+    micro_batches = max(1.0, computed / learner.data_parallel / learner.micro_batch_tokens)
     bubble = (stages - 1) / (micro_batches * learner.virtual_stages) * (compute + tensor)
     held = max(holding.total for holding in learner_holdings(arch, LearnerLayout.of(learner)))
     copies, divided = learner.copies, learner.distributed_optimizer
@@ -86,6 +89,12 @@ def learner_step(config: RunConfig, arch: Architecture, machine: Machine, length
         optimizer=_ADAM_BYTES * held / (copies if divided else 1) / machine.bandwidth,
         tokens=tokens,
     )
+
+
+def computed_share(config: RunConfig, prompt: float, completion: float) -> float:
+    """Of the tokens of a group's sequences those that are computed: with `share_prompts` its prompt counts once."""
+    samples = config.algorithm.trained_samples if config.learner.share_prompts else 1
+    return (prompt / samples + completion) / (prompt + completion)
 
 
 def trained_token_flops(config: RunConfig, arch: Architecture, length: float) -> float:

@@ -106,7 +106,7 @@ def estimate_speed(
         machine=machine,
         prompt=prompt,
         completion=completion,
-        learner=learner_step(config, arch, machine, length),
+        learner=learner_step(config, arch, machine, prompt, completion),
         generated_per_s=generator.replicas * at_once / decode_s,
         at_once=at_once,
         token_s=token_s,

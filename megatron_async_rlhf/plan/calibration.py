@@ -48,9 +48,11 @@ def calibrate(run_dir: Path, where: str = "") -> Calibration:
         raise ConfigError(f"--from-run {run_dir}: none of its steps trained on anything")
     tokens, sequences = (fmean(line[key] for line in lines) for key in ("tokens", "num_sequences"))
     completion = fmean(line["response_length"] for line in lines)
-    lengths = max(1.0, tokens / sequences - completion), max(1.0, completion)
+    # A shared prompt is among the tokens once.
+    prompts = sequences / config.algorithm.trained_samples if config.learner.share_prompts else sequences
+    lengths = max(1.0, (tokens - sequences * completion) / prompts), max(1.0, completion)
     speed = estimate_speed(config, arch, generator_worker(config, arch), lengths)
-    estimated = speed.learner.fixed + tokens * speed.learner.per_token
+    estimated = speed.learner.fixed + sequences * sum(lengths) * speed.learner.per_token
     # `measure` puts all of a decoding step on its sequences.
     per_token = speed.token_s / speed.at_once + speed.sequence_s
     factors = Factors(

@@ -158,6 +158,11 @@ BAD_VALUES = [
     ("learner", {"precision": "fp16"}, ["learner.precision = fp16", "'fp32' or 'bf16'"]),
     ("learner", {"virtual_stages": 2}, ["learner.virtual_stages = 2", "pipeline_parallel = 1 must be at least 2"]),
     ("learner", {"ranks": 3, "context_parallel": 2}, ["learner.ranks = 3", "1 x 1 x 2 = 2"]),
+    (
+        "learner",
+        {"share_prompts": True, "context_parallel": 2},
+        ["learner.share_prompts", "context_parallel = 2 divides"],
+    ),
     ("learner", {"optimizer_offload": 0.5}, ["learner.optimizer_offload = 0.5", "run.device = cuda"]),
     ("learner", {"overlap_grad_reduce": True}, ["learner.overlap_grad_reduce", "1 must be at least 2"]),
     ("learner", {"ranks": 2, "overlap_param_gather": True}, ["overlap_param_gather", "distributed_optimizer"]),
@@ -218,6 +223,7 @@ BAD_ON_GPUS = [
     ({"learner": {"precision": "fp32", "context_parallel": 2}}, ["context_parallel = 2", "precision = bf16"]),
     ({"learner": {"precision": "fp32", "fp8": {}}}, ["learner.precision = bf16, not fp32"]),
     ({"learner": {"precision": "bf16", "fp8": {"parameters": True}}}, ["learner.fp8.parameters", "no such key"]),
+    ({"learner": {"share_prompts": True}}, ["learner.share_prompts = true", "run.device = cpu"]),
     ({"learner": {"optimizer_offload": 0.5}}, ["learner.optimizer_offload = 0.5", "distributed_optimizer = true"]),
 ]
 

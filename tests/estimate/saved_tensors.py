@@ -8,11 +8,12 @@ import dataclasses
 import json
 import os
 import sys
+from itertools import accumulate
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_async_rlhf.config.sections import LearnerSection
+from megatron_async_rlhf.learner.megatron.layers.packed_row import PackedRow
 from megatron_async_rlhf.learner.megatron.model import build_model
 from megatron_async_rlhf.learner.megatron.parallel import Placement, join_learner
 from megatron_async_rlhf.models.architecture import Architecture
@@ -21,12 +22,8 @@ LENGTHS = [300, 300, 400]
 TOKENS = sum(LENGTHS)
 
 
-def packed() -> PackedSeqParams:
-    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    longest = max(LENGTHS)
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
+def packed() -> PackedRow:
+    return PackedRow.of([0, *accumulate(LENGTHS)], places_T=torch.cat([torch.arange(length) for length in LENGTHS]))
 
 
 def saved_bytes(case: dict, layers: int, placement: Placement) -> int:

@@ -193,16 +193,16 @@ def test_what_makes_a_step_faster(llama8b, override: str, faster: str):
 def test_copies_divide_the_tokens_and_send_their_gradients(llama8b):
     keys = ("launch.nodes=2", "launch.gpus_per_node=8", "learner.distributed_optimizer=true")
     (one, arch), (two, _) = llama8b(), llama8b("learner.ranks=8", *keys)
-    (alone, both) = (learner_step(config, arch, machine_of(config), 768.0) for config in (one, two))
+    (alone, both) = (learner_step(config, arch, machine_of(config), 512.0, 256.0) for config in (one, two))
     assert both.compute == pytest.approx(alone.compute / 2) and both.tensor == pytest.approx(alone.tensor / 2)
     assert both.optimizer == pytest.approx(alone.optimizer / 2)
     # Float32 gradients there, bf16 weights back, half of them each, over NVLink.
     held = generator_holding(arch, 4).total
     assert both.reduction == pytest.approx(6 * held / 2 / (0.7 * 450e9), rel=0.01)
     hidden, _ = llama8b("learner.ranks=8", *keys, "learner.overlap_grad_reduce=true")
-    assert learner_step(hidden, arch, machine_of(hidden), 768.0).reduction == pytest.approx(0.3 * both.reduction)
+    assert learner_step(hidden, arch, machine_of(hidden), 512.0, 256.0).reduction == pytest.approx(0.3 * both.reduction)
     far, _ = llama8b("learner.ranks=16", *keys, "launch.nodes=3")
-    assert learner_step(far, arch, machine_of(far), 768.0).reduction == pytest.approx(
+    assert learner_step(far, arch, machine_of(far), 512.0, 256.0).reduction == pytest.approx(
         6 * held * 3 / 4 / (0.7 * 50e9), rel=0.01
     )
 
@@ -211,7 +211,7 @@ def test_a_pipeline_waits_at_its_ends(llama8b):
     config, arch = llama8b(
         "learner.tensor_parallel=1", "learner.pipeline_parallel=4", "learner.sequence_parallel=false"
     )
-    step = learner_step(config, arch, machine_of(config), 768.0)
+    step = learner_step(config, arch, machine_of(config), 512.0, 256.0)
     passes = step.tokens / config.learner.micro_batch_tokens
     assert step.bubble == pytest.approx(3 / passes * step.compute) and step.tensor == 0
 

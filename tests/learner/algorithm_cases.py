@@ -65,9 +65,11 @@ CASES = {
 }  # fmt: skip
 # One sequence a micro-batch; data-parallel ranks then fill up with sequences that only keep them in step.
 ALONE = {"ppo_alone": "ppo", "ppo_value_hf_once_alone": "ppo_value_hf_once", "rloo_alone": "rloo"}
+# A prompt is computed once for the completions of it in a micro-batch.
+SHARED = {"online_dpo_shared": "online_dpo", "ppo_shared": "ppo", "grpo_shared": "grpo"}
 # The same loss from outside the package.
 OWN = {"grpo_own_loss": "grpo"}
-IN_LAYOUTS = ["grpo_own_loss", "rloo", "rloo_alone", "proximal_rloo", "ppo", "ppo_value_hf_once", "grpo"]
+IN_LAYOUTS = ["grpo_own_loss", "rloo", "rloo_alone", "proximal_rloo", "ppo", "ppo_value_hf_once", "grpo", *SHARED]
 SAVED = ["rloo", "ppo", "ppo_value_hf_once"]  # a checkpoint of these is resumed from
 ONE = Layout()
 LAYOUTS = [

@@ -29,7 +29,12 @@ def act(root: Path, job: dict, rank: int) -> None:
         header, *pieces = messages
         rest = iter(pieces)
         rollout = receive_rollout(
-            decode_command(header), lambda rest=rest: next(rest), placement, unit=job["unit"], budget=job["budget"]
+            decode_command(header),
+            lambda rest=rest: next(rest),
+            placement,
+            unit=job["unit"],
+            budget=job["budget"],
+            share=False,
         )
         assert rank or next(rest, None) is None
         received.append(rollout)

@@ -15,6 +15,7 @@ from algorithm_cases import (
     ONE,
     OWN,
     SAVED,
+    SHARED,
     STEPS,
     make_rollouts,
     own_loss,
@@ -48,7 +49,7 @@ class Trained:
         self.root = root
         self.models = write_models(root)
         self.rollouts = make_rollouts(self.models["policy"])
-        self.configs = {name: self._config(name) for name in (*CASES, *ALONE, *OWN)}
+        self.configs = {name: self._config(name) for name in (*CASES, *ALONE, *SHARED, *OWN)}
         names = [ONE, *LAYOUTS]
         job = {
             "config": {
@@ -78,7 +79,7 @@ class Trained:
         self._results = {layout: [self._read(layout, rank) for rank in range(layout.ranks)] for layout in names}
 
     def case(self, name: str) -> dict:
-        return CASES[(ALONE | OWN).get(name, name)]
+        return CASES[(ALONE | SHARED | OWN).get(name, name)]
 
     def commands(self, name: str) -> list:
         return rollouts_of(self.case(name), self.rollouts)
@@ -104,7 +105,8 @@ class Trained:
         schedule = {"mode": "sync", "steps": STEPS} | rollout
         algorithm = section_of(case, self.models) | (own_loss() if name in OWN else {})
         config = {"algorithm": algorithm, "schedule": schedule}
-        return config | ({"learner": {"micro_batch_tokens": 1}} if name in ALONE else {})
+        learner = {"micro_batch_tokens": 1} if name in ALONE else {"share_prompts": True} if name in SHARED else {}
+        return config | ({"learner": learner} if learner else {})
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +220,22 @@ def test_every_rank_reports_the_same(trained: Trained, layout: Layout):
 def test_packed_sequences_train_as_each_does_alone(trained: Trained, alone: str):
     ours, theirs = trained.result(ONE, alone)["steps"], trained.result(ONE, ALONE[alone])["steps"]
     assert_same_steps(ours, theirs)
+
+
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("layout", [ONE, *(layout for layout in LAYOUTS if layout.context == 1)], ids=str)
+def test_a_shared_prompt_trains_as_one_for_each_completion_does(trained: Trained, layout: Layout, shared: str):
+    ours, theirs = trained.result(layout, shared), trained.result(ONE, SHARED[shared])
+    assert_same_steps(ours["steps"], theirs["steps"], but=("tokens", "padding"))
+    assert all(
+        step["tokens"] < of["tokens"] for step, of in zip(ours["steps"], theirs["steps"], strict=True) if "loss" in of
+    )
+    for our_rows, their_rows in zip(ours["logprobs"], theirs["logprobs"], strict=True):
+        for our_row, their_row in zip(our_rows, their_rows, strict=True):
+            assert our_row == pytest.approx(their_row, abs=1e-4)
+    for key, tensor in trained.exported(ONE, SHARED[shared]).items():
+        gap = (trained.exported(layout, shared)[key] - tensor).abs().max()
+        assert gap <= 2e-4 * tensor.abs().max(), key
 
 
 @pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=str)

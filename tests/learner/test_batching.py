@@ -1,11 +1,15 @@
 """How sequences lie in micro-batches; what the model makes of them is in `test_layouts.py`."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 
 from megatron_async_rlhf.learner.megatron.context import share_of_rank
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch, cut_micro_batches
+from megatron_async_rlhf.learner.megatron.training.pieces import group_blocks
 from megatron_async_rlhf.learner.rollout import Samples
 from megatron_async_rlhf.types import Sequence
 
@@ -23,12 +27,16 @@ def sequences() -> list[Sequence]:
 def cut(
     *, unit: int = 2, budget: int = 24, rank: int = 0, ranks: int = 1, sequence_parallel: int = 1
 ) -> list[MicroBatch]:
-    placement = Placement(
+    placement = placement_of(rank, ranks, sequence_parallel)
+    return cut_micro_batches(Samples.of_sequences(sequences()), unit, budget, placement)
+
+
+def placement_of(rank: int, ranks: int, sequence_parallel: int) -> Placement:
+    return Placement(
         rank=rank, tensor_parallel=sequence_parallel, pipeline_parallel=1, data_parallel=ranks, tensor_rank=0,
         pipeline_rank=0, data_rank=rank, sequence_parallel=sequence_parallel > 1,
         device=torch.device("cpu"), control=None,
     )  # fmt: skip
-    return cut_micro_batches(Samples.of_sequences(sequences()), unit, budget, placement)
 
 
 def spans(batch: MicroBatch) -> list[slice]:
@@ -70,6 +78,52 @@ def test_the_packed_form_names_the_same_sequences_and_padding_apart(multiple: in
         padding_T = batch.segments_T == len(batch.indices)
         assert padding_T.sum() == tokens - batch.num_tokens < multiple
         assert not batch.mask_T[padding_T].any()
+
+
+def groups() -> tuple[list[list[int]], Samples]:
+    """Completions of four prompts, the last an empty one of one token; and as samples with a reward each."""
+    rows, prompts = [], [[7, 8, 9, 1], [7, 8, 9, 2], [5], [6]]
+    for number, (prompt, lengths) in enumerate(zip(prompts, [[5, 2, 9], [0, 3], [4, 4, 1], [0, 2]], strict=True)):
+        rows += [(prompt + [100 * number + 10 * k + t for t in range(n)], len(prompt)) for k, n in enumerate(lengths)]
+    samples = Samples.of_sequences([Sequence(token_ids=ids, prompt_length=prompt) for ids, prompt in rows])
+    return [ids for ids, _ in rows], replace(samples, rewards=[[0.0] * size for size in (3, 2, 3, 2)])
+
+
+@pytest.mark.parametrize("budget", [1, 15, 1000])
+@pytest.mark.parametrize(("ranks", "multiple"), [(1, 1), (2, 4)])
+def test_a_shared_prompt_lies_once_before_what_goes_on_from_it(budget: int, ranks: int, multiple: int):
+    ids, samples = groups()
+    seen: dict[int, list[int]] = {}
+    prompts = 0
+    for rank in range(ranks):
+        for batch in cut_micro_batches(samples, 1, budget, placement_of(rank, ranks, multiple), share=True):
+            packed, keys = batch.packed, batch.packed.keys_K
+            keys = torch.arange(len(batch.tokens_T)) if keys is None else keys
+            key_spans = list(pairwise(packed.cu_seqlens_kv.tolist()))
+            for span, (first, last) in zip(spans(batch), key_spans, strict=True):
+                owners = set(batch.segments_T[span].tolist())
+                attended = keys[first:last]
+                assert attended[-(span.stop - span.start) :].tolist() == list(range(span.start, span.stop))
+                assert packed.cu_seqlens_q_padded[attended].tolist() == list(range(last - first)), "places"
+                if (owner := owners.pop()) == len(batch.indices):
+                    prompts += batch.tokens_T[span][0] != 0  # and not padding
+                    assert not batch.mask_T[span].any()
+                elif (index := batch.indices[owner]) >= 0:
+                    assert batch.tokens_T[attended].tolist() == (ids[index][:-1] or ids[index])
+                    seen[index] = batch.split_completions(batch.targets_T)[index]
+            assert len(batch.tokens_T) % multiple == 0
+            assert packed.max_seqlen_q == packed.max_seqlen_kv == max(last - first for first, last in key_spans)
+    own = [row[samples.prompt_lengths[i] :] for i, row in enumerate(ids)]
+    assert [seen.get(i, []) for i in range(len(ids))] == own
+    assert prompts == {1: 0, 15: 2, 1000: 2}[budget]
+
+
+def test_a_group_stays_together_as_far_as_the_budget_allows():
+    lengths, prompts = [9, 6, 13, 4, 7], [4, 4, 4, 4, 4]
+    # 3 shared positions and 5, 2, 9 of their own; the next group's 0 and 3.
+    assert group_blocks(lengths, prompts, [3, 2], 1, 1000) == ([[0, 1, 2], [3, 4]], [19, 6])
+    assert group_blocks(lengths, prompts, [3, 2], 1, 10) == ([[0, 1], [2], [3, 4]], [10, 12, 6])
+    assert group_blocks(lengths[:2], prompts[:2], [2], 2, 1) == ([[0]], [10])
 
 
 def test_completions_are_summed_by_sequence():

@@ -1,23 +1,27 @@
 """The CPU's own parts of a layer beside plain formulas, values and gradients, in float64."""
 
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch.testing import assert_close
 
 from megatron_async_rlhf.learner.megatron.layers.attention import PackedAttention
+from megatron_async_rlhf.learner.megatron.layers.packed_row import PackedRow
 from megatron_async_rlhf.learner.megatron.layers.rms_norm import RMSNorm
 from megatron_async_rlhf.learner.megatron.layers.rotary import rotate_packed
 from megatron_async_rlhf.learner.megatron.layers.swiglu import SwiGLU
 
 # Neighbours of one length are computed together; others alone.
 LENGTHS = [7, 4, 4, 4, 1, 1, 3]
-ENDS = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+ENDS = [0, *accumulate(LENGTHS)]
 TOKENS = sum(LENGTHS)
+PLACES = torch.cat([torch.arange(length) for length in LENGTHS])
+# The same row with parts that go on from others: the second and fourth from the first, the last from the third.
+BEFORE = [None, (0, 7), None, (0, 7), None, None, (11, 15)]
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -64,18 +68,22 @@ def test_rotation_restarts_with_each_sequence():
     def theirs(t):
         return torch.cat([_apply_rotary_pos_emb_bshd(part, angles[: len(part), 0]) for part in t.split(LENGTHS)])
 
-    assert_same(lambda t: rotate_packed(t, ENDS, angles), theirs, [draw(TOKENS, 3, 8)])
+    assert_same(lambda t: rotate_packed(t, PLACES, angles), theirs, [draw(TOKENS, 3, 8)])
 
 
+@pytest.mark.parametrize("before", [[], BEFORE], ids=["whole", "shared"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_stays_within_a_sequence_and_behind(kv_heads: int):
+def test_attention_stays_within_a_sequence_and_behind(kv_heads: int, before: list[tuple[int, int] | None]):
     attention = PackedAttention(
         config=None, layer_number=1, attn_mask_type=None, attention_type="self", softmax_scale=0.3
     )
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ENDS, cu_seqlens_kv=ENDS)
+    packed = PackedRow.of(ENDS, before)
     owner = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
     position = torch.arange(TOKENS)
     seen = (owner[:, None] == owner[None]) & (position[:, None] >= position[None])
+    for part, span in enumerate(before):
+        if span:
+            seen[ENDS[part] : ENDS[part + 1], slice(*span)] = True
 
     def theirs(query, key, value):
         key, value = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (key, value))

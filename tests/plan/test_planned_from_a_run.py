@@ -23,7 +23,7 @@ from megatron_async_rlhf.telemetry.recorder import Recorder
 SEEN = [4, 5, 6, 30]
 
 
-def config_with(mode: str, prompts: int) -> RunConfig:
+def config_with(mode: str, prompts: int, *, share: bool = False) -> RunConfig:
     return check_tree(
         {
             "model": {
@@ -33,6 +33,7 @@ def config_with(mode: str, prompts: int) -> RunConfig:
             "generator": {"max_new_tokens": 40, "max_concurrent": 256},
             "algorithm": {"type": "online_dpo", "samples_per_prompt": 4},
             "schedule": {"mode": mode, "steps": 12, "prompts_per_step": prompts},
+            "learner": {"share_prompts": share},
         }
     )  # fmt: skip
 
@@ -49,7 +50,8 @@ def simulated_run(config: RunConfig, scenario: Scenario, directory: Path) -> Non
 
     run_in_virtual_time(whole())
     sequences = config.schedule.prompts_per_step * config.algorithm.trained_samples
-    length = scenario.prompt_tokens + sum(SEEN) / len(SEEN)
+    prompts = scenario.prompt_tokens / (config.algorithm.trained_samples if config.learner.share_prompts else 1)
+    length = prompts + sum(SEEN) / len(SEEN)
     steps = read_steps(directory / METRICS)
     trained = {"num_sequences": sequences, "tokens": sequences * length}  # a simulated learner counts none
     (directory / METRICS).write_text("".join(json.dumps(step | trained) + "\n" for step in steps))
@@ -78,3 +80,19 @@ def test_what_one_run_shows_predicts_another(tmp_path, mode, prompts):
     predicted, _ = estimated_scenario(config, shape_of(config), found.lengths, found.factors, lengths)
     alone = replace(predicted, speeds=replace(predicted.speeds, contention=1.0, jitter=0.0))
     assert predict(config, alone).schedule.step_s == pytest.approx(expected, rel=0.06)
+
+
+def test_a_prompt_that_is_shared_is_found_as_long_as_it_is(tmp_path):
+    lengths, found = MeasuredLengths(SEEN, "a test", sum(SEEN) / len(SEEN)), []
+    for share in (False, True):
+        config, directory = config_with("sync", 32, share=share), tmp_path / str(share)
+        directory.mkdir()
+        scenario, speed = estimated_scenario(config, shape_of(config), completions=lengths)
+        assert scenario.prompt_tokens == pytest.approx(speed.prompt, abs=0.5)
+        simulated_run(config, scenario, directory)
+        found.append((calibrate(directory), speed.learner.compute))
+    (apart, longer), (shared, shorter) = found
+    assert shared.lengths == pytest.approx(apart.lengths, rel=0.02)
+    prompt, completion = apart.lengths
+    assert shared.factors.train == pytest.approx(apart.factors.train, rel=0.1), "nothing is faster than estimated"
+    assert shorter == pytest.approx(longer * (prompt / 2 + completion) / (prompt + completion), rel=0.15)

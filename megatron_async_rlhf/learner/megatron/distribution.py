@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-from megatron_async_rlhf.learner.megatron.training.batching import plan_micro_batches
+from megatron_async_rlhf.learner.megatron.training.batching import Prompts, plan_micro_batches
 from megatron_async_rlhf.learner.protocol import RolloutHeader
 from megatron_async_rlhf.learner.rollout import Parcel, Rollout, Samples, joined, pieces, sampled_rows
 
@@ -20,15 +20,16 @@ _Plan = list[list[list[int]]]  # a mini-batch's units by data-parallel rank and 
 
 
 def receive_rollout(
-    header: RolloutHeader, next_piece: Callable[[], bytes], placement: Placement, *, unit: int, budget: int
+    header: RolloutHeader, next_piece: Callable[[], bytes], placement: Placement, *, unit: int, budget: int, share: bool
 ) -> Rollout:
     """This rank's part of the rollout. Collective.
 
     Args:
         next_piece: the next of the rollout's messages; called on rank 0 only.
         unit, budget: see `plan_micro_batches`.
+        share: see `cut_micro_batches`.
     """
-    plans = _planned(header, placement, unit, budget)
+    plans = _planned(header, placement, unit, budget, share)
     mini_batches = _without_samples(header, [plan[placement.data_rank] for plan in plans])
     owners = _owners(plans, mini_batches, unit)
     firsts = np.cumsum([0, *map(len, mini_batches)])
@@ -71,12 +72,17 @@ def receive_rollout(
     )
 
 
-def _planned(header: RolloutHeader, placement: Placement, unit: int, budget: int) -> list[_Plan]:
+def _planned(header: RolloutHeader, placement: Placement, unit: int, budget: int, share: bool) -> list[_Plan]:
     """The plan of every mini-batch, which rank 0 makes. Collective."""
     plans: list[list[_Plan]] = [[]]
     if placement.rank == 0:
-        of_each = _by_mini_batch(header, header.lengths)
-        plans = [[plan_micro_batches(lengths, unit, budget, placement) for lengths in of_each]]
+        parts = (_by_mini_batch(header, values) for values in (header.lengths, header.prompt_lengths))
+        plans = [
+            [
+                plan_micro_batches(lengths, unit, budget, placement, Prompts(prompts, sizes) if share else None)
+                for lengths, prompts, sizes in zip(*parts, header.groups, strict=True)
+            ]
+        ]
     dist.broadcast_object_list(plans, src=0, group=placement.control)
     return plans[0]
 

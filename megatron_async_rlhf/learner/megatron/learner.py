@@ -259,7 +259,8 @@ class MegatronLearner:
 
     def _cut(self, samples: Samples) -> list[MicroBatch]:
         """For passes that take each sequence by itself."""
-        return cut_micro_batches(samples, 1, self.config.learner.micro_batch_tokens, self.placement)
+        keys = self.config.learner
+        return cut_micro_batches(samples, 1, keys.micro_batch_tokens, self.placement, share=keys.share_prompts)
 
     def _wait_for_push(self) -> None:
         with self._meter.span("wait for push"):

@@ -82,9 +82,13 @@ class CommandChannel:
             if raw:
                 return decode_command(raw)
 
-    def receive_rollout(self, header: RolloutHeader, *, unit: int, budget: int, timeout_s: float) -> Rollout:
+    def receive_rollout(
+        self, header: RolloutHeader, *, unit: int, budget: int, share: bool, timeout_s: float
+    ) -> Rollout:
         """The samples that follow a header; see `distribution.receive_rollout`."""
-        return receive_rollout(header, lambda: self._next_piece(timeout_s), self._placement, unit=unit, budget=budget)
+        return receive_rollout(
+            header, lambda: self._next_piece(timeout_s), self._placement, unit=unit, budget=budget, share=share
+        )
 
     def answer(self, answer: Answer) -> None:
         if self._socket:
@@ -166,6 +170,7 @@ def _execute(learner: MegatronLearner, channel: CommandChannel, command: AnyComm
                 command,
                 unit=learner.config.algorithm.sequences_together,
                 budget=learner.config.learner.micro_batch_tokens,
+                share=learner.config.learner.share_prompts,
                 timeout_s=learner.config.learner.timeout_s,
             )
             return learner.train_rollout(rollout)

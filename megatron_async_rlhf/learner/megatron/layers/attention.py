@@ -1,7 +1,8 @@
 """Causal attention within each packed sequence, without Transformer Engine: torch's own kernels, on any device.
 
 Takes what Transformer Engine's attention takes (`PackedSeqParams` in THD form), so a micro-batch looks the same to
-the model everywhere. Scores are never materialised, and nothing is computed between sequences.
+the model everywhere. Scores are never materialised, and nothing is computed between sequences. A part of the row that goes on
+from a shared prompt attends to that too: its keys are copied in front of the part's own.
 Shape legend: T tokens of all sequences, A attention heads, K key-value heads, D numbers of a head.
 """
 
@@ -10,11 +11,11 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_async_rlhf.learner.megatron.context import gather_over_context, parts_of_rank
+from megatron_async_rlhf.learner.megatron.layers.packed_row import PackedRow
 
 
 class PackedAttention(torch.nn.Module):
@@ -39,21 +40,26 @@ class PackedAttention(torch.nn.Module):
         value_TKD: torch.Tensor,
         attention_mask: None = None,
         *,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: PackedRow,
         **unused: object,
     ) -> torch.Tensor:
         """[T, A, D]; the mask is in `packed_seq_params`."""
         ends = packed_seq_params.cu_seqlens_q.tolist()
         if parallel_state.get_context_parallel_world_size() > 1:
             return self._attend_in_context(query_TAD, key_TKD, value_TKD, ends)
-        lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
-        # Neighbours of the same length are one batch: few kernels even for many short sequences.
-        runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-        tokens = [length * count for length, count in runs]
+        if packed_seq_params.keys_K is not None:
+            key_TKD, value_TKD = (part.index_select(0, packed_seq_params.keys_K) for part in (key_TKD, value_TKD))
+        ends_kv = packed_seq_params.cu_seqlens_kv.tolist()
+        shapes = zip(_lengths(ends), _lengths(ends_kv), strict=True)
+        # Neighbours of the same lengths are one batch: few kernels even for many short sequences.
+        runs = [(shape, len(list(run))) for shape, run in groupby(shapes)]
+        queries, keys = ([shape[i] * count for shape, count in runs] for i in (0, 1))
         attended = [
-            self._attend(*(_batch(part, length) for part in parts))
-            for (length, _), *parts in zip(
-                runs, query_TAD.split(tokens), key_TKD.split(tokens), value_TKD.split(tokens), strict=True
+            self._attend(
+                _batch(query, own), _batch(key, seen), _batch(value, seen), mask=_mask(own, seen, query.device)
+            )
+            for ((own, seen), _), query, key, value in zip(
+                runs, query_TAD.split(queries), key_TKD.split(keys), value_TKD.split(keys), strict=True
             )
         ]
         return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in attended])
@@ -67,10 +73,9 @@ class PackedAttention(torch.nn.Module):
         for (start, first, last), part in zip(
             parts, query.split([last - first for _, first, last in parts]), strict=True
         ):
-            # True where a query may look: at its own position and before it.
-            seen = torch.ones(last - first, last - start, dtype=torch.bool, device=query.device).tril(first - start)
             keys, values = (_batch(whole[start:last], last - start) for whole in (key, value))
-            attended.append(self._attend(_batch(part, last - first), keys, values, mask=seen))
+            mask = _mask(last - first, last - start, query.device)
+            attended.append(self._attend(_batch(part, last - first), keys, values, mask=mask))
         return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in attended])
 
     def _attend(
@@ -86,6 +91,17 @@ class PackedAttention(torch.nn.Module):
             scale=self._scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+
+
+def _lengths(ends: list[int]) -> list[int]:
+    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def _mask(own: int, seen: int, device: torch.device) -> torch.Tensor | None:
+    """True where the last `own` of `seen` positions may look: at themselves and before; None if these are all."""
+    if own == seen:
+        return None
+    return torch.ones(own, seen, dtype=torch.bool, device=device).tril(seen - own)
 
 
 def _batch(sequences: torch.Tensor, length: int) -> torch.Tensor:

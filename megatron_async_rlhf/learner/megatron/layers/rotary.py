@@ -1,4 +1,4 @@
-"""Rotary embedding of packed sequences on a CPU: one rotation for all of them, angles looked up by position.
+"""Rotary embedding of packed sequences on a CPU: one rotation for all of them, angles looked up by a token's place.
 
 Megatron's own cuts the row into its sequences and computes sine and cosine of all their angles, in every layer, for
 queries and keys. Shape legend: T tokens, A heads, D numbers of a head, L positions of the longest sequence.
@@ -6,27 +6,21 @@ queries and keys. Shape legend: T tokens, A heads, D numbers of a head, L positi
 
 import torch
 
-from megatron_async_rlhf.learner.megatron.context import share_of_rank
-
 
 def rotate_packed(
-    t_TAD: torch.Tensor, ends: torch.Tensor, angles_L11D: torch.Tensor, cp_size: int = 1, cp_rank: int = 0
+    t_TAD: torch.Tensor, places_T: torch.Tensor, angles_L11D: torch.Tensor, cp_size: int = 1, cp_rank: int = 0
 ) -> torch.Tensor:
     """[T, A, D]; stands where Megatron has Transformer Engine's `fused_apply_rotary_pos_emb_thd`.
 
     Args:
-        ends: where each sequence ends, with a 0 before, [sequences + 1].
-        angles_L11D: of each position, [L, 1, 1, D]; both halves of a head turn by the same angles.
-        cp_size, cp_rank: of the context-parallel ranks; T are this one's positions, `ends` are those of the whole row.
+        places_T: each token's place in its sequence; where Transformer Engine takes the ends of sequences, see `PackedRow`.
+        angles_L11D: of each place, [L, 1, 1, D]; both halves of a head turn by the same angles.
+        cp_size, cp_rank: of the context-parallel ranks; the places are those of this one's tokens.
     """
-    starts_T = ends[:-1].repeat_interleave(ends.diff())
-    positions_T = torch.arange(len(starts_T), device=ends.device) - starts_T
-    if cp_size > 1:
-        positions_T = positions_T[share_of_rank(ends.tolist(), cp_rank, cp_size)]
     angles_LD = angles_L11D.flatten(1)
     sine_LD = angles_LD.sin()
     sine_LD[:, : sine_LD.shape[1] // 2].neg_()
-    cosine_T1D, sine_T1D = (table[positions_T].unsqueeze(1).to(t_TAD.dtype) for table in (angles_LD.cos(), sine_LD))
+    cosine_T1D, sine_T1D = (table[places_T].unsqueeze(1).to(t_TAD.dtype) for table in (angles_LD.cos(), sine_LD))
     return _Rotation.apply(t_TAD, cosine_T1D, sine_T1D)
 
 

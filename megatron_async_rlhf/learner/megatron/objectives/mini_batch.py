@@ -61,17 +61,17 @@ class MiniBatch:
 
 
 def make_mini_batch(
-    samples: Samples, placement: Placement, *, together: int, budget: int, needs_sampler: bool
+    samples: Samples, placement: Placement, *, together: int, budget: int, needs_sampler: bool, share: bool = False
 ) -> MiniBatch:
     """Cut the samples into micro-batches, with the sampler's log-probabilities if all bring them.
 
     Args:
-        together, budget: see `cut_micro_batches`.
+        together, budget, share: see `cut_micro_batches`.
 
     Raises:
         LearnerError: the sampler's log-probabilities are needed, and a sequence lacks them.
     """
-    batches = cut_micro_batches(samples, together, budget, placement)
+    batches = cut_micro_batches(samples, together, budget, placement, share=share)
     if samples.are_sampled:
         for batch in batches:
             batch.sampler_T = batch.lay_completions(samples.sampler_logprobs)

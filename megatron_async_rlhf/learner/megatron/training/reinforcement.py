@@ -84,14 +84,15 @@ class Reinforcement:
         Raises:
             NonFiniteLossError: on every rank alike, before the update changes any weight.
         """
-        algorithm, budget = self._config.algorithm, self._config.learner.micro_batch_tokens
+        algorithm, learner = self._config.algorithm, self._config.learner
         cut = [
             make_mini_batch(
                 samples,
                 self._placement,
                 together=algorithm.sequences_together,
-                budget=budget,
+                budget=learner.micro_batch_tokens,
                 needs_sampler=algorithm.is_corrected,
+                share=learner.share_prompts,
             )
             for samples in mini_batches
         ]
