@@ -21,9 +21,12 @@ class Machine:
         bandwidth: of the memory, while a generator decodes and while Adam updates.
         link, network: between two ranks on one machine, and to another one; of collectives, in one direction.
         collective_s: until a sum over a few ranks is under way.
-        step_s, sequence_s: of a decoding step beside the model, and of each sequence in it: scheduling, sampling, answering.
+        step_s, sequence_s: of a decoding step beside the model, and of each sequence in it: scheduling, sampling.
+        completion_s: of each completion, from its request to its answer.
         push_s, push_bandwidth: of a weight push, whatever its size, and bytes per second into a worker.
-        contention: how many times as long either side takes while the other works too, for they share a machine.
+        contention: how many times as long either side takes while the other works too, for they share a device.
+        host_contention: what is added to that where all that a generator does is beside the model: some of it is done by
+            processes without a core of their own.
         jitter: standard deviation of a rollout's time in the learner, as a share of it.
         assumed: how these came about, for who reads the figures.
     """
@@ -37,9 +40,11 @@ class Machine:
     collective_s: float
     step_s: float
     sequence_s: float
+    completion_s: float
     push_s: float
     push_bandwidth: float
     contention: float
+    host_contention: float
     jitter: float
     assumed: str
 
@@ -48,18 +53,21 @@ class Machine:
 CPU_CORE = Machine(
     name="CPU cores",
     learner=50e9,
-    prefill=50e9,
+    prefill=60e9,
     bandwidth=10e9,
     link=1e9,
     network=1e9,
     collective_s=1e-4,
-    step_s=0.0,
-    sequence_s=0.0002,
+    step_s=0.004,
+    sequence_s=0.00004,
+    completion_s=0.0012,
     push_s=0.05,
     push_bandwidth=2.4e9,
-    contention=1.13,
+    contention=1.0,
+    host_contention=0.13,
     jitter=0.15,
-    assumed="50 GFLOP/s and 10 GB/s a core, 0.2 ms a sampled token beside the model, both sides 13% slower while both work",
+    assumed="50 GFLOP/s in training, 60 in generation and 10 GB/s a core; 4 ms a decoding step, 0.04 ms a token and 1.2 ms a "
+    "completion beside the model, and either side slower by 13% of the share of that while both work",
 )
 
 
@@ -79,9 +87,11 @@ def machine_of(config: RunConfig) -> Machine:
         network=_REACHED * config.launch.network_gbit_s * 1e9 / 8,
         step_s=0.002,
         sequence_s=2e-5,
+        completion_s=0.0,
         push_s=0.3,
         push_bandwidth=25e9,
         contention=2.0 if shared else 1.0,
+        host_contention=0.0,
         jitter=0.0,
         assumed=f"{_OF_FP8 if learner.fp8 else _OF_BF16:.0%} of peak FLOP/s in the learner's matrix products, 50% in prefill, 60% of memory "
         f"bandwidth in decoding, {_REACHED:.0%} of links between GPUs, 25 GB/s a worker in pushes"
@@ -105,7 +115,10 @@ def _cpu(config: RunConfig) -> Machine:
         CPU_CORE,
         learner=CPU_CORE.learner * of_rank,
         prefill=CPU_CORE.prefill * of_worker,
-        sequence_s=CPU_CORE.sequence_s / min(1.0, of_worker),  # what is done by one thread
+        # what is done by one thread
+        step_s=CPU_CORE.step_s / min(1.0, of_worker),
+        sequence_s=CPU_CORE.sequence_s / min(1.0, of_worker),
+        completion_s=CPU_CORE.completion_s / min(1.0, of_worker),
     )
 
 

@@ -33,6 +33,7 @@ class Speed:
         at_once: sequences that a generator decodes at once, then.
         token_s, sequence_s: a decoding step takes the one, plus the other for each sequence in it, prompts included.
         push_s: from pause to resume.
+        contention: how many times as long either side takes while the other works too.
     """
 
     machine: Machine
@@ -45,6 +46,7 @@ class Speed:
     sequence_s: float
     prefill_tokens: int
     push_s: float
+    contention: float
 
     @property
     def trained_per_s(self) -> float:
@@ -96,12 +98,16 @@ def estimate_speed(
     at_once = max(1.0, min(samples, generator.max_concurrent, memory.cache_tokens / length))
     compute = machine.prefill * generator.tensor_parallel
     # A decoding step reads the weights once and the cache of every sequence, on average half grown, or computes as long.
-    token_s = machine.step_s + memory.weights / machine.bandwidth + _collectives_s(config, arch, machine)
+    weights_s = memory.weights / machine.bandwidth
+    token_s = machine.step_s + weights_s + _collectives_s(config, arch, machine)
     cache_s = (prompt + completion / 2) * cache_bytes_per_token(config, arch) / machine.bandwidth
     computing_s = token_flops(arch, prompt + completion / 2) / compute
-    sequence_s = machine.sequence_s + max(cache_s, computing_s - token_s / at_once)
+    sequence_s = machine.sequence_s + max(cache_s, computing_s - weights_s / at_once)
     decode_s = token_s + at_once * sequence_s
     prefill_s = _prefilled_tokens(config, prompt) * token_flops(arch, prompt / 2) / compute  # of one sequence
+    # With what there is once for a completion, so that it slows the others down too.
+    sequence_s += (prefill_s + machine.completion_s) / completion
+    host_s = machine.step_s / at_once + machine.sequence_s + machine.completion_s / completion  # of a token
     return Speed(
         machine=machine,
         prompt=prompt,
@@ -110,9 +116,10 @@ def estimate_speed(
         generated_per_s=generator.replicas * at_once / decode_s,
         at_once=at_once,
         token_s=token_s,
-        sequence_s=sequence_s + prefill_s / completion,  # the prompt's share, so that it slows the others down too
+        sequence_s=sequence_s,
         prefill_tokens=max(1, round(decode_s * compute / token_flops(arch, prompt / 2))),
         push_s=machine.push_s + memory.weights / machine.push_bandwidth,
+        contention=machine.contention + machine.host_contention * host_s / (token_s / at_once + sequence_s),
     )
 
 

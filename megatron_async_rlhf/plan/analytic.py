@@ -77,7 +77,7 @@ def step_times(config: RunConfig, arch: Architecture, workload: Workload) -> tup
             generate=each * speed.completion * decode_s / speed.at_once / updates,
             tail=(longest - speed.completion) * speed.token_s / updates,  # with few sequences at last
             push=speed.push_s / updates,
-            contention=speed.machine.contention,
+            contention=speed.contention,
         ),
         speed,
     )

@@ -4,18 +4,20 @@ The run may have had another layout and other numbers of samples; the same model
 """
 
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+from typing import Any
 
 from msgspec import Struct
 
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.estimate.fitting import generator_worker
-from megatron_async_rlhf.estimate.speed import Factors, estimate_speed
+from megatron_async_rlhf.estimate.speed import Factors
 from megatron_async_rlhf.estimate.speed import Lengths as MeanLengths
 from megatron_async_rlhf.jobs.inputs import resolve_architecture
 from megatron_async_rlhf.simulate.lengths import Lengths
 from megatron_async_rlhf.simulate.measured import measure
+from megatron_async_rlhf.simulate.prediction import estimated_scenario, predict, sized
 from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, read_steps
+from megatron_async_rlhf.telemetry.summary import read_figures
 
 
 class Calibration(Struct, frozen=True, kw_only=True):
@@ -51,13 +53,13 @@ def calibrate(run_dir: Path, where: str = "") -> Calibration:
     # A shared prompt is among the tokens once.
     prompts = sequences / config.algorithm.trained_samples if config.learner.share_prompts else sequences
     lengths = max(1.0, (tokens - sequences * completion) / prompts), max(1.0, completion)
-    speed = estimate_speed(config, arch, generator_worker(config, arch), lengths)
-    estimated = speed.learner.fixed + sequences * sum(lengths) * speed.learner.per_token
-    # `measure` puts all of a decoding step on its sequences.
-    per_token = speed.token_s / speed.at_once + speed.sequence_s
+    # The run itself on the estimated machine, with all that makes it longer than its parts: stragglers, cache made again.
+    scenario, speed = estimated_scenario(config, arch, lengths, completions=measured.lengths)
+    own, took = predict(sized(config), scenario).schedule.totals, read_figures(run_dir)
     factors = Factors(
-        train=measured.speeds.train_s / estimated,
-        generate=measured.speeds.sequence_s / per_token,
+        # Of all pairs, some of which are skipped because they tie.
+        train=_steady(lines) * (took.train_busy_seconds / took.steps) / (own.train_busy_s / own.steps),
+        generate=(took.generate_busy_seconds / took.steps) / (own.generate_busy_s / own.steps),
         push=measured.speeds.push_s / speed.push_s,
     )
     return Calibration(
@@ -67,3 +69,9 @@ def calibrate(run_dir: Path, where: str = "") -> Calibration:
         source=f"as measured {where or f'in {run_dir}'}: training {factors.train:.2f}, generation {factors.generate:.2f} and pushes "
         f"{factors.push:.2f} times as long as estimated there",
     )
+
+
+def _steady(lines: list[dict[str, Any]]) -> float:
+    """What a usual step takes in the learner, as a share of the mean: the first ones take longer, and a short run has few others."""
+    seconds = [line["time/train_s"] for line in lines]
+    return median(seconds) / fmean(seconds) if any(seconds) else 1.0

@@ -73,13 +73,14 @@ def measure(run_dir: Path) -> Measured:
     # Every sequence takes a decoding step for each token, and one for its prompt.
     sequence_steps = (summary.tokens_generated + summary.samples_generated) / config.generator.replicas
     generate_s, train_s = summary.generate_busy_seconds, summary.train_busy_seconds
+    machine = machine_of(config)
     speeds = Speeds(
         token_s=0.0,
         sequence_s=generate_s / sequence_steps,
         train_s=train_s / summary.steps,
         train_token_s=0.0,
         push_s=summary.weight_sync.seconds_mean,
-        contention=machine_of(config).contention,
+        contention=machine.contention + machine.host_contention,  # at most, as with small models
         jitter=_jitter(config, lines),
     )
     if summary.max_staleness != 0:

@@ -61,7 +61,12 @@ def test_the_table_names_both_sides():
 
 def test_a_finished_run_gives_back_what_it_was_made_of(tmp_path):
     speeds = Speeds(
-        token_s=0.0, sequence_s=0.003, train_s=0.7, train_token_s=0.0, push_s=0.25, contention=CPU_CORE.contention
+        token_s=0.0,
+        sequence_s=0.003,
+        train_s=0.7,
+        train_token_s=0.0,
+        push_s=0.25,
+        contention=1.0 + CPU_CORE.host_contention,
     )
     config = make_config({"steps": 8, "prompts_per_step": 8}, generator={"max_new_tokens": 64})
     (tmp_path / "config.yaml").write_text(dump_config(config))
