@@ -152,7 +152,7 @@ def _train_with_trl(
         return score(completions)
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    config, trainer = _trl_trainer(options, limit)
+    config, trainer = _trl_trainer(options, limit, f"{model}_trl")
     training = trainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
         reward_funcs=reward,
@@ -172,10 +172,10 @@ def _train_with_trl(
     )
 
 
-def _trl_trainer(options: Options, limit: int) -> tuple[Any, Any]:
+def _trl_trainer(options: Options, limit: int, directory: str) -> tuple[Any, Any]:
     """TRL's arguments and class for this algorithm."""
     common = {
-        "output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "beta": BETA,
+        "output_dir": directory, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "beta": BETA,
         "max_steps": options.steps, "temperature": TEMPERATURE, "learning_rate": LEARNING_RATE, "save_strategy": "no",
         "report_to": [], "lr_scheduler_type": "constant", "disable_tqdm": True, "logging_steps": 1000,
     }  # fmt: skip
