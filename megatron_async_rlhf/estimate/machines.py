@@ -111,14 +111,14 @@ def _cpu(config: RunConfig) -> Machine:
         ranks, own = place_on_cores(learner.world_size, learner.threads, servers, cores)
         workers = [(core,) for core in own]
     of_rank, of_worker = min(learner.threads, _cores_each(ranks)), _cores_each(workers)
+    of_thread = min(1.0, of_worker)  # what is done beside the model is done by one
     return replace(
         CPU_CORE,
         learner=CPU_CORE.learner * of_rank,
         prefill=CPU_CORE.prefill * of_worker,
-        # what is done by one thread
-        step_s=CPU_CORE.step_s / min(1.0, of_worker),
-        sequence_s=CPU_CORE.sequence_s / min(1.0, of_worker),
-        completion_s=CPU_CORE.completion_s / min(1.0, of_worker),
+        step_s=CPU_CORE.step_s / of_thread,
+        sequence_s=CPU_CORE.sequence_s / of_thread,
+        completion_s=CPU_CORE.completion_s / of_thread,
     )
 
 

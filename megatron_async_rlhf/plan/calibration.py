@@ -17,7 +17,6 @@ from megatron_async_rlhf.simulate.lengths import Lengths
 from megatron_async_rlhf.simulate.measured import measure
 from megatron_async_rlhf.simulate.prediction import estimated_scenario, predict, sized
 from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, read_steps
-from megatron_async_rlhf.telemetry.summary import read_figures
 
 
 class Calibration(Struct, frozen=True, kw_only=True):
@@ -55,7 +54,7 @@ def calibrate(run_dir: Path, where: str = "") -> Calibration:
     lengths = max(1.0, (tokens - sequences * completion) / prompts), max(1.0, completion)
     # The run itself on the estimated machine, with all that makes it longer than its parts: stragglers, cache made again.
     scenario, speed = estimated_scenario(config, arch, lengths, completions=measured.lengths)
-    own, took = predict(sized(config), scenario).schedule.totals, read_figures(run_dir)
+    own, took = predict(sized(config), scenario).schedule.totals, measured.figures
     factors = Factors(
         # Of all pairs, some of which are skipped because they tie.
         train=_steady(lines) * (took.train_busy_seconds / took.steps) / (own.train_busy_s / own.steps),

@@ -32,21 +32,21 @@ class Measured(Struct, frozen=True, kw_only=True):
 
     Attributes:
         config: it ran with, and as many steps as it made.
-        wall_s: of its RL loop.
+        figures: of its RL loop, from its summary.
     """
 
     config: RunConfig
     lengths: Lengths
     speeds: Speeds
-    wall_s: float
+    figures: RunFigures
 
     def known_error(self, scenario: Scenario) -> str:
         """How far a simulation of what the run did itself, on the scenario made of it, is off."""
         own = replace(scenario, generators=self.config.generator.replicas)
         simulated = predict(self.config, own).schedule.totals.wall_s
-        off = simulated / self.wall_s - 1
+        off = simulated / self.figures.wall_seconds - 1
         return (
-            f"known error: this run itself, simulated, takes {simulated:.1f} s; measured were {self.wall_s:.1f} s "
+            f"known error: this run itself, simulated, takes {simulated:.1f} s; measured were {self.figures.wall_seconds:.1f} s "
             f"({abs(off):.0%} too {'fast' if off < 0 else 'slow'})"
         )
 
@@ -87,7 +87,7 @@ def measure(run_dir: Path) -> Measured:
         speeds = alone(speeds, generate_s, train_s)
     tree = config.model_dump()
     made = RunConfig.model_validate(tree | {"schedule": tree["schedule"] | {"steps": summary.steps}})
-    return Measured(config=made, lengths=_lengths(run_dir, summary, lines), speeds=speeds, wall_s=summary.wall_seconds)
+    return Measured(config=made, lengths=_lengths(run_dir, summary, lines), speeds=speeds, figures=summary)
 
 
 def _jitter(config: RunConfig, lines: list[dict[str, Any]]) -> float:

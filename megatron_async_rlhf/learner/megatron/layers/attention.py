@@ -47,10 +47,11 @@ class PackedAttention(torch.nn.Module):
         ends = packed_seq_params.cu_seqlens_q.tolist()
         if parallel_state.get_context_parallel_world_size() > 1:
             return self._attend_in_context(query_TAD, key_TKD, value_TKD, ends)
+        lengths = lengths_kv = _lengths(ends)
         if packed_seq_params.keys_K is not None:
             key_TKD, value_TKD = (part.index_select(0, packed_seq_params.keys_K) for part in (key_TKD, value_TKD))
-        ends_kv = packed_seq_params.cu_seqlens_kv.tolist()
-        shapes = zip(_lengths(ends), _lengths(ends_kv), strict=True)
+            lengths_kv = _lengths(packed_seq_params.cu_seqlens_kv.tolist())
+        shapes = zip(lengths, lengths_kv, strict=True)
         # Neighbours of the same lengths are one batch: few kernels even for many short sequences.
         runs = [(shape, len(list(run))) for shape, run in groupby(shapes)]
         queries, keys = ([shape[i] * count for shape, count in runs] for i in (0, 1))
