@@ -104,7 +104,7 @@ class Shards(Member):
         self.plan = plan_transfer(
             self.arch, self.layout, options.generator, dtype=options.dtype, staging_bytes=self.staging_bytes
         )
-        make = Sender if rank < self.roster.senders else lambda *a: Receiver(*a, in_place=True)
+        make = Sender if rank < self.roster.senders else Receiver
         self.end = make(self.plan, self.roster, self.transport)
 
     def push(self, verify: bool) -> int:

@@ -81,14 +81,14 @@ def generator_memory(
     staging = min(config.weights.staging_bytes, weights)
     token = cache_bytes_per_token(config, arch)
     smallest_cache = cache_of_sequence(arch.context_length, token)
+    push = 0 if loads_weights else 2 * staging
     if on_cpu:
-        # One buffer, and a matrix that is still incomplete once more for each stage that sends a part of it.
-        push = 0 if loads_weights else staging + config.learner.pipeline_parallel * item * holding.largest
+        # A matrix that is still incomplete is held once more for each stage that sends a part of it.
+        push += 0 if loads_weights else config.learner.pipeline_parallel * item * holding.largest
         cache = generator.kv_cache_gib * GIB
         if not loads_weights:
             cache = min(cache, generator.max_concurrent * smallest_cache)
     else:
-        push = 0 if loads_weights else 2 * staging
         room = round(config.launch.gpu_memory_gib * GIB)
         cache = min(round(generator.gpu_memory_share * room), room - beside - push - fixed) - weights - activations
         if beside:  # what generation can never use is the learner's

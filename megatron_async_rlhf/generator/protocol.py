@@ -45,8 +45,12 @@ class Receiver(Protocol):
         """Return if it can work now, whether or not it has weights or is paused."""
         ...
 
-    async def pause(self, how: Pause = "keep") -> None:
-        """From now on requests queue until it is told to go on."""
+    async def pause(self, how: Pause = "keep", *, clear_cache: bool = True) -> None:
+        """From now on requests queue until it is told to go on.
+
+        Args:
+            clear_cache: empty the cache if no request is left to use it; not needed before weights come, which do.
+        """
         ...
 
     async def join_transfer(self, info: dict[str, Any], *, timeout_s: float) -> None: ...

@@ -136,7 +136,7 @@ class WeightSync:
             PushError: an engine cannot be paused; the others are.
         """
         verify, started = self._verifies, self._clock()
-        self._check(await _from_each(receivers, lambda receiver: receiver.pause(how)))
+        self._check(await _from_each(receivers, lambda receiver: receiver.pause(how, clear_cache=False)))
         on_paused()
         self._account = None
         if offered:

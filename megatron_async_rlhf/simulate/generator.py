@@ -121,7 +121,7 @@ class SimulatedGenerator:
         await self._travel()
         return interrupted
 
-    async def pause(self, how: Pause = "keep") -> None:
+    async def pause(self, how: Pause = "keep", *, clear_cache: bool = True) -> None:
         await self._travel()
         await self._reach(PAUSE)
         if how == "abort":

@@ -12,8 +12,8 @@ from megatron_async_rlhf.weights.transports.transport import Parcel, Transport
 def send_message(transport: Transport, payload: bytes, peers: list[int], what: str) -> None:
     for part in (len(payload).to_bytes(8, "little"), payload):
         if part:
-            buffer = torch.frombuffer(bytearray(part), dtype=torch.uint8).to(transport.message_device)
-            transport.start(sends=[Parcel(peer, buffer, what) for peer in peers]).wait()
+            buffer = torch.frombuffer(bytearray(part), dtype=torch.uint8).to(transport.control.device)
+            transport.control.start(sends=[Parcel(peer, buffer, what) for peer in peers]).wait()
 
 
 def receive_message(transport: Transport, peer: int, what: str) -> bytes:
@@ -22,8 +22,8 @@ def receive_message(transport: Transport, peer: int, what: str) -> bytes:
 
 
 def _receive(transport: Transport, size: int, peer: int, what: str) -> bytes:
-    buffer = torch.empty(size, dtype=torch.uint8, device=transport.message_device)
-    transport.start(receives=[Parcel(peer, buffer, what)]).wait()
+    buffer = torch.empty(size, dtype=torch.uint8, device=transport.control.device)
+    transport.control.start(receives=[Parcel(peer, buffer, what)]).wait()
     return buffer.cpu().numpy().tobytes()
 
 

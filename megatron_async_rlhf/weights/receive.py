@@ -9,7 +9,7 @@ here knows vLLM: what a parameter is and what completing it means is the `Target
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -18,10 +18,10 @@ import torch
 from megatron_async_rlhf.errors import TransferError
 from megatron_async_rlhf.formats.digest import digest
 from megatron_async_rlhf.types import PushReport
-from megatron_async_rlhf.weights.plan import Message, Slice, TransferPlan
+from megatron_async_rlhf.weights.plan import Slice, TransferPlan
 from megatron_async_rlhf.weights.proof import conclude
 from megatron_async_rlhf.weights.roster import Roster
-from megatron_async_rlhf.weights.send import as_bytes, as_matrix, describe, num_elements
+from megatron_async_rlhf.weights.send import as_matrix, describe, num_elements
 from megatron_async_rlhf.weights.transports.transport import Parcel, Pending, Transport
 
 # Hashes what a parameter really holds, if the push is verified.
@@ -29,15 +29,7 @@ Check = Callable[[torch.Tensor], None]
 
 
 class Target(Protocol):
-    """A worker's model as a place to put weights.
-
-    Attributes:
-        in_place: slices go straight into the engine's own memory, so that a second staging buffer can be afforded;
-            otherwise a parameter is put together outside of it first.
-    """
-
-    @property
-    def in_place(self) -> bool: ...
+    """A worker's model as a place to put weights."""
 
     def open(self, parameter: str) -> torch.Tensor:
         """The memory to copy slices of a parameter into."""
@@ -51,17 +43,14 @@ class Target(Protocol):
 class Receiver:
     """Receives one worker's share of every push; its staging buffers live as long as the connection."""
 
-    def __init__(self, plan: TransferPlan, roster: Roster, transport: Transport, *, in_place: bool) -> None:
+    def __init__(self, plan: TransferPlan, roster: Roster, transport: Transport) -> None:
         self._plan, self._roster, self._transport = plan, roster, transport
         self._dtype = getattr(torch, plan.dtype)
         self._replica, self._worker = roster.place(transport.rank)
         self._rounds = plan.incoming(self._worker)
-        sizes = [sum(num_elements(message) for _, message in incoming) for incoming in self._rounds]
-        self._sizes = sizes
-        self._buffers = [
-            torch.empty(max(sizes, default=0), dtype=self._dtype, device=transport.device)
-            for _ in range(2 if in_place else 1)
-        ]
+        self._sizes = [sum(num_elements(message) for _, message in incoming) for incoming in self._rounds]
+        num_bytes = max(self._sizes, default=0) * self._dtype.itemsize
+        self._buffers = [transport.staging(num_bytes) for _ in range(2)]
         self._slices_of: dict[str, list[Slice]] = defaultdict(list)
         for moved in plan.received_by(self._worker):
             self._slices_of[moved.target].append(moved)
@@ -90,10 +79,13 @@ class Receiver:
         missing = {parameter: len(slices) for parameter, slices in self._slices_of.items()}
         digests: dict[Slice, bytes] | None = {} if verify else None
         for k in range(len(self._rounds)):
-            arriving.pop(k).wait()
-            handed_on = self._hand_on(k)
-            self._load(k, target, missing, digests)
+            arrived = arriving.pop(k)
+            arrived.wait()
+            handed_on = self._hand_on(k, arrived.received)
+            self._load(k, arrived.received, target, missing, digests)
             handed_on.wait()
+            handed_on.finish()
+            arrived.finish()
             if k + depth < len(self._rounds):
                 arriving[k + depth] = self._start(k + depth)
         ordered = None if digests is None else b"".join(digests[s] for s in self._plan.received_by(self._worker))
@@ -101,38 +93,40 @@ class Receiver:
         return conclude(self._transport, self._roster, self._plan, received_bytes=num_bytes, digests=ordered)
 
     def _start(self, k: int) -> Pending:
-        buffer = self._buffers[k % len(self._buffers)]
-        if self._replica:
-            source = self._roster.worker_rank(self._replica - 1, self._worker)
-            parcel = Parcel(source, as_bytes(buffer[: self._sizes[k]]), describe(self._whole_round(k), k))
-            return self._transport.start(receives=[parcel])
-        parcels, begin = [], 0
-        for sender, message in self._rounds[k]:
-            end = begin + num_elements(message)
-            parcels.append(Parcel(sender, as_bytes(buffer[begin:end]), describe(message, k)))
-            begin = end
-        return self._transport.start(receives=parcels)
+        sizes = [num_elements(message) * self._dtype.itemsize for _, message in self._rounds[k]]
+        parts = self._buffers[k % len(self._buffers)][: sum(sizes)].split(sizes)
+        return self._transport.start(receives=self._parcels(k, parts, self._replica - 1))
 
-    def _hand_on(self, k: int) -> Pending:
+    def _hand_on(self, k: int, received: Sequence[torch.Tensor]) -> Pending:
         if self._replica + 1 == len(self._roster.generators):
             return self._transport.start()
-        peer = self._roster.worker_rank(self._replica + 1, self._worker)
-        buffer = self._buffers[k % len(self._buffers)]
-        parcel = Parcel(peer, as_bytes(buffer[: self._sizes[k]]), describe(self._whole_round(k), k))
-        return self._transport.start(sends=[parcel])
+        return self._transport.start(sends=self._parcels(k, received, self._replica + 1))
 
-    def _whole_round(self, k: int) -> Message:
-        return tuple(moved for _, message in self._rounds[k] for moved in message)
+    def _parcels(self, k: int, buffers: Sequence[torch.Tensor], replica: int) -> list[Parcel]:
+        """A round's messages, from or to the same worker of another replica; -1 stands for the learner."""
+        neighbour = self._roster.worker_rank(replica, self._worker)
+        return [
+            Parcel(neighbour if replica >= 0 else sender, buffer, describe(message, k))
+            for (sender, message), buffer in zip(self._rounds[k], buffers, strict=True)
+        ]
 
-    def _load(self, k: int, target: Target, missing: dict[str, int], digests: dict[Slice, bytes] | None) -> None:
-        buffer, begin = self._buffers[k % len(self._buffers)], 0
-        for moved in self._whole_round(k):
-            values = buffer[begin : begin + moved.size].view(moved.height, moved.width)
-            place(target.open(moved.target), moved).copy_(values)
-            begin += moved.size
-            missing[moved.target] -= 1
-            if not missing[moved.target]:
-                target.complete(moved.target, partial(self._hash, self._slices_of[moved.target], digests))
+    def _load(
+        self,
+        k: int,
+        received: Sequence[torch.Tensor],
+        target: Target,
+        missing: dict[str, int],
+        digests: dict[Slice, bytes] | None,
+    ) -> None:
+        for (_, message), buffer in zip(self._rounds[k], received, strict=True):
+            values, begin = buffer.view(self._dtype), 0
+            for moved in message:
+                matrix = values[begin : begin + moved.size].view(moved.height, moved.width)
+                place(target.open(moved.target), moved).copy_(matrix)
+                begin += moved.size
+                missing[moved.target] -= 1
+                if not missing[moved.target]:
+                    target.complete(moved.target, partial(self._hash, self._slices_of[moved.target], digests))
 
     def _hash(self, slices: list[Slice], digests: dict[Slice, bytes] | None, parameter: torch.Tensor) -> None:
         """As the sender does, in the type that was sent: an engine may keep a vector in a wider one."""

@@ -1,10 +1,12 @@
 """The learner's half of a push, on every learner rank.
 
-round k:   pack slices of my parameters into a staging buffer ─> wait for round k-1 ─> start sending ─> hash the slices
-round k+1: packed into the other buffer while round k is on its way ...
-then:      wait for the last one, compare digests with everyone (`proof`)
+rounds 0, 1: pack slices of my parameters into a staging buffer each ─> wait for the word to begin
+round k:     wait for round k-1 to have left ─> start sending ─> hash the slices ─> wait until round k-1 has been read ─> pack
+             round k+1 into its buffer, while round k is on its way ...
+then:        wait for the last two, compare digests with everyone (`proof`)
 """
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -15,7 +17,7 @@ from megatron_async_rlhf.types import PushReport
 from megatron_async_rlhf.weights.plan import Message, Slice, TransferPlan
 from megatron_async_rlhf.weights.proof import conclude
 from megatron_async_rlhf.weights.roster import Roster
-from megatron_async_rlhf.weights.transports.transport import Parcel, Transport
+from megatron_async_rlhf.weights.transports.transport import Parcel, Pending, Transport
 
 ParameterReader = Callable[[str], torch.Tensor]
 
@@ -28,47 +30,58 @@ class Sender:
         self._dtype = getattr(torch, plan.dtype)
         self._rounds = plan.outgoing(transport.rank)
         largest = max((sum(num_elements(m) for _, m in outgoing) for outgoing in self._rounds), default=0)
-        self._buffers = [torch.empty(largest, dtype=self._dtype, device=transport.device) for _ in range(2)]
+        num_bytes = largest * self._dtype.itemsize
+        self._buffers = [transport.staging(num_bytes).view(self._dtype) for _ in range(2)]
 
-    def push(self, read: ParameterReader, *, verify: bool) -> PushReport:
+    def push(
+        self, read: ParameterReader, *, verify: bool, begin: Callable[[], bool] = lambda: True
+    ) -> PushReport | None:
         """Send every slice of the plan that is this rank's. Collective over the transfer group.
 
         Args:
             read: this rank's parameter by its name in the plan; must not change until this returns.
+            begin: called when all is ready to be sent; if it returns false nothing is, and there is no report.
 
         Raises:
             TransferError: a parameter that does not fit the plan, or a peer that is gone or silent; the connection is
                 closed then, so that nobody waits for this rank.
         """
         try:
-            return self._push(read, verify)
+            packed = deque(self._pack(k, read) for k in range(min(len(self._buffers), len(self._rounds))))
+            return self._push(packed, read, verify) if begin() else None
         except BaseException:
             self._transport.close()
             raise
 
-    def _push(self, read: ParameterReader, verify: bool) -> PushReport:
+    def _push(self, packed: deque[list[Parcel]], read: ParameterReader, verify: bool) -> PushReport:
         digests: dict[Slice, bytes] = {}
-        under_way = self._transport.start()
+        under_way: deque[Pending] = deque()
         for k, outgoing in enumerate(self._rounds):
-            parcels = self._pack(self._buffers[k % 2], outgoing, read, k)
+            if not packed:
+                under_way.popleft().finish()
+                packed.append(self._pack(k, read))
             # Only one round at a time is with the transport. The learner's GPUs have one hardware queue for all streams
             # (CUDA_DEVICE_MAX_CONNECTIONS, see `launch.plan`): a second NCCL kernel would wait at its head for the
             # first, and training's behind it. That first may wait for another learner rank, which may wait for this
             # one in a collective of the training.
-            under_way.wait()
-            under_way = self._transport.start(sends=parcels)
+            if under_way:
+                under_way[-1].wait()
+            under_way.append(self._transport.start(sends=packed.popleft()))
             if verify:
                 for _, message in outgoing:
                     digests |= {s: digest(cut(read, s), self._dtype) for s in message}
-        under_way.wait()
+        if under_way:
+            under_way[-1].wait()
+        for sent in under_way:
+            sent.finish()
         ordered = b"".join(digests[s] for s in self._plan.sent_by(self._transport.rank)) if verify else None
         return conclude(self._transport, self._roster, self._plan, received_bytes=0, digests=ordered)
 
-    def _pack(
-        self, buffer: torch.Tensor, outgoing: list[tuple[int, Message]], read: ParameterReader, round_index: int
-    ) -> list[Parcel]:
+    def _pack(self, k: int, read: ParameterReader) -> list[Parcel]:
+        """Round k, into a buffer that nobody reads any more."""
+        buffer = self._buffers[k % len(self._buffers)]
         parcels, begin = [], 0
-        for receiver, message in outgoing:
+        for receiver, message in self._rounds[k]:
             end = begin
             for moved in message:
                 target = buffer[end : end + moved.size].view(moved.height, moved.width)
@@ -76,7 +89,7 @@ class Sender:
                 end += moved.size
             # Later replicas get theirs from the first, see `receive`.
             peer = self._roster.worker_rank(0, receiver)
-            parcels.append(Parcel(peer, as_bytes(buffer[begin:end]), describe(message, round_index)))
+            parcels.append(Parcel(peer, as_bytes(buffer[begin:end]), describe(message, k)))
             begin = end
         return parcels
 

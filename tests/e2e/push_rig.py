@@ -47,8 +47,8 @@ class Receiver:
     async def probe(self) -> None:
         await self._generator.probe()
 
-    async def pause(self, how: Pause = "keep") -> None:
-        await self._generator.pause(self._how)
+    async def pause(self, how: Pause = "keep", *, clear_cache: bool = True) -> None:
+        await self._generator.pause(self._how, clear_cache=clear_cache)
 
     async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
         await self._generator.join_transfer(info, timeout_s=timeout_s)

@@ -279,8 +279,10 @@ def test_a_generator_with_another_config_is_refused_by_name(tmp_path):
     [pytest.param((2, 2, 4), (1, 1), id="to-tp1"), pytest.param((1, 1, 1), (2, 1), id="to-tp2")],
 )
 def test_a_push_takes_two_staging_buffers_of_memory_and_no_more(tmp_path, learner, generator):
-    """Of 280 MB of weights. What is measured is the growth of each process's resident set, buffers included."""
+    """Of 280 MB of weights. What is measured is the growth of each process's resident set, buffers included: a generator's are
+    the learner's, which it maps, and it has a matrix of each stage that is incomplete, and the one that it packs."""
     staging_mib = 64
+    largest_mib = 4 * 2 * 2816 * 1024 / 2**20
     shape = ["model.layers=6", "model.hidden_size=1024", "model.ffn_size=2816", "model.heads=16", "model.kv_heads=8"]
     vocabulary = ["model.tokenizer=bytes", "model.vocab_size=null", "warm_start.steps=1"]
 
@@ -295,6 +297,8 @@ def test_a_push_takes_two_staging_buffers_of_memory_and_no_more(tmp_path, learne
             growth = {who: (peak - before[who]) / 2**20 for who, peak in rig.memory_peaks().items() if who in before}
             assert len(growth) >= learner[2] + generator[0]
             print({who: round(mib, 1) for who, mib in growth.items()})
-            assert max(growth.values()) <= 2 * staging_mib * 1.1, growth
+            for who, mib in growth.items():
+                matrices_mib = 0 if who.startswith("learner") else (learner[1] + 1) * largest_mib
+                assert mib <= 2 * staging_mib * 1.1 + matrices_mib, (who, growth)
 
     asyncio.run(run())

@@ -14,7 +14,7 @@ from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, Gener
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
-from megatron_async_rlhf.serving.connection import RECEIVE, SAMPLE
+from megatron_async_rlhf.serving.connection import PAUSE, RECEIVE, SAMPLE
 from megatron_async_rlhf.types import Completion, Prompt
 
 PROMPT = Prompt(index=0, text="p", token_ids=[112], reference={})
@@ -138,6 +138,34 @@ def test_what_is_whole_is_not_asked_for_again(tokenizer):
     assert not completion.finished and not completion.interrupted
     (ended,) = answered(tokenizer, completed(65, 258, reason="stop"))
     assert answered(tokenizer, completed(66, reason="length"), begun=ended) == [ended]
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_a_cache_that_nobody_uses_is_emptied_once_in_a_push(tokenizer, under_way):
+    asked: list[tuple[str, str]] = []
+
+    @web.middleware
+    async def note(call: web.Request, handler: Callable) -> web.StreamResponse:
+        if "clear_cache" in call.query:
+            asked.append((call.path, call.query["clear_cache"]))
+        return await handler(call)
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response({"weight_version": None})
+
+    async def go() -> None:
+        application = web.Application(middlewares=[note])
+        application.router.add_route("*", "/{path:.*}", answer)
+        async with serving(application, tokenizer) as client, asyncio.timeout(20.0):
+            client._under_way = int(under_way)
+            for recompute in (True, False):
+                await client.pause(clear_cache=False)
+                await client.receive_weights(version=1, verify=False, recompute=recompute)
+            await client.pause()
+
+    asyncio.run(go())
+    unused = "false" if under_way else "true"
+    assert asked == [(PAUSE, "false"), (RECEIVE, "true"), (PAUSE, "false"), (RECEIVE, unused), (PAUSE, unused)]
 
 
 @pytest.mark.parametrize("recorded", ["7", None])

@@ -187,13 +187,13 @@ def test_a_pause_is_the_engines(mode, clear):
 
 def test_weights_are_taken_then_named_then_the_cache_is_emptied():
     engine = VersionedEngine()
-    assert answered(engine, path=f"{RECEIVE}?version=8&verify=true&recompute=true") == (200, b"{}")
+    assert answered(engine, path=f"{RECEIVE}?version=8&verify=true&clear_cache=true") == (200, b"{}")
     assert engine.calls == [("take_weights", {"verify": True}), ("version", "8"), ("reset", True)]
     engine = VersionedEngine()
-    assert answered(engine, path=f"{RECEIVE}?version=8&verify=false&recompute=false") == (200, b"{}")
+    assert answered(engine, path=f"{RECEIVE}?version=8&verify=false&clear_cache=false") == (200, b"{}")
     assert engine.calls == [("take_weights", {"verify": False}), ("version", "8")]
     engine = PausedEngine()
-    assert answered(engine, path=f"{RECEIVE}?version=8&verify=false&recompute=true") == (200, b"{}")
+    assert answered(engine, path=f"{RECEIVE}?version=8&verify=false&clear_cache=true") == (200, b"{}")
     assert engine.calls == [("take_weights", {"verify": False}), ("reset", True)]
 
 
@@ -201,8 +201,8 @@ def test_weights_are_taken_then_named_then_the_cache_is_emptied():
     ("engine", "path", "said", "done"),
     [
         (VersionedEngine(fails="pause"), f"{PAUSE}?mode=keep&clear_cache=true", b"RuntimeError: the engine is dead", 0),
-        (VersionedEngine(fails="take_weights"), f"{RECEIVE}?version=8&verify=true&recompute=true", b"RuntimeError: the", 0),
-        (VersionedEngine(emptied=False), f"{RECEIVE}?version=8&verify=true&recompute=true", b"RuntimeError: the engine could not empty", 3),
+        (VersionedEngine(fails="take_weights"), f"{RECEIVE}?version=8&verify=true&clear_cache=true", b"RuntimeError: the", 2),
+        (VersionedEngine(emptied=False), f"{RECEIVE}?version=8&verify=true&clear_cache=true", b"RuntimeError: the engine could not empty", 3),
     ],
 )  # fmt: skip
 def test_a_call_that_fails_ends_a_push_and_is_told(engine, path, said, done):

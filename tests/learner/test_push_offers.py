@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import zmq
 import zmq.asyncio
 
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import LearnerError
+from megatron_async_rlhf.errors import LearnerError, TransferError
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.megatron.transfer.push_offers import PushOffers
 from megatron_async_rlhf.learner.megatron.transfer.weight_push import WeightPush
@@ -104,7 +105,9 @@ class Sender:
         self.may_end = threading.Event()
         self.pushes = 0
 
-    def push(self, weights, *, verify: bool) -> PushReport:
+    def push(self, weights, *, verify: bool, begin: Callable[[], bool]) -> PushReport | None:
+        if not begin():
+            return None
         self.pushes += 1
         assert self.may_end.wait(30)
         return PushReport(wire_bytes=8)
@@ -150,3 +153,24 @@ def test_a_push_that_is_still_on_offer_does_not_keep_the_learner_from_ending(pus
     push.start(verify=True, offered=7)
     push.close()
     assert sender.pushes == 0
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_rank_that_cannot_pack_hears_the_verdict_with_the_others(push, taken):
+    heard = []
+
+    def fail(weights, *, verify: bool, begin: Callable[[], bool]) -> None:
+        raise TransferError("pack: the learner's model is not the planned one")
+
+    def verdict(ask=push._offers.verdict) -> bool:
+        heard.append(ask())
+        return heard[-1]
+
+    push._sender.push, push._offers.verdict = fail, verdict
+    push.start(verify=True, offered=7)
+    if taken:
+        assert push._offers.begin(7)
+        with pytest.raises(TransferError, match="pack: the learner"):
+            push.finish()
+    push.wait_until_weights_may_change()
+    assert heard == [taken] and push._under_way is None

@@ -102,7 +102,7 @@ class FakeGenerator:
         while self.sampling < count:
             await asyncio.sleep(0)
 
-    async def pause(self, how: str = "keep") -> None:
+    async def pause(self, how: str = "keep", *, clear_cache: bool = True) -> None:
         assert not self.sampling
         self._running.clear()
 

@@ -48,7 +48,7 @@ class Engine:
             if not answer.done():
                 answer.set_exception(GeneratorGoneError(f"{self.name}: gone"))
 
-    async def pause(self, how: str = "keep") -> None:
+    async def pause(self, how: str = "keep", *, clear_cache: bool = True) -> None:
         self.calls.append(how)
         if not self.alive:
             raise GeneratorGoneError(f"{self.name}: gone")

@@ -75,7 +75,7 @@ class Receiver:
         if not self.alive:
             raise GeneratorGoneError(f"{self.name}: /collective_rpc failed, the server is gone")
 
-    async def pause(self, how: str = "keep") -> None:
+    async def pause(self, how: str = "keep", *, clear_cache: bool = True) -> None:
         assert self.alive
 
     async def join_transfer(self, info: dict, *, timeout_s: float) -> None:
@@ -309,7 +309,7 @@ def test_who_cannot_meet_is_found_out_when_nobody_is_gone():
 
 def test_an_engine_that_cannot_be_paused_costs_the_others_no_weights():
     class Deaf(Receiver):
-        async def pause(self, how: str = "keep") -> None:
+        async def pause(self, how: str = "keep", *, clear_cache: bool = True) -> None:
             raise GeneratorSilentError(f"{self.name}: no answer to /async_rlhf/pause within 3 s", silent_s=3.0)
 
     learner, deaf = Learner(REPORT), Deaf("generator.1")

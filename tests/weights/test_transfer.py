@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from transfer_group import TransferGroup, assert_holds, random_weights
+from transfer_group import TransferGroup, assert_holds, learner_parameters, random_weights
 
 from megatron_async_rlhf.errors import TransferError
 from megatron_async_rlhf.models.hf_mapping import elements_held
@@ -31,8 +31,8 @@ MODELS = [
 ]
 
 
-@pytest.fixture
-def connect(make_arch):
+@pytest.fixture(params=[True, False], ids=["shared memory", "sockets"])
+def connect(make_arch, request: pytest.FixtureRequest):
     groups: list[TransferGroup] = []
 
     def connect(
@@ -43,6 +43,7 @@ def connect(make_arch):
             layout,
             tensor_parallel=tensor_parallel,
             replicas=replicas,
+            shared=request.param,
             **options,
         )
         groups.append(group)
@@ -72,12 +73,9 @@ def test_every_worker_gets_the_learners_bytes(connect, layout, tensor_parallel, 
         assert_holds(targets, weights, group)
 
 
-@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("staging_bytes", [1024, 2**20])
-def test_staging_and_dtype_change_nothing(connect, in_place: bool, staging_bytes: int):
-    group = connect(
-        LearnerLayout(tensor_parallel=2), 2, dtype=torch.bfloat16, staging_bytes=staging_bytes, in_place=in_place
-    )
+def test_staging_and_dtype_change_nothing(connect, staging_bytes: int):
+    group = connect(LearnerLayout(tensor_parallel=2), 2, dtype=torch.bfloat16, staging_bytes=staging_bytes)
     weights = random_weights(group.arch, torch.bfloat16)
     targets = group.targets(weights)
     assert group.push(weights, targets)[0].mismatches == []
@@ -116,6 +114,9 @@ def test_a_round_starts_when_the_one_before_has_left(connect):
         def wait(self) -> None:
             self.pending.wait()
             under_way.discard(self)
+
+        def finish(self) -> None:
+            self.pending.finish()
 
     def spied(*, sends=(), receives=(), start=group.transports[0].start):
         pending = start(sends=sends, receives=receives)
@@ -177,10 +178,10 @@ class BitFlips:
                     flip(parcel.buffer, self._position)
             pending = start(sends=sends, receives=receives)
             hit = [
-                parcel for parcel in receives
+                index for index, parcel in enumerate(receives)
                 if self._where == "wire" and self._is_it(rank, parcel.peer, parcel.what, sends=False)
             ]  # fmt: skip
-            return Damaged(pending, hit[0].buffer, self._position) if hit else pending
+            return Damaged(pending, hit[0], self._position) if hit else pending
 
         transport.start = spied
 
@@ -191,12 +192,14 @@ class BitFlips:
 
 
 class Damaged:
-    def __init__(self, pending, buffer: torch.Tensor, bit: int) -> None:
-        self._pending, self._buffer, self._bit = pending, buffer, bit
+    def __init__(self, pending, index: int, bit: int) -> None:
+        self._pending, self._index, self._bit = pending, index, bit
+        self.finish = pending.finish
 
     def wait(self) -> None:
         self._pending.wait()
-        flip(self._buffer, self._bit)
+        self.received = self._pending.received
+        flip(self.received[self._index], self._bit)
 
 
 def flip(buffer: torch.Tensor, bit: int) -> None:
@@ -285,8 +288,9 @@ def test_a_vanished_worker_is_noticed_at_once(connect):
     answers = group.push(weights, targets)
     assert time.monotonic() - start < 10
     assert all(isinstance(answer, TransferError) for answer in answers)
+    parameters = learner_parameters(weights, group.arch, group.layout, 0)
     with pytest.raises(TransferError, match="connect again"):
-        group._ends[0].push(lambda name: None, verify=False)
+        group._ends[0].push(parameters.__getitem__, verify=False)
 
 
 def test_a_parameter_that_is_not_the_planned_one_is_refused_by_name(connect):

@@ -23,6 +23,8 @@ from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.send import Sender
 from megatron_async_rlhf.weights.transports.gloo import GlooTransport
 from megatron_async_rlhf.weights.transports.rendezvous import host_store, join_store, meet
+from megatron_async_rlhf.weights.transports.shared_memory import SharedMemoryTransport
+from megatron_async_rlhf.weights.transports.transport import Transport
 
 Weights = dict[str, torch.Tensor]
 
@@ -75,8 +77,6 @@ def _vllm_parameter(mapping, weights: Weights, arch: Architecture, ranks: int, r
 class DictTarget:
     """A worker whose parameters are a dict of tensors. `damage(parameter)` may spoil one before it is checked."""
 
-    in_place = True
-
     def __init__(self, parameters: Weights, damage: Callable[[str, torch.Tensor], None] | None = None) -> None:
         self.parameters = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         self.completed: list[str] = []
@@ -93,7 +93,10 @@ class DictTarget:
 
 
 class TransferGroup:
-    """Learner ranks and workers that have met; `push` may be called again and again."""
+    """Learner ranks and workers that have met; `push` may be called again and again.
+
+    `shared`: they read each other's memory, as on one machine; else every byte goes over sockets.
+    """
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class TransferGroup:
         dtype: torch.dtype = torch.float32,
         staging_bytes: int = 2**16,
         timeout_s: float = 20.0,
-        in_place: bool = True,
+        shared: bool = True,
     ) -> None:
         self.arch, self.layout, self.dtype = arch, layout, dtype
         self.roster = Roster(
@@ -116,7 +119,7 @@ class TransferGroup:
         self.plan = plan_transfer(
             arch, layout, tensor_parallel, dtype=str(dtype).removeprefix("torch."), staging_bytes=staging_bytes
         )
-        self.in_place, self._timeout_s = in_place, timeout_s
+        self._shared, self._timeout_s = shared, timeout_s
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
@@ -137,18 +140,20 @@ class TransferGroup:
         futures = [self._pool.submit(guarded, rank) for rank in range(self.roster.world_size)]
         return [future.result(timeout=90) for future in futures]
 
-    def _connect(self, rank: int) -> GlooTransport:
+    def _connect(self, rank: int) -> Transport:
         if rank == 0:
             store = self._store = host_store("127.0.0.1", self._port, self._timeout_s)
         else:
             store = join_store("127.0.0.1", self._port, self._timeout_s)
-        return GlooTransport(meet(store, self.roster, rank, "0", self._timeout_s), self.roster, rank, self._timeout_s)
+        own = meet(store, self.roster, rank, "0", self._timeout_s)
+        gloo = GlooTransport(own, self.roster, rank, self._timeout_s)
+        return SharedMemoryTransport(gloo, own) if self._shared else gloo
 
     def _make_end(self, rank: int) -> Sender | Receiver:
         transport = self.transports[rank]
         if rank < self.roster.senders:
             return Sender(self.plan, self.roster, transport)
-        return Receiver(self.plan, self.roster, transport, in_place=self.in_place)
+        return Receiver(self.plan, self.roster, transport)
 
     def targets(self, weights: Weights, damage=None) -> dict[int, DictTarget]:
         """An empty target for every worker, by group rank; `damage(rank, parameter, tensor)`."""

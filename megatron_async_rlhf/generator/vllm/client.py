@@ -164,17 +164,20 @@ class VLLMGenerator:
             raise GeneratorError(f"{self.name}: weight versions cover {len(versions)} of {length} tokens")
         return versions
 
-    async def pause(self, how: Pause = "keep") -> None:
+    async def pause(self, how: Pause = "keep", *, clear_cache: bool = True) -> None:
         """Stop the engine; what is asked from now on is queued until `resume`.
 
         Requests under way freeze with their cache (`keep`), run to their end first (`wait`: this takes as long as
-        they do), or end here and return what they have, `interrupted` (`abort`). With nobody left to use it the cache
-        is emptied: what comes next must not depend on what went before.
+        they do), or end here and return what they have, `interrupted` (`abort`).
+
+        Args:
+            clear_cache: with nobody left to use it the cache is emptied: what comes next must not depend on what went
+                before. A pause for a push leaves that to `receive_weights`: it costs calls of all workers.
 
         Raises:
             GeneratorGoneError: as `sample`; a push must not begin with a server that is not the one that was connected.
         """
-        clear_cache = how != "keep" or not self._under_way
+        clear_cache = clear_cache and (how != "keep" or not self._under_way)
         answer = await self._ask(f"{PAUSE}?mode={how}&clear_cache={_text(clear_cache)}")
         self._silence.pause()
         if self.version >= 0 and answer["weight_version"] not in (None, str(self.version)):
@@ -226,14 +229,15 @@ class VLLMGenerator:
 
         Args:
             recompute: empty the cache: frozen requests compute theirs anew when they go on, and nobody finds a block
-                that older weights made. Otherwise they go on with the old one; the server must have been started
-                without a prefix cache then (`server_command` does, for in-flight updates that keep).
+                that older weights made. Otherwise frozen requests, if there are any, go on with the old one; the server
+                must have been started without a prefix cache then (`server_command` does, for in-flight updates that
+                keep).
 
         Raises:
             GeneratorError: the push failed; `version` is -1 then, until one succeeds: parts of two versions may be mixed.
         """
         self.version = -1
-        how = f"verify={_text(verify)}&recompute={_text(recompute)}"
+        how = f"verify={_text(verify)}&clear_cache={_text(recompute or not self._under_way)}"
         await self._ask(f"{RECEIVE}?version={version}&{how}", timeout_s=NO_LIMIT)
         self.version = version
 

@@ -111,13 +111,21 @@ async def _pause(engine: Any, options: dict[str, str]) -> dict[str, Any]:
 
 
 async def _receive_weights(engine: Any, options: dict[str, str]) -> dict[str, Any]:
-    """As vLLM's `/start_weight_update`, `/update_weights`, `/finish_weight_update` and, with `recompute`, `/reset_prefix_cache`."""
-    await engine.collective_rpc("take_weights", kwargs={"verify": options["verify"] == "true"})
+    """As vLLM's `/start_weight_update`, `/update_weights`, `/finish_weight_update` and `/reset_prefix_cache`."""
+    calls = [engine.collective_rpc("take_weights", kwargs={"verify": options["verify"] == "true"})]
     if hasattr(engine, "update_weight_version"):  # vLLM from 0.30 on
-        await engine.update_weight_version(options["version"])
-    if options["recompute"] == "true" and not await engine.reset_prefix_cache(reset_running_requests=True):
-        raise RuntimeError("the engine could not empty its cache, which older weights made; see the server's log")
+        calls.append(engine.update_weight_version(options["version"]))
+    if options["clear_cache"] == "true":
+        calls.append(_clear_cache(engine))
+    # The engine takes its calls in order, so they need not wait for each other's answers. After one that failed the
+    # version's name means nothing, here as in the client.
+    await asyncio.gather(*calls)
     return {}
+
+
+async def _clear_cache(engine: Any) -> None:
+    if not await engine.reset_prefix_cache(reset_running_requests=True):
+        raise RuntimeError("the engine could not empty its cache, which older weights made; see the server's log")
 
 
 _ENGINE_CALLS = {PAUSE: _pause, RECEIVE: _receive_weights}

@@ -85,7 +85,7 @@ class WeightSink(WeightTransferEngine[SinkInit, SinkUpdate]):
         plan, error = self._plan(init_info, layout, ranks)
         agree(self._transport, roster, plan.fingerprint if plan else "", error)
         assert plan is not None  # or it would not have been agreed on
-        self._receiver = Receiver(plan, roster, self._transport, in_place=self._target.in_place)
+        self._receiver = Receiver(plan, roster, self._transport)
 
     def _plan(self, init_info: SinkInit, layout: LearnerLayout, ranks: int) -> tuple[TransferPlan | None, str | None]:
         """The plan from this worker's point of view, or why it cannot take part: the learner must hear of it."""

@@ -22,7 +22,7 @@ from megatron_async_rlhf.weights.transports.transport import Parcel
 class GlooTransport:
     """See `Transport`. The store must have been met in: every rank is there."""
 
-    device = message_device = torch.device("cpu")
+    device = torch.device("cpu")
 
     def __init__(self, store: dist.Store, roster: Roster, rank: int, timeout_s: float) -> None:
         self.rank, self.world_size, self.timeout_s = rank, roster.world_size, timeout_s
@@ -38,23 +38,34 @@ class GlooTransport:
                 f"{first_line(error)}"
             ) from error
 
-    def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = ()) -> "_Works":
+    @property
+    def control(self) -> "GlooTransport":
+        return self
+
+    def staging(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = (), lane: int = 0) -> "_Works":
+        """
+        Args:
+            lane: parcels arrive in the order they were started among those of one lane.
+        """
         if self._group is None:
             raise TransferError("the connection of an earlier push was closed after it failed; connect again")
-        works = _Works(self._roster, self.rank, self.timeout_s)
+        works = _Works(self, [parcel.buffer for parcel in receives])
         self._started.add(works)
         for verb, parcels in (("receive", receives), ("send", sends)):
             for parcel in parcels:
-                works.append(verb, parcel, self._begin(verb, parcel, works))
+                works.append(verb, parcel, self._begin(verb, parcel, lane))
         return works
 
-    def _begin(self, verb: str, parcel: Parcel, works: "_Works") -> dist.Work:
+    def _begin(self, verb: str, parcel: Parcel, lane: int) -> dist.Work:
         try:
             if verb == "receive":
-                return self._group.recv([parcel.buffer], parcel.peer, 0)
-            return self._group.send([parcel.buffer], parcel.peer, 0)
+                return self._group.recv([parcel.buffer], parcel.peer, lane)
+            return self._group.send([parcel.buffer], parcel.peer, lane)
         except (RuntimeError, dist.DistError) as error:
-            raise works.failure(verb, parcel, error) from error
+            raise self.failure(verb, parcel, error) from error
 
     def close(self) -> None:
         # Sockets close, and peers notice, only once nothing refers to the group any more: neither abort() nor
@@ -63,12 +74,23 @@ class GlooTransport:
             works.forget()
         self._group = None
 
+    def failure(self, verb: str, parcel: Parcel, error: Exception) -> TransferError:
+        """What became of a parcel that did not leave or arrive."""
+        cause = first_line(error)
+        if "imed out" in cause:
+            cause = f"nothing moved for {self.timeout_s:g} s (weights.timeout_s)"
+        elif "onnection" in cause or "roken pipe" in cause or isinstance(error, OSError):
+            cause = f"{CONNECTION_GONE}: that process ended, or closed it because its own part failed"
+        what = f"{verb} of {parcel.what} {'from' if verb == 'receive' else 'to'}"
+        return TransferError(account(what, self._roster.name(parcel.peer), self._roster.name(self.rank), cause))
+
 
 class _Works:
     """The started parcels, waited for in order."""
 
-    def __init__(self, roster: Roster, rank: int, timeout_s: float) -> None:
-        self._roster, self._rank, self._timeout_s = roster, rank, timeout_s
+    def __init__(self, transport: GlooTransport, received: list[torch.Tensor]) -> None:
+        self.received = received
+        self._transport = transport
         self._works: deque[tuple[str, Parcel, dist.Work]] = deque()
 
     def append(self, verb: str, parcel: Parcel, work: dist.Work) -> None:
@@ -77,19 +99,13 @@ class _Works:
     def wait(self) -> None:
         while self._works:
             try:
-                self._works[0][2].wait(timedelta(seconds=self._timeout_s))
+                self._works[0][2].wait(timedelta(seconds=self._transport.timeout_s))
             except (RuntimeError, dist.DistError) as error:
-                raise self.failure(*self._works[0][:2], error) from error
+                raise self._transport.failure(*self._works[0][:2], error) from error
             self._works.popleft()
+
+    def finish(self) -> None:
+        """The receiver has bytes of its own."""
 
     def forget(self) -> None:
         self._works.clear()
-
-    def failure(self, verb: str, parcel: Parcel, error: Exception) -> TransferError:
-        cause = first_line(error)
-        if "imed out" in cause:
-            cause = f"nothing moved for {self._timeout_s:g} s (weights.timeout_s)"
-        elif "onnection" in cause or "roken pipe" in cause:
-            cause = f"{CONNECTION_GONE}: that process ended, or closed it because its own part failed"
-        what = f"{verb} of {parcel.what} {'from' if verb == 'receive' else 'to'}"
-        return TransferError(account(what, self._roster.name(parcel.peer), self._roster.name(self._rank), cause))

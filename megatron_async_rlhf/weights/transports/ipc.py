@@ -22,27 +22,27 @@ class IpcTransport:
 
     def __init__(self, control: GlooTransport, device: torch.device) -> None:
         self.rank, self.world_size, self.timeout_s = control.rank, control.world_size, control.timeout_s
-        self.device, self.message_device = device, control.device
-        self._control = control
+        self.device, self.control = device, control
         # Own buffers by where they begin; held here, so that the place stays theirs.
         self._described: dict[int, tuple[torch.Tensor, bytes]] = {}
         self._mapped: dict[bytes, torch.Tensor] = {}  # other processes' buffers, by their description
 
+    def staging(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
     def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = ()) -> Pending:
-        if not any(parcel.buffer.is_cuda for parcel in (*sends, *receives)):
-            return self._control.start(sends=sends, receives=receives)
         torch.cuda.current_stream(self.device).synchronize()  # what is announced must be there
         announced = [Parcel(p.peer, self._announcement(p.buffer), p.what) for p in sends]
         headers = [Parcel(p.peer, torch.empty(_HEADER_BYTES, dtype=torch.uint8), p.what) for p in receives]
         taken = [Parcel(p.peer, torch.empty(1, dtype=torch.uint8), f"the receipt for {p.what}") for p in sends]
-        pending = self._control.start(sends=announced, receives=headers)
-        receipts = self._control.start(receives=taken)
-        return _Exchange(self._control, pending, receipts, list(receives), headers, self._sent)
+        pending = self.control.start(sends=announced, receives=headers)
+        receipts = self.control.start(receives=taken)
+        return _Exchange(self.control, pending, receipts, list(receives), headers, self._sent)
 
     def close(self) -> None:
         self._mapped.clear()
         self._described.clear()
-        self._control.close()
+        self.control.close()
 
     def _announcement(self, buffer: torch.Tensor) -> torch.Tensor:
         """How another process finds this GPU memory, padded to a fixed size."""
@@ -77,6 +77,10 @@ class _Exchange:
     ) -> None:
         self._control, self._pending, self._receipts, self._sent = control, pending, receipts, sent
         self._receives, self._headers = receives, headers
+        self.received = [parcel.buffer for parcel in receives]
+
+    def finish(self) -> None:
+        """The receiver has copied the bytes."""
 
     def wait(self) -> None:
         self._pending.wait()

@@ -30,7 +30,7 @@ class NcclTransport:
 
     def __init__(self, store: dist.Store, roster: Roster, rank: int, timeout_s: float, device: torch.device) -> None:
         self.rank, self.world_size, self.timeout_s = rank, roster.world_size, timeout_s
-        self.device = self.message_device = device
+        self.device = device
         self._roster = roster
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout_s)  # without a watchdog: how long an abort may take
@@ -53,6 +53,13 @@ class NcclTransport:
     def _make_communicator(self, group: "dist.ProcessGroupNCCL") -> None:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             group.eager_connect_single_device(self.device)
+
+    @property
+    def control(self) -> "NcclTransport":
+        return self
+
+    def staging(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = ()) -> "_Group":
         if self._group is None:
@@ -83,6 +90,10 @@ class _Group:
     def __init__(self, roster: Roster, rank: int, timeout_s: float, parcels: list[tuple[str, Parcel]]) -> None:
         self._roster, self._rank, self._timeout_s, self._parcels = roster, rank, timeout_s, parcels
         self.work: dist.Work | None = None
+        self.received = [parcel.buffer for verb, parcel in parcels if verb == "receive"]
+
+    def finish(self) -> None:
+        """The receiver has bytes of its own."""
 
     def wait(self) -> None:
         if self.work is None:

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.transports.gloo import GlooTransport
 from megatron_async_rlhf.weights.transports.rendezvous import meet
+from megatron_async_rlhf.weights.transports.shared_memory import SharedMemoryTransport
 from megatron_async_rlhf.weights.transports.transport import Transport
 
 
@@ -32,4 +33,4 @@ def open_transport(
         from megatron_async_rlhf.weights.transports.ipc import IpcTransport
 
         return IpcTransport(gloo, device)
-    return gloo
+    return SharedMemoryTransport(gloo, own)

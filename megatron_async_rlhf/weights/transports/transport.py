@@ -19,11 +19,25 @@ class Parcel:
 class Pending(Protocol):
     """Parcels under way."""
 
+    @property
+    def received(self) -> Sequence[torch.Tensor]:
+        """After `wait`: where the bytes of each received parcel are, its buffer or memory of another process."""
+        ...
+
     def wait(self) -> None:
         """Return when all have left or arrived.
 
         Raises:
             TransferError: a peer is gone or silent for longer than the timeout; names the parcel and the peer.
+        """
+        ...
+
+    def finish(self) -> None:
+        """To be called after `wait`, when what was received has been read. A sender's returns when all receivers have
+        called theirs: what it sent may change from then on.
+
+        Raises:
+            TransferError: as `wait`.
         """
         ...
 
@@ -33,15 +47,21 @@ class Transport(Protocol):
 
     Attributes:
         device: where buffers of weights must be.
-        message_device: where buffers of small messages must be.
+        control: the transport for small messages, with buffers on its device.
         timeout_s: how long any one wait may take.
     """
 
     rank: int
     world_size: int
     device: torch.device
-    message_device: torch.device
     timeout_s: float
+
+    @property
+    def control(self) -> "Transport": ...
+
+    def staging(self, num_bytes: int) -> torch.Tensor:
+        """A byte buffer to pack weights into or to receive them in; it lives as long as the transport."""
+        ...
 
     def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = ()) -> Pending: ...
 

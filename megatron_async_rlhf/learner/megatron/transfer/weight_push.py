@@ -1,7 +1,7 @@
 """Weight pushes on one learner rank: joins the transfer group, sends in the background, tells when weights may change.
 
 PushWeights: start a thread that sends, from a copy if there is to be a snapshot       (the answer comes at once)
-             the push is offered: the thread first waits for BeginPush, and gives up if the weights change before
+             the push is offered: it packs what it can, waits for BeginPush, and gives up if the weights change before
 training:    forward and backward go on; the optimizer's step waits until the thread has read the weights
 FinishPush:  wait for the thread; all ranks learn whether any failed
 """
@@ -49,14 +49,17 @@ class _Sending:
     Attributes:
         weights_read: nothing reads the weights any more.
         dropped: the offer was not taken; known once `weights_read` is set.
+        began: when sending began or was given up; 0 before.
         ending: to be waited for.
     """
 
     ending: Future[_Ending]
 
-    def __init__(self) -> None:
+    def __init__(self, *, offered: bool) -> None:
+        self.offered = offered
         self.weights_read = Event()
         self.dropped = False
+        self.began = 0.0
 
 
 class WeightPush:
@@ -106,8 +109,8 @@ class WeightPush:
             self._offers.make(offered, self._host)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())  # for the optimizer's step
-        self._under_way = sending = _Sending()
-        sending.ending = self._thread.submit(self._send, sending, self._sender, verify, offered is not None)
+        self._under_way = sending = _Sending(offered=offered is not None)
+        sending.ending = self._thread.submit(self._send, sending, self._sender, verify)
         return self._offers.address if offered is not None else ""
 
     def wait_until_weights_may_change(self) -> None:
@@ -169,28 +172,31 @@ class WeightPush:
         agree(transport, roster, plan.fingerprint)
         self._sender = Sender(plan, roster, transport)
 
-    def _send(self, sending: _Sending, sender: Sender, verify: bool, offered: bool) -> _Ending:
-        start = time.time()
+    def _send(self, sending: _Sending, sender: Sender, verify: bool) -> _Ending:
         report = error = None
         try:
-            if offered:
-                sending.dropped = not self._offers.verdict()
-                start = time.time()
-            if not sending.dropped:
-                with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                    report = sender.push(self._weights(sending).__getitem__, verify=verify)
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                report = sender.push(self._weights().__getitem__, verify=verify, begin=lambda: self._begin(sending))
         except TransferError as failure:
             error = str(failure)
+            if not sending.began:  # the other ranks hear the verdict together with this one
+                self._begin(sending)
         finally:
             self._all_read(sending)
-        return _Ending(report, error, start, time.time())
+        return _Ending(report, error, sending.began, time.time())
 
-    def _weights(self, sending: _Sending) -> dict[str, torch.Tensor]:
-        weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
+    def _begin(self, sending: _Sending) -> bool:
+        """Whether what has been packed is to be sent."""
+        if sending.offered:
+            sending.dropped = not self._offers.verdict()
+        sending.began = time.time()
         if self._config.weights.snapshot:
-            weights = {name: tensor.clone() for name, tensor in weights.items()}
             self._all_read(sending)
-        return weights
+        return not sending.dropped
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        copied = self._config.weights.snapshot
+        return {name: p.detach().clone() if copied else p.detach() for name, p in self._parameters.items()}
 
     def _all_read(self, sending: _Sending) -> None:
         if self._stream is not None:
