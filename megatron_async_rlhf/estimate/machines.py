@@ -61,13 +61,13 @@ CPU_CORE = Machine(
     step_s=0.004,
     sequence_s=0.00004,
     completion_s=0.0012,
-    push_s=0.05,
-    push_bandwidth=2.4e9,
+    push_s=0.022,
+    push_bandwidth=1.2e9,
     contention=1.0,
-    host_contention=0.13,
+    host_contention=0.20,
     jitter=0.15,
     assumed="50 GFLOP/s in training, 60 in generation and 10 GB/s a core; 4 ms a decoding step, 0.04 ms a token and 1.2 ms a "
-    "completion beside the model, and either side slower by 13% of the share of that while both work",
+    "completion beside the model, and either side slower by 20% of the share of that while both work",
 )
 
 

@@ -23,6 +23,7 @@ from megatron_async_rlhf.weights.transports.rendezvous import first_line
 from megatron_async_rlhf.weights.transports.transport import Parcel, Pending
 
 _PLACE = struct.Struct("<4q")  # owner, descriptor, bytes of the whole memory, where the parcel begins
+_NAME = "async_rlhf_weights"
 _FOLLOWS = -1  # as owner: the bytes follow
 # Announcements and receipts may be ahead of bytes that were announced earlier, so these have a lane of their own.
 _BYTES_LANE = 1
@@ -55,7 +56,7 @@ class SharedMemoryTransport:
 
     def staging(self, num_bytes: int) -> torch.Tensor:
         size = max(1, num_bytes)
-        descriptor = os.memfd_create("weights")  # gone with the last process that has it, however that ends
+        descriptor = os.memfd_create(_NAME)  # gone with the last process that has it, however that ends
         os.ftruncate(descriptor, size)
         self._descriptors.append(descriptor)
         memory = self._remember(_Memory(self.rank, descriptor, _mapping(descriptor, size)))
@@ -93,8 +94,7 @@ class SharedMemoryTransport:
         if owner == _FOLLOWS:
             return None
         if (owner, descriptor) not in self._mapped:
-            path = f"/proc/{self._pids[owner]}/fd/{descriptor}"
-            opened = os.open(path, os.O_RDWR)
+            opened = _open(self._pids[owner], descriptor)
             try:
                 mapping = _mapping(opened, size)
             finally:
@@ -170,23 +170,38 @@ def _mapping(descriptor: int, size: int) -> torch.Tensor:
 def _who_reads_whom(store: dist.Store, rank: int, world_size: int) -> tuple[list[int], list[set[int]]]:
     """Every rank's process, and which ranks can read its memory: all try to read a secret of all others."""
     secret = secrets.token_hex(16)
-    descriptor = os.memfd_create("secret")
+    descriptor = os.memfd_create(_NAME)
     try:
         os.write(descriptor, secret.encode())
         store.set(f"secret/{rank}", f"{os.getpid()} {descriptor} {secret}")
-        secrets_of = [store.get(f"secret/{peer}").decode().split() for peer in range(world_size)]
-        readable = [peer for peer, (pid, number, held) in enumerate(secrets_of) if _holds(pid, number, held)]
+        told = [store.get(f"secret/{peer}").decode().split() for peer in range(world_size)]
+        pids = [int(pid) for pid, _, _ in told]
+        readable = [peer for peer, (pid, number, held) in enumerate(told) if _holds(int(pid), int(number), held)]
         store.set(f"reads/{rank}", " ".join(map(str, readable)))
         reads = [{int(peer) for peer in store.get(f"reads/{reader}").split()} for reader in range(world_size)]
     finally:
         os.close(descriptor)
     readers = [{reader for reader in range(world_size) if owner in reads[reader]} for owner in range(world_size)]
-    return [int(pid) for pid, _, _ in secrets_of], readers
+    return pids, readers
 
 
-def _holds(pid: str, descriptor: str, secret: str) -> bool:
+def _holds(pid: int, descriptor: int, secret: str) -> bool:
     try:
-        with open(f"/proc/{pid}/fd/{descriptor}", "rb+") as file:
-            return file.read() == secret.encode()
+        opened = _open(pid, descriptor)
     except OSError:
         return False
+    with open(opened, "rb") as file:
+        return file.read() == secret.encode()
+
+
+def _open(pid: int, descriptor: int) -> int:
+    """A descriptor of our own for the memory behind another process's.
+
+    Raises:
+        OSError: there is no such memory, or none that this process may read.
+    """
+    path = f"/proc/{pid}/fd/{descriptor}"
+    # On another machine the number is another process's, and that descriptor may be a pipe, which a look would empty.
+    if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+        raise FileNotFoundError(f"{path} is no memory of this project's")
+    return os.open(path, os.O_RDWR)
