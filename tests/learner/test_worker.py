@@ -1,6 +1,7 @@
 """A learner process from `Stop` to its end."""
 
 import sys
+from collections.abc import Callable
 from threading import Event
 from types import SimpleNamespace
 
@@ -61,7 +62,8 @@ def test_a_closed_push_has_left_its_group_and_ended_its_thread(monkeypatch):
         def __init__(self, transport: Transport) -> None:
             self._transport = transport
 
-        def push(self, weights, *, verify: bool):
+        def push(self, weights, *, verify: bool, begin: Callable[[], bool]):
+            assert begin()
             assert self._transport.closed.wait(30)
             raise TransferError("the group was left")
 
