@@ -306,7 +306,7 @@ class ScheduleSection(Section):
 class WeightsSection(Section):
     """How the learner's weights reach the generators."""
 
-    transport: Literal["gloo", "nccl", "ipc"] = "gloo"  # sockets | one GPU per rank | learner and generator share GPUs
+    transport: Literal["gloo", "nccl", "ipc"] = "gloo"  # memory or sockets | a GPU per rank | sides share GPUs
     verify: Literal["every", "first", "off"] = "every"  # pushes with both sides' digests compared
     staging_mib: PositiveInt = 64  # a staging buffer; a rank has two (generators on CPU: one, see docs/weights.md)
     snapshot: bool = False  # send from a copy: the optimizer's step waits for that only; costs the copy's memory

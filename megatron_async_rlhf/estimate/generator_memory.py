@@ -81,10 +81,12 @@ def generator_memory(
     staging = min(config.weights.staging_bytes, weights)
     token = cache_bytes_per_token(config, arch)
     smallest_cache = cache_of_sequence(arch.context_length, token)
-    push = 0 if loads_weights else 2 * staging
+    push = 2 * staging
+    if on_cpu:  # a matrix that is still incomplete is held once more for each stage that sends a part of it
+        push += config.learner.pipeline_parallel * item * holding.largest
+    if loads_weights:
+        push = 0
     if on_cpu:
-        # A matrix that is still incomplete is held once more for each stage that sends a part of it.
-        push += 0 if loads_weights else config.learner.pipeline_parallel * item * holding.largest
         cache = generator.kv_cache_gib * GIB
         if not loads_weights:
             cache = min(cache, generator.max_concurrent * smallest_cache)

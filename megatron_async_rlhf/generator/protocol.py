@@ -49,7 +49,7 @@ class Receiver(Protocol):
         """From now on requests queue until it is told to go on.
 
         Args:
-            clear_cache: empty the cache if no request is left to use it; not needed before weights come, which do.
+            clear_cache: empty the cache if no request is left to use it. `receive_weights` does so itself.
         """
         ...
 

@@ -12,7 +12,7 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
 from megatron_async_rlhf.weights.transports.gloo import GlooTransport
-from megatron_async_rlhf.weights.transports.transport import Parcel, Pending
+from megatron_async_rlhf.weights.transports.transport import Parcel, Pending, receipt
 
 _HEADER_BYTES = 4096  # a pickled CUDA IPC handle is about 500 bytes
 
@@ -34,9 +34,8 @@ class IpcTransport:
         torch.cuda.current_stream(self.device).synchronize()  # what is announced must be there
         announced = [Parcel(p.peer, self._announcement(p.buffer), p.what) for p in sends]
         headers = [Parcel(p.peer, torch.empty(_HEADER_BYTES, dtype=torch.uint8), p.what) for p in receives]
-        taken = [Parcel(p.peer, torch.empty(1, dtype=torch.uint8), f"the receipt for {p.what}") for p in sends]
         pending = self.control.start(sends=announced, receives=headers)
-        receipts = self.control.start(receives=taken)
+        receipts = self.control.start(receives=[receipt(parcel) for parcel in sends])
         return _Exchange(self.control, pending, receipts, list(receives), headers, self._sent)
 
     def close(self) -> None:
@@ -88,7 +87,6 @@ class _Exchange:
             parcel.buffer.copy_(self._sent(header.buffer, parcel.buffer.numel()))
         if self._receives:
             torch.cuda.current_stream(self._receives[0].buffer.device).synchronize()
-        done = [Parcel(p.peer, torch.ones(1, dtype=torch.uint8), f"the receipt for {p.what}") for p in self._receives]
-        self._control.start(sends=done).wait()
+        self._control.start(sends=[receipt(parcel) for parcel in self._receives]).wait()
         self._receipts.wait()
         self._receives, self._headers = [], []

@@ -20,11 +20,11 @@ import torch.distributed as dist
 from megatron_async_rlhf.errors import TransferError
 from megatron_async_rlhf.weights.transports.gloo import GlooTransport
 from megatron_async_rlhf.weights.transports.rendezvous import first_line
-from megatron_async_rlhf.weights.transports.transport import Parcel, Pending
+from megatron_async_rlhf.weights.transports.transport import Parcel, Pending, receipt
 
 _PLACE = struct.Struct("<4q")  # owner, descriptor, bytes of the whole memory, where the parcel begins
+_FOLLOWS = _PLACE.pack(-1, 0, 0, 0)  # nowhere: the bytes follow
 _NAME = "async_rlhf_weights"
-_FOLLOWS = -1  # as owner: the bytes follow
 # Announcements and receipts may be ahead of bytes that were announced earlier, so these have a lane of their own.
 _BYTES_LANE = 1
 
@@ -63,18 +63,20 @@ class SharedMemoryTransport:
         return memory.mapping[:num_bytes]
 
     def start(self, *, sends: Sequence[Parcel] = (), receives: Sequence[Parcel] = ()) -> Pending:
-        places = [self._place_for(parcel) for parcel in sends]
-        announced = [
-            Parcel(p.peer, _message(_PLACE.pack(*place)), p.what) for p, place in zip(sends, places, strict=True)
-        ]
-        follow = [p for p, place in zip(sends, places, strict=True) if place[0] == _FOLLOWS]
-        lent = [p for p, place in zip(sends, places, strict=True) if place[0] != _FOLLOWS]
+        announced: list[Parcel] = []
+        follow: list[Parcel] = []
+        lent: list[Parcel] = []
+        for parcel in sends:
+            place = self._place_for(parcel)
+            message = torch.frombuffer(bytearray(place), dtype=torch.uint8)
+            announced.append(Parcel(parcel.peer, message, parcel.what))
+            (follow if place == _FOLLOWS else lent).append(parcel)
         headers = [Parcel(p.peer, torch.empty(_PLACE.size, dtype=torch.uint8), p.what) for p in receives]
         pending = [
             self.control.start(sends=announced, receives=headers),
             self.control.start(sends=follow, lane=_BYTES_LANE),
         ]
-        receipts = self.control.start(receives=[_receipt(parcel) for parcel in lent])
+        receipts = self.control.start(receives=[receipt(parcel) for parcel in lent])
         return _Exchange(self, pending, receipts, list(receives), headers)
 
     def close(self) -> None:
@@ -90,9 +92,9 @@ class SharedMemoryTransport:
         Raises:
             OSError: the owner is gone.
         """
-        owner, descriptor, size, begin = _PLACE.unpack(place)
-        if owner == _FOLLOWS:
+        if place == _FOLLOWS:
             return None
+        owner, descriptor, size, begin = _PLACE.unpack(place)
         if (owner, descriptor) not in self._mapped:
             opened = _open(self._pids[owner], descriptor)
             try:
@@ -102,12 +104,13 @@ class SharedMemoryTransport:
             self._mapped[owner, descriptor] = self._remember(_Memory(owner, descriptor, mapping))
         return self._mapped[owner, descriptor].mapping[begin : begin + num_bytes]
 
-    def _place_for(self, parcel: Parcel) -> tuple[int, int, int, int]:
+    def _place_for(self, parcel: Parcel) -> bytes:
+        """What its peer is told of where the parcel lies."""
         memory = self._memories.get(parcel.buffer.untyped_storage().data_ptr())
         if memory is None or parcel.peer not in self._readers[memory.owner]:
-            return _FOLLOWS, 0, 0, 0
+            return _FOLLOWS
         begin = parcel.buffer.storage_offset() * parcel.buffer.element_size()
-        return memory.owner, memory.descriptor, memory.mapping.numel(), begin
+        return _PLACE.pack(memory.owner, memory.descriptor, memory.mapping.numel(), begin)
 
     def _remember(self, memory: _Memory) -> _Memory:
         self._memories[memory.mapping.data_ptr()] = memory
@@ -139,7 +142,7 @@ class _Exchange:
 
     def finish(self) -> None:
         self._receipts.wait()
-        self._transport.control.start(sends=[_receipt(parcel) for parcel in self._borrowed]).wait()
+        self._transport.control.start(sends=[receipt(parcel) for parcel in self._borrowed]).wait()
         self._borrowed.clear()
 
     def _place(self, parcel: Parcel, place: bytes) -> torch.Tensor:
@@ -153,14 +156,6 @@ class _Exchange:
             return parcel.buffer
         self._borrowed.append(parcel)
         return lent
-
-
-def _receipt(parcel: Parcel) -> Parcel:
-    return Parcel(parcel.peer, torch.ones(1, dtype=torch.uint8), f"the receipt for {parcel.what}")
-
-
-def _message(content: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _mapping(descriptor: int, size: int) -> torch.Tensor:

@@ -16,6 +16,11 @@ class Parcel:
     what: str
 
 
+def receipt(parcel: Parcel) -> Parcel:
+    """What a receiver sends back once it has read a parcel where the sender keeps it."""
+    return Parcel(parcel.peer, torch.ones(1, dtype=torch.uint8), f"the receipt for {parcel.what}")
+
+
 class Pending(Protocol):
     """Parcels under way."""
 
