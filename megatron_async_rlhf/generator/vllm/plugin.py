@@ -17,6 +17,9 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "megatron_async_rlhf.generator.vllm.weight_sink", "WeightSink"
         )
+    from megatron_async_rlhf.generator.vllm.grouped_outputs import group_outputs
+
+    group_outputs()
     if os.environ.get(WAITS_ASLEEP) == "1":
         from megatron_async_rlhf.generator.vllm.waiting import wait_asleep
 

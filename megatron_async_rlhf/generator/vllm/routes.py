@@ -19,6 +19,7 @@ import msgspec
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from megatron_async_rlhf.generator.vllm.grouped_outputs import GROUPED
 from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
 from megatron_async_rlhf.serving.connection import PAUSE, RECEIVE, SAMPLE
 
@@ -89,7 +90,7 @@ class Routes:
         )
         last = None
         prompt = {"type": "token", "prompt_token_ids": request.token_ids}
-        name = f"packed-{next(self._numbers)}"
+        name = f"{GROUPED}-{next(self._numbers)}"
         async for output in engine.generate(prompt, params, name, priority=request.order):
             last = output
         assert last is not None  # the engine answers every request
