@@ -271,7 +271,7 @@ def _server(
         name=name,
         arguments=arguments,
         environment=_environment(config, environment | _network(node) | {"VLLM_HOST_IP": node.address}),
-        # On CPUs vLLM binds its workers itself, and its front end may run wherever there is room.
+        # On CPUs workers are bound by vLLM or `WorkerInEngine`, and the front end may run wherever there is room.
         cores=_cores(config, slots, node) if on_gpu else [],
         gpus=[gpu for slot in slots for gpu in slot.devices] if on_gpu else [],
         node=slots[0].node,

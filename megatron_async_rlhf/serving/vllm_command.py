@@ -11,6 +11,7 @@ _PREFILL_TOKENS = 4096  # prompt tokens of one engine step
 # Of a block of the key-value cache on a CPU. Samples of one prompt share its whole blocks: with vLLM's own 128 tokens most
 # prompts have none. Its kernels want multiples of 32.
 CPU_BLOCK_TOKENS = 32
+_WORKER_IN_ENGINE = "megatron_async_rlhf.generator.vllm.worker_in_engine.WorkerInEngine"
 
 
 def common_arguments(
@@ -70,7 +71,7 @@ def common_environment(device: Device, devices: Sequence[str]) -> dict[str, str]
     }
 
 
-def cpu_arguments(cache: int) -> list[str]:
+def cpu_arguments(cache: int, tensor_parallel: int) -> list[str]:
     """
     Args:
         cache: bytes of a worker's key-value cache, which vLLM fills with zeros when it starts.
@@ -80,4 +81,5 @@ def cpu_arguments(cache: int) -> list[str]:
         *("--enforce-eager", "--no-enable-chunked-prefill"),
         *("--kv-cache-memory-bytes", str(cache)),
         *("--block-size", str(CPU_BLOCK_TOKENS)),
+        *(["--distributed-executor-backend", _WORKER_IN_ENGINE] if tensor_parallel == 1 else []),
     ]

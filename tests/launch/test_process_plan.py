@@ -127,6 +127,12 @@ def test_what_only_one_device_needs(on_cpu: bool):
     assert bool(learner.cores) == on_cpu
 
 
+@pytest.mark.parametrize(("tensor_parallel", "is_in_engine"), [(1, True), (2, False)])
+def test_a_cpus_only_worker_is_in_the_engine(tensor_parallel: int, is_in_engine: bool):
+    (generator,) = plan(generator={"tensor_parallel": tensor_parallel}).generators
+    assert ("--distributed-executor-backend" in generator.arguments) == is_in_engine
+
+
 def plan_of_evaluation(*models: str, **sections) -> ProcessPlan:
     config = RunConfig.model_validate({"model": MODEL} | sections)
     return plan_evaluation(config, Path("/runs/x"), dict.fromkeys(models, 96), [this_node(config, gpus=2)])
