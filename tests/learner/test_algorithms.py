@@ -116,8 +116,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture(scope="module")
 def plain(trained: Trained) -> dict[str, PlainLearner]:
-    """Every case trained without Megatron."""
-    learners = {}
+    """Every case trained without Megatron, on one thread: two wait for each other where the cores have other work."""
+    threads, learners = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
     for name in CASES:
         section = RunConfig.model_validate(
             {"model": {"hf": trained.models["policy"]}, **trained.configs[name]}
@@ -128,6 +129,7 @@ def plain(trained: Trained) -> dict[str, PlainLearner]:
         )  # fmt: skip
         for rollout, epochs in trained.commands(name):
             learners[name].train_rollout(rollout, epochs)
+    torch.set_num_threads(threads)
     return learners
 
 
