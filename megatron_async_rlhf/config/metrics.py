@@ -20,6 +20,7 @@ _OF_EVERY_RUN = (
     Key("reward_margin", "reward", "best minus worst completion of a prompt, penalised; mean over the prompts that are trained on"),
     Key("response_length", "tokens", "mean length of a completion"),
     Key("finished", "share", "of completions that ended by themselves, before `generator.max_new_tokens`"),
+    Key("entropy", "nats", "of the distributions that tokens were sampled from, at the sampling temperature: minus the mean log-probability of the tokens, which estimates it"),
     Key("pairs_skipped_share", "share", "of prompts that taught nothing, because all their completions earned the same (online DPO)"),
     Key("staleness/mean", "steps", "version that was trained minus version that sampled, mean over the tokens of all completions"),
     Key("staleness/max", "steps", "the largest"),

@@ -25,12 +25,12 @@ from megatron_async_rlhf.config.sections import (
     ModelSection,
     RunSection,
     ScheduleSection,
-    TelemetrySection,
     WarmStartSection,
     WeightsSection,
 )
 from megatron_async_rlhf.config.sft import SFTSection
 from megatron_async_rlhf.config.sweep import SweepSection
+from megatron_async_rlhf.config.telemetry import TelemetrySection
 from megatron_async_rlhf.suggestions import did_you_mean
 
 

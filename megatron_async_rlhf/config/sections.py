@@ -341,22 +341,6 @@ class CheckpointSection(Section):
         return self
 
 
-class WandbKeys(Section):
-    """Weights & Biases; `offline` writes into the run directory only."""
-
-    project: str = "megatron-async-rlhf"
-    mode: Literal["online", "offline"] = "online"
-    entity: str | None = None
-    tags: list[str] = []
-
-
-class TelemetrySection(Section):
-    """What is written down while the run goes."""
-
-    wandb: WandbKeys | None = None
-    samples_per_step: int = Field(2, ge=0)  # rollout groups of each step that go to samples.jsonl
-
-
 class LaunchSection(Section):
     """How the processes of a run are placed on machines, and watched."""
 

@@ -35,7 +35,7 @@ from megatron_async_rlhf.scheduler.pacing import Pacer
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.pushes import Pushes
 from megatron_async_rlhf.scheduler.recording import RolloutSink
-from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_facts
+from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_entropy, mean_facts
 from megatron_async_rlhf.scheduler.signal import Signal
 from megatron_async_rlhf.scheduler.state import BEGINNING, Checkpoints, ControllerState, ReadyGroup
 from megatron_async_rlhf.scheduler.training_batch import TrainingBatch, select_training_samples
@@ -259,9 +259,11 @@ class Controller:
     ) -> None:
         """The optimizer step that took the learner to `version`."""
         self._recorder.stepped(ages, batch.tokens)
-        staleness = staleness_figures(ages)
+        staleness, scored = staleness_figures(ages), [group.scored for group in groups]
+        entropy = mean_entropy(scored)
         metrics = {
-            **mean_facts(group.scored for group in groups),
+            **mean_facts(scored),
+            **({} if entropy is None else {"entropy": entropy}),
             **values,
             "reward_margin": batch.margin,
             "pairs_skipped_share": batch.skipped / len(groups),
@@ -270,7 +272,7 @@ class Controller:
             "time/generate_s": max(group.generate_s for group in groups),
         }
         self._recorder.step(version, metrics)
-        self._recorder.samples(version, [group.scored.group for group in groups])
+        self._recorder.samples(version, [(group.group, group.scores) for group in scored])
         self._checkpoints.observe(metrics)
 
     def _mini_batch(self, groups: list[ReadyGroup]) -> TrainingBatch:

@@ -11,6 +11,12 @@ from megatron_async_rlhf.config.algorithm_keys import AlgorithmKeys
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.types import Completion, Prompt, RolloutGroup
 
+_NO_SCORES = (
+    "reward_penalised",
+    "response_length",
+    "finished",
+)  # facts of a completion that are in its text and reward
+
 
 class ScoredGroup(Struct, frozen=True, kw_only=True):
     """All samples of one prompt.
@@ -24,6 +30,11 @@ class ScoredGroup(Struct, frozen=True, kw_only=True):
     group: RolloutGroup
     facts: list[dict[str, float]]
     failures: list[str] = []
+
+    @property
+    def scores(self) -> list[dict[str, float]]:
+        """What the reward said of each completion: its own value, and its metrics by part."""
+        return [{name: value for name, value in fact.items() if name not in _NO_SCORES} for fact in self.facts]
 
 
 async def score_group(
@@ -62,6 +73,15 @@ def mean_facts(scored: Iterable[ScoredGroup]) -> dict[str, float]:
     facts = [fact for group in scored for fact in group.facts]
     names = dict.fromkeys(name for fact in facts for name in fact)
     return {name: fmean(fact[name] for fact in facts if name in fact) for name in names}
+
+
+def mean_entropy(scored: Iterable[ScoredGroup]) -> float | None:
+    """Of the sampler's distribution over the next token, nats, at the temperature it sampled with; None without tokens.
+
+    Minus the mean log-probability of sampled tokens: its expectation is the mean entropy of the distributions they are from.
+    """
+    logprobs = [value for group in scored for completion in group.group.completions for value in completion.logprobs]
+    return -fmean(logprobs) if logprobs else None
 
 
 def logprob_gaps(completions: Seq[Completion], logprobs: Seq[list[float]], version: int) -> list[float]:

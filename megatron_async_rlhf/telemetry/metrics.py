@@ -72,6 +72,7 @@ SAMPLES = [
         ("prompt", "-", "as written, without the chat template"),
         ("completions", "-", "texts, one per sample"),
         ("rewards", "reward", "of each, penalties included"),
+        ("scores", "-", "of each, by part: `reward` without penalties, and the metrics of the rewards"),
         ("versions", "steps", "policy versions that sampled each"),
         ("finished", "-", "whether each ended by itself"),
     )

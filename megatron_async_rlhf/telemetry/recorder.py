@@ -1,4 +1,4 @@
-"""Writes down what a run does: metrics, samples, timeline, summary, progress events and, if asked, W&B."""
+"""Writes down what a run does: metrics, samples, timeline, summary, progress events and, if asked, W&B and other sinks."""
 
 import json
 import logging
@@ -23,9 +23,9 @@ from megatron_async_rlhf.telemetry.files import (
     replace_file,
     writing,
 )
+from megatron_async_rlhf.telemetry.sinks.opening import open_sinks
 from megatron_async_rlhf.telemetry.summary import UNFINISHED, RunTotals
 from megatron_async_rlhf.telemetry.trace import write_trace
-from megatron_async_rlhf.telemetry.wandb_log import WandbLog
 from megatron_async_rlhf.types import Completion, PushReport, RolloutGroup, Span
 
 _log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Recorder:
         for name in (METRICS, SAMPLES):
             with writing(run_dir / name):
                 self._lines[name] = (run_dir / name).open("a", buffering=1, encoding="utf-8")
-        self._wandb = WandbLog(config, run_dir)
+        self._sinks = open_sinks(config, run_dir)
         self._spans: list[Span] = []
         self._loop_start: float | None = None
         self.totals = totals or RunTotals.of(config)
@@ -96,14 +96,16 @@ class Recorder:
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": self._clock(), **values}) + "\n")
         self._events.emit("warm_start", step=step, steps=self._config.warm_start.steps, loss=values["loss"])
-        self._wandb.warm_start(step, values)
+        for sink in self._sinks:
+            sink.warm_start(step, values)
 
     def supervised_step(self, step: int, steps: int, values: dict[str, float], sequences: int, spans: Iterable[Span]):
-        """One of supervised fine-tuning, on so many sequences: a line of metrics.jsonl, an event, a W&B step."""
+        """One of supervised fine-tuning, on so many sequences: a line of metrics.jsonl, an event, a step of each sink."""
         self._spans += spans
         line = {"step": step, "time": self._clock(), "num_sequences": sequences, **values}
         self._write_line(METRICS, json.dumps(line))
-        self._wandb.step(step, line)
+        for sink in self._sinks:
+            sink.step(step, line)
         self.totals.steps += 1
         self.totals.samples_trained += sequences
         if self._loop_start is not None:
@@ -169,12 +171,13 @@ class Recorder:
         self.totals.staleness.update(ages)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """All metrics of the `step`-th optimizer step: a line of metrics.jsonl, a progress event, a W&B step."""
+        """All metrics of the `step`-th optimizer step: a line of metrics.jsonl, a progress event, a step of each sink."""
         if self._loop_start is not None:
             self.totals.wall_s = self._clock() - self._loop_start
         line = {"step": step, "time": self._clock(), "time/elapsed_s": self.totals.wall_s, **values}
         self._write_line(METRICS, json.dumps(line))
-        self._wandb.step(step, line)
+        for sink in self._sinks:
+            sink.step(step, line)
         rate = self.totals.samples_generated / self.totals.wall_s if self.totals.wall_s else 0.0
         self._events.emit(
             "step",
@@ -188,14 +191,15 @@ class Recorder:
         )
         self.write_summary(*UNFINISHED)
 
-    def samples(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        """The first `telemetry.samples_per_step` groups of a step, readable."""
-        for group in groups[: self._config.telemetry.samples_per_step]:
+    def samples(self, step: int, groups: Sequence[tuple[RolloutGroup, list[dict[str, float]]]]) -> None:
+        """The first `telemetry.samples_per_step` groups of a step, readable; with what the reward said of each completion."""
+        for group, scores in groups[: self._config.telemetry.samples_per_step]:
             line = {
                 "step": step,
                 "prompt": group.prompt.text,
                 "completions": [c.text for c in group.completions],
                 "rewards": group.rewards,
+                "scores": scores,
                 "versions": [sorted(set(c.versions)) for c in group.completions],
                 "finished": [c.finished for c in group.completions],
             }
@@ -267,7 +271,8 @@ class Recorder:
         self._spans.append(Span(name=f"evaluate {when}", start=start, end=end, process="evaluation", args=args))
         self._events.emit("evaluated", when=when, metrics=metrics)
         values = {f"eval/{name}": value for name, value in metrics.items()}
-        self._wandb.evaluation(version, self.totals.steps, values)
+        for sink in self._sinks:
+            sink.evaluation(version, self.totals.steps, values)
 
     def write_summary(self, status: str, error: str | None) -> None:
         """Replace summary.json."""
@@ -302,10 +307,11 @@ class Recorder:
         if unwritten and status != "failed":
             status, error, explained = "failed", unwritten[0], True
         summary = self.totals.to_summary(status, error)
-        try:
-            self._wandb.close(summary, failed=status == "failed")
-        except Exception:  # of a service outside the run, which has ended as it has
-            _log.exception("Weights & Biases could not be told how the run ended")
+        for sink in self._sinks:
+            try:
+                sink.close(summary, failed=status == "failed")
+            except Exception:  # of a service outside the run, which has ended as it has
+                _log.exception("%s could not be told how the run ended", type(sink).__name__)
         # Who supervises has kept room for it.
         passed_on = {"summary": summary} if unwritten else {}
         self._events.emit("closed", status=status, error=error, explained=explained, **passed_on)

@@ -7,7 +7,7 @@ import yaml
 
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.config.schema import section_at, types_at
-from megatron_async_rlhf.config.sections import WandbKeys
+from megatron_async_rlhf.config.telemetry import WandbKeys
 from megatron_async_rlhf.config.yaml_values import parse_value
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.stages import expand_stages

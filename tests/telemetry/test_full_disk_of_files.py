@@ -28,7 +28,7 @@ GROUP = RolloutGroup(
 )
 WRITES = {
     files.METRICS: lambda recorder: recorder.step(0, VALUES),
-    files.SAMPLES: lambda recorder: recorder.samples(0, [GROUP]),
+    files.SAMPLES: lambda recorder: recorder.samples(0, [(GROUP, [{}])]),
     files.WARM_START: lambda recorder: recorder.warm_start_step(0, {"loss": 1.0}, []),
     files.EVALUATIONS: lambda recorder: recorder.evaluation_samples("before", [GROUP]),
     files.FAILED_BATCH: lambda recorder: recorder.save_json(files.FAILED_BATCH, [GROUP]),

@@ -3,7 +3,7 @@
 from wandb_records import rows, wait_until_written
 
 from megatron_async_rlhf.config.load import load_config
-from megatron_async_rlhf.telemetry.wandb_log import WandbLog
+from megatron_async_rlhf.telemetry.sinks.wandb import WandbSink
 
 
 def test_values_stand_at_their_step(tmp_path):
@@ -12,7 +12,7 @@ def test_values_stand_at_their_step(tmp_path):
     config = load_config(
         tmp_path / "config.yaml", [model, "warm_start.steps=2", "telemetry.wandb={mode: offline}", "schedule.steps=3"]
     )
-    log = WandbLog(config, tmp_path)
+    log = WandbSink(config, config.telemetry.wandb, tmp_path)
     for step in (1, 2):
         log.warm_start(step, {"loss": step / 2})
     log.evaluation(0, 0, {"eval/reward": 0.25})

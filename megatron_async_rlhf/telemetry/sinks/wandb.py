@@ -1,4 +1,4 @@
-"""Weights & Biases, only if `telemetry.wandb` is set; imported only then.
+"""Weights & Biases.
 
 A run that goes on from a checkpoint goes on in W&B too: its id is kept in the run directory. Its charts are over `step`,
 the run's own; the warm start's steps end at 0. Rows, which W&B numbers itself, are in the order of the steps, with one
@@ -10,7 +10,10 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import wandb
+
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.telemetry import WandbKeys
 from megatron_async_rlhf.telemetry.files import (
     METRICS,
     RESOLVED_CONFIG,
@@ -24,18 +27,12 @@ from megatron_async_rlhf.telemetry.files import (
 )
 
 
-class WandbLog:
-    """Forwards metrics; does nothing when W&B is off."""
+class WandbSink:
+    """See `Sink`."""
 
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
-        self._run, self._dir = None, run_dir
+    def __init__(self, config: RunConfig, keys: WandbKeys, run_dir: Path) -> None:
+        self._dir = run_dir
         self._warm_start = config.warm_start.steps
-        keys = config.telemetry.wandb
-        if keys is None:
-            return
-        import wandb
-
-        self._artifact = wandb.Artifact
         self._run = wandb.init(
             project=keys.project,
             entity=keys.entity,
@@ -56,37 +53,31 @@ class WandbLog:
             self.step(line["step"], line)
 
     def warm_start(self, step: int, values: dict[str, Any]) -> None:
-        """Of its `step`-th step."""
         named = {f"warm_start/{name}": value for name, value in values.items()}
         self._log(step, {"step": step - self._warm_start, **named})
 
     def step(self, step: int, values: dict[str, Any]) -> None:
-        """Of the `step`-th RL step."""
         self._log(self._row(step), {"step": step, **values})
 
     def evaluation(self, version: int, steps: int, values: dict[str, Any]) -> None:
-        """Of a policy version, when `steps` steps had been made."""
         self._log(self._row(steps) + 1, {"step": version, **values})
 
     def _row(self, step: int) -> int:
         return self._warm_start + 2 * step
 
     def _log(self, row: int, values: dict[str, Any]) -> None:
-        if self._run is not None and row >= self._known:
+        if row >= self._known:
             self._run.log(values, step=row)
 
     def close(self, summary: dict[str, Any], *, failed: bool) -> None:
         """Also uploads the run's configuration, metrics, summary and trace as an artifact."""
-        if self._run is None:
-            return
         self._run.summary.update(summary)
-        artifact = self._artifact(f"run-{self._run.id}", type="run")
+        artifact = wandb.Artifact(f"run-{self._run.id}", type="run")
         for name in (RESOLVED_CONFIG, METRICS, SUMMARY, TRACE):
             if (self._dir / name).exists():
                 artifact.add_file(str(self._dir / name))
         self._run.log_artifact(artifact)
         self._run.finish(exit_code=int(failed))
-        self._run = None
 
 
 def _run_id(run_dir: Path) -> str:
