@@ -1,18 +1,22 @@
 """Progress of a run for a person: a live panel on a terminal, plain lines anywhere else."""
 
 import contextlib
+import json
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.table import Table
 
+from megatron_async_rlhf.launch.run_view import RunView, figures
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR
 from megatron_async_rlhf.telemetry.summary import read_summary
 
 _LINE_EVERY_S = 5.0  # plain warm-start lines: a log, not a film
+_REFRESH_PER_S = 2
 
 
 class _PatientConsole(Console):
@@ -26,49 +30,64 @@ class _PatientConsole(Console):
 class Display:
     """Shows the controller's events."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or _PatientConsole(stderr=False, highlight=False, soft_wrap=True)
+    def __init__(
+        self,
+        console: Console | None = None,
+        memory: Callable[[], int | None] = lambda: None,
+        began: float | None = None,
+    ) -> None:
+        """
+        Args:
+            memory: bytes that the run's processes on this machine hold, asked whenever the panel is drawn.
+            began: when the run did, on the clock of `time.monotonic`; default: now.
+        """
+        # On a terminal long lines break between words; elsewhere each stays one line.
+        self._console = console or _PatientConsole(highlight=False, soft_wrap=not sys.stdout.isatty())
         self._live: Live | None = None
-        self._state: dict[str, str] = {"phase": "starting", "generators": "starting", "learner": "starting"}
-        self._began = self._last_line = time.monotonic()
-        if self._console.is_terminal and self._console.file.isatty():  # FORCE_COLOR makes a log look like a terminal
-            self._live = Live(self._panel(), console=self._console, refresh_per_second=4, transient=True)
+        self._view = RunView(memory, unicode=self._console.encoding.lower().startswith("utf"))
+        self._last_line = time.monotonic()
+        self._began = self._last_line if began is None else began
+        self._now: float | None = None  # of the event that is shown, if it is told later than it happened
+        # FORCE_COLOR makes a log look like a terminal; a dumb one cannot move its cursor.
+        if self._console.is_terminal and self._console.file.isatty() and not self._console.is_dumb_terminal:
+            panel = LivePanel(self._view)
+            self._live = Live(panel, console=self._console, refresh_per_second=_REFRESH_PER_S, transient=True)
             self._live.start()
 
-    def show(self, event: dict[str, Any]) -> None:
-        """One event of the controller."""
+    def chosen(self, keys: dict[str, Any]) -> None:
+        """What of the configuration is not at its default, for whoever reads the log later."""
+        written = [
+            f"{key}={json.dumps(value) if isinstance(value, list | dict | bool) else value}"
+            for key, value in keys.items()
+        ]
+        self._console.print(f"not at their defaults: {', '.join(written)}", markup=False)
+
+    def show(self, event: dict[str, Any], now: float | None = None) -> None:
+        """One event of the controller; `now`, on the clock of `time.monotonic`, is when it happened."""
+        self._now = now
+        self._view.take(event, time.monotonic() if now is None else now)
         match event:
             case {"event": "phase", "name": name}:
-                self._state["phase"] = name
                 self.note(f"{name}")
             case {"event": "note", "text": text}:
                 self.note(text)
-            case {"event": "activity", "side": side, "what": what}:
-                self._state[side] = what
             case {"event": "warm_start", "step": step, "steps": steps, "loss": loss}:
-                self._state["phase"] = f"warm start {step}/{steps}"
-                self._state["learner"] = f"supervised loss {loss:.3f}"
                 if step == steps or time.monotonic() - self._last_line > _LINE_EVERY_S:
                     self._plain(f"warm start {step}/{steps}  loss {loss:.3f}")
             case {"event": "supervised_step", "step": step, "steps": steps, "loss": loss}:
-                self._state["phase"] = f"step {step}/{steps}"
-                self._state["learner"] = f"loss {loss:.3f}"
                 if step == steps or time.monotonic() - self._last_line > _LINE_EVERY_S:
                     self._plain(f"step {step}/{steps}  loss {loss:.3f}")
             case {"event": "step"}:
-                self._state["phase"] = f"step {event['step']}/{event['steps']}"
-                self._state["last step"] = _step_line(event)
-                self._plain(f"step {event['step']}/{event['steps']}  {_step_line(event)}")
+                self._plain(f"step {event['step']}/{event['steps']}  {_told(figures(event))}")
             case {"event": "checkpoint", "version": version}:
                 self.note(f"checkpoint of step {version} is complete")
             case {"event": "evaluated", "when": when, "metrics": metrics}:
                 self.note(f"held-out {when}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-        if self._live:
-            self._live.update(self._panel())
 
     def note(self, text: str) -> None:
         """A line that stays, on a terminal too."""
-        self._console.print(f"[{time.monotonic() - self._began:7.1f} s] {text}", markup=False)
+        now = time.monotonic() if self._now is None else self._now
+        self._console.print(f"[{now - self._began:7.1f} s] {text}", markup=False)
         self._last_line = time.monotonic()
 
     def finished(self, status: str, error: str | None, tail: list[str], run_dir: Path) -> None:
@@ -88,12 +107,15 @@ class Display:
         if self._live is None:
             self.note(text)
 
-    def _panel(self) -> Table:
-        table = Table.grid(padding=(0, 2))
-        for name, value in self._state.items():
-            table.add_row(name, value)
-        table.add_row("elapsed", f"{time.monotonic() - self._began:.0f} s")
-        return table
+
+class LivePanel:
+    """A `RunView` as it is when it is drawn, however wide the terminal is by then."""
+
+    def __init__(self, view: RunView) -> None:
+        self._view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._view.lines(time.monotonic(), options.max_width)
 
 
 def results(run_dir: Path) -> list[str]:
@@ -112,9 +134,6 @@ def _is_told(name: str, before: dict[str, float]) -> bool:
     return name in before and name != "logprob_gap" and not same_as_reward
 
 
-def _step_line(event: dict[str, Any]) -> str:
-    parts = [f"reward {event['reward']:.3f}"]
-    for name, label in (("loss", "loss"), ("kl", "KL")):
-        if event.get(name) is not None:
-            parts.append(f"{label} {event[name]:.3f}")
-    return "  ".join([*parts, f"staleness {event['staleness']:.2f}", f"{event['samples_per_s']:.1f} samples/s"])
+def _told(figures: dict[str, str]) -> str:
+    rate = figures.pop("samples/s")
+    return "  ".join([*(f"{name} {value}" for name, value in figures.items()), f"{rate} samples/s"])

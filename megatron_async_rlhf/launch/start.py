@@ -10,10 +10,12 @@ from pathlib import Path
 import typer
 from msgspec import Struct
 
+from megatron_async_rlhf.config.differences import differences
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.launch.agent import serve
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet, gather
+from megatron_async_rlhf.launch.held_memory import HeldMemory
 from megatron_async_rlhf.launch.input_digests import InputDigests, write_input_digests
 from megatron_async_rlhf.launch.nodes import check_node_rank
 from megatron_async_rlhf.launch.owner import owning
@@ -29,6 +31,7 @@ from megatron_async_rlhf.launch.surroundings import check_surroundings
 from megatron_async_rlhf.launch.terminal import outlive_readers
 from megatron_async_rlhf.options import warn
 from megatron_async_rlhf.telemetry.files import INPUTS
+from megatron_async_rlhf.telemetry.sinks.opening import check_sinks
 
 
 class Start(Struct, frozen=True, kw_only=True):
@@ -59,6 +62,7 @@ def prepare_machine(config: RunConfig, node_rank: int, *limits: str | None) -> N
     Raises:
         ConfigError: a line for each thing that a run can neither work with nor ignore.
     """
+    check_sinks(config.telemetry)
     warn(check_surroundings(*limits))
     check_node_rank(config, node_rank)
     if node_rank:
@@ -66,11 +70,14 @@ def prepare_machine(config: RunConfig, node_rank: int, *limits: str | None) -> N
         raise typer.Exit(serve(config, node_rank))
 
 
-def run(config: RunConfig, decide: Callable[[Fleet, Path], Start | None]) -> int:
+def run(
+    config: RunConfig, decide: Callable[[Fleet, Path], Start | None], display: Callable[[], Display] | None = None
+) -> int:
     """Gather the machines, have the command decide what to start there, and supervise it; the exit code.
 
     Args:
         decide: checks everything, given the machines and a directory for temporary files; None: there is nothing to do.
+        display: makes what shows the run; default: on the terminal, which the run then outlives.
 
     Raises:
         ConfigError, DataError, CheckpointError: one line; nothing was started.
@@ -89,8 +96,11 @@ def run(config: RunConfig, decide: Callable[[Fleet, Path], Start | None]) -> int
             write_input_digests(run_dir, start.digests)
         if start.prepare is not None:
             start.prepare(run_dir)
-        outlive_readers()
-        return Supervisor(config, start.plan, run_dir, Display(), fleet).run()
+        if display is None:
+            outlive_readers()
+        shown = display() if display is not None else Display(memory=HeldMemory(run_dir))
+        shown.chosen(differences(config))
+        return Supervisor(config, start.plan, run_dir, shown, fleet).run()
 
 
 def _open_directory(config: RunConfig, start: Start) -> Path:

@@ -36,8 +36,9 @@ from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.launch.scratch import remove_abandoned
 from megatron_async_rlhf.launch.stacks import dump_stacks
 from megatron_async_rlhf.launch.terminal import handle_interrupts
-from megatron_async_rlhf.telemetry.events import parse_event
+from megatron_async_rlhf.telemetry.events import EventLog, parse_event
 from megatron_async_rlhf.telemetry.files import (
+    EVENTS,
     LOG_DIR,
     PROCESSES,
     RESERVE,
@@ -134,10 +135,12 @@ class Supervisor:
 
     def _read_events(self) -> None:
         assert isinstance(self._controller, LocalProcess)  # the controller is on this machine
-        for line in self._controller.stdout:
-            event = parse_event(line)
-            if event is not None:
-                self._events.put(event)
+        with EventLog(self._run_dir / EVENTS) as log:
+            for line in self._controller.stdout:
+                event = parse_event(line)
+                if event is not None:
+                    log.append(event)
+                    self._events.put(event)
 
     def _watch(self) -> tuple[str, str | None, list[str]]:
         """Until the run is over: status, error, and the last log lines of whoever caused it."""

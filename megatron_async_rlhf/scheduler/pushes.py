@@ -103,6 +103,7 @@ class Pushes:
         self._pacer.begin_push()
         self._pool.hold()
         self._recorder.activity("learner", f"push {version}")
+        self._recorder.activity("generators", f"receive version {version}")
         try:
             started = await self._weight_sync.start(
                 version,
@@ -129,6 +130,7 @@ class Pushes:
         await self._pool.mark_updated(receivers)
         self._pacer.push_arrived(version)
         self._generation.weights_arrived()
+        self._recorder.activity("generators", f"sample with version {version}")
         await self._let_engines_go_on()
         self._recorder.pushed(*await self._weight_sync.report())
 

@@ -1,7 +1,14 @@
-"""The controller's progress as one JSON object per line on a pipe: what a terminal, or a test, can follow live."""
+"""The controller's progress as one JSON object per line on a pipe: what a terminal, or a test, can follow live.
 
+Whoever supervises the run keeps them in a file too, with the time, for those who look from elsewhere.
+"""
+
+import contextlib
 import json
 import sys
+import time
+from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 
@@ -25,3 +32,26 @@ def parse_event(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return event if isinstance(event, dict) and "event" in event else None
+
+
+class EventLog:
+    """The file of a run's events. A disk that is full is no reason to end the run: what cannot be written is not there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> "EventLog":
+        with contextlib.suppress(OSError):
+            self._file = self._path.open("a", buffering=1, encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    def append(self, event: dict[str, Any]) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.write(json.dumps({"time": time.time(), **event}) + "\n")
