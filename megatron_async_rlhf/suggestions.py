@@ -3,19 +3,23 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+_WORD = 4  # letters; fewer are initials
 _ALIKE = 0.65  # difflib's ratio: `learning_rat` and `learning_rate` have 0.96, `bf16` and `bfloat16` 0.67, `steps` and `epochs` 0.55
 
 
 def closest(given: str, names: Iterable[str]) -> str | None:
     """The name that `given` most likely stands for, None if none is near.
 
-    Case, hyphens and underscores do not matter. A name's initials (`lr` for `learning_rate`) and one of its words, if no
+    Case, hyphens and underscores do not matter. The only name that goes on after `given` comes first. A name's initials (`lr` for `learning_rate`) and one of its words, if no
     other name has it, stand for it too.
     """
     plain = {_plain(name): name for name in names}
     wanted = _plain(given)
     if not wanted:
         return None
+    begun = [name for key, name in plain.items() if key.startswith(f"{wanted}_")]
+    if len(begun) == 1 and len(wanted) >= _WORD:
+        return begun[0]
     if found := difflib.get_close_matches(wanted, plain, n=1, cutoff=_ALIKE):
         return plain[found[0]]
     for alike in (
