@@ -14,12 +14,12 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
-
-from msgspec import Struct
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.doctor.builds import examine_builds
+from megatron_async_rlhf.doctor.finding import Finding
+from megatron_async_rlhf.doctor.site import examine_site
 from megatron_async_rlhf.environment import environment_problems, ignored
 from megatron_async_rlhf.estimate.machine import machine_memory
 from megatron_async_rlhf.generator.vllm.server import bf16_problem
@@ -29,24 +29,12 @@ _GIB = 2**30
 _PLUGINS = "vllm.general_plugins"
 
 
-class Finding(Struct, frozen=True, kw_only=True):
-    """One line of the report.
-
-    Attributes:
-        state: `broken` ends with exit code 1: nothing runs without it. `missing` costs a feature.
-        remedy: how to get it; empty if there is nothing to do.
-    """
-
-    what: str
-    state: Literal["ok", "missing", "broken"]
-    detail: str
-    remedy: str = ""
-
-
 def examine() -> Iterator[Finding]:
     """Everything a run may need on this machine, one finding at a time."""
     yield _machine()
     yield from _surroundings()
+    yield from examine_site(Path.cwd())
+    yield from examine_builds()
     torch = _package("torch", "torch", needed=True)
     yield torch
     if torch.state == "broken":
@@ -62,6 +50,9 @@ def examine() -> Iterator[Finding]:
     for name, module, purpose in (
         ("datasets", "datasets", "data.train = hf:..., CSV and Parquet files"),
         ("W&B", "wandb", "telemetry.wandb"),
+        ("TensorBoard", "tensorboardX", "telemetry.tensorboard"),
+        ("Trackio", "trackio", "telemetry.trackio"),
+        ("Prometheus", "prometheus_client", "telemetry.prometheus"),
         ("NeMo-Run", "nemo_run", "async-rlhf launch; in an environment of its own: bash tools/setup_launch_env.sh"),
     ):
         yield _package(name, module, remedy=f"for {purpose}")
