@@ -2,7 +2,6 @@
 
 import io
 import json
-from importlib import resources
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +10,7 @@ from rich.table import Table
 from megatron_async_rlhf.compare.comparison import Comparison, to_json
 from megatron_async_rlhf.compare.plot import draw
 from megatron_async_rlhf.compare.verdict import number, verdict_of
+from megatron_async_rlhf.pages.rendering import render
 from megatron_async_rlhf.telemetry.files import replace_file, writing
 
 JSON, PAGE, PICTURE = "compare.json", "compare.html", "compare.png"
@@ -103,18 +103,23 @@ def _rows(rows: tuple[tuple[str, str, int, float], ...], columns: list) -> Rows:
 
 def _page(comparison: Comparison, verdict: str, picture: str) -> str:
     """One file that needs no other."""
-    from jinja2 import Environment
-
-    template = resources.files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     first = comparison.runs[0].config
-    return environment.from_string(template).render(
+    against, against_cells = _against(comparison)
+    return render(
+        "compare/page.html.jinja",
         title=f"{first.run.name}: asynchronous against synchronous",
         verdict=verdict,
         picture=picture[picture.index("<svg") :],
-        schedules=(list(comparison.schedules), schedule_rows(comparison)),
-        against=_against(comparison),
+        schedules=(list(comparison.schedules), _lines(schedule_rows(comparison))),
+        against=(against, _lines(against_cells)),
         notes=comparison.notes,
-        runs=comparison.runs,
+        runs=[
+            [run.directory, run.schedule, run.seed, run.steps, run.samples, f"{run.wall_s:.1f}"]
+            for run in comparison.runs
+        ],
         config=first,
     )
+
+
+def _lines(rows: Rows) -> list[list[str]]:
+    return [[label, *cells] for label, cells in rows]

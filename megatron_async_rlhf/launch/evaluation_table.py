@@ -26,7 +26,7 @@ def print_table(path: Path, console: Console | None = None) -> None:
     table.add_column("", overflow="fold")
     for name in ("mean", "low", "high"):
         table.add_column(name, justify="right", no_wrap=True)
-    for title, rows in _sections(content):
+    for title, rows in sections(content):
         table.add_section()
         table.add_row(f"[bold]{title}[/bold]")
         for name, interval in rows:
@@ -39,7 +39,8 @@ def print_table(path: Path, console: Console | None = None) -> None:
     console.print(f"results: {path}", markup=False)
 
 
-def _sections(content: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, dict[str, float]]]]]:
+def sections(content: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, dict[str, float]]]]]:
+    """Of an `eval.json`: a title, and the intervals by name."""
     for part, title in _PARTS.items():
         rows = [(name, value) for name, value in content.get(part, {}).items() if isinstance(value, dict)]
         if rows:

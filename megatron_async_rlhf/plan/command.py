@@ -39,6 +39,7 @@ def plan(
     ] = False,
     best: Annotated[int, typer.Option(min=1, help="How many plans of each schedule to show.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Write the configuration of the fastest plan to this file.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write the plans as a page (HTML) to this file.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the plans as JSON.")] = False,
 ) -> None:
     """Divide devices between learner and generators: the layouts that fit, and the time of a step with the best of them.
@@ -49,6 +50,7 @@ def plan(
 
     from megatron_async_rlhf.config.load import dump_config, load_config
     from megatron_async_rlhf.formats.hub_snapshot import with_local_models
+    from megatron_async_rlhf.plan.report import page as page_of
     from megatron_async_rlhf.plan.report import show, to_json
     from megatron_async_rlhf.plan.search import fastest
     from megatron_async_rlhf.telemetry.files import writing
@@ -62,12 +64,17 @@ def plan(
     if out is not None:
         with writing(out):
             out.write_text(dump_config(fastest(plans).config), encoding="utf-8")
+    if page is not None:
+        with writing(page):
+            page.write_text(page_of(plans, assumed), encoding="utf-8")
     if json_:
         typer.echo(json.dumps([to_json(each) for each in plans], indent=1))
         return
     show(Console(highlight=False), plans, assumed)
     if out is not None:
         typer.echo(f"wrote {out}: async-rlhf train {out} --dry-run checks it")
+    if page is not None:
+        typer.echo(f"wrote {page}")
 
 
 def _planned(

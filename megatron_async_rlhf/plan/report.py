@@ -1,4 +1,4 @@
-"""Plans in words, as JSON, and as a configuration that `train` and `launch` take."""
+"""Plans in words, as JSON, and as a page."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from rich.table import Table
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.generator_memory import GIB
+from megatron_async_rlhf.pages.rendering import render
 from megatron_async_rlhf.plan.search import Plan, devices_of, fastest, step_seconds
 from megatron_async_rlhf.telemetry.summary import staleness_figures
 
@@ -21,6 +22,9 @@ _DECIDED = {
     "generator": ("replicas", "tensor_parallel", "max_concurrent"),
     "schedule": ("mode", "max_staleness", "generation", "in_flight_updates"),
 }  # fmt: skip
+
+_COLUMNS = ("schedule", "learner", "generators", "step, s", "hours", "idle", "staleness")
+_WORDS = 3  # of them, then numbers
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -92,22 +96,10 @@ def show(console: Console, plans: Sequence[Plan], assumed: str) -> None:
     table = Table(
         title=f"predicted for {devices_of(plans[0].config)} devices", title_justify="left", box=None, pad_edge=False
     )
-    for column in ("schedule", "learner", "generators"):
-        table.add_column(column, no_wrap=True)
-    for column in ("step, s", "hours", "idle", "staleness"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for place, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="left" if place < _WORDS else "right", no_wrap=True)
     for plan in plans:
-        facts = to_json(plan)
-        idle = facts["idle"]
-        table.add_row(
-            plan.kind.replace("_", " "),
-            _learner(plan.config),
-            f"{plan.config.generator.replicas} x TP{plan.config.generator.tensor_parallel}",
-            f"{facts['step_seconds']:.2f}",
-            f"{facts['hours']:.1f}",
-            f"{idle['learner']:.0%} / {idle['generators']:.0%}",
-            f"{facts['staleness']['mean']:.1f}",
-        )
+        table.add_row(*_cells(plan))
     console.print(table)
     console.print("idle: learner / generators; staleness: mean over tokens, in optimizer steps", markup=False)
     best = fastest(plans)
@@ -115,6 +107,44 @@ def show(console: Console, plans: Sequence[Plan], assumed: str) -> None:
     for section, keys in settings_of(best.config).items():
         console.print(f"  {section}: {', '.join(f'{key} {value}' for key, value in keys.items())}", markup=False)
     console.print(f"assumed, not measured: {assumed}", markup=False)
+
+
+def _cells(plan: Plan) -> list[str]:
+    facts = to_json(plan)
+    idle = facts["idle"]
+    return [
+        plan.kind.replace("_", " "),
+        _learner(plan.config),
+        f"{plan.config.generator.replicas} x TP{plan.config.generator.tensor_parallel}",
+        f"{facts['step_seconds']:.2f}",
+        f"{facts['hours']:.1f}",
+        f"{idle['learner']:.0%} / {idle['generators']:.0%}",
+        f"{facts['staleness']['mean']:.1f}",
+    ]
+
+
+def page(plans: Sequence[Plan], assumed: str) -> str:
+    """The same as HTML, with what each plan waits for and sets."""
+    best = fastest(plans)
+    return render(
+        "plan/page.html.jinja",
+        title=f"{best.config.run.name}: plans for {devices_of(best.config)} devices",
+        columns=_COLUMNS,
+        rows=[_cells(plan) for plan in plans],
+        best=best.kind.replace("_", " "),
+        limit=limited_by(best),
+        limits=[[*_cells(plan)[:3], limited_by(plan), *_memory(plan)] for plan in plans],
+        settings=[
+            [f"{section}.{key}", value]
+            for section, keys in settings_of(best.config).items()
+            for key, value in keys.items()
+        ],
+        assumed=assumed,
+    )
+
+
+def _memory(plan: Plan) -> list[str]:
+    return [f"{size / GIB:.1f}" for size in (plan.learner_memory, plan.generator_memory)]
 
 
 def _learner(config: RunConfig) -> str:

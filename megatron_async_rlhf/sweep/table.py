@@ -36,8 +36,15 @@ def print_groups(console: Console, groups: Sequence[Group]) -> None:
     )
     for column in numbers:
         table.add_column(column, justify="right")
-    for group in groups:
-        table.add_row(
+    for cells in group_rows(groups):
+        table.add_row(*cells)
+    console.print(table)
+
+
+def group_rows(groups: Sequence[Group]) -> list[list[str]]:
+    """Line, point, seeds, held-out reward before and after, KL, staleness, seconds of the RL loop."""
+    return [
+        [
             group.line,
             group.staleness,
             f"{len(group.rewards)}/{group.points}",
@@ -46,8 +53,9 @@ def print_groups(console: Console, groups: Sequence[Group]) -> None:
             _range(group.kl),
             f"{group.staleness_mean:.2f} / {group.staleness_max}",
             f"{group.seconds:.0f}",
-        )
-    console.print(table)
+        ]
+        for group in groups
+    ]
 
 
 def print_unfinished(console: Console, results: Sequence[PointResult]) -> None:

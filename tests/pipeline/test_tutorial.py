@@ -78,6 +78,8 @@ def test_every_file_and_command_is_as_the_program_wants_it(tmp_path: Path, monke
             case ["async-rlhf", "pipeline", recipe]:
                 commands_of = [stage.command for stage in load_recipe(Path(recipe)).stages]
                 assert commands_of == ["sft", "reward-model", "train", "eval"]
+            case ["async-rlhf", "report", *runs, "--out", _]:
+                assert all(run in ("runs/rlhf_sync", "runs/rlhf") for run in runs)
             case ["async-rlhf", command, *rest]:
                 code = run_command_line(app, [command, *(word for word in rest if word != "--dry-run"), "--dry-run"])
                 assert code == 0, (words, capsys.readouterr().err)

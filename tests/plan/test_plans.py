@@ -168,12 +168,16 @@ def test_programs_read_json(tmp_path: Path, monkeypatch):
     assert run_command_line(app, ["train", str(tmp_path / "plan.yaml"), "--dry-run"]) == 0
 
 
-def test_people_read_a_table_of_eighty_columns(monkeypatch):
+def test_people_read_a_table_of_eighty_columns_or_a_page(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["plan", str(LLAMA), "--best", "1"])
+    page = tmp_path / "plans.html"
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["plan", str(LLAMA), "--best", "1", "--page", str(page)])
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert lines[0].strip() == "predicted for 8 devices"
     assert [line.split()[0] for line in lines[2:5]] == ["one", "bounded", "sync"]
     assert all(len(line) <= 80 for line in lines[:5])
     assert "assumed, not measured: prompts of 256 and completions of 512 tokens" in result.output.replace("\n", " ")
+    told = page.read_text()
+    assert "Assumed, not measured: prompts of 256 and completions of 512 tokens" in told
+    assert f"<td>{lines[2].split()[-1]}</td>" in told  # the same figures

@@ -113,6 +113,9 @@ def test_the_report_is_a_table_a_file_and_a_picture(make, capsys: pytest.Capture
     assert len(json.dumps(content)) < 1000 * len(sweep.points)
     assert (sweep.directory / "sweep.png").read_bytes().startswith(b"\x89PNG")
     ElementTree.parse(sweep.directory / "sweep.svg")
+    page = (sweep.directory / "sweep.html").read_text()
+    assert page.count("<svg") == 1 and "<td>0.320 [0.300, 0.340]</td>" in page
+    assert all(f"<td>{point.name}</td>" in page for point in sweep.points) and "<td>failed</td>" in page
 
 
 def test_nothing_to_show_is_no_picture(tmp_path: Path):
