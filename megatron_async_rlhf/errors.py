@@ -134,5 +134,9 @@ class ReplayError(AsyncRLHFError, RuntimeError):
     """Training again on recorded rollouts came out differently."""
 
 
+class RunError(AsyncRLHFError, RuntimeError):
+    """A run that was started from Python and failed: says where and why."""
+
+
 class SubmissionError(AsyncRLHFError, RuntimeError):
     """Jobs that could not be handed over, or not be followed: names the command, and what was submitted before."""

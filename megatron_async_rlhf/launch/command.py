@@ -1,7 +1,7 @@
 """`async-rlhf train`, `sft` and `replay`: from the command line to what is started; `launch.start` does that."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +33,7 @@ from megatron_async_rlhf.telemetry.files import (
 )
 
 if TYPE_CHECKING:
+    from megatron_async_rlhf.launch.display import Display
     from megatron_async_rlhf.launch.dry_run import Plan
     from megatron_async_rlhf.launch.fleet import Fleet
     from megatron_async_rlhf.launch.resume import Resumption
@@ -55,19 +56,34 @@ def train(
     from megatron_async_rlhf.launch.dry_run import echo_plan
     from megatron_async_rlhf.launch.resume import load_for_run
     from megatron_async_rlhf.launch.run_directory import check_writable
-    from megatron_async_rlhf.launch.start import prepare_machine, run
 
     resolved = load_for_run(config, set, resume, weights=not dry_run)
-    if not dry_run:
-        check_installed("torch", "megatron", "vllm")
-        prepare_machine(resolved, node_rank, places_problem(resolved), threads_problem(resolved))
-    warn(config_warnings(resolved))
     if dry_run:
+        warn(config_warnings(resolved))
         check_writable(resolved)
         if (plan := plan_of_training(resolved, resume)) is not None:
             echo_plan(resolved, plan)
         return
-    raise typer.Exit(run(resolved, lambda fleet, scratch: _decide_training(resolved, resume, fleet, scratch)))
+    raise typer.Exit(run_training(resolved, resume=resume, node_rank=node_rank))
+
+
+def run_training(
+    config: RunConfig, *, resume: bool, node_rank: int = 0, display: "Callable[[], Display] | None" = None
+) -> int:
+    """The whole job; the exit code.
+
+    Args:
+        display: makes what shows the run; default: on the terminal.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line; nothing was started.
+    """
+    from megatron_async_rlhf.launch.start import prepare_machine, run
+
+    check_installed("torch", "megatron", "vllm")
+    prepare_machine(config, node_rank, places_problem(config), threads_problem(config))
+    warn(config_warnings(config))
+    return run(config, lambda fleet, scratch: _decide_training(config, resume, fleet, scratch), display)
 
 
 def sft(
