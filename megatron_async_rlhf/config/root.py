@@ -153,7 +153,7 @@ class RunConfig(Section):
         for key, value in every.items():
             if value is not None and value % updates:
                 raise ValueError(
-                    f"{key} = {value} is no multiple of schedule.mini_batches x schedule.epochs = {updates}, the steps on "
+                    f"{key} = {value} is not a multiple of schedule.mini_batches x schedule.epochs = {updates}, the steps on "
                     "one rollout"
                 )
         return self

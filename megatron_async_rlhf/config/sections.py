@@ -253,11 +253,11 @@ class ScheduleSection(Section):
         updates, bound = self.updates_per_rollout, self.staleness_bound
         if self.steps % updates:
             raise ValueError(
-                f"schedule.steps = {self.steps} is no multiple of mini_batches x epochs = {updates}, the steps on one rollout"
+                f"schedule.steps = {self.steps} is not a multiple of mini_batches x epochs = {updates}, the steps on one rollout"
             )
         if bound is not None and bound % updates:
             raise ValueError(
-                f"schedule.max_staleness = {bound} is no multiple of mini_batches x epochs = {updates}: weights change "
+                f"schedule.max_staleness = {bound} is not a multiple of mini_batches x epochs = {updates}: weights change "
                 "hands between rollouts only"
             )
         return self

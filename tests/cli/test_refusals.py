@@ -92,7 +92,7 @@ OVERRIDES = [
     ("schedule.steps=-1", ["schedule.steps = -1", "greater than 0"]),
     ("schedule.steps=", ["schedule.steps = null", "whole number"]),
     ("schedule.max_staleness=None", ["schedule.max_staleness = None", "or null"]),
-    ("schedule.epochs=2", ["schedule.max_staleness = 1", "no multiple of mini_batches x epochs = 2"]),
+    ("schedule.epochs=2", ["schedule.max_staleness = 1", "not a multiple of mini_batches x epochs = 2"]),
     ("learner.min_learning_rate=1", ["learner.min_learning_rate = 1.0 is above learning_rate"]),
     ("learner.learning_rate=5%", ["learner.learning_rate = 5%", "must be a number"]),
     ("learner.learning_rate=.inf", ["learner.learning_rate = inf", "finite"]),

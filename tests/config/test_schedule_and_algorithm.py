@@ -83,8 +83,8 @@ def test_updates_in_flight_by_name_or_by_switch(load, value, meant: str):
             {"algorithm": {"type": "ppo", "ratio_base": "sampler", "correction": {"type": "mask"}}},
             r"algorithm.correction.type = mask .* algorithm.ratio_base = sampler nothing is left",
         ),
-        ({"schedule": {"steps": 10, "mini_batches": 4}}, r"steps = 10 is no multiple of mini_batches x epochs = 4"),
-        ({"schedule": {"epochs": 2, "max_staleness": 3}}, r"max_staleness = 3 is no multiple of .* = 2"),
+        ({"schedule": {"steps": 10, "mini_batches": 4}}, r"steps = 10 is not a multiple of mini_batches x epochs = 4"),
+        ({"schedule": {"epochs": 2, "max_staleness": 3}}, r"max_staleness = 3 is not a multiple of .* = 2"),
         ({"schedule": {"order": "freshest"}}, r"schedule.order = freshest needs schedule.generation = streaming"),
         ({"schedule": {"in_flight_updates": True}}, r"in_flight_updates = keep needs schedule.generation = streaming"),
         ({"schedule": {"max_staleness": None}}, r"max_staleness = null needs schedule.generation = streaming"),
@@ -103,11 +103,11 @@ def test_updates_in_flight_by_name_or_by_switch(load, value, meant: str):
         ),
         (
             {"schedule": {"mini_batches": 2, "max_staleness": 2}, "checkpoint": {"every_steps": 3}},
-            r"checkpoint.every_steps = 3 is no multiple of .* = 2",
+            r"checkpoint.every_steps = 3 is not a multiple of .* = 2",
         ),
         (
             {"schedule": {"mini_batches": 2, "max_staleness": 2, "eval_every": 3}},
-            r"schedule.eval_every = 3 is no multiple",
+            r"schedule.eval_every = 3 is not a multiple",
         ),
     ],
 )

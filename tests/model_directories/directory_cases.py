@@ -223,7 +223,7 @@ def _config_cases() -> Iterator[Case]:
     yield Case(group, "head_dim = null", change=config(head_dim=None))
     yield Case(group, "head_dim left out", change=config(head_dim=...))
     yield Case(group, "head size 16 (on a CPU)", "head size 16", config={"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
-    yield Case(group, "hidden_size that is no multiple of the heads", "multiple of num_attention_heads", "refuses", change=config(hidden_size=65))
+    yield Case(group, "hidden_size that is not a multiple of the heads", "multiple of num_attention_heads", "refuses", change=config(hidden_size=65))
     yield Case(group, "num_key_value_heads left out, as many as heads", config={"num_key_value_heads": 2}, change=config(num_key_value_heads=...))
     yield Case(group, "num_key_value_heads = null, as many as heads", config={"num_key_value_heads": 2}, change=config(num_key_value_heads=None))
     yield Case(group, "num_key_value_heads = null in a mistral model", "num_key_value_heads = None", "refuses", family="mistral", config={"num_key_value_heads": 2}, change=config(num_key_value_heads=None))

@@ -131,7 +131,7 @@ def test_every_point_that_cannot_run_has_a_line_of_its_own(make):
     assert [line.split(": ")[0] for line in lines] == [
         "updates3-good", "updates5-good", "updates1-bad", "updates3-bad", "updates5-bad",
     ]  # fmt: skip
-    assert "schedule.steps = 8 is no multiple of mini_batches x epochs = 3" in lines[0]
+    assert "schedule.steps = 8 is not a multiple of mini_batches x epochs = 3" in lines[0]
     assert "run.seed = -1" in lines[3] and "schedule.steps" in lines[3]
 
 
