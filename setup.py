@@ -101,7 +101,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_async_rlhf", "megatron_async_rlhf.*"]),
-    package_data={"": ["*.yaml", "*.jinja", "*.css", "*.js", "uPlot.LICENSE", "py.typed"]},
+    package_data={"": ["*.yaml", "*.jinja", "*.css", "*.js", "vendor/*", "py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={

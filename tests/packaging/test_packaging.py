@@ -88,6 +88,15 @@ def test_version_is_the_packages(metadata):
     assert f'__version__ = "{metadata["version"]}"' in (ROOT / "megatron_async_rlhf/__init__.py").read_text()
 
 
+def test_files_that_are_no_modules_are_installed_too(metadata):
+    """Patterns are globs from each package on, and a directory without modules is no package."""
+    packages = [ROOT / name.replace(".", "/") for name in metadata["packages"]]
+    patterns = metadata["package_data"][""]
+    installed = {path for package in packages for pattern in patterns for path in package.glob(pattern)}
+    files = {path for path in (ROOT / "megatron_async_rlhf").rglob("*") if path.is_file()}
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} <= installed
+
+
 def test_every_import_of_the_package_is_declared(metadata):
     lines = [*metadata["install_requires"], *(line for extra in metadata["extras_require"].values() for line in extra)]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
