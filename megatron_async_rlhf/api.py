@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import threading
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from textwrap import dedent
 from types import CodeType, FunctionType
@@ -61,7 +62,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     Raises:
         ConfigError: one line per problem, each naming key, value and rule.
     """
-    tree = _copied(source) if isinstance(source, Mapping) else read_tree(Path(source))
+    tree = deepcopy(dict(source)) if isinstance(source, Mapping) else read_tree(Path(source))
     for key, value in (overrides or {}).items():
         set_key(tree, key, value)
     return check_tree(tree)
@@ -137,10 +138,6 @@ class _Told(Display):
                 if metrics[_STEP] == step:
                     return metrics
         raise RunError(f"{self._path}: has no line of step {step}")
-
-
-def _copied(sections: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in sections.items()}
 
 
 def _with_reward(config: RunConfig, function: Callable[..., list[float]]) -> RunConfig:

@@ -1,16 +1,16 @@
 """All keys of the configuration with type, default and meaning: for docs/configuration.md, and as a JSON schema for editors."""
 
 from collections.abc import Iterator, Mapping
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from msgspec import Struct
 from pydantic.fields import FieldInfo
 
 from megatron_async_rlhf.config.described import meanings
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.config.schema import TYPED, is_section
-from megatron_async_rlhf.config.section import Section
+from megatron_async_rlhf.config.schema import TYPED, alternatives, is_section
+from megatron_async_rlhf.config.section import Section, written
 
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "null", Any: "anything"}
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as annotations call them
@@ -49,7 +49,7 @@ def described_sections() -> Iterator[DescribedSection]:
             for kind, section in TYPED[name].items():
                 yield _described(f"{name}: {kind}", name, section)
         else:
-            (section,) = (kind for kind in _alternatives(field.annotation) if is_section(kind))
+            (section,) = (kind for kind in alternatives(field.annotation) if is_section(kind))
             yield _described(name, name, section)
 
 
@@ -94,7 +94,7 @@ def _properties_of(schema: Mapping[str, Any], section: type[Section]) -> dict[st
 def _all_sections(section: type[Section]) -> Iterator[type[Section]]:
     yield section
     for field in section.model_fields.values():
-        for kind in _alternatives(field.annotation):
+        for kind in alternatives(field.annotation):
             if is_section(kind):
                 yield from _all_sections(kind)
 
@@ -107,7 +107,7 @@ def _described(title: str, prefix: str, section: type[Section]) -> DescribedSect
 def _keys(prefix: str, section: type[Section]) -> Iterator[DescribedKey]:
     told = meanings(section)
     for name, field in section.model_fields.items():
-        key, kinds = f"{prefix}.{name}", _alternatives(field.annotation)
+        key, kinds = f"{prefix}.{name}", alternatives(field.annotation)
         below = [kind for kind in kinds if is_section(kind)]
         if below and not _is_list(field.annotation):
             about = told.get(name) or " ".join((below[0].__doc__ or "").split("\n\n")[0].split())
@@ -129,13 +129,13 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, Section):
         return "its defaults"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    return written(value)
 
 
 def _kind(field: FieldInfo) -> str:
-    words = list(dict.fromkeys(_words(kind) for kind in _alternatives(field.annotation)))
+    if get_origin(field.annotation) is tuple:  # whose alternatives are those of its places
+        return _words(field.annotation)
+    words = list(dict.fromkeys(_words(kind) for kind in alternatives(field.annotation) or [Any]))
     limits = [
         f"{said} {limit:g}"
         for rule in _rules(field)
@@ -162,7 +162,7 @@ def _words(kind: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind))
     if origin is list:
-        return "list of " + " or ".join(_words(part) for part in _alternatives(get_args(kind)[0]))
+        return "list of " + " or ".join(_words(part) for part in alternatives(get_args(kind)[0]))
     if origin is dict:
         return "keys and values"
     if is_section(kind):
@@ -171,17 +171,7 @@ def _words(kind: Any) -> str:
 
 
 def _is_list(annotation: Any) -> bool:
-    return any(get_origin(kind) is list for kind in _alternatives(annotation))
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    """Without `Annotated` and unions."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    if origin in (Union, UnionType):
-        return [found for part in get_args(annotation) for found in _alternatives(part)]
-    return [annotation]
+    return any(get_origin(kind) is list for kind in alternatives(annotation))
 
 
 def _cell(text: str) -> str:

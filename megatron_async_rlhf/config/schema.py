@@ -82,7 +82,7 @@ def places_of(name: str) -> list[str]:
 
 def _all_keys(section: type[Section], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        below = [kind for kind in _alternatives(field.annotation) if is_section(kind)]
+        below = [kind for kind in alternatives(field.annotation) if is_section(kind)]
         yield f"{prefix}{name}"
         for kind in below:
             yield from _all_keys(kind, f"{prefix}{name}.")
@@ -98,16 +98,17 @@ def _nested(section: type[Section], location: Location) -> list[Any]:
 def _below(kind: Any, part: str | int) -> list[Any]:
     if is_section(kind):
         field = kind.model_fields.get(part)
-        return _alternatives(field.annotation) if field is not None else []
+        return alternatives(field.annotation) if field is not None else []
     if get_origin(kind) is (list if isinstance(part, int) else dict):
-        return _alternatives(get_args(kind)[-1])
+        return alternatives(get_args(kind)[-1])
     return []
 
 
-def _alternatives(annotation: Any) -> list[Any]:
+def alternatives(annotation: Any) -> list[Any]:
+    """The types of an annotation, without `Annotated` and unions; empty where anything goes."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _alternatives(get_args(annotation)[0])
+        return alternatives(get_args(annotation)[0])
     if origin in (None, list, dict, Literal):
         return [] if annotation is Any else [annotation]
-    return [found for part in get_args(annotation) for found in _alternatives(part)]
+    return [found for part in get_args(annotation) for found in alternatives(part)]

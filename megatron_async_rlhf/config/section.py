@@ -60,7 +60,13 @@ def synonyms(**names: tuple[str, ...]) -> BeforeValidator:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML writes it, on one line, cut short."""
+    """As `written`, cut short."""
+    text = written(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def written(value: Any) -> str:
+    """A value as YAML writes it, on one line."""
     if value is None or isinstance(value, bool):
         text = "null" if value is None else str(value).lower()
     elif isinstance(value, dict | list):
@@ -70,5 +76,4 @@ def shown(value: Any) -> str:
             text = str(value)
     else:
         text = str(value)
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else text[:77] + "..."
+    return " ".join(text.split())

@@ -1,7 +1,6 @@
 """Progress of a run for a person: a live panel on a terminal, plain lines anywhere else."""
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 
+from megatron_async_rlhf.config.section import written
 from megatron_async_rlhf.launch.run_view import RunView, figures
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR
 from megatron_async_rlhf.telemetry.summary import read_summary
@@ -56,11 +56,8 @@ class Display:
 
     def chosen(self, keys: dict[str, Any]) -> None:
         """What of the configuration is not at its default, for whoever reads the log later."""
-        written = [
-            f"{key}={json.dumps(value) if isinstance(value, list | dict | bool) else value}"
-            for key, value in keys.items()
-        ]
-        self._console.print(f"not at their defaults: {', '.join(written)}", markup=False)
+        told = ", ".join(f"{key}={written(value)}" for key, value in keys.items())
+        self._console.print(f"not at their defaults: {told}", markup=False)
 
     def show(self, event: dict[str, Any], now: float | None = None) -> None:
         """One event of the controller; `now`, on the clock of `time.monotonic`, is when it happened."""

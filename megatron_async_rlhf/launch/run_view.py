@@ -25,7 +25,7 @@ class RunView:
         """
         self._memory, self._unicode = memory, unicode
         self._began: float | None = None
-        self.phase = "starting"
+        self._phase = "starting"
         self._sides = {"learner": "starting", "generators": "starting"}
         self._done, self._of = 0, 0
         self._paces: deque[tuple[float, int]] = deque(maxlen=_PACE_STEPS + 1)
@@ -37,7 +37,7 @@ class RunView:
         self._began = now if self._began is None else self._began
         match event:
             case {"event": "phase", "name": name}:
-                self.phase = name
+                self._phase = name
                 self._done, self._of = 0, event.get("steps", 0)
                 self._paces.clear()
             case {"event": "activity", "side": side, "what": what}:
@@ -80,12 +80,12 @@ class RunView:
         self._paces.append((now, step))
 
     def _place(self) -> str:
-        return f"{self.phase}, step {self._done} of {self._of}" if self._of else self.phase
+        return f"{self._phase}, step {self._done} of {self._of}" if self._of else self._phase
 
     def _clock(self, now: float) -> str:
-        elapsed = f"{_duration(now - self._began)} so far" if self._began is not None else ""
+        elapsed = f"{duration(now - self._began)} so far" if self._began is not None else ""
         left = self._left(now)
-        return elapsed if left is None else f"{elapsed}, {_duration(left)} left"
+        return elapsed if left is None else f"{elapsed}, {duration(left)} left"
 
     def _left(self, now: float) -> float | None:
         """Seconds until the last step, as far as the last ones tell."""
@@ -129,7 +129,8 @@ def figures(step: dict[str, Any]) -> dict[str, str]:
     return found | {"staleness": f"{step['staleness']:.2f}", "samples/s": f"{step['samples_per_s']:.1f}"}
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In words, to the second."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

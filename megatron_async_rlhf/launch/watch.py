@@ -14,7 +14,7 @@ from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.held_memory import HeldMemory
 from megatron_async_rlhf.launch.owner import owner_path
 from megatron_async_rlhf.telemetry.files import EVENTS
-from megatron_async_rlhf.telemetry.summary import UNFINISHED, read_summary
+from megatron_async_rlhf.telemetry.summary import is_unfinished, read_summary
 
 _POLL_S = 0.25
 _SILENT_S = 30.0  # without a touch of its file, a run is dead; a shared file system may show one late
@@ -51,7 +51,7 @@ def watch(
 
 def _how_it_ended(run: Path) -> tuple[str, str | None]:
     summary = read_summary(run)
-    if not summary or (summary["status"], summary["error"]) == UNFINISHED:
+    if not summary or is_unfinished(summary):
         return (
             "interrupted",
             "the run has ended without saying how: it was killed; --resume goes on from its last checkpoint",

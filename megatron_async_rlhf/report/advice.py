@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from megatron_async_rlhf.report.run import ReportedRun
-from megatron_async_rlhf.telemetry.summary import UNFINISHED
+from megatron_async_rlhf.telemetry.summary import is_unfinished
 
 _IDLE = 0.25  # of the loop: below that moving a device would gain little
 _STALLED = 0.05
@@ -46,7 +46,7 @@ def stalled_share(run: ReportedRun) -> float:
 
 def _outcome(run: ReportedRun) -> Iterator[Advice]:
     status, error = run.summary.get("status"), run.summary.get("error")
-    if (status, error) == UNFINISHED:
+    if is_unfinished(run.summary):
         yield Advice(
             "The run goes on, or it was killed; this is what there was when the page was made.",
             f"Of a killed one, async-rlhf train {run.directory} --resume goes on from the last checkpoint.",

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_async_rlhf.config.metrics import possible_metrics
+from megatron_async_rlhf.config.section import written
+from megatron_async_rlhf.launch.run_view import duration
 from megatron_async_rlhf.pages.rendering import packed, render
 from megatron_async_rlhf.report.advice import advice_on, idle_shares, stalled_share
 from megatron_async_rlhf.report.run import Column, ReportedRun
-from megatron_async_rlhf.telemetry.summary import UNFINISHED
+from megatron_async_rlhf.telemetry.summary import is_unfinished
 
 _HELD_OUT = "held-out "  # before the names of metrics of evaluations
 Rows = list[tuple[str, list[str]]]
@@ -43,7 +45,7 @@ def _headline(runs: Sequence[ReportedRun]) -> Rows:
 
 
 def _outcome(run: ReportedRun) -> str:
-    if (run.summary.get("status"), run.summary.get("error")) == UNFINISHED:
+    if is_unfinished(run.summary):
         return "going on, or killed"
     return str(run.summary.get("status", "no summary"))
 
@@ -57,7 +59,7 @@ def _schedule(run: ReportedRun) -> str:
 
 
 def _steps(run: ReportedRun) -> str:
-    return f"{len(next(iter(run.metrics.values()))):,} in {_duration(run.summary.get('wall_seconds', 0.0))}"
+    return f"{len(next(iter(run.metrics.values()))):,} in {duration(run.summary.get('wall_seconds', 0.0))}"
 
 
 def _held_out(run: ReportedRun) -> str:
@@ -109,12 +111,6 @@ _FIGURES: dict[str, Callable[[ReportedRun], str]] = {
 }
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
 def _staleness(run: ReportedRun) -> list[tuple[str, float, int]]:
     """Age, share of the tokens, and their number."""
     histogram = run.summary.get("staleness", {}).get("histogram", {})
@@ -125,12 +121,8 @@ def _staleness(run: ReportedRun) -> list[tuple[str, float, int]]:
 def _chosen(runs: Sequence[ReportedRun]) -> Rows:
     """What differs between runs first."""
     keys = dict.fromkeys(key for run in runs for key in run.chosen)
-    rows = [(key, [_shown(run.chosen[key]) if key in run.chosen else "default" for run in runs]) for key in keys]
+    rows = [(key, [written(run.chosen[key]) if key in run.chosen else "default" for run in runs]) for key in keys]
     return sorted(rows, key=lambda row: len(set(row[1])) == 1)
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _versions(runs: Sequence[ReportedRun]) -> Rows:

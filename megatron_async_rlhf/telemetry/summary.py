@@ -49,6 +49,11 @@ class Mean(Struct):
 UNFINISHED = "interrupted", "it is still going on, or was killed before it could say how it ended"
 
 
+def is_unfinished(summary: dict[str, Any]) -> bool:
+    """Whether a `summary.json` was written by a run that had yet to say how it ends."""
+    return (summary.get("status"), summary.get("error")) == UNFINISHED
+
+
 class DataCounts(Struct):
     """What became of the records that a run's prompts are made of: `read` is `used` and all that is `dropped`."""
 

@@ -4,14 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_async_rlhf.config.load import dump_config
-from megatron_async_rlhf.config.root import RunConfig
+from small_config import small_config
 
-SECTIONS: dict[str, dict[str, Any]] = {
-    "model": {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96},
-    "generator": {"max_new_tokens": 12},
-    "data": {"train_prompts": 32, "eval_prompts": 4},
-}
+from megatron_async_rlhf.config.load import dump_config
+
 SCHEDULES: dict[str, dict[str, dict[str, Any]]] = {
     "async": {"schedule": {"mode": "async"}},
     "same_split": {"schedule": {"mode": "sync"}},
@@ -34,13 +30,7 @@ def leave_run(
     **sections: dict[str, Any],
 ) -> Path:
     """Step n earns n / steps, at equal distances in time unless `times` says otherwise; KL of step n is n."""
-    own = SCHEDULES[schedule]
-    tree = {
-        name: own.get(name, {}) | SECTIONS.get(name, {}) | sections.get(name, {})
-        for name in {*own, *SECTIONS, *sections}
-    }
-    tree["schedule"]["steps"] = steps
-    config = RunConfig.model_validate(tree | {"run": {"dir": str(directory), "seed": seed}})
+    config = small_config(directory, seed, SCHEDULES[schedule], sections, {"schedule": {"steps": steps}})
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_config(config))
     times = times or [wall_s * n / steps for n in range(1, steps + 1)]

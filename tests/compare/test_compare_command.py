@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from made_runs import SECTIONS, leave_run
+from made_runs import leave_run
+from small_config import SECTIONS
 from typer.testing import CliRunner
 
 from megatron_async_rlhf.cli import app

@@ -4,17 +4,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from small_config import small_config
+
 from megatron_async_rlhf.config.load import dump_config
-from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Completion, Prompt, PushReport, RolloutGroup, Span
-
-SECTIONS: dict[str, dict[str, Any]] = {
-    "model": {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96},
-    "generator": {"max_new_tokens": 12},
-    "data": {"train_prompts": 32, "eval_prompts": 4},
-}
 
 
 class _Nowhere:
@@ -43,9 +38,7 @@ def leave_reported_run(
     Args:
         closed: it said how it ended.
     """
-    tree = {name: SECTIONS.get(name, {}) | sections.get(name, {}) for name in {*SECTIONS, *sections}}
-    tree.setdefault("schedule", {})["steps"] = steps
-    config = RunConfig.model_validate(tree | {"run": {"dir": str(directory), "seed": seed}})
+    config = small_config(directory, seed, sections, {"schedule": {"steps": steps}})
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_config(config))
     now = [1e9]
