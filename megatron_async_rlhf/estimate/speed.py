@@ -27,11 +27,12 @@ class Speed:
     """Estimates, for a step of average lengths.
 
     Attributes:
-        prompt, completion: tokens of each, on average.
+        prompt, completion: tokens of each, on average; `shared_prompt` of a prompt are computed once for all its samples.
         learner: an optimizer step.
         generated_per_s: tokens per second of all generators while each decodes as many sequences as it can.
         at_once: sequences that a generator decodes at once, then.
         token_s, sequence_s: a decoding step takes the one, plus the other for each sequence in it, prompts included.
+        prompt_token_s: of a generator, for each token of a prompt, or of a cache that is made again.
         push_s: from pause to resume.
         contention: how many times as long either side takes while the other works too.
     """
@@ -39,12 +40,13 @@ class Speed:
     machine: Machine
     prompt: float
     completion: float
+    shared_prompt: float
     learner: LearnerStep
     generated_per_s: float
     at_once: float
     token_s: float
     sequence_s: float
-    prefill_tokens: int
+    prompt_token_s: float
     push_s: float
     contention: float
 
@@ -71,13 +73,15 @@ class Factors:
 
 
 def corrected(speed: Speed, factors: Factors) -> Speed:
-    """As it would be if all were as far off as what was measured."""
+    """As it would be if all were as far off as what was measured. A pass over many tokens is bound by arithmetic, as training
+    is, and decoding by memory."""
     return replace(
         speed,
         learner=speed.learner.scaled(factors.train),
         generated_per_s=speed.generated_per_s / factors.generate,
         token_s=speed.token_s * factors.generate,
         sequence_s=speed.sequence_s * factors.generate,
+        prompt_token_s=speed.prompt_token_s * factors.train,
         push_s=speed.push_s * factors.push,
     )
 
@@ -104,7 +108,10 @@ def estimate_speed(
     computing_s = token_flops(arch, prompt + completion / 2) / compute
     sequence_s = machine.sequence_s + max(cache_s, computing_s - weights_s / at_once)
     decode_s = token_s + at_once * sequence_s
-    prefill_s = _prefilled_tokens(config, prompt) * token_flops(arch, prompt / 2) / compute  # of one sequence
+    prompt_token_s = token_flops(arch, prompt / 2) / compute
+    shared = _shared_tokens(config, prompt)
+    # Of one sequence: the first of a prompt takes in what is shared.
+    prefill_s = (prompt - shared + shared / config.algorithm.samples_per_prompt) * prompt_token_s
     # With what there is once for a completion, so that it slows the others down too.
     sequence_s += (prefill_s + machine.completion_s) / completion
     host_s = machine.step_s / at_once + machine.sequence_s + machine.completion_s / completion  # of a token
@@ -112,12 +119,13 @@ def estimate_speed(
         machine=machine,
         prompt=prompt,
         completion=completion,
+        shared_prompt=shared,
         learner=learner_step(config, arch, machine, prompt, completion),
         generated_per_s=generator.replicas * at_once / decode_s,
         at_once=at_once,
         token_s=token_s,
         sequence_s=sequence_s,
-        prefill_tokens=max(1, round(decode_s * compute / token_flops(arch, prompt / 2))),
+        prompt_token_s=prompt_token_s,
         push_s=machine.push_s + memory.weights / machine.push_bandwidth,
         contention=machine.contention + machine.host_contention * host_s / (token_s / at_once + sequence_s),
     )
@@ -128,12 +136,9 @@ def _collectives_s(config: RunConfig, arch: Architecture, machine: Machine) -> f
     return 2 * arch.layers * machine.collective_s if config.generator.tensor_parallel > 1 else 0.0
 
 
-def _prefilled_tokens(config: RunConfig, prompt: float) -> float:
-    """Of a prompt, for each of its samples: they share its whole blocks, which the first of them computes."""
+def _shared_tokens(config: RunConfig, prompt: float) -> float:
+    """Of a prompt: its whole blocks of the cache, which its samples share."""
     if config.schedule.in_flight_updates == "keep":  # without a prefix cache, see `generator/vllm/server.py`
-        return prompt
+        return 0.0
     block = CPU_BLOCK_TOKENS if config.run.device == "cpu" else _GPU_BLOCK_TOKENS
-    shared = max(
-        0.0, prompt - (block + 1) / 2
-    )  # of prompts of all lengths around that; the last token is always computed
-    return prompt - shared + shared / config.algorithm.samples_per_prompt
+    return max(0.0, prompt - (block + 1) / 2)  # of prompts of all lengths; the last token is always computed

@@ -10,6 +10,7 @@ import heapq
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import count
+from math import ceil
 
 from megatron_async_rlhf.simulate.scenario import Speeds
 
@@ -22,13 +23,13 @@ class EngineSequence:
     Attributes:
         joined: step of its first token; None while it waits for a place.
         left: tokens it had to go when it joined.
-        prefill: steps before its first token.
+        prompt: tokens that are taken in before its first.
     """
 
-    __slots__ = ("joined", "left", "number", "on_end", "prefill")
+    __slots__ = ("joined", "left", "number", "on_end", "prompt")
 
-    def __init__(self, left: int, prefill: int, on_end: Callable[["EngineSequence"], None]) -> None:
-        self.left, self.prefill, self.on_end = left, prefill, on_end
+    def __init__(self, left: int, prompt: int, on_end: Callable[["EngineSequence"], None]) -> None:
+        self.left, self.prompt, self.on_end = left, prompt, on_end
         self.joined: float | None = None
         self.number = -1
 
@@ -109,8 +110,7 @@ class Engine:
 
     def recompute(self, tokens: int) -> None:
         """So many tokens of cache are made again before anything goes on."""
-        steps = -(-tokens // self._speeds.prefill_tokens)
-        self._free_at = self._loop.time() + steps * self._step_s()
+        self._free_at = self._loop.time() + self._prefill_s(tokens)
 
     def done(self, sequence: EngineSequence) -> int:
         """Tokens sampled so far."""
@@ -139,6 +139,9 @@ class Engine:
     def _step_s(self) -> float:
         return (self._speeds.token_s + len(self.running) * self._speeds.sequence_s) * self._slowness
 
+    def _prefill_s(self, tokens: int) -> float:
+        return tokens * self._speeds.prompt_token_s * self._slowness
+
     def _advance(self) -> None:
         """Bring `_steps` up to now."""
         now = self._loop.time()
@@ -158,7 +161,7 @@ class Engine:
             _, number, sequence = heapq.heappop(self._waiting)
             if sequence.number != number:
                 continue
-            sequence.joined = self._steps + sequence.prefill
+            sequence.joined = self._steps + max(1, ceil(self._prefill_s(sequence.prompt) / self._step_s()))
             self.running.add(sequence)
             heapq.heappush(self._ends, (sequence.joined + sequence.left, number, sequence))
 

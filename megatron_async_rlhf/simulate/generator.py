@@ -101,8 +101,8 @@ class SimulatedGenerator:
         mine = _Request([self._begin(request, i) for i in range(request.samples)], request.order)
         number = next(self._numbers)
         self._requests[number] = mine
-        for sample in mine.samples:
-            self._start(mine, sample, request)
+        for index, sample in enumerate(mine.samples):
+            self._start(mine, sample, request, cached=self._scenario.shared_prompt_tokens if index else 0)
         try:
             interrupted = await self._silence.wait(self._answer(mine))
         except GeneratorGoneError:
@@ -281,9 +281,9 @@ class SimulatedGenerator:
         id = self._ledger.new_sample(request, drawn)
         return _Sample(id, min(drawn, request.max_new_tokens), begun)
 
-    def _start(self, mine: _Request, sample: _Sample, request: SamplingRequest) -> None:
+    def _start(self, mine: _Request, sample: _Sample, request: SamplingRequest, cached: int) -> None:
         before = len(sample.begun.token_ids) if sample.begun else 0
-        prompt = len(request.prompt.token_ids) + before
+        prompt = len(request.prompt.token_ids) - cached + before
 
         def ended(_: EngineSequence) -> None:
             sample.is_done = True
@@ -291,8 +291,7 @@ class SimulatedGenerator:
             if not mine.unfinished:
                 self._end(mine, interrupted=False)
 
-        prefill = -(-prompt // self._scenario.speeds.prefill_tokens)
-        sample.sequence = EngineSequence(sample.length - before, prefill, ended)
+        sample.sequence = EngineSequence(sample.length - before, prompt, ended)
         self._engine.add(sample.sequence, request.order)
 
     def _end(self, request: _Request, *, interrupted: bool) -> None:
@@ -307,7 +306,8 @@ class SimulatedGenerator:
 
     def _context(self, request: _Request) -> int:
         """Tokens in the cache."""
-        return sum(self._engine.done(s.sequence) for s in request.samples if not s.is_done)
+        running = [s.sequence for s in request.samples if s.sequence in self._engine.running]
+        return sum(sequence.prompt + self._engine.done(sequence) for sequence in running)
 
     async def _travel(self) -> None:
         longest = self._scenario.speeds.answer_s

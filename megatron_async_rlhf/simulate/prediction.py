@@ -108,6 +108,7 @@ def _scaled(speeds: Speeds, *, generate: float, train: float) -> Speeds:
         speeds,
         token_s=speeds.token_s * generate,
         sequence_s=speeds.sequence_s * generate,
+        prompt_token_s=speeds.prompt_token_s * generate,
         train_s=speeds.train_s * train,
         train_token_s=speeds.train_token_s * train,
     )
@@ -158,7 +159,7 @@ def estimated_scenario(
     speeds = Speeds(
         token_s=speed.token_s,
         sequence_s=speed.sequence_s,
-        prefill_tokens=speed.prefill_tokens,
+        prompt_token_s=speed.prompt_token_s,
         train_s=speed.learner.fixed,
         train_token_s=speed.learner.per_token,
         push_s=speed.push_s,
@@ -170,6 +171,7 @@ def estimated_scenario(
         lengths=completions or LognormalLengths(speed.completion, SIGMA),
         speeds=speeds,
         prompt_tokens=max(1, round(speed.prompt)),
+        shared_prompt_tokens=int(speed.shared_prompt),
     )
     return scenario, speed
 

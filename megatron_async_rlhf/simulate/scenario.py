@@ -14,7 +14,7 @@ class Speeds(Struct, frozen=True, kw_only=True):
     the rest is work for each.
 
     Attributes:
-        prefill_tokens: prompt tokens an engine takes in during the time of one decoding step.
+        prompt_token_s: an engine takes for each token of a prompt, and of a cache that is made again.
         train_s: of one optimizer step, whatever is in it.
         train_token_s: of one optimizer step, for each token of prompts and completions in it.
         push_s: from the pause of the engines to verified weights.
@@ -26,7 +26,7 @@ class Speeds(Struct, frozen=True, kw_only=True):
 
     token_s: float = 0.02
     sequence_s: float = 0.0004
-    prefill_tokens: int = 2048
+    prompt_token_s: float = 0.00001
     train_s: float = 0.5
     train_token_s: float = 0.0001
     push_s: float = 1.0
@@ -60,7 +60,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
         slowness: of each generator, how often the usual time it takes; those that are not named: 1.
         faults: that are known beforehand.
         crashes_per_hour: of each generator, besides; they are back after `back_s` on average.
-        prompt_tokens: of every prompt.
+        prompt_tokens: of every prompt; `shared_prompt_tokens` of them are taken in once for all samples of the prompt.
     """
 
     generators: int = 1
@@ -71,4 +71,5 @@ class Scenario(Struct, frozen=True, kw_only=True):
     crashes_per_hour: float = 0.0
     back_s: float = 60.0
     prompt_tokens: int = 32
+    shared_prompt_tokens: int = 0
     seed: int = 0

@@ -67,7 +67,7 @@ def test_what_one_run_shows_predicts_another(tmp_path, mode, prompts):
     slow = Speeds(
         token_s=3 * scenario.speeds.token_s,
         sequence_s=3 * scenario.speeds.sequence_s,
-        prefill_tokens=scenario.speeds.prefill_tokens,
+        prompt_token_s=scenario.speeds.prompt_token_s,
         train_s=2 * scenario.speeds.train_s,
         train_token_s=2 * scenario.speeds.train_token_s,
         push_s=1.5 * scenario.speeds.push_s,

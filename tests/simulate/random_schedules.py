@@ -76,7 +76,7 @@ def random_scenario(random: Random, seed: int) -> Scenario:
             train_token_s=random.choice([0.0, 0.001]),
             push_s=random.choice([0.001, 0.2, 2.0]),
             answer_s=random.choice([0.0, 0.0, 0.5]),
-            prefill_tokens=random.choice([4, 2048]),
+            prompt_token_s=random.choice([0.00001, 0.005]),
         ),
         slowness={0: random.choice([5.0, 50.0])} if random.random() < 0.3 else {},
         faults=faults,
