@@ -10,6 +10,7 @@ from megatron_async_rlhf.compare.command import compare
 from megatron_async_rlhf.config.commands import schema
 from megatron_async_rlhf.converter.command import export_hf, import_hf, verify_weights
 from megatron_async_rlhf.doctor.command import doctor
+from megatron_async_rlhf.first_config.command import init
 from megatron_async_rlhf.interpreter import check_working_directory, print_anything, use_utf8
 from megatron_async_rlhf.launch.command import replay, sft, train
 from megatron_async_rlhf.launch.evaluation import evaluate
@@ -44,6 +45,7 @@ def _root(
 
 
 for command in (
+    init,
     doctor,
     train,
     simulate,

@@ -1,5 +1,6 @@
-"""Peak figures of the GPUs we know, from NVIDIA's data sheets, without sparsity. Plain numbers: no torch here."""
+"""Peak figures of the GPUs we know, from NVIDIA's data sheets, without sparsity, and how many this machine has. No torch here."""
 
+import subprocess
 from dataclasses import dataclass
 
 
@@ -66,3 +67,12 @@ def known_peak(torch_name: str, precision: str) -> float | None:
         if device.marks in torch_name:
             return device.flops.get(precision)
     return None
+
+
+def gpus_here() -> int:
+    """Of this machine."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", timeout=60.0, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

@@ -6,6 +6,7 @@ Exit codes: 2 for bad input, before anything was started; 1 for a run that faile
 import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import typer
@@ -17,6 +18,7 @@ from megatron_async_rlhf.suggestions import closest
 
 _NAME = "async-rlhf"
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+_ALMOST = 0.9  # difflib's ratio: `--seed` and `--seeds` have 0.92
 _UsageError: Any = typer.BadParameter.__base__  # click's, of which Typer may have a copy of its own
 _ClickException = _UsageError.__base__
 
@@ -62,7 +64,9 @@ def _usage(error: Any, arguments: Sequence[str]) -> str:
             f"did you mean {meant}?" if meant else f"there are {', '.join(names)}"
         )
     if found := re.search(r"unexpected extra argument\S* \((.*)\)", message):
-        return f"unexpected argument {found[1]}; {_instead_of_argument(found[1], context.command) or help_of}"
+        return (
+            f"unexpected argument {found[1]}; {_instead_of_argument(found[1], arguments, context.command) or help_of}"
+        )
     if found := re.search(r"Invalid value for (.*?): (.*)", message):
         return f"{found[1].replace(chr(39), '')}: {_bad_value(found[2])}; {help_of}"
     return f"{message[:1].lower()}{message[1:]}; {help_of}"
@@ -78,8 +82,11 @@ def _bad_value(message: str) -> str:
 
 
 def _instead_of_option(option: str, arguments: Sequence[str], command: Any) -> str | None:
-    """`--learner.ranks=2` and `--steps 5`: a key of the configuration; else an option of a similar name."""
+    """An option that differs by a letter; `--learner.ranks=2` and `--steps 5`: a key of the configuration; else an option of a
+    similar name."""
     options = [name for parameter in command.params for name in parameter.opts if name.startswith("--")]
+    if almost := get_close_matches(option, options, n=1, cutoff=_ALMOST):
+        return f"did you mean {almost[0]}?"
     name = option.lstrip("-").replace("-", "_")
     places = [option.lstrip("-")] if "." in option else places_of(name)
     if places and "--set" in options:
@@ -98,10 +105,16 @@ def _value_of(option: str, arguments: Sequence[str]) -> str:
     return "VALUE"
 
 
-def _instead_of_argument(given: str, command: Any) -> str | None:
+def _instead_of_argument(given: str, arguments: Sequence[str], command: Any) -> str | None:
     if not any("--set" in parameter.opts for parameter in command.params):
         return None
     parts = given.split()
+    place = arguments.index(parts[0]) if parts[0] in arguments else 0
+    before = [argument for argument in arguments[:place] if argument not in ("-s", "--set")]
+    if parts[0] == "=" or (before and before[-1].endswith("=")):
+        return "an override has no spaces around its =: -s section.key=value"
+    if before and before[-1].count("{") > before[-1].count("}"):
+        return f"the shell divides at spaces: put the override in quotes, -s '{before[-1]} {given}'"
     if parts[0].startswith("~"):
         return f"to set a key back to nothing: -s {parts[0][1:].partition('=')[0]}=null"
     meant = [override_of(part) for part in parts]

@@ -16,7 +16,13 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.evaluation.wins import wins
-from megatron_async_rlhf.telemetry.files import EVALUATIONS, METRICS, RESOLVED_CONFIG, read_lines, read_steps
+from megatron_async_rlhf.telemetry.files import (
+    EVALUATIONS,
+    METRICS,
+    check_is_run,
+    read_lines,
+    read_steps,
+)
 from megatron_async_rlhf.telemetry.summary import read_figures
 
 WINDOW = 0.1  # of the steps: rewards of training are means over so many, as a single step's is mostly noise
@@ -119,9 +125,7 @@ def read_run(directory: Path) -> ComparedRun:
     Raises:
         ConfigError: there is no completed RL run, or one of a version that did not record what is needed.
     """
-    path = directory / RESOLVED_CONFIG
-    if not path.is_file():
-        raise ConfigError(f"{directory}: is no run's directory (it has no {RESOLVED_CONFIG})")
+    check_is_run(directory)
     try:
         summary = read_figures(directory)
     except ValidationError:

@@ -9,6 +9,11 @@ from textwrap import dedent
 from megatron_async_rlhf.config.section import Section
 
 
+def about(section: type[Section]) -> str:
+    """The first paragraph of its docstring."""
+    return " ".join((section.__doc__ or "").split("\n\n")[0].split())
+
+
 @cache
 def meanings(section: type[Section]) -> dict[str, str]:
     """By key, of this class and its bases; keys whose names say it all are left out.

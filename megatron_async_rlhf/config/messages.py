@@ -1,6 +1,7 @@
 """Pydantic's errors as lines for people: key, value, rule, and what was probably meant."""
 
 import re
+from math import ceil
 from types import NoneType
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from megatron_async_rlhf.config.schema import (
     types_at,
 )
 from megatron_async_rlhf.config.section import Section, shown
+from megatron_async_rlhf.config.units import as_number
 from megatron_async_rlhf.suggestions import closest
 
 _SECTION_ERRORS = ("model_type", "model_attributes_type", "dataclass_type")
@@ -39,7 +41,7 @@ _RULES = {
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be at most {le}",
-    "string_pattern_mismatch": "must match the pattern {pattern}",
+    "string_pattern_mismatch": "must match {pattern}",
     "too_short": "must have at least {min_length} entries",
 }
 _UNION_PARTS = ("str", "int", "float", "bool")
@@ -93,6 +95,10 @@ def _rule(kind: str, location: Location, value: Any, context: dict[str, Any]) ->
         rule += f"; in quotes it is: '{shown(value)}'"
     if kind.endswith("_parsing") and re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", str(value)):
         rule += f": write {str(value).replace(',', '')}"
+    elif kind.endswith("_parsing") and (number := as_number(str(location[-1]), str(value))) is not None:
+        rule += f", without its unit: write {ceil(number) if kind.startswith('int') else f'{number:g}'}"
+    elif kind.endswith("_parsing") and len(parts := str(value).split()) > 1 and all("=" in part for part in parts[1:]):
+        rule += "; every key needs a -s of its own"
     return rule
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from msgspec import Struct
 from pydantic.fields import FieldInfo
 
-from megatron_async_rlhf.config.described import meanings
+from megatron_async_rlhf.config.described import about, meanings
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.schema import TYPED, alternatives, is_section
 from megatron_async_rlhf.config.section import Section, written
@@ -100,8 +100,7 @@ def _all_sections(section: type[Section]) -> Iterator[type[Section]]:
 
 
 def _described(title: str, prefix: str, section: type[Section]) -> DescribedSection:
-    about = " ".join((section.__doc__ or "").split("\n\n")[0].split())
-    return DescribedSection(title=title, about=about, keys=list(_keys(prefix, section)))
+    return DescribedSection(title=title, about=about(section), keys=list(_keys(prefix, section)))
 
 
 def _keys(prefix: str, section: type[Section]) -> Iterator[DescribedKey]:
@@ -110,12 +109,11 @@ def _keys(prefix: str, section: type[Section]) -> Iterator[DescribedKey]:
         key, kinds = f"{prefix}.{name}", alternatives(field.annotation)
         below = [kind for kind in kinds if is_section(kind)]
         if below and not _is_list(field.annotation):
-            about = told.get(name) or " ".join((below[0].__doc__ or "").split("\n\n")[0].split())
             yield DescribedKey(
                 key=key,
                 kind="section" + (" or null" if NoneType in kinds else ""),
                 default=_default(field),
-                meaning=about,
+                meaning=told.get(name) or about(below[0]),
             )
             for one in below:
                 yield from _keys(key, one)

@@ -4,16 +4,17 @@ Units are in the names (`_s` seconds, `_mib`, `_gib`); unknown keys are refused;
 checked in `config.root`.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from megatron_async_rlhf.config.beats import LearnerTimeout, NodeTimeout
 from megatron_async_rlhf.config.cluster import SlurmKeys, Variables
 from megatron_async_rlhf.config.section import LocalPath, Section, synonyms
 
-Device = Literal["cpu", "cuda"]
+Device = Annotated[Literal["cpu", "cuda"], synonyms(cuda=("gpu", "gpus"))]
 _FLOAT32, _BFLOAT16 = ("fp32", "float32", "f32", "float"), ("bf16", "bfloat16", "bfloat")
 Precision = Annotated[Literal["fp32", "bf16"], synonyms(fp32=_FLOAT32, bf16=_BFLOAT16)]
 Dtype = Annotated[Literal["float32", "bfloat16"], synonyms(float32=_FLOAT32, bfloat16=_BFLOAT16)]
@@ -21,10 +22,16 @@ Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Recompute = Literal["none", "selective", "full"]
 
 
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError("must be letters, digits, '.', '_' and '-', beginning with a letter or a digit")
+    return name
+
+
 class RunSection(Section):
     """Name, place, seed and device of the run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, AfterValidator(_check_name)] = "run"
     dir: LocalPath | None = None  # default: runs/<name>; an earlier run found there is set aside, never overwritten
     seed: int = Field(0, ge=0)
     device: Device = "cpu"  # what learner and generators compute on

@@ -176,6 +176,7 @@ def _syntax(error: yaml.YAMLError, text: str) -> str:
         "could not find expected ':'": "; a key needs a colon and a space behind it",
         "that cannot start any token": "; put the value in quotes",
         "found undefined alias": "; put a value that begins with * in quotes",
+        "found unexpected end of stream": "; a quote is opened and not closed",
         "expected alphabetic or numeric character": "; put a value that begins with * or & in quotes",
     }
     return f"{line}: {problem}{next((way for what, way in advice.items() if what in problem), '')}"

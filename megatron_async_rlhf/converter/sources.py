@@ -21,7 +21,7 @@ def resolve(path: Path) -> Path:
         CheckpointError: it is no directory, or a run that has saved nothing.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory")
+        raise CheckpointError(f"{path}: there is no such directory; give a run, a checkpoint or a Hugging Face model")
     if not (path / RESOLVED_CONFIG).is_file():
         return path
     checkpoints = RunCheckpoints(path)

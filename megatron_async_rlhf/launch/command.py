@@ -29,6 +29,7 @@ from megatron_async_rlhf.telemetry.files import (
     POLICY_TEMPLATE_DIR,
     RESOLVED_CONFIG,
     ROLLOUT_DIR,
+    check_is_run,
     read_lines,
 )
 
@@ -135,9 +136,8 @@ def replay(
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart
     from megatron_async_rlhf.scheduler.recording import RolloutLog
 
+    check_is_run(run)
     recorded = run.absolute()
-    if not (recorded / RESOLVED_CONFIG).is_file():
-        raise ConfigError(f"{recorded} is no run: it has no {RESOLVED_CONFIG}")
     earlier = load_config(recorded / RESOLVED_CONFIG)
     section = earlier.run.model_copy(update={"dir": out or recorded.with_name(f"{recorded.name}.replay")})
     config = earlier.model_copy(update={"run": section})

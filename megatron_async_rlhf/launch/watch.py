@@ -13,7 +13,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.held_memory import HeldMemory
 from megatron_async_rlhf.launch.owner import owner_path
-from megatron_async_rlhf.telemetry.files import EVENTS
+from megatron_async_rlhf.telemetry.files import EVENTS, check_is_run
 from megatron_async_rlhf.telemetry.summary import is_unfinished, read_summary
 
 _POLL_S = 0.25
@@ -27,6 +27,7 @@ def watch(
 
     Example: async-rlhf watch runs/quickstart
     """
+    check_is_run(run)
     path = run / EVENTS
     config = load_config(run)
     if not path.is_file():

@@ -6,13 +6,13 @@ Factors carry over: estimate and measurement are both of the small model. What i
 between them, and pipeline bubbles.
 """
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_async_rlhf.config.load import check_tree
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.devices import gpus_here
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.fitting import needed, run_memory
 from megatron_async_rlhf.estimate.generator_memory import GIB
@@ -51,7 +51,7 @@ def measure_here(task: RunConfig, arch: Architecture, directory: Path, *, note: 
 def measuring_config(task: RunConfig, arch: Architecture, directory: Path) -> RunConfig:
     """The largest that fits the memory, with as many prompts as there is time for."""
     on_gpu = task.run.device == "cuda"
-    gpus = _gpus() if on_gpu else 0
+    gpus = gpus_here() if on_gpu else 0
     if on_gpu and not gpus:
         raise ConfigError(
             "--measure: run.device = cuda, but nvidia-smi finds no GPU here; measure where the run will be"
@@ -112,12 +112,3 @@ def _config(task: RunConfig, arch: Architecture, directory: Path, layers: int, p
     if gpus:
         tree["weights"] = {"transport": "ipc" if gpus == 1 else "nccl"}
     return check_tree(tree)
-
-
-def _gpus() -> int:
-    """Of this machine."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", timeout=60.0, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

@@ -11,7 +11,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.report.samples import read_samples
 from megatron_async_rlhf.report.timeline import read_timeline
-from megatron_async_rlhf.telemetry.files import METRICS, RESOLVED_CONFIG, read_steps
+from megatron_async_rlhf.telemetry.files import METRICS, check_is_run, read_steps
 from megatron_async_rlhf.telemetry.summary import read_summary
 
 Column = list[float | None]
@@ -55,8 +55,7 @@ def read_reported(directory: Path, name: str) -> ReportedRun:
         ConfigError: it is no run's directory, or no step was made yet.
         DataError: one of its files is broken.
     """
-    if not (directory / RESOLVED_CONFIG).is_file():
-        raise ConfigError(f"{directory}: is no run's directory (it has no {RESOLVED_CONFIG})")
+    check_is_run(directory)
     lines = read_steps(directory / METRICS)
     summary = read_summary(directory)
     if not lines:

@@ -161,8 +161,8 @@ class Engine:
             _, number, sequence = heapq.heappop(self._waiting)
             if sequence.number != number:
                 continue
-            sequence.joined = self._steps + max(1, ceil(self._prefill_s(sequence.prompt) / self._step_s()))
             self.running.add(sequence)
+            sequence.joined = self._steps + max(1, ceil(self._prefill_s(sequence.prompt) / self._step_s()))
             heapq.heappush(self._ends, (sequence.joined + sequence.left, number, sequence))
 
     def _arm(self) -> None:

@@ -7,8 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_async_rlhf.errors import WriteError
+from megatron_async_rlhf.errors import ConfigError, WriteError
 from megatron_async_rlhf.json_lines import read_json_lines
+from megatron_async_rlhf.suggestions import closest
 
 RESOLVED_CONFIG = "config.yaml"
 INPUTS = "inputs.json"  # digests of the data and weights that the run was started with
@@ -40,6 +41,20 @@ REWARD_CENTERS = "reward_centers.json"  # what is subtracted from a reward model
 FAILED_BATCH = "non_finite_batch.json"
 
 _RESERVE_BYTES = 64 * 2**10
+
+
+def check_is_run(directory: Path) -> None:
+    """
+    Raises:
+        ConfigError: it is no run's directory.
+    """
+    if (directory / RESOLVED_CONFIG).is_file():
+        return
+    beside = [each.parent.name for each in directory.parent.glob(f"*/{RESOLVED_CONFIG}")]
+    meant = closest(directory.name, beside)
+    why = f"it has no {RESOLVED_CONFIG}" if directory.is_dir() else "there is no such directory"
+    way_out = "" if meant is None else f"; did you mean {directory.with_name(meant)}?"
+    raise ConfigError(f"{directory} is no run's directory: {why}{way_out}")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ ORDER = [
     ["simulate"],
     ["launch"],
     ["plan", "sweep", "pipeline", "report", "api"],
-    ["compare"],
+    ["compare", "first_config"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,6 +1,7 @@
 """What people get wrong in a configuration, an override, a command line or a data file, and the one line they are told."""
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -94,7 +95,34 @@ OVERRIDES = [
     ("schedule.max_staleness=None", ["schedule.max_staleness = None", "or null"]),
     ("schedule.epochs=2", ["schedule.max_staleness = 1", "not a multiple of mini_batches x epochs = 2"]),
     ("learner.min_learning_rate=1", ["learner.min_learning_rate = 1.0 is above learning_rate"]),
-    ("learner.learning_rate=5%", ["learner.learning_rate = 5%", "must be a number"]),
+    ("learner.learning_rate=5%", ["learner.learning_rate = 5%", "must be a number", "write 0.05"]),
+    ("learner.timeout_s=10m", ["learner.timeout_s = 10m", "write 600"]),
+    ("weights.staging_mib=64MiB", ["weights.staging_mib = 64MiB", "write 64"]),
+    ("generator.kv_cache_gib=4GB", ["generator.kv_cache_gib = 4GB", "write 4"]),
+    ("checkpoint.max_run_seconds=1h", ["checkpoint.max_run_seconds = 1h", "write 3600"]),
+    ("launch.gpu_memory_gib=80 GiB", ["launch.gpu_memory_gib = 80 GiB", "write 80"]),
+    ("learner.micro_batch_tokens=4k", ["learner.micro_batch_tokens = 4k", "write 4000"]),
+    ("generator.gpu_memory_share=85", ["generator.gpu_memory_share = 85", "less than 1"]),
+    ("generator.temperature=0", ["generator.temperature = 0", "greater than 0"]),
+    ("generator.temperature=hot", ["generator.temperature = hot", "must be a number"]),
+    ("learner.learning_rate=1e-5e", ["learner.learning_rate = 1e-5e", "must be a number"]),
+    ("learner.learning_rate=-1e-5", ["learner.learning_rate = -1e-05", "greater than 0"]),
+    ("learner.learning_rate=1 e-5", ["learner.learning_rate = 1 e-5", "must be a number"]),
+    ("learner.learning_rate='1e-5", ["a quote is opened and not closed"]),
+    ("learner.ranks=2 generator.replicas=2", ["learner.ranks = 2 generator.replicas=2", "a -s of its own"]),
+    ("learner.tensor_parallel=3", ["tensor_parallel"]),
+    ("generator.max_new_tokens=200", ["generator.max_new_tokens = 200"]),
+    ("model.hf=nowhere", ["model.hf"]),
+    ("model={hf: nowhere}", ["model.hf = nowhere"]),
+    ("model.chat_template=none.jinja", ["model.chat_template = none.jinja"]),
+    ("reward={type: function, function: none.py:score}", ["none.py"]),
+    ("reward={type: function, function: score}", ["score", "FILE.py:NAME"]),
+    ("reward={type: reward_model, model: nowhere}", ["nowhere"]),
+    ("run.device=cuda:0", ["run.device = cuda:0", "cuda"]),
+    ("weights.transport=NCCL", ["weights.transport"]),
+    ("schedule.in_flight_updates=yes", ["schedule.in_flight_updates"]),
+    ("algorithm.beta=.1.", ["algorithm.beta = .1.", "must be a number"]),
+    ("algorithm.samples_per_prompt=1", ["algorithm.samples_per_prompt = 1"]),
     ("learner.learning_rate=.inf", ["learner.learning_rate = inf", "finite"]),
     ("checkpoint.every_steps=true", ["checkpoint.every_steps = true", "not true or false"]),
     ("launch.pin_cores=maybe", ["launch.pin_cores = maybe", "true or false"]),
@@ -150,6 +178,24 @@ COMMAND_LINES = [
     (["train", "c.yaml", "--resum"], ["no option --resum", "did you mean --resume?"]),
     (["train", "c.yaml", "b.yaml"], ["unexpected argument b.yaml", "train --help"]),
     (["train", "c.yaml", "-s"], ["-s", "--help"]),
+    (
+        ["train", "c.yaml", "-s", "reward={type:", "gsm8k}"],
+        ["quotes, -s 'reward={type: gsm8k}'"],
+    ),  # no quotes in the shell
+    (["train", "c.yaml", "-s", "learner.ranks", "=", "2"], ["no spaces around its =", "-s section.key=value"]),
+    (["train", "c.yaml", "-s", "learner.ranks=", "2"], ["no spaces around its ="]),
+    (["train", "c.yaml", "-slearner.rank=2"], ["did you mean learner.ranks?"]),
+    (["train", "-s", "learner.ranks=2"], ["missing argument"]),
+    (["compare", "c.yaml", "--seed", "0,1"], ["did you mean --seeds?"]),
+    (["compare", "c.yaml", "--seeds", "0 1"], ["--seeds"]),
+    (["plan", "c.yaml", "--gpu", "rtx4090"], ["rtx4090"]),
+    (["report", "runs/none"], ["runs/none"]),
+    (["watch", "runs/none"], ["runs/none"]),
+    (["eval", "runs/none"], ["runs/none"]),
+    (["export-hf", "c.yaml", "out"], ["c.yaml"]),
+    (["verify-weights", "none", "nowhere"], ["none"]),
+    (["init", "c.yaml", "--model", "none", "--data", "t.jsonl"], ["c.yaml is there already"]),
+    (["init", "d.yaml", "--model", "none", "--data", "t.jsonl"], ["none"]),
     (["train"], ["missing argument", "train --help"]),
     (["train", "learner.ranks=2"], ["learner.ranks=2 does not exist", "-s learner.ranks=2"]),
     (["train", "none.yaml"], ["none.yaml does not exist"]),
@@ -160,7 +206,7 @@ COMMAND_LINES = [
     (["sft", "c.yaml"], ["warm_start.steps = 0", "sft: {epochs: 1}"]),
     (["sweep", "c.yaml"], ["sweep: missing", "examples/sweep.yaml"]),
     (["sweep", "c.yaml", "--max-seconds", "soon"], ["--max-seconds", "must be a number"]),
-    (["replay", "c.yaml"], ["c.yaml is no run"]),
+    (["replay", "c.yaml"], ["c.yaml is no run's directory"]),
     (["launch", "c.yaml", "--executor", "slrum"], ["--executor", "did you mean slurm?"]),
     (["import-hf", "a", "b", "--dtype", "bf16"], ["--dtype", "did you mean bfloat16?"]),
     (["import-hf", "a", "b", "--tensor-parallel", "0"], ["--tensor-parallel", "greater than or equal to 1"]),
@@ -307,8 +353,43 @@ def test_a_source_of_data(told, source: str, way_out: str):
     assert line.startswith((f"data.train = {source}" if source else "data.train is empty", source)) and way_out in line
 
 
-def test_there_are_enough_of_them():
-    assert len(OVERRIDES) + len(COMMAND_LINES) + len(FILES) + len(DATA) + len(SOURCES) >= 60
+TABLE = Path(__file__).with_name("refusals.md")
+
+
+def test_all_messages_are_in_the_table(told, tmp_path: Path):
+    """Whoever changes a message reads it there; ASYNC_RLHF_TEST_WRITE=1 writes the table anew."""
+    tables = {
+        "Overrides of a configuration of a fresh model on the built-in task": [
+            (f"`-s '{override}'`", BUILTIN, b"", ("train", "c.yaml", "-s", override)) for override, _ in OVERRIDES
+        ],
+        "Command lines": [(f"`{' '.join(line)}`", BUILTIN, b"", tuple(line)) for line, _ in COMMAND_LINES],
+        "Configuration files": [(_quoted(content), content, b"", ("train", "c.yaml")) for content, _ in FILES],
+        "Data files": [(_quoted(content), OWN, content, ("train", "c.yaml", "--dry-run")) for content, _ in DATA],
+    }
+    lines = ["# What is said to whoever gets something wrong", ""]
+    lines += ["Made by `test_refusals.py`, which compares every message with this table."]
+    for title, rows in tables.items():
+        lines += ["", f"## {title}", "", "| given | said |", "| --- | --- |"]
+        for given, config, data, command in rows:
+            Path("c.yaml").write_bytes(config if isinstance(config, bytes) else config.encode())
+            Path("t.jsonl").write_bytes(data if isinstance(data, bytes) else data.encode())
+            lines.append(f"| {_cell(given)} | {_cell(told(*command).replace(f'{tmp_path}/', ''))} |")
+    found = "\n".join(lines) + "\n"
+    if "ASYNC_RLHF_TEST_WRITE" in os.environ:
+        TABLE.write_text(found)
+    assert found == TABLE.read_text()
+    assert sum(map(len, tables.values())) >= 100
+
+
+def _quoted(content: str | bytes) -> str:
+    """What is peculiar to a file."""
+    text = content.decode("latin-1") if isinstance(content, bytes) else content
+    text = text.removeprefix(BUILTIN).removeprefix(ROW)
+    return f"`{json.dumps(text if len(text) <= 100 else text[:97] + '...')}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def test_too_few_prompts_for_a_step_are_said(capsys: pytest.CaptureFixture[str]):

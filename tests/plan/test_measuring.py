@@ -30,7 +30,7 @@ def config_for(path: Path, directory: Path, *overrides: str):
 
 @pytest.mark.parametrize(("gpus", "transport"), [(1, "ipc"), (8, "nccl")])
 def test_gpus_are_shared_where_there_is_only_one(tmp_path, monkeypatch, gpus, transport):
-    monkeypatch.setattr(measuring, "_gpus", lambda: gpus)
+    monkeypatch.setattr(measuring, "gpus_here", lambda: gpus)
     config = config_for(LLAMA, tmp_path)
     assert config.weights.transport == transport and config.learner.precision == "bf16"
     assert (config.model.layers, config.model.hidden_size, config.model.ffn_size) == (4, 4096, 14336)
@@ -39,7 +39,7 @@ def test_gpus_are_shared_where_there_is_only_one(tmp_path, monkeypatch, gpus, tr
 
 
 def test_without_a_gpu_there_is_nothing_to_measure(tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "_gpus", lambda: 0)
+    monkeypatch.setattr(measuring, "gpus_here", lambda: 0)
     with pytest.raises(ConfigError, match="nvidia-smi finds no GPU here"):
         config_for(LLAMA, tmp_path)
 
