@@ -78,6 +78,7 @@ EXTRAS = {
     "test": [
         "accelerate>=1.10.1",  # trl imports it
         "hypothesis>=6.100",
+        "mkdocs-material>=9.6",  # the site of the docs, whose links are checked
         "pyte>=0.8.2",  # a terminal, to look at what is shown on one
         "pytest>=8",
         "pytest-timeout>=2.3",

@@ -19,6 +19,7 @@ from megatron_async_rlhf.evaluation.wins import wins
 from megatron_async_rlhf.telemetry.files import (
     EVALUATIONS,
     METRICS,
+    RESOLVED_CONFIG,
     check_is_run,
     read_lines,
     read_steps,
@@ -133,7 +134,7 @@ def read_run(directory: Path) -> ComparedRun:
     lines = read_steps(directory / METRICS)
     if summary.status != "completed" or not lines or not summary.wall_seconds:
         raise ConfigError(f"{directory}: its RL is not completed (status {summary.status}); finish it, or leave it out")
-    config = load_config(path)
+    config = load_config(directory / RESOLVED_CONFIG)
     return ComparedRun(
         directory=directory,
         config=config,

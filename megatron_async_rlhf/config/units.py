@@ -5,13 +5,22 @@ import re
 _FORM = re.compile(r"([-+]?\d+(?:\.\d+)?)\s*([A-Za-z%]+)")
 _TIMES = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "seconds": 1.0, "m": 60.0, "min": 60.0, "minutes": 60.0, "h": 3600.0}
 _TIMES |= {"hours": 3600.0, "d": 86400.0, "days": 86400.0}
-_BYTES = {"k": 2**10, "kb": 10**3, "kib": 2**10, "m": 2**20, "mb": 10**6, "mib": 2**20, "g": 2**30, "gb": 10**9}
+_BYTES: dict[str, float] = {
+    "k": 2**10,
+    "kb": 10**3,
+    "kib": 2**10,
+    "m": 2**20,
+    "mb": 10**6,
+    "mib": 2**20,
+    "g": 2**30,
+    "gb": 10**9,
+}
 _BYTES |= {"gib": 2**30, "t": 2**40, "tb": 10**12, "tib": 2**40}
 _COUNTS = {"%": 0.01, "k": 1e3, "m": 1e6, "b": 1e9}
 _OF_KEYS: tuple[tuple[tuple[str, ...], dict[str, float], float], ...] = (
     (("_s", "_seconds"), _TIMES, 1.0),
-    (("_mib",), _BYTES, 2**20),
-    (("_gib",), _BYTES, 2**30),
+    (("_mib",), _BYTES, 2.0**20),
+    (("_gib",), _BYTES, 2.0**30),
 )
 
 
