@@ -1,9 +1,12 @@
 """All keys of the configuration with type, default and meaning: for docs/configuration.md, and as a JSON schema for editors."""
 
 from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import yaml
 from msgspec import Struct
 from pydantic.fields import FieldInfo
 
@@ -11,6 +14,7 @@ from megatron_async_rlhf.config.described import about, meanings
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.schema import TYPED, alternatives, is_section
 from megatron_async_rlhf.config.section import Section, written
+from megatron_async_rlhf.config.units import unit_of
 
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "null", Any: "anything"}
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as annotations call them
@@ -22,12 +26,14 @@ class DescribedKey(Struct, frozen=True, kw_only=True):
         key: its full name, such as `schedule.steps`.
         kind: what values it takes, in words.
         default: as YAML has it; empty if it must be set.
+        since: the version that had it first.
     """
 
     key: str
     kind: str
     default: str
     meaning: str
+    since: str
 
 
 class DescribedSection(Struct, frozen=True, kw_only=True):
@@ -62,12 +68,12 @@ def markdown() -> str:
             "",
             section.about,
             "",
-            "| key | values | default | meaning |",
-            "| --- | --- | --- | --- |",
+            "| key | values | default | meaning | since |",
+            "| --- | --- | --- | --- | --- |",
         ]
         for key in section.keys:
             default = f"`{key.default}`" if key.default else "must be set"
-            parts.append(f"| `{key.key}` | {key.kind} | {default} | {_cell(key.meaning)} |")
+            parts.append(f"| `{key.key}` | {key.kind} | {default} | {_cell(key.meaning)} | {key.since} |")
         parts.append("")
     return "\n".join(parts)
 
@@ -114,11 +120,30 @@ def _keys(prefix: str, section: type[Section]) -> Iterator[DescribedKey]:
                 kind="section" + (" or null" if NoneType in kinds else ""),
                 default=_default(field),
                 meaning=told.get(name) or about(below[0]),
+                since=_since(key),
             )
             for one in below:
                 yield from _keys(key, one)
         else:
-            yield DescribedKey(key=key, kind=_kind(field), default=_default(field), meaning=told.get(name, ""))
+            unit, kind = unit_of(name), _kind(field)
+            yield DescribedKey(
+                key=key,
+                kind=kind if unit is None or "number" not in kind else f"{kind}, {unit}",
+                default=_default(field),
+                meaning=told.get(name, ""),
+                since=_since(key),
+            )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """By key, from the list that is kept by hand."""
+    listed = yaml.safe_load((Path(__file__).parent / "since.yaml").read_text(encoding="utf-8"))
+    return {key: version for version, keys in listed.items() for key in keys.split()}
+
+
+def _since(key: str) -> str:
+    return _versions().get(key, "?")
 
 
 def _default(field: FieldInfo) -> str:
@@ -161,6 +186,8 @@ def _words(kind: Any) -> str:
         return ", ".join(f"`{value}`" for value in get_args(kind))
     if origin is list:
         return "list of " + " or ".join(_words(part) for part in alternatives(get_args(kind)[0]))
+    if origin is tuple:
+        return f"[{', '.join(_words(part) for part in get_args(kind))}]"
     if origin is dict:
         return "keys and values"
     if is_section(kind):

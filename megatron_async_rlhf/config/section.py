@@ -69,7 +69,8 @@ def written(value: Any) -> str:
     """A value as YAML writes it, on one line."""
     if value is None or isinstance(value, bool):
         text = "null" if value is None else str(value).lower()
-    elif isinstance(value, dict | list):
+    elif isinstance(value, dict | list | tuple):
+        value = list(value) if isinstance(value, tuple) else value
         try:
             text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True, sort_keys=False)
         except yaml.YAMLError:

@@ -17,11 +17,22 @@ _BYTES: dict[str, float] = {
 }
 _BYTES |= {"gib": 2**30, "t": 2**40, "tb": 10**12, "tib": 2**40}
 _COUNTS = {"%": 0.01, "k": 1e3, "m": 1e6, "b": 1e9}
+# Of what is counted, by the ends of the keys' names.
+UNITS = {
+    "_s": "s", "_seconds": "s", "_mib": "MiB", "_gib": "GiB", "_gbit_s": "Gbit/s", "_tflops": "TFLOP/s", "_tokens": "tokens",
+    "_steps": "steps",
+}  # fmt: skip
 _OF_KEYS: tuple[tuple[tuple[str, ...], dict[str, float], float], ...] = (
     (("_s", "_seconds"), _TIMES, 1.0),
     (("_mib",), _BYTES, 2.0**20),
     (("_gib",), _BYTES, 2.0**30),
 )
+
+
+def unit_of(key: str) -> str | None:
+    """What a key counts, if its name says so."""
+    longest = max((end for end in UNITS if key.endswith(end)), key=len, default=None)
+    return None if longest is None else UNITS[longest]
 
 
 def as_number(key: str, text: str) -> float | None:

@@ -29,10 +29,11 @@ class Choices(Struct, frozen=True, kw_only=True):
 
 
 def choose(
-    task: Task, *, model: str, train: str, held_out: str | None, reward: dict[str, Any] | None, gpus: int
+    task: Task, *, name: str, model: str, train: str, held_out: str | None, reward: dict[str, Any] | None, gpus: int
 ) -> Choices:
     """
     Args:
+        name: of the run.
         reward: the section; None: what the data suggest.
         gpus: 0 for CPUs.
     """
@@ -46,7 +47,7 @@ def choose(
     why["data.max_prompt_tokens"] = f"of {len(task.prompts):,} prompts that were looked at the longest has {longest}"
     why["data.train"] = task.said or ""
     tree: dict[str, dict[str, Any]] = {
-        "run": {"name": "first", "device": device},
+        "run": {"name": name, "device": device},
         "model": {"hf": model, "context_length": prompt + new},
         "data": {"train": train, "max_prompt_tokens": prompt},
     }

@@ -1,5 +1,6 @@
 """`async-rlhf init`: from a model and data to a configuration that runs."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +65,9 @@ def init(
     task = read_task(with_local_models(check_tree(looked), weights=False))
     section = _reward_section(reward)
     count = gpus_here() if gpus is None else gpus
-    choices = choose(task, model=model, train=data, held_out=held_out, reward=section, gpus=count)
+    choices = choose(
+        task, name=_name_of(config), model=model, train=data, held_out=held_out, reward=section, gpus=count
+    )
     tree = choices.tree
     if choices.writes_reward:
         _refuse_existing(own, force)
@@ -83,6 +86,11 @@ def init(
         own.write_text(_REWARD.format(config=config, parameters=given), encoding="utf-8")
         typer.echo(f"wrote {own}: the reward, an example; put your own in its place")
     typer.echo(f"next: async-rlhf train {config} --dry-run")
+
+
+def _name_of(config: Path) -> str:
+    """A name for the run, after the file's."""
+    return re.sub(r"[^A-Za-z0-9._-]|^[._-]+", "", config.stem) or "run"
 
 
 def _refuse_existing(file: Path, force: bool) -> None:

@@ -22,6 +22,11 @@ def test_the_page_is_what_the_classes_say():
     )
 
 
+def test_of_every_key_it_is_known_which_version_had_it_first():
+    """A new key goes into config/since.yaml, under the version that is being made."""
+    assert [key for key, described in KEYS.items() if described.since == "?"] == []
+
+
 def test_meanings_are_the_comments_of_keys():
     assert meanings(DataSection)["bad_records"] == "and to records that are empty or malformed"
     assert (
@@ -42,6 +47,9 @@ def test_meanings_are_the_comments_of_keys():
         ("data.reference_fields", "list of text", "[]"),
         ("model.hf", "path or null", "null"),
         ("telemetry.tensorboard", "true or false", "false"),
+        ("reward.range", "[number, number]", "[1.0, 10.0]"),
+        ("weights.timeout_s", "number, above 0, s", "120.0"),
+        ("launch.network_gbit_s", "number, above 0, Gbit/s", "400.0"),
     ],
 )
 def test_values_are_said_in_words(key: str, kind: str, default: str):

@@ -1,78 +1,34 @@
 """docs/tutorial.md: its files are made and its commands run as they are printed, in order, in an empty directory."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from doc_blocks import ROOT, blocks, commands, run_shell, write_files
 from tiny_reward_model import make_reward_model
 
 from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.launch.recipe import load_recipe
 from megatron_async_rlhf.usage import run_command_line
 
-TUTORIAL = (Path(__file__).parents[2] / "docs/tutorial.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(bash|python|yaml)\n(.*?)^```", TUTORIAL, re.DOTALL | re.MULTILINE)
-FILE = re.compile(r"# ([\w.]+\.(?:py|yaml))\n")  # the first line of a block that is a file
+PAGE = "docs/tutorial.md"
 LIMIT_S = 500  # of one block; the pipeline takes the longest
 LEFT_OUT = ("curl", "kill", "head", "export")  # of the check without processes
-
-
-def write_files(directory: Path) -> None:
-    for kind, content in BLOCKS:
-        if kind != "bash":
-            name = FILE.match(content)
-            assert name, f"a block of {kind} without the name of its file: {content[:40]}"
-            (directory / name[1]).write_text(content, encoding="utf-8")
-
-
-def commands() -> list[list[str]]:
-    """Of all blocks, in order, as words."""
-    found, pending = [], ""
-    for line in "".join(content for kind, content in BLOCKS if kind == "bash").replace("\\\n", " ").splitlines():
-        pending += line + "\n"
-        try:
-            words = shlex.split(pending, comments=True)
-        except ValueError:
-            continue  # a quoted text goes on in the next line
-        if words:
-            found.append(words)
-        pending = ""
-    return found
-
-
-def run(script: str, directory: Path) -> str:
-    """A block, as a shell with this environment runs it; what it printed."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    shell = subprocess.Popen(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=directory, env=environment, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        output, _ = shell.communicate(timeout=LIMIT_S)
-    finally:
-        if shell.poll() != 0:  # a server in the background goes with the shell that failed
-            os.killpg(shell.pid, signal.SIGKILL)
-    assert shell.returncode == 0, f"{script}\n{output}"
-    return output
 
 
 @pytest.mark.slow
 def test_every_file_and_command_is_as_the_program_wants_it(tmp_path: Path, monkeypatch, capsys):
     """Without starting anything: every command of ours is a dry run, with stand-ins for what earlier ones would have made."""
     monkeypatch.chdir(tmp_path)
-    write_files(tmp_path)
+    write_files(PAGE, tmp_path)
     dry = 0
-    for words in commands():
+    for words in commands(PAGE):
         match words:
             case ["python", name, *_] if name.startswith("make_"):
-                run(shlex.join(words), tmp_path)
+                run_shell(shlex.join(words), tmp_path, LIMIT_S)
             case ["python", name] if name.endswith(".py"):
                 compile(Path(name).read_text(encoding="utf-8"), name, "exec")
             case ["async-rlhf", "pipeline", recipe]:
@@ -100,8 +56,8 @@ def test_every_file_and_command_is_as_the_program_wants_it(tmp_path: Path, monke
 @pytest.mark.thorough
 @pytest.mark.timeout(1200)
 def test_it_runs_from_end_to_end(tmp_path: Path):
-    write_files(tmp_path)
-    printed = [run(content, tmp_path) for kind, content in BLOCKS if kind == "bash"]
+    write_files(PAGE, tmp_path)
+    printed = [run_shell(content, tmp_path, LIMIT_S) for kind, content in blocks(PAGE) if kind == "bash"]
     assert_it_is_as_it_says(tmp_path, printed)
 
 
@@ -110,7 +66,8 @@ def assert_it_is_as_it_says(directory: Path, printed: list[str]) -> None:
     Args:
         printed: by each block.
     """
-    for path in set(re.findall(r"`(runs/[\w./]+)`", TUTORIAL)):
+    text = (ROOT / PAGE).read_text(encoding="utf-8")
+    for path in set(re.findall(r"`(runs/[\w./]+)`", text)):
         assert (directory / path).exists(), path
 
     def read(path: str) -> dict:
