@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from browser import assert_fits, needs_chromium
 from made_runs import leave_run
 from small_config import SECTIONS
 from typer.testing import CliRunner
@@ -59,6 +60,20 @@ def test_given_runs_are_reported_on(tmp_path: Path):
     assert tags.open == [] and tags.links == []  # well-formed, and needs no other file
     assert content["verdict"] in re.sub("&#39;", "'", page) and "<svg" in page
     assert (tmp_path / "report" / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_chromium
+@pytest.mark.xdist_group("browser")
+def test_the_page_fits_every_window(tmp_path: Path):
+    made = [("async", 52.0), ("same_split", 97.0), ("alternating", 80.0)]
+    runs = [
+        leave_run(tmp_path / f"{schedule}-{seed}", schedule, seed, wall_s=wall)
+        for schedule, wall in made
+        for seed in (0, 1)
+    ]
+    out = tmp_path / "report"
+    assert CliRunner().invoke(app, ["compare", *map(str, runs), "--out", str(out)]).exit_code == 0
+    assert_fits(out / "compare.html")
 
 
 def test_a_configuration_is_planned_for_both_baselines(config: Path):

@@ -8,6 +8,7 @@ from statistics import fmean
 from xml.etree import ElementTree
 
 import pytest
+from browser import assert_fits, needs_chromium
 from rich.console import Console
 
 from megatron_async_rlhf.config.load import dump_config
@@ -116,6 +117,16 @@ def test_the_report_is_a_table_a_file_and_a_picture(make, capsys: pytest.Capture
     page = (sweep.directory / "sweep.html").read_text()
     assert page.count("<svg") == 1 and "<td>0.320 [0.300, 0.340]</td>" in page
     assert all(f"<td>{point.name}</td>" in page for point in sweep.points) and "<td>failed</td>" in page
+
+
+@needs_chromium
+@pytest.mark.xdist_group("browser")
+def test_the_page_fits_every_window(make):
+    sweep = make()
+    for number, point in enumerate(sweep.points):
+        leave_run(point, reward=0.3 + number / 100)
+    write_report(Console(width=120, highlight=False), sweep)
+    assert_fits(sweep.directory / "sweep.html")
 
 
 def test_nothing_to_show_is_no_picture(tmp_path: Path):

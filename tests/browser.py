@@ -19,6 +19,9 @@ _FLAGS = (
     "--disable-component-update", "--disable-sync", "--disable-quic", "--hide-scrollbars", "--remote-debugging-port=0",
 )  # fmt: skip
 _READY_S = 60.0
+# A page with scripts of its own says so itself.
+_DRAWN = """document.documentElement?.dataset.ready === 'true'
+    || (document.readyState === 'complete' && document.querySelector('script') === null)"""
 
 
 class Seen(NamedTuple):
@@ -64,6 +67,14 @@ def look(
             browser.wait()
 
 
+def assert_fits(page: Path) -> None:
+    """Wide and narrow, light and dark: nothing on the console, nothing asked of the network, nothing beside the window."""
+    for width in (1440, 390):
+        for dark in (False, True):
+            seen = look(page, width=width, dark=dark)
+            assert (seen.said, seen.asked, seen.overflow) == ([], [], 0), (width, dark)
+
+
 async def _look(
     profile: Path, page: Path, width: int, height: int, dark: bool, before: str, expressions: Sequence[str]
 ) -> Seen:
@@ -89,7 +100,7 @@ async def _look(
             start = asyncio.get_running_loop().time()
             await tab.do("Page.navigate", url=page.resolve().as_uri())
             async with asyncio.timeout(_READY_S):
-                while not await tab.value("document.documentElement?.dataset.ready === 'true'"):
+                while not await tab.value(_DRAWN):
                     await asyncio.sleep(0.02)
             drawn = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
             await tab.value(drawn)
