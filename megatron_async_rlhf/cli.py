@@ -8,7 +8,7 @@ import typer
 from megatron_async_rlhf import __version__
 from megatron_async_rlhf.compare.command import compare
 from megatron_async_rlhf.config.commands import schema
-from megatron_async_rlhf.converter.command import export_hf, import_hf, verify_weights
+from megatron_async_rlhf.converter.command import export_hf, import_hf, verify_checkpoint, verify_weights
 from megatron_async_rlhf.doctor.command import doctor
 from megatron_async_rlhf.first_config.command import init
 from megatron_async_rlhf.interpreter import check_working_directory, print_anything, use_utf8
@@ -63,6 +63,7 @@ for command in (
     import_hf,
     export_hf,
     verify_weights,
+    verify_checkpoint,
 ):
     app.command()(command)
 app.command("eval")(evaluate)

@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint, found out before any process starts: all is there and of the length it was."""
+"""Whether a run can go on from a checkpoint, found out before any process starts: all is there and as it was written."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import torch
 from megatron_async_rlhf.checkpoint.run_state import read_run_state
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.formats.directory import COMMON
+from megatron_async_rlhf.formats.file_digests import check_digests
 from megatron_async_rlhf.formats.reader import TorchDistReader
 
 
@@ -15,6 +16,7 @@ def check_run_checkpoint(checkpoint: Path) -> None:
     Raises:
         CheckpointError: one line naming the file that is missing or broken.
     """
+    check_digests(checkpoint)
     state = read_run_state(checkpoint)
     TorchDistReader(checkpoint)
     path = checkpoint / COMMON
@@ -31,4 +33,5 @@ def check_reference(reference: Path) -> None:
     Raises:
         CheckpointError: one line naming the file that is missing or broken.
     """
+    check_digests(reference)
     TorchDistReader(reference)

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import CheckpointError
+from megatron_async_rlhf.formats.directory import is_checkpoint
 from megatron_async_rlhf.telemetry.files import CHECKPOINT_DIR, REFERENCE_DIR
 
 _log = logging.getLogger(__name__)
@@ -77,6 +79,23 @@ class RunCheckpoints:
         """Delete what killed saves and deletions left; only while no process of the run is alive."""
         for path in self._directory.glob(f"*{_PARTIAL}"):
             _discard(path)
+
+
+def all_checkpoints(path: Path) -> list[Path]:
+    """Those of a run, oldest first, and its reference policy; or the checkpoint that `path` is.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if is_checkpoint(path):
+        return [path]
+    checkpoints = RunCheckpoints(path)
+    found = [checkpoints.path(version) for version in checkpoints.versions()]
+    found += [checkpoints.reference] if checkpoints.reference.is_dir() else []
+    if not found:
+        what = "has no checkpoints" if path.is_dir() else "there is no such directory"
+        raise CheckpointError(f"{path}: {what}; give a checkpoint, or a run with checkpoint.every_steps")
+    return found
 
 
 def _discard(path: Path) -> None:

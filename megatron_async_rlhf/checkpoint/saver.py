@@ -19,6 +19,7 @@ from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, WriteError
 from megatron_async_rlhf.formats.directory import HF_DIR, describe_weights
+from megatron_async_rlhf.formats.file_digests import read_digests, write_digests
 from megatron_async_rlhf.learner.protocol import FinishCheckpoint, Learner, SaveCheckpoint
 from megatron_async_rlhf.scheduler.state import ControllerState
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RUN_STATE, unwritten
@@ -192,7 +193,9 @@ class CheckpointSaver:
         (self._checkpoints.partial(checkpoint) / RUN_STATE).write_bytes(save.state)
         for directory in reversed(save.directories):  # a checkpoint is no use without the reference
             dtype = self._config.learner.weights_dtype
-            describe_weights(self._template, self._checkpoints.partial(directory) / HF_DIR, dtype)
+            partial = self._checkpoints.partial(directory)
+            describe_weights(self._template, partial / HF_DIR, dtype)
+            write_digests(partial, known=read_digests(partial) or {})
             self._checkpoints.put_in_place(directory)
 
     def _prune(self) -> None:

@@ -27,7 +27,7 @@ class PrometheusKeys(Section):
     """Where a Prometheus server can ask for the newest metrics."""
 
     port: int = Field(9400, ge=0, le=65535)
-    host: str = "0.0.0.0"  # the address to listen on; it needs no password
+    host: str = "127.0.0.1"  # the address to listen on; it needs no password, so anyone who reaches it can read it
 
 
 class TelemetrySection(Section):

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.installed import check_installed
 
 Dtype = Literal["bfloat16", "float32"]
@@ -81,6 +82,30 @@ def verify_weights(
     from megatron_async_rlhf.converter.sources import open_holders
 
     compare_holders(*open_holders(a, b, config), cast)
+
+
+def verify_checkpoint(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run: then all checkpoints that it has.")],
+) -> None:
+    """Compare every file of a checkpoint with the digest that was written beside it; exit code 1 if one is not as it was.
+
+    Example: async-rlhf verify-checkpoint runs/quickstart
+    """
+    from megatron_async_rlhf.checkpoint.run_checkpoints import all_checkpoints
+    from megatron_async_rlhf.formats.file_digests import check_digests
+
+    broken = 0
+    for checkpoint in all_checkpoints(path):
+        try:
+            read = check_digests(checkpoint)
+        except CheckpointError as error:
+            typer.echo(f"broken: {error}")
+            broken += 1
+        else:
+            said = f"{read / 1e6:,.1f} MB, all as written" if read else "has no digests: an earlier version wrote it"
+            typer.echo(f"{checkpoint}: {said}")
+    if broken:
+        raise typer.Exit(1)
 
 
 def compare_holders(a: Any, b: Any, cast: Dtype | None) -> None:

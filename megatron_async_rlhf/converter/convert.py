@@ -8,8 +8,9 @@ import torch
 from megatron_async_rlhf.converter.sources import resolve
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.formats.directory import HF_DIR, describe_weights, new_directory
+from megatron_async_rlhf.formats.file_digests import write_digests
 from megatron_async_rlhf.formats.hf_files import SafetensorsDirectory, write_safetensors
-from megatron_async_rlhf.formats.open_weights import description_of, open_weights, read_architecture
+from megatron_async_rlhf.formats.open_weights import description_of, open_checked_weights, read_architecture
 from megatron_async_rlhf.formats.parameters import Parameter, Share, model_parameters, padded_rows, shares_of
 from megatron_async_rlhf.formats.stored import DTYPES, WeightReader, read_blocks
 from megatron_async_rlhf.formats.tensor_spec import TensorSpec
@@ -63,6 +64,7 @@ def import_hf(source: Path, out: Path, *, tensor_parallel: int, pipeline_paralle
     with new_directory(out) as directory:
         write_torch_dist(directory, ranks)
         describe_weights(description, directory / HF_DIR, dtypes[parameters[0].key])
+        write_digests(directory)
 
 
 def export_hf(source: Path, out: Path, *, dtype: str | None, config: Path | None = None) -> None:
@@ -78,7 +80,7 @@ def export_hf(source: Path, out: Path, *, dtype: str | None, config: Path | None
     description = description_of(source, config, "a checkpoint that Megatron saved, or a run")
     arch = read_architecture(description)
     check_shape(arch)
-    reader = open_weights(source, config)
+    reader = open_checked_weights(source, config)
     check_shapes(reader.label, {name: spec.shape for name, spec in reader.tensors.items()}, arch)
     specs = [TensorSpec(name, shape, dtype or reader.tensors[name].dtype) for name, shape in hf_shapes(arch).items()]
     with new_directory(out) as directory:

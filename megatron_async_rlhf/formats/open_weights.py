@@ -6,11 +6,23 @@ from pathlib import Path
 from megatron_async_rlhf.errors import CheckpointError, ConfigError
 from megatron_async_rlhf.formats.checkpoint_weights import CheckpointWeights
 from megatron_async_rlhf.formats.directory import HF_DIR, hf_files_of, is_checkpoint
+from megatron_async_rlhf.formats.file_digests import check_digests
 from megatron_async_rlhf.formats.hf_files import SafetensorsDirectory
 from megatron_async_rlhf.formats.safetensors_files import refuse_adapter
 from megatron_async_rlhf.formats.stored import WeightReader
 from megatron_async_rlhf.models.architecture import Architecture, architecture_of_hf, check_causal_model
 from megatron_async_rlhf.models.hf_mapping import hf_shapes
+
+
+def open_checked_weights(directory: Path, config: Path | None = None) -> WeightReader:
+    """As `open_weights`, once all files of a checkpoint were compared with their digests.
+
+    Raises:
+        CheckpointError: as `open_weights`; or a file is not what was written.
+    """
+    if is_checkpoint(directory):
+        check_digests(directory)
+    return open_weights(directory, config)
 
 
 def open_weights(directory: Path, config: Path | None = None) -> WeightReader:

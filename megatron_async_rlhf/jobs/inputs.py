@@ -220,9 +220,9 @@ def check_value_weights(config: RunConfig, architecture: Architecture, *, or_des
 def _stored_tensors(source: Path) -> Mapping[str, TensorSpec]:
     if not is_checkpoint(source):
         return {name: place.spec for name, place in find_weights(source).items()}
-    from megatron_async_rlhf.formats.open_weights import open_weights  # brings torch
+    from megatron_async_rlhf.formats.open_weights import open_checked_weights  # brings torch
 
-    return open_weights(source).tensors
+    return open_checked_weights(source).tensors
 
 
 def load_run_inputs(config: RunConfig, template: Path) -> RunInputs:

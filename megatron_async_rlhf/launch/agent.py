@@ -45,6 +45,7 @@ from megatron_async_rlhf.launch.rendezvous import (
 )
 from megatron_async_rlhf.launch.scratch import remove_abandoned
 from megatron_async_rlhf.launch.terminal import handle_interrupts
+from megatron_async_rlhf.run_secret import MAX_MESSAGE_BYTES
 
 _POLL_S = 0.1
 _ANSWER_S = 5.0  # an address that does not answer within it is not the one
@@ -58,6 +59,9 @@ class Link:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 1000
+        self._socket.maxmsgsize = MAX_MESSAGE_BYTES
+        self._socket.curve_serverkey = rendezvous.key.encode()
+        self._socket.curve_publickey, self._socket.curve_secretkey = zmq.curve_keypair()
         self._socket.connect(f"tcp://{address}:{rendezvous.port}")
 
     def send(self, message: FromAgent) -> None:

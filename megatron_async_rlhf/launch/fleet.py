@@ -42,6 +42,7 @@ from megatron_async_rlhf.launch.rendezvous import (
     rendezvous_path,
     write_rendezvous,
 )
+from megatron_async_rlhf.run_secret import MAX_MESSAGE_BYTES
 
 _POLL_S = 0.05
 _PROBE_S = 5.0
@@ -188,6 +189,10 @@ class Switchboard:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
+        self._key, private = zmq.curve_keypair()
+        self._socket.curve_server = True
+        self._socket.curve_publickey, self._socket.curve_secretkey = self._key, private
+        self._socket.maxmsgsize = MAX_MESSAGE_BYTES
         try:
             if config.launch.port:
                 self._socket.bind(f"tcp://*:{config.launch.port}")
@@ -200,7 +205,14 @@ class Switchboard:
 
     def rendezvous(self, own: list[str]) -> Rendezvous:
         expires = time.time() + self._config.launch.join_timeout_s
-        return Rendezvous(host=node_name(), addresses=own, port=self._port, token=self._token, expires=expires)
+        return Rendezvous(
+            host=node_name(),
+            addresses=own,
+            port=self._port,
+            key=self._key.decode(),
+            token=self._token,
+            expires=expires,
+        )
 
     def start_thread(self) -> None:
         self._thread.start()

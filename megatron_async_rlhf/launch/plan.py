@@ -21,6 +21,8 @@ from megatron_async_rlhf.jobs.lifecycle import END_AT_ONCE
 from megatron_async_rlhf.launch.layout import Slot, lay_out
 from megatron_async_rlhf.launch.nodes import Node
 from megatron_async_rlhf.models.classifier import read_classifier
+from megatron_async_rlhf.run_secret import VARIABLE as SECRET_FILE
+from megatron_async_rlhf.run_secret import secret_path
 from megatron_async_rlhf.serving import reward_model_command
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, SERVED_DIR
 
@@ -348,6 +350,7 @@ def _environment(config: RunConfig, own: dict[str, str]) -> dict[str, str]:
     Raises:
         ConfigError: both say something of one variable.
     """
+    own = own | {SECRET_FILE: str(secret_path(config.run.path.absolute()))}
     for name in sorted(config.launch.environment.keys() & {*own, *PER_PROCESS}):
         raise ConfigError(f"launch.environment.{name} = {config.launch.environment[name]}: the run sets it itself")
     return config.launch.environment | own

@@ -36,12 +36,14 @@ class Rendezvous(Struct, frozen=True, kw_only=True):
 
     Attributes:
         addresses: of the first machine; the likeliest first.
+        key: that connections are encrypted for, and that the first machine tells nobody else.
         expires: Unix time after which nobody is let in.
     """
 
     host: str
     addresses: list[str]
     port: int
+    key: str
     token: str
     expires: float
 

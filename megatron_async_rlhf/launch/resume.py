@@ -98,12 +98,22 @@ def _check(checkpoints: RunCheckpoints, version: int, older: list[int], has_refe
         check_run_checkpoint,
     )  # brings torch, for broken files only
 
-    way_out = "run without --resume"
+    start_over = "run without --resume"
     try:
         if has_reference:
             check_reference(checkpoints.reference)
-        if older:
-            way_out = f"delete {checkpoints.path(version)} to go on from step {older[-1]}"
-        check_run_checkpoint(checkpoints.path(version))
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; {way_out}") from None
+        raise CheckpointError(f"{error}; {start_over}") from None
+    broken: list[Path] = []
+    first: CheckpointError | None = None
+    for candidate in (version, *reversed(older)):
+        try:
+            check_run_checkpoint(checkpoints.path(candidate))
+        except CheckpointError as error:
+            first = first or error
+            broken.append(checkpoints.path(candidate))
+            continue
+        if first is None:
+            return
+        raise CheckpointError(f"{first}; delete {' and '.join(map(str, broken))} to go on from step {candidate}")
+    raise CheckpointError(f"{first}; {start_over}")

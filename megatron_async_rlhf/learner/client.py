@@ -15,6 +15,7 @@ from megatron_async_rlhf.errors import (
 )
 from megatron_async_rlhf.learner.protocol import WAITING_MESSAGES, Answer, BeginPush, Command, decode_answer
 from megatron_async_rlhf.learner.rollout import messages
+from megatron_async_rlhf.run_secret import as_client
 
 _ERRORS = {"": LearnerError, "non_finite": NonFiniteLossError, "transfer": TransferError, "write": WriteError}
 
@@ -25,6 +26,7 @@ class LearnerClient:
     def __init__(self, address: str, *, timeout_s: float) -> None:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         self._socket.set_hwm(WAITING_MESSAGES)
+        as_client(self._socket)
         self._socket.connect(address)
         self._timeout_s = timeout_s
         self._next_id = 1
@@ -73,6 +75,7 @@ class LearnerClient:
             raise _ERRORS[answer.error_kind](answer.error)
         if answer.begin_at and self._aside is None:
             self._aside = zmq.asyncio.Context.instance().socket(zmq.REQ)
+            as_client(self._aside)
             self._aside.connect(answer.begin_at)
         return answer
 

@@ -11,6 +11,7 @@ import msgspec
 
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
 from megatron_async_rlhf.limits import open_files
+from megatron_async_rlhf.run_secret import request_headers
 
 NO_LIMIT = 0.0
 CLASSIFY = "/classify"
@@ -46,7 +47,10 @@ class Connection:
         # long before the server closes them (`server_environment`): a request sent on a connection that is just being
         # closed would fail although both sides are well. No proxy is ever asked, whatever the environment says.
         self._http = aiohttp.ClientSession(
-            url, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=5.0), trust_env=False
+            url,
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=5.0),
+            trust_env=False,
+            headers=request_headers(),
         )
 
     async def get(self, path: str, answer: Any = dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from megatron_async_rlhf.config.reward_model_section import RewardModelSection
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.serving.guard import GUARD
 from megatron_async_rlhf.serving.vllm_command import common_arguments, common_environment, cpu_arguments
 
 _STREAMING_CONCURRENT = 32
@@ -33,6 +34,7 @@ def server_command(
             context_length=context_length,
             max_concurrent=together,
         ),
+        *("--middleware", GUARD),
         *("--runner", "pooling"),
         *("--convert", "classify"),
         # What is in the cache decides which rows a matrix product has, and that on the last bits.

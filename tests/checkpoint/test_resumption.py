@@ -20,6 +20,7 @@ from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.converter.convert import import_hf
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError
+from megatron_async_rlhf.formats.file_digests import write_digests
 from megatron_async_rlhf.jobs.inputs import load_run_inputs, make_model_template
 from megatron_async_rlhf.launch.input_digests import digest_inputs, write_input_digests
 from megatron_async_rlhf.launch.resume import find_resumption
@@ -70,6 +71,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory = run / f"checkpoints/step_{version:06d}"
         torch.save({"common": {"version": version, "steps": version, "ranks": 1}}, directory / "common.pt")
         (directory / "run_state.msgpack").write_bytes(encode_run_state(run_state(version, version)))
+        (directory / "digests.json").unlink()
+        write_digests(directory)
     for file, key, values in (("metrics", "step", range(1, 7)), ("samples", "step", [1, 1, 4, 5, 6])):
         (run / f"{file}.jsonl").write_text("".join(json.dumps({key: value}) + "\n" for value in values) + '{"st')
     evaluations = "before", "step 2", "step 4", "after"
@@ -236,7 +239,8 @@ def cut(path: Path) -> None:
         ),
     ],
 )
-def test_a_broken_checkpoint_is_refused_in_one_line(found: Found, damage, message: str):
+def test_a_broken_checkpoint_of_an_earlier_version_is_refused_in_one_line(found: Found, damage, message: str):
+    (found.places.path(4) / "digests.json").unlink()
     damage(found.places.path(4))
     with pytest.raises(CheckpointError) as refused:
         found.resume()
@@ -256,6 +260,7 @@ def test_a_broken_checkpoint_is_refused_in_one_line(found: Found, damage, messag
     ],
 )
 def test_a_broken_reference_is_refused_if_it_is_nowhere_else(found: Found, make_model, damage, message: str):
+    (found.places.reference / "digests.json").unlink()
     damage(found.places.reference)
     with pytest.raises(CheckpointError, match=f"{message}.*; run without --resume$"):
         found.resume()
@@ -264,6 +269,38 @@ def test_a_broken_reference_is_refused_if_it_is_nowhere_else(found: Found, make_
     )
     (found.run / "config.yaml").write_text(dump_config(found.config()))
     assert found.resume().version == 4
+
+
+def test_an_older_checkpoint_is_named_only_if_it_is_whole(found: Found):
+    flip(found.places.path(4) / "__0_0.distcp", 1000)
+    with pytest.raises(
+        CheckpointError,
+        match=f"step_000004/__0_0.distcp is not what was written: its digest differs; delete {found.places.path(4)} to go on from step 2$",
+    ):
+        found.resume()
+    flip(found.places.path(2) / "common.pt", 10)
+    with pytest.raises(CheckpointError, match="step_000004/__0_0.distcp is .*; run without --resume$"):
+        found.resume()
+
+
+def test_a_run_says_which_of_its_checkpoints_are_whole(found: Found, capsys):
+    assert run_command_line(app, ["verify-checkpoint", str(found.run)]) == 0
+    assert capsys.readouterr().out.count("all as written") == 3
+    flip(found.places.path(2) / "metadata.json", 3)
+    (found.places.path(4) / "digests.json").unlink()
+    assert run_command_line(app, ["verify-checkpoint", str(found.run)]) == 1
+    out = capsys.readouterr().out
+    assert "broken: " in out and "step_000002/metadata.json is not what was written" in out
+    assert "step_000004: has no digests: an earlier version wrote it" in out
+    assert run_command_line(app, ["verify-checkpoint", str(found.run / "checkpoints/reference")]) == 0
+    assert run_command_line(app, ["verify-checkpoint", str(found.file.parent)]) == 2
+    assert "has no checkpoints" in capsys.readouterr().err
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << place % 8
+    path.write_bytes(content)
 
 
 def train(found: Found, *flags: str) -> subprocess.CompletedProcess:

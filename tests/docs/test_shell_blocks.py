@@ -86,6 +86,7 @@ RULES: list[tuple[str, Callable[[list[str]], list[str]] | Elsewhere]] = [
     (r"async-rlhf eval examples/gsm8k_tiny\.yaml .*", dry),
     (r"async-rlhf (watch|report) .*", as_printed),
     (r".*(import-hf|export-hf|verify-weights) .*", as_printed),
+    (r"async-rlhf verify-checkpoint runs/quickstart", as_printed),
     # Plans and comparisons
     (r"async-rlhf plan examples/llama8b_async\.yaml.*", as_printed),
     (r"async-rlhf plan examples/quickstart\.yaml --measure .*", help_of),
@@ -139,7 +140,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("examples", "slurm", "tools", "docs"):
         (directory / name).symlink_to(ROOT / name)
     make_inputs(directory)
-    keys = [part for key in (*FEWER, "schedule.record=true") for part in ("-s", key)]
+    keys = [part for key in (*FEWER, "schedule.record=true", "checkpoint.every_steps=2") for part in ("-s", key)]
     run_shell(shlex.join(["async-rlhf", "train", "examples/quickstart.yaml", *keys]), directory, LIMIT_S)
     return directory
 

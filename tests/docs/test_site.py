@@ -37,8 +37,17 @@ def test_every_page_has_its_place():
     for entry in nav:
         for value in entry.values():
             placed |= {value} if isinstance(value, str) else {page for each in value for page in each.values()}
-    pages = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+    pages = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
     pages += [
         path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")]
     ]
     assert placed == set(pages)
+
+
+def test_the_page_of_commands_is_what_help_says():
+    said = subprocess.run(
+        [sys.executable, ROOT / "tools/site/commands.py"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert said.strip() == (ROOT / "docs/commands.md").read_text().strip(), (
+        "make it anew: python tools/site/commands.py > docs/commands.md"
+    )

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.formats.holder import Box
 from megatron_async_rlhf.formats.stored import TensorSpec
+from megatron_async_rlhf.run_secret import VARIABLE, request_headers
 
 # A generator is never behind a proxy, whatever `http_proxy` says: the one on this machine would be asked for its own.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -47,12 +48,17 @@ class LiveWeights:
     def _ask_workers(self) -> list[dict[str, Any]]:
         body = json.dumps({"method": "weight_digests"}).encode()
         request = urllib.request.Request(
-            f"{self.label}/collective_rpc", data=body, headers={"Content-Type": "application/json"}
+            f"{self.label}/collective_rpc", data=body, headers={"Content-Type": "application/json"} | request_headers()
         )
         try:
             with _DIRECT.open(request, timeout=_TIMEOUT_S) as response:
                 results = json.load(response)["results"]
         except urllib.error.HTTPError as error:
+            if error.code == 401:
+                raise CheckpointError(
+                    f"{self.label} answers the processes of its run alone; set {VARIABLE} to the file .secret in the run's "
+                    "directory"
+                ) from None
             raise CheckpointError(
                 f"{self.label} answered {error.code}: it is not a generator that this project started"
             ) from None

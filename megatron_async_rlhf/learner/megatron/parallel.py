@@ -14,6 +14,7 @@ from megatron_async_rlhf.config.sections import Device, LearnerSection
 from megatron_async_rlhf.learner.megatron.layers.cpu_backend import enable_cpu_backend
 from megatron_async_rlhf.learner.megatron.layers.fp8 import TOKEN_MULTIPLE
 from megatron_async_rlhf.models.layout import LearnerLayout
+from megatron_async_rlhf.weights.transports.rendezvous import host_store, join_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,9 @@ def join_learner(config: LearnerSection, device: Device) -> Placement:
     else:
         where, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
         torch.cuda.set_device(where)
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = (join_store if rank else host_store)(host, port, config.timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_parallel,
         pipeline_model_parallel_size=config.pipeline_parallel,

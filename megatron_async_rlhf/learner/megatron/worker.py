@@ -59,6 +59,7 @@ from megatron_async_rlhf.learner.protocol import (
 )
 from megatron_async_rlhf.learner.rollout import Rollout
 from megatron_async_rlhf.models.architecture import policy_architecture
+from megatron_async_rlhf.run_secret import as_server
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
 
 _log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class CommandChannel:
         if placement.rank == 0:
             self._socket = zmq.Context.instance().socket(zmq.PAIR)
             self._socket.set_hwm(WAITING_MESSAGES)
+            as_server(self._socket)
             self._socket.bind(listen)
 
     def receive(self) -> AnyCommand:

@@ -1,5 +1,6 @@
 """How learner ranks and generator workers find each other: a key-value store hosted by learner rank 0."""
 
+import socket
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -7,12 +8,24 @@ import torch.distributed as dist
 from megatron_async_rlhf.errors import TransferError
 from megatron_async_rlhf.weights.roster import Roster
 
+_BACKLOG = 2048  # as torch has it
+
 
 def host_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
     """The store itself, on learner rank 0; it outlives the groups that meet through it."""
     try:
-        return dist.TCPStore(host, port, None, True, timedelta(seconds=timeout_s), wait_for_workers=False)
-    except (RuntimeError, dist.DistError) as error:
+        # By itself the store would listen on all addresses of the machine.
+        listening = socket.create_server((host, port), backlog=_BACKLOG)
+        return dist.TCPStore(
+            host,
+            port,
+            None,
+            True,
+            timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=listening.detach(),
+        )
+    except (OSError, RuntimeError, dist.DistError) as error:
         raise TransferError(f"rendezvous: cannot listen on {host}:{port}: {first_line(error)}") from error
 
 

@@ -1,7 +1,7 @@
 """Writes Megatron checkpoints while training goes on: the plan at once, files from a thread, then one last word.
 
     start:  every rank plans and starts its thread                           (collective; training goes on after it)
-    thread: write and flush this rank's files                                (no collectives)
+    thread: write, flush and hash this rank's files                          (no collectives)
     finish: if all threads are done, rank 0 writes what makes the files a checkpoint   (collective)
 
 No collective has a write in it, so that a full disk fails the same command on every rank and nobody waits for who failed.
@@ -32,6 +32,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_async_rlhf.errors import LearnerError, WriteError
 from megatron_async_rlhf.formats.directory import COMMON, write_format
+from megatron_async_rlhf.formats.file_digests import FileDigest, digest_file, write_digests
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.types import Span
 
@@ -44,6 +45,7 @@ class _PlannedSave(TorchDistSaveShardedStrategy):
 
     Attributes:
         common: what is not sharded, as the file rank 0 writes it to.
+        digests: of this rank's files, once they are written.
         writer: of this rank's files.
     """
 
@@ -58,16 +60,22 @@ class _PlannedSave(TorchDistSaveShardedStrategy):
         buffer = io.BytesIO()
         torch.save(common, buffer)
         self.common = buffer.getvalue()
+        self.digests: dict[str, FileDigest] = {}
         self._request = self.async_save(sharded, directory)
 
-    def finish(self) -> None:
-        """Make the files a checkpoint. Collective; raises OSError on rank 0 only, after all ranks have met."""
+    def finish(self, digests: Mapping[str, FileDigest]) -> None:
+        """Make the files a checkpoint. Collective; raises OSError on rank 0 only, after all ranks have met.
+
+        Args:
+            digests: of all ranks' files.
+        """
         for finalize in self._request.finalize_fns:
             finalize()
         if self._failed is not None:
             raise self._failed
         if dist.get_rank() == 0:
             write_format(self.directory)
+            write_digests(self.directory, known=digests)
 
     def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, save_state_dict_ret) -> AsyncRequest:
         self.writer = writer
@@ -124,13 +132,18 @@ class BackgroundSave:
         plans, self._plans = self._plans, []
         self._agree(written.exception())
         failed = None
-        for plan in plans:
+        for plan, digests in zip(plans, self._digests_of(plans), strict=True):
             try:
-                plan.finish()
+                plan.finish(digests)
             except OSError as error:
                 failed = failed or error
         self._agree(failed)
         return written.result()
+
+    def _digests_of(self, plans: list[_PlannedSave]) -> list[dict[str, FileDigest]]:
+        """Of all ranks' files, by plan."""
+        of_ranks = self._of_all_ranks([plan.digests for plan in plans])
+        return [{name: digest for rank in of_ranks for name, digest in rank[n].items()} for n in range(len(plans))]
 
     def _make_directories(self, directories: Mapping[Path, dict]) -> None:
         """Rank 0 makes them before anybody writes."""
@@ -175,6 +188,7 @@ class BackgroundSave:
                 _, written[number] = results.get_nowait()
                 if isinstance(written[number], Exception):
                     raise written[number]
+                plan.digests[Path(bucket[0]).name] = digest_file(Path(bucket[0]))
             writer.results_queue.put(written)
             writer.write_buckets = [(path, name, ([], [])) for path, name, _ in writer.write_buckets]  # frees the copy
         return Span(

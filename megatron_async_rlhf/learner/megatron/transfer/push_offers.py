@@ -14,6 +14,7 @@ import zmq
 
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.learner.protocol import Answer, decode_begin_push, encode_answer
+from megatron_async_rlhf.run_secret import as_server
 
 _LOOK_MS = 500  # how often the listening thread looks whether it is to end
 
@@ -80,6 +81,7 @@ class PushOffers:
 
     def _listen(self, host: str) -> None:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REP)
+        as_server(socket)
         self.address = f"tcp://{host}:{socket.bind_to_random_port(f'tcp://{host}')}"
         self._listener = Thread(target=self._answer_all, args=(socket,), name="push-offers", daemon=True)
         self._listener.start()
