@@ -21,6 +21,7 @@ SLOW_FILES = {
     "checkpoint/test_resumption.py",
     "cli/test_bad_input.py",
     "cli/test_doctor.py",
+    "cli/test_fuzzed_input.py",
     "cluster/test_jobs.py",
     "cluster/test_slurm_testbed.py",
     "e2e/test_sft.py",
@@ -62,7 +63,7 @@ WITH = {
 }
 # Slow tests that are quick ones all the same, because nothing else shows what they do.
 ONE_OF_ITS_KIND = {
-    "e2e/test_runs.py::test_a_run_in_every_layout[tp1-generator-tp1]",
+    "e2e/test_schedules.py::test_a_streaming_run_can_be_replayed",
     "model_directories/test_model_directories.py::test_a_description_without_weights_can_be_planned_with_and_not_started",
 }
 

@@ -35,6 +35,8 @@ class RunSection(Section):
     dir: LocalPath | None = None  # default: runs/<name>; an earlier run found there is set aside, never overwritten
     seed: int = Field(0, ge=0)
     device: Device = "cpu"  # what learner and generators compute on
+    # Of the learner, when a rank of it dies or hangs: the run goes on by itself from its last checkpoint, if it has one.
+    max_restarts: int = Field(3, ge=0)
 
     @property
     def path(self) -> Path:

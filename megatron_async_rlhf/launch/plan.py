@@ -26,6 +26,8 @@ from megatron_async_rlhf.run_secret import secret_path
 from megatron_async_rlhf.serving import reward_model_command
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, SERVED_DIR
 
+RESUME_FROM = "--resume-from"  # a controller's argument
+
 
 class ProcessSpec(Struct, frozen=True, kw_only=True):
     """One process. `environment` comes on top of ours (`child_environment`); empty `cores` means any core, empty `gpus`
@@ -234,7 +236,7 @@ def _generators(
 
 
 def _resumption(version: int | None) -> list[str]:
-    return [] if version is None else ["--resume-from", str(version)]
+    return [] if version is None else [RESUME_FROM, str(version)]
 
 
 def _controller(config: RunConfig, run_dir: Path, nodes: Sequence[Node], arguments: list[str], job: str) -> ProcessSpec:

@@ -16,7 +16,6 @@ from megatron_async_rlhf.errors import ConfigError, DataError
 from megatron_async_rlhf.jobs.inputs import value_source
 from megatron_async_rlhf.json_lines import read_json_lines
 from megatron_async_rlhf.launch.owner import owner_path
-from megatron_async_rlhf.run_secret import write_secret
 from megatron_async_rlhf.scheduler.recording import RolloutLog
 from megatron_async_rlhf.telemetry.files import (
     EVALUATIONS,
@@ -41,7 +40,6 @@ def create_run_directory(config: RunConfig, template: Path) -> tuple[Path, Path 
         directory.mkdir(parents=True, exist_ok=True)
         (directory / RESOLVED_CONFIG).write_text(dump_config(config), encoding="utf-8")
         shutil.copytree(template, directory / POLICY_TEMPLATE_DIR)
-        write_secret(directory)
     except OSError as error:
         raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
     return directory, aside
@@ -71,7 +69,6 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
             if (directory / name).exists():
                 replace_file(directory / name, lines)
         replace_file(directory / RESOLVED_CONFIG, dump_config(config))
-        write_secret(directory)
     except OSError as error:
         raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
     return directory
@@ -86,7 +83,6 @@ def keep_run_directory(config: RunConfig) -> Path:
     directory = config.run.path.absolute()
     try:
         replace_file(directory / RESOLVED_CONFIG, dump_config(config))
-        write_secret(directory)
     except OSError as error:
         raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
     return directory

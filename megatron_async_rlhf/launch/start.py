@@ -5,6 +5,7 @@ this machine ─> the other machines ─> run directory is ours ─> inputs, pla
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -12,6 +13,7 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.differences import differences
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.agent import serve
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet, gather
@@ -30,6 +32,7 @@ from megatron_async_rlhf.launch.supervisor import Supervisor
 from megatron_async_rlhf.launch.surroundings import check_surroundings
 from megatron_async_rlhf.launch.terminal import outlive_readers
 from megatron_async_rlhf.options import warn
+from megatron_async_rlhf.run_secret import write_secret
 from megatron_async_rlhf.telemetry.files import INPUTS
 from megatron_async_rlhf.telemetry.sinks.opening import check_sinks
 
@@ -100,10 +103,25 @@ def run(
             outlive_readers()
         shown = display() if display is not None else Display(memory=HeldMemory(run_dir))
         shown.chosen(differences(config))
-        return Supervisor(config, start.plan, run_dir, shown, fleet).run()
+        cut_back = None if start.keeps else partial(reopen_run_directory, config)
+        return Supervisor(config, start.plan, run_dir, shown, fleet, cut_back=cut_back).run()
 
 
 def _open_directory(config: RunConfig, start: Start) -> Path:
+    """With a secret for this start.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    run_dir = _opened(config, start)
+    try:
+        write_secret(run_dir)
+    except OSError as error:
+        raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
+    return run_dir
+
+
+def _opened(config: RunConfig, start: Start) -> Path:
     """A new one says where an earlier run went."""
     if start.keeps:
         return keep_run_directory(config)

@@ -4,13 +4,15 @@
                          ├─ a server dies in training ──> start it again, same name, port, cores and log
                          ├─ the controller asks for other servers ──> end those there are, start the others
                          ├─ the controller says that one does nothing ──> kill it: a server has died
+                         ├─ a rank of the learner dies or hangs ──> learner and controller again, from the last checkpoint
                          ├─ any other death, a machine is lost ──> end the others ──> failed, naming it
                          └─ Ctrl-C, SIGTERM, SIGHUP, or a file `stop` in the run directory
                                 └──> controller finishes its step, saves and exports ──> interrupted
 
 A server, a generator's or a reward model's, that has been started again `restarts` times stays down when it dies once
 more: the controller goes on with the others, and ends the run when none is left. Before training begins a death is more
-likely a setting that cannot work, and ends the run.
+likely a setting that cannot work, and ends the run. The learner is started again `run.max_restarts` times, with the
+controller; servers go on meanwhile, and get their weights anew (`going_back`).
 
 The supervisor never talks to learner or servers; it owns only their lives. The controller's events come
 through its standard output.
@@ -27,10 +29,11 @@ from typing import Any
 
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import ProcessDiedError, WriteError
+from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError, ProcessDiedError, WriteError
 from megatron_async_rlhf.launch.causes import signal_hint
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
+from megatron_async_rlhf.launch.going_back import CutBack, going_on_from, newest_whole
 from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
 from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.launch.scratch import remove_abandoned
@@ -61,7 +64,21 @@ EXIT_INTERRUPTED = _EXIT_CODES["interrupted"]
 class Supervisor:
     """One run on the machines of a fleet."""
 
-    def __init__(self, config: RunConfig, plan: ProcessPlan, run_dir: Path, display: Display, fleet: Fleet) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: ProcessPlan,
+        run_dir: Path,
+        display: Display,
+        fleet: Fleet,
+        *,
+        cut_back: CutBack | None = None,
+    ) -> None:
+        """
+        Args:
+            cut_back: None: the job cannot go on from a checkpoint.
+        """
+        self._cut_back, self._times_back = cut_back, 0
         self._config = config
         self._fleet = fleet
         self._plan = plan
@@ -115,9 +132,14 @@ class Supervisor:
         for spec in self._plan.processes:
             is_controller = spec is self._plan.controller
             self._processes.append(self._start_process(spec, pipe_stdout=is_controller))
+        self._listen_to_controller()
+
+    def _listen_to_controller(self) -> None:
+        """Which is the last of the processes."""
         self._controller = self._processes[-1]
         self._write_pids()
-        threading.Thread(target=self._read_events, daemon=True).start()
+        self._listener = threading.Thread(target=self._read_events, args=[self._controller], daemon=True)
+        self._listener.start()
 
     def _start_process(self, spec: ProcessSpec, *, pipe_stdout: bool = False) -> Process:
         self._started[spec.name] = time.time()
@@ -133,10 +155,10 @@ class Supervisor:
             with writing(self._run_dir / PROCESSES):
                 replace_file(self._run_dir / PROCESSES, json.dumps(pids) + "\n")
 
-    def _read_events(self) -> None:
-        assert isinstance(self._controller, LocalProcess)  # the controller is on this machine
+    def _read_events(self, controller: Process) -> None:
+        assert isinstance(controller, LocalProcess)  # it is on this machine
         with EventLog(self._run_dir / EVENTS) as log:
-            for line in self._controller.stdout:
+            for line in controller.stdout:
                 event = parse_event(line)
                 if event is not None:
                     log.append(event)
@@ -181,6 +203,8 @@ class Supervisor:
                 time.sleep(_SETTLE_S)
                 self._drain_events()
                 if self._controller.returncode in (0, EXIT_INTERRUPTED):
+                    continue
+                if not asked and self._go_back():
                     continue
                 status, error, tail = self._blame()
                 # Who ends a whole job tells every process of it to end.
@@ -229,11 +253,46 @@ class Supervisor:
             self._killed.pop(process.name, None)
             self._processes[i] = self._start_process(process.spec)
 
+    def _go_back(self) -> bool:
+        """Start learner and controller again from the last checkpoint, if it is the learner that failed."""
+        ours = [process for process in self._processes if process.spec.name in self._of_training]
+        failed = self._learner_is_silent or any(process in ours[:-1] for process in self._dead())
+        limit = self._config.run.max_restarts
+        if self._cut_back is None or not failed or any(process not in ours for process in self._dead()):
+            return False
+        if self._times_back >= limit or (version := newest_whole(self._run_dir)) is None:
+            return False
+        self._times_back += 1
+        _, error, _ = self._blame()
+        self._display.note(f"{error}; going on from step {version} (run.max_restarts: {self._times_back} of {limit})")
+        self._end(ours)
+        self._listener.join(self._config.launch.shutdown_grace_s)
+        self._drain_events()
+        self._failure, self._explained, self._learner_is_silent, self._totals = None, False, False, {}
+        for process in ours:
+            self._killed.pop(process.name, None)
+        try:
+            self._cut_back(version)
+        except (ConfigError, CheckpointError, DataError) as failure:
+            raise WriteError(f"{error}; {failure}") from None
+        self._processes = [process for process in self._processes if process not in ours]
+        for spec in going_on_from(self._plan, version):
+            is_controller = spec.name == self._plan.controller.name
+            self._processes.append(self._start_process(spec, pipe_stdout=is_controller))
+        self._listen_to_controller()
+        return True
+
+    @property
+    def _of_training(self) -> set[str]:
+        """Names of learner ranks and controller."""
+        return {spec.name for spec in (*self._plan.learners, self._plan.controller)}
+
     def _blame(self) -> tuple[str, str, list[str]]:
         """A process that died by itself comes before a controller that only reports what it saw."""
         dead = self._dead()
         others = [process for process in dead if process is not self._controller]
-        learners = [process for process in self._processes if process.spec in self._plan.learners]
+        ranks = {spec.name for spec in self._plan.learners}
+        learners = [process for process in self._processes if process.name in ranks]
         if self._learner_is_silent or any((process.returncode or 0) > 0 and process in learners for process in others):
             if stopped := dump_stacks(learners):
                 names = ", ".join(process.name for process in stopped)
@@ -297,7 +356,7 @@ class Supervisor:
     def _end(self, processes: Sequence[Process]) -> None:
         """What ends each of them, and SIGKILL after the grace period."""
         for process in processes:
-            if process.spec is self._plan.controller:
+            if process.name == self._plan.controller.name:
                 process.signal(process.spec.end_signal)  # to W&B's process, a child of it, it talks until the end
             else:
                 process.kill_group(process.spec.end_signal)

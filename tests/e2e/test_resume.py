@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -111,6 +114,50 @@ def test_half_and_half_is_the_whole_bit_for_bit(start, tmp_path):
         assert_same_run(rest, whole)
         equal = command("verify-weights", directory, whole.directory)
         assert equal.returncode == 0, equal.stdout + equal.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_learner_that_is_killed_costs_nothing_but_time(start):
+    whole = start(*SYNC)
+    output = whole.wait()
+    assert whole.process.returncode == 0, output
+    killed = start(*SYNC)
+    killed.wait_for_step(3)
+    assert_strangers_are_refused(killed)
+    generator = killed.pid("generator.0")
+    killed.kill("learner.0")
+    output = killed.wait()
+    assert killed.process.returncode == 0, output
+    assert re.search(
+        r"learner\.0 was killed by SIGKILL.*; going on from step [24] \(run\.max_restarts: 1 of 3\)", output
+    )
+    assert killed.pid("generator.0") == generator
+    assert_same_run(killed, whole)
+
+
+def assert_strangers_are_refused(run) -> None:
+    """A generator answers who shows the run's secret, which stands in nothing that others see."""
+    port = argument_of(run.pid("generator.0"), "--port")
+    secret = (run.directory / ".secret").read_text()
+    for path in ("/health", "/v1/models", "/async_rlhf/pause?how=abort", "/collective_rpc", "/metrics"):
+        for shown in ({}, {"Authorization": f"Bearer {secret[:-1]}"}):
+            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=shown)
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(request, timeout=10)
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/health", headers={"Authorization": f"Bearer {secret}"})
+    assert urllib.request.urlopen(request, timeout=10).status == 200
+    for name in ("controller", "learner.0", "generator.0"):
+        for file in ("cmdline", "environ"):
+            assert secret.encode() not in Path(f"/proc/{run.pid(name)}/{file}").read_bytes()
+    for path in run.directory.rglob("*"):
+        if path.is_file() and path.name != ".secret":
+            assert secret.encode() not in path.read_bytes(), path
+
+
+def argument_of(pid: int, option: str) -> str:
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return words[words.index(option) + 1]
 
 
 def assert_weights_are_usable(run: Path, tmp_path: Path) -> None:

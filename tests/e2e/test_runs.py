@@ -38,7 +38,7 @@ def test_a_run_in_every_layout(start, tmp_path, layout, mode, bound, has_reward_
     run.wait_for_step(1)
     temporary, shared = run.belongings("generator.0")
     assert any(path.is_socket() for path in temporary.iterdir())
-    assert shared
+    assert shared or generator_tensor == 1  # then the worker is in the engine's process
     output = run.wait()
     assert run.process.returncode == 0, output
     assert not [path for path in (temporary, *shared) if path.exists()]

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.formats.file_digests import write_digests
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
 from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
@@ -81,6 +84,7 @@ class Run:
         phase: str = "train",
         controller: tuple[str, ...] = (CONTROLLER,),
         on_request: tuple[str, ...] = (),
+        cut_back: Callable[[int], None] | None = None,
     ) -> None:
         monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
         self.directory, self.output = directory, io.StringIO()
@@ -92,7 +96,8 @@ class Run:
             on_request={name: [process(f"{name}.{i}", STAND) for i in range(2)] for name in on_request},
         )
         config = RunConfig.model_validate({"model": MODEL, "launch": {"shutdown_grace_s": 1.0}})
-        supervisor = Supervisor(config, plan, directory, Display(Console(file=self.output, width=500)), Fleet(list))
+        display = Display(Console(file=self.output, width=500))
+        supervisor = Supervisor(config, plan, directory, display, Fleet(list), cut_back=cut_back)
         self.thread = threading.Thread(target=lambda: setattr(self, "code", supervisor.run()))
         self.thread.start()
         self.wait(lambda: phase in self.output.getvalue())
@@ -175,6 +180,58 @@ def test_a_generator_that_must_not_be_started_again_ends_the_run(tmp_path, monke
     run.kill("generator.1")
     assert run.join() == 1
     assert "error: generator.1 was killed by SIGKILL" in run.output.getvalue()
+
+
+def leave_checkpoint(directory: Path, version: int) -> Path:
+    checkpoint = RunCheckpoints(directory).path(version)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(b"weights")
+    write_digests(checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["killed", "hangs"])
+def test_a_learner_goes_back_to_the_last_whole_checkpoint(tmp_path, monkeypatch, silent: bool):
+    leave_checkpoint(tmp_path, 20)
+    broken = leave_checkpoint(tmp_path, 40)
+    (broken / "weights").write_bytes(b"weighty")
+    cut: list[int] = []
+    run = Run(tmp_path, monkeypatch, restarts=0, cut_back=cut.append)
+    for attempt in (1, 2, 3):
+        before = run.pids
+        if silent:
+            os.kill(before["learner.1"], signal.SIGSTOP)
+            run.report_silent("learner", since=time.time())
+            (tmp_path / "fail").touch()
+            run.wait(lambda: "going on" in run.output.getvalue())
+            (tmp_path / "fail").unlink()
+        else:
+            run.kill("learner.1")
+        ours = ("learner.0", "learner.1", "controller")
+        run.wait(lambda before=before: all(run.pids[name] != before[name] for name in ours))
+        run.wait(lambda attempt=attempt: run.log("learner.1").count("up") == attempt + 1)
+        assert {name: run.pids[name] for name in ("generator.0", "generator.1", "reward.0")}.items() <= before.items()
+        assert not any(is_there(before[name]) for name in ours)
+        assert cut == [20] * attempt
+        told = f"going on from step 20 (run.max_restarts: {attempt} of 3)"
+        run.wait(lambda told=told: told in run.output.getvalue())
+        arguments = Path(f"/proc/{run.pids['controller']}/cmdline").read_bytes().split(b"\0")
+        assert arguments[-3:] == [b"--resume-from", b"20", b""] and arguments.count(b"--resume-from") == 1
+        if silent:
+            assert run.end() == 0
+            return
+    run.kill("learner.0")
+    assert run.join() == 1
+    assert "error: learner.0 was killed by SIGKILL" in run.output.getvalue()
+
+
+def test_without_a_checkpoint_the_death_of_a_learner_ends_the_run(tmp_path, monkeypatch):
+    broken = leave_checkpoint(tmp_path, 40)
+    (broken / "weights").unlink()
+    run = Run(tmp_path, monkeypatch, restarts=0, cut_back=lambda version: pytest.fail(f"cut back to {version}"))
+    run.kill("learner.1")
+    assert run.join() == 1
+    assert "error: learner.1 was killed by SIGKILL" in run.output.getvalue()
 
 
 def is_there(pid: int) -> bool:

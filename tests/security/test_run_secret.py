@@ -1,7 +1,10 @@
 """Who does not know a run's secret is not answered."""
 
 import asyncio
+import contextlib
 import os
+import random
+import socket
 import stat
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from megatron_async_rlhf.run_secret import as_client, as_server, may_ask, reques
 from megatron_async_rlhf.serving.guard import Guard
 
 WAIT_MS = 1000
+STRANGERS = 10_000 if os.environ.get("ASYNC_RLHF_TEST_THOROUGH") == "1" else 1000
 
 
 @pytest.fixture
@@ -112,6 +116,43 @@ def test_a_socket_hears_its_run_alone(belongs, kinds: tuple[int, int]):
         assert answer_of(server, stranger, port) is None
     belongs("run")
     client = context.socket(kinds[1])
+    as_client(client)
+    assert answer_of(server, client, port) == b"answer to command"
+    context.destroy()
+
+
+GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"%s" + bytes(1) + bytes(31)  # of ZMTP 3.1
+
+
+@pytest.mark.parametrize("kind", [zmq.PAIR, zmq.REP])
+def test_garbage_does_no_harm(belongs, kind: int):
+    """Random bytes, cut-off handshakes, other mechanisms, enormous frames; then whoever knows the secret is heard."""
+    belongs("run")
+    context = zmq.Context()
+    context.linger = 0
+    server = context.socket(kind)
+    as_server(server)
+    port = server.bind_to_random_port("tcp://127.0.0.1")
+    dice = random.Random(0)
+    mechanisms = [name.ljust(20, b"\0") for name in (b"NULL", b"PLAIN", b"CURVE", b"?")]
+    for number in range(STRANGERS):
+        greeting = GREETING % dice.choice(mechanisms)
+        content = dice.choice(
+            [
+                dice.randbytes(dice.randint(0, 200)),
+                greeting[: dice.randint(0, len(greeting))],
+                greeting + b"\x04" + bytes([dice.randrange(256)]) + dice.randbytes(dice.randint(0, 300)),
+                greeting + b"\x02" + (2**62).to_bytes(8, "big") + dice.randbytes(64),
+                greeting + b"\x04\x26\x05READY" + dice.randbytes(33) + b"\x00\x07command",
+            ]
+        )
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+            stranger.sendall(content)
+            if number % 50 == 0:
+                stranger.settimeout(0.05)
+                stranger.recv(1000)
+    assert not server.poll(200), "nothing of it is a message"
+    client = context.socket(zmq.PAIR if kind == zmq.PAIR else zmq.REQ)
     as_client(client)
     assert answer_of(server, client, port) == b"answer to command"
     context.destroy()
