@@ -251,13 +251,25 @@ def test_a_machine_that_goes_while_others_are_awaited_may_come_again(cluster, ho
         assert [ended(agent)[0] for agent in (again, second)] == [0, 0]
 
 
+KEY = zmq.curve_keypair()[0].decode()  # of a first machine that is gone
+
+
+def bound(socket: zmq.Socket, token: str) -> Rendezvous:
+    """Stands for a first machine."""
+    public, private = zmq.curve_keypair()
+    socket.curve_server = True
+    socket.curve_publickey, socket.curve_secretkey = public, private
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    expires = time.time() + 60
+    return Rendezvous(host="m0", addresses=["127.0.0.1"], port=port, key=public.decode(), token=token, expires=expires)
+
+
 def test_a_refusal_of_an_earlier_start_is_forgotten_with_it(cluster, monkeypatch):
     """A machine refused by one start finds the next, which is slow to answer at first."""
     monkeypatch.setattr("megatron_async_rlhf.launch.agent._ANSWER_S", 0.5)
     path = rendezvous_path(cluster.config())
     with ThreadPoolExecutor() as pool, zmq.Context() as context, context.socket(zmq.ROUTER) as first:
-        port = first.bind_to_random_port("tcp://127.0.0.1")
-        old = Rendezvous(host="m0", addresses=["127.0.0.1"], port=port, token="old", expires=time.time() + 60)
+        old = bound(first, token="old")
         write_rendezvous(path, old)
         agent = pool.submit(serve, cluster.config(), 1)
         assert first.poll(LIMIT_S * 1000)
@@ -278,9 +290,7 @@ def test_a_refusal_counts_although_the_first_machine_has_gone_since(cluster):
     """It ends as soon as it has refused one, and takes the file with it."""
     path = rendezvous_path(cluster.config())
     with zmq.Context() as context, context.socket(zmq.ROUTER) as first:
-        port = first.bind_to_random_port("tcp://127.0.0.1")
-        host = Rendezvous(host="m0", addresses=["127.0.0.1"], port=port, token="t", expires=time.time() + 60)
-        write_rendezvous(path, host)
+        write_rendezvous(path, bound(first, token="t"))
         agent = cluster.agent()
         assert first.poll(LIMIT_S * 1000)
         identity, *_ = first.recv_multipart()
@@ -308,7 +318,7 @@ def old_rendezvous(cluster, *, expires: float, address: str = "127.0.0.1") -> No
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]  # nobody listens there once it is closed
     path = rendezvous_path(cluster.config())
-    write_rendezvous(path, Rendezvous(host="m0", addresses=[address], port=port, token="old", expires=expires))
+    write_rendezvous(path, Rendezvous(host="m0", addresses=[address], port=port, key=KEY, token="old", expires=expires))
 
 
 @pytest.mark.parametrize(
@@ -330,7 +340,9 @@ def test_what_a_crash_left_behind_is_passed_over(cluster):
     """It is not too old, and the next first machine listens on the same port."""
     config = cluster.config(f"launch.port={free_port()}")
     path = rendezvous_path(config)
-    old = Rendezvous(host="m0", addresses=["127.0.0.1"], port=config.launch.port, token="old", expires=time.time() + 60)
+    old = Rendezvous(
+        host="m0", addresses=["127.0.0.1"], port=config.launch.port, key=KEY, token="old", expires=time.time() + 60
+    )
     write_rendezvous(path, old)
     agent = cluster.agent(f"launch.port={config.launch.port}")
     with gather(config) as fleet:
