@@ -34,7 +34,7 @@ def write_secret(run_dir: Path) -> None:
     path = secret_path(run_dir)
     partial = path.with_name(f"{_NAME}.partial")
     partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
         file.write(secrets.token_hex(_BYTES))
     partial.replace(path)
 

@@ -21,7 +21,6 @@ SLOW_FILES = {
     "checkpoint/test_resumption.py",
     "cli/test_bad_input.py",
     "cli/test_doctor.py",
-    "cli/test_fuzzed_input.py",
     "cluster/test_jobs.py",
     "cluster/test_slurm_testbed.py",
     "e2e/test_sft.py",

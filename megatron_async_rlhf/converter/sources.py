@@ -6,7 +6,7 @@ from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.formats.directory import hf_files_of
 from megatron_async_rlhf.formats.holder import StoredWeights, WeightHolder
-from megatron_async_rlhf.formats.open_weights import open_checked_weights
+from megatron_async_rlhf.formats.open_weights import open_weights
 from megatron_async_rlhf.generator.vllm.live_weights import LiveWeights
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, RESOLVED_CONFIG
 from megatron_async_rlhf.telemetry.summary import read_summary
@@ -49,7 +49,7 @@ def open_holders(a: str, b: str, config: Path | None = None) -> tuple[WeightHold
         if is_url(source):
             return LiveWeights(source)
         path = paths[source]
-        return StoredWeights(open_checked_weights(path, config or (None if path in described else borrowed)))
+        return StoredWeights(open_weights(path, config or (None if path in described else borrowed)))
 
     return open_holder(a), open_holder(b)
 

@@ -15,7 +15,7 @@ from megatron_async_rlhf.formats.file_digests import check_digests
 from megatron_async_rlhf.launch.plan import RESUME_FROM, ProcessPlan, ProcessSpec
 
 # Cuts the run's directory back to the checkpoint of a version.
-CutBack = Callable[[int], None]
+CutBack = Callable[[int], object]
 
 
 def newest_whole(run_dir: Path) -> int | None:

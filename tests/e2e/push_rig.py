@@ -24,6 +24,7 @@ from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.launch.run_directory import create_run_directory
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import ExportWeights, StartReinforcement, TrainRollout, WaitUntilReady
+from megatron_async_rlhf.run_secret import VARIABLE as SECRET_FILE
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
 from megatron_async_rlhf.types import Completion, PushReport, Span, TrainingGroup
 
@@ -179,6 +180,8 @@ async def push_rig(
             arguments = [argument for argument in spec.arguments if argument != option]
             assert len(arguments) == len(spec.arguments) - 1
             specs[i] = msgspec.structs.replace(spec, arguments=arguments)
+    for spec in specs:
+        del spec.environment[SECRET_FILE]  # the test is no process of a run
     processes = {spec.name: LocalProcess(spec, run_dir / "logs", pipe_stdout=False) for spec in specs}
     arguments = plan.controller.arguments
     values = {key: [b for a, b in zip(arguments, arguments[1:], strict=False) if a == key] for key in arguments}

@@ -102,5 +102,5 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path):
 
     with pytest.raises(ConfigError, match="the run has not begun"):
         watch(run)
-    with pytest.raises(ConfigError, match="directory without config.yaml"):
+    with pytest.raises(ConfigError, match="is no run's directory: it has no config.yaml"):
         watch(tmp_path)
