@@ -1,5 +1,6 @@
 """The blocks of a page of the docs: files that it makes, and commands that it runs."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -63,6 +64,7 @@ def run_shell(script: str, directory: Path, limit_s: float) -> str:
         output, _ = shell.communicate(timeout=limit_s)
     finally:
         if shell.poll() != 0:  # a server in the background goes with the shell that failed
-            os.killpg(shell.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
     assert shell.returncode == 0, f"{script}\n{output}"
     return output
