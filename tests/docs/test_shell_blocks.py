@@ -55,6 +55,11 @@ def help_of(words: list[str]) -> list[str]:
     return [*words, "--help"]
 
 
+def of_the_export(words: list[str]) -> list[str]:
+    """With a checkpoint that has the weights of what the command before has exported."""
+    return ["bash", "-c", f"async-rlhf import-hf exported/policy checkpoints/policy && {shlex.join(words)}"]
+
+
 class Elsewhere(str):
     """The test that runs it, or what a machine must have for it."""
 
@@ -85,7 +90,8 @@ RULES: list[tuple[str, Callable[[list[str]], list[str]] | Elsewhere]] = [
     (r"async-rlhf eval runs/quickstart -s eval\.against=runs/sft .*", as_printed),
     (r"async-rlhf eval examples/gsm8k_tiny\.yaml .*", dry),
     (r"async-rlhf (watch|report) .*", as_printed),
-    (r".*(import-hf|export-hf|verify-weights) .*", as_printed),
+    (r".*(import-hf|export-hf) .*", as_printed),
+    (r".*verify-weights .*", of_the_export),
     (r"async-rlhf verify-checkpoint runs/quickstart", as_printed),
     # Plans and comparisons
     (r"async-rlhf plan examples/llama8b_async\.yaml.*", as_printed),
@@ -154,7 +160,7 @@ def make_inputs(directory: Path) -> None:
     pairs = [{"prompt": f"{n}?", "chosen": "Yes.", "rejected": "No."} for n in range(100)]
     (directory / "data").mkdir()
     for name, records in {
-        "gsm8k.jsonl": rows, "chats.jsonl": chats, "data/no_robots.jsonl": chats, "data/no_robots_train.jsonl": chats,
+        "gsm8k.jsonl": rows, "test.jsonl": rows[:20], "chats.jsonl": chats, "data/no_robots.jsonl": chats, "data/no_robots_train.jsonl": chats,
         "data/pairs.jsonl": pairs, "data/ultrafeedback_binarized.jsonl": pairs,
     }.items():  # fmt: skip
         (directory / name).write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -170,6 +176,8 @@ def make_inputs(directory: Path) -> None:
     shutil.copytree(directory / "models/tiny", directory / "models/Llama-3.1-8B")
     (directory / "models/described").mkdir()
     shutil.copy(ROOT / "examples/llama8b/config.json", directory / "models/described")
+    shutil.copytree(directory / "models/tiny", directory / "models/rho-1b")
+    (directory / ".venv").symlink_to(sys.prefix)
     (directory / "config.yaml").symlink_to(ROOT / "examples/quickstart.yaml")
 
 
