@@ -29,9 +29,10 @@ STAND_INS = (
     ("path/to/gsm8k/train.jsonl", "gsm8k.jsonl"),
     ("path/to/SmolLM2-135M-Instruct", "models/tiny"),
     ("path/to/model", "models/tiny"),
-    ("...", ""),
+    ("sft.model.hf=...", "sft.model.hf=models/described"), ("...", ""),
+    ("$gold", "data/rm"),
     ("/data/Llama-3.1-8B", "models/described"), ("meta-llama/Llama-3.1-8B", "models/described"),
-    ("meta-llama/Llama-3.2-1B", "models/described"), ("realtreetune/rho-1b-sft-GSM8K", "models/described"),
+    ("meta-llama/Llama-3.2-1B", "examples/llama1b"), ("realtreetune/rho-1b-sft-GSM8K", "examples/rho1b"),
 )  # fmt: skip
 
 
@@ -77,7 +78,7 @@ RULES: list[tuple[str, Callable[[list[str]], list[str]] | Elsewhere]] = [
     (r".*train examples/quickstart\.yaml -s run\.name=sync .*", fewer()),
     (r".*train examples/quickstart\.yaml -s run\.name=tp2 .*", fewer()),
     (r"async-rlhf train examples/quickstart\.yaml -s schedule\.(steps=5|max_staleness=1)", dry),
-    (r".*train examples/gsm8k_tiny\.yaml .*", fewer("data.eval_prompts=4", "generator.max_new_tokens=32")),
+    (r".*train examples/gsm8k_tiny\.yaml .*", fewer("data.eval_prompts=4", "generator.max_new_tokens=32", "model.vocab_size=400")),
     (r"async-rlhf train config\.yaml .*", fewer("run.name=saved", "checkpoint.every_steps=2")),
     (r"async-rlhf sft examples/quickstart\.yaml .*", fewer()),
     (r"async-rlhf train examples/quickstart\.yaml -s warm_start\.steps=0 .*", fewer("warm_start.steps=0", "run.name=after_sft")),
@@ -88,7 +89,7 @@ RULES: list[tuple[str, Callable[[list[str]], list[str]] | Elsewhere]] = [
     # Questions to runs
     (r".*eval runs/quickstart( -s eval\.against=references)?", as_printed),
     (r"async-rlhf eval runs/quickstart -s eval\.against=runs/sft .*", as_printed),
-    (r"async-rlhf eval examples/gsm8k_tiny\.yaml .*", dry),
+    (r"async-rlhf eval examples/gsm8k_tiny\.yaml .*", lambda words: dry([*words, "-s", "data.eval_prompts=20"])),
     (r"async-rlhf (watch|report) .*", as_printed),
     (r".*(import-hf|export-hf) .*", as_printed),
     (r".*verify-weights .*", of_the_export),
@@ -103,6 +104,7 @@ RULES: list[tuple[str, Callable[[list[str]], list[str]] | Elsewhere]] = [
     (r"async-rlhf sweep examples/sweep\.yaml( --only .*| --report-only)?", Elsewhere("tests/e2e/test_sweep.py")),
     # Recipes
     (r"async-rlhf pipeline examples/mini", Elsewhere("tests/pipeline/test_mini_recipe.py")),
+    (r"async-rlhf pipeline examples/smollm2 .*", Elsewhere("tests/pipeline/test_pipeline_dry_run.py")),
     (r"async-rlhf pipeline examples/.*", dry),
     (r"gold=.*", Elsewhere("a variable of the next command")),
     (r"python examples/smollm2/(prepare|solution_pairs)\.py .*", help_of),
@@ -177,6 +179,10 @@ def make_inputs(directory: Path) -> None:
     (directory / "models/described").mkdir()
     shutil.copy(ROOT / "examples/llama8b/config.json", directory / "models/described")
     shutil.copytree(directory / "models/tiny", directory / "models/rho-1b")
+    for name, example in {
+        "sft": "llama8b", "sft-policy": "llama8b", "rm": "llama8b_reward_model", "reward-model": "llama8b_reward_model",
+    }.items():  # fmt: skip
+        shutil.copytree(ROOT / "examples" / example, directory / "data" / name)
     (directory / ".venv").symlink_to(sys.prefix)
     (directory / "config.yaml").symlink_to(ROOT / "examples/quickstart.yaml")
 
