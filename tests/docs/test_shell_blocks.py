@@ -61,6 +61,12 @@ def of_the_export(words: list[str]) -> list[str]:
     return ["bash", "-c", f"async-rlhf import-hf exported/policy checkpoints/policy && {shlex.join(words)}"]
 
 
+def after_sft(words: list[str]) -> list[str]:
+    """With the policy that another page makes."""
+    sft = fewer()(["async-rlhf", "sft", "examples/quickstart.yaml", "-s", "run.name=sft"])
+    return ["bash", "-c", f"{shlex.join(sft)} && {shlex.join(words)}"]
+
+
 class Elsewhere(str):
     """The test that runs it, or what a machine must have for it."""
 
@@ -88,7 +94,7 @@ RULES: list[tuple[str, Callable[[list[str]], list[str]] | Elsewhere]] = [
     (r".*init run\.yaml .*", as_printed),
     # Questions to runs
     (r".*eval runs/quickstart( -s eval\.against=references)?", as_printed),
-    (r"async-rlhf eval runs/quickstart -s eval\.against=runs/sft .*", as_printed),
+    (r"async-rlhf eval runs/quickstart -s eval\.against=runs/sft .*", after_sft),
     (r"async-rlhf eval examples/gsm8k_tiny\.yaml .*", lambda words: dry([*words, "-s", "data.eval_prompts=20"])),
     (r"async-rlhf (watch|report) .*", as_printed),
     (r".*(import-hf|export-hf) .*", as_printed),
