@@ -71,6 +71,12 @@ class RunCheckpoints:
             if version != best:
                 _discard(self.path(version))
 
+    def discard_newer(self, version: int) -> None:
+        """Delete those of later versions: the run goes on from this one, and saves them again."""
+        for later in self.versions():
+            if later > version:
+                _discard(self.path(later))
+
     def discard_partial(self, complete: Path) -> None:
         """Give back the room of a save that failed; nobody writes there any more."""
         _discard(self.partial(complete))

@@ -64,6 +64,7 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
             EVALUATIONS: _lines_to_keep(directory / EVALUATIONS, lambda line: line["when"] in evaluated),
         }
         checkpoints.remove_leftovers()
+        checkpoints.discard_newer(version)
         RolloutLog(directory / ROLLOUT_DIR).cut(version)
         for name, lines in kept.items():
             if (directory / name).exists():

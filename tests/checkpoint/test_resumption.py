@@ -283,6 +283,13 @@ def test_an_older_checkpoint_is_named_only_if_it_is_whole(found: Found):
         found.resume()
 
 
+def test_what_is_newer_than_where_a_run_goes_back_to_is_saved_again(found: Found):
+    flip(found.places.path(4) / "common.pt", 10)
+    reopen_run_directory(found.config(), 2)
+    assert found.places.versions() == [2]
+    assert [line["step"] for line in read_lines(found.run / "metrics.jsonl")] == [1, 2]
+
+
 def test_a_run_says_which_of_its_checkpoints_are_whole(found: Found, capsys):
     assert run_command_line(app, ["verify-checkpoint", str(found.run)]) == 0
     assert capsys.readouterr().out.count("all as written") == 3
