@@ -181,6 +181,7 @@ class ChaosRun:
         self.process = self._start("--resume")
 
     def close(self) -> None:
+        """End what is left; the files stay. Harmless a second time."""
         for pid in [self.process.pid]:
             if self.process.poll() is None:
                 os.killpg(pid, signal.SIGTERM)
@@ -193,7 +194,7 @@ class ChaosRun:
             kept = self.directory / "run"
             shutil.copytree(self.run, kept, dirs_exist_ok=True)
             subprocess.run(["umount", "-l", self.disk], check=False)
-            self.run = kept
+            self.run, self.disk = kept, None
 
 
 # How a run may end that was harmed so, and what its error must name. A supervisor that is killed has no last words.
