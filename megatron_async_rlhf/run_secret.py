@@ -30,12 +30,16 @@ def secret_path(run_dir: Path) -> Path:
 
 
 def write_secret(run_dir: Path) -> None:
-    """A new one, in one step. Raises OSError."""
-    path = secret_path(run_dir)
-    partial = path.with_name(f"{_NAME}.partial")
+    """A new one. Raises OSError."""
+    write_private(secret_path(run_dir), secrets.token_hex(_BYTES).encode())
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """In one step, readable by its owner alone. Raises OSError."""
+    partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-        file.write(secrets.token_hex(_BYTES))
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
     partial.replace(path)
 
 

@@ -1,6 +1,7 @@
 """What all tests have in common."""
 
 import os
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +86,19 @@ def environment_of_a_user() -> Iterator[None]:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         yield
+
+
+@pytest.fixture
+def starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty directory, outside of Slurm; nothing may be started."""
+    monkeypatch.chdir(tmp_path)
+    for variable in ("SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise AssertionError(f"a process was started: {arguments}")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)  # the class itself stands in annotations
 
 
 @pytest.hookimpl(optionalhook=True)

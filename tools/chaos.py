@@ -182,14 +182,13 @@ class ChaosRun:
 
     def close(self) -> None:
         """End what is left; the files stay. Harmless a second time."""
-        for pid in [self.process.pid]:
-            if self.process.poll() is None:
-                os.killpg(pid, signal.SIGTERM)
-                os.killpg(pid, signal.SIGTERM)
-                try:
-                    self.process.wait(60)
-                except subprocess.TimeoutExpired:
-                    os.killpg(pid, signal.SIGKILL)
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
         if self.disk is not None:
             kept = self.directory / "run"
             shutil.copytree(self.run, kept, dirs_exist_ok=True)

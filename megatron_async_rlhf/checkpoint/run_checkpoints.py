@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_async_rlhf.config.root import RunConfig
@@ -51,6 +51,18 @@ class RunCheckpoints:
             return []
         names = (_NAME.fullmatch(path.name) for path in self._directory.iterdir())
         return sorted(int(name[1]) for name in names if name)
+
+    def newest(self, check: Callable[[Path], object]) -> tuple[int | None, dict[Path, CheckpointError]]:
+        """The newest version whose checkpoint passes, and what is wrong with those after it; None if none does."""
+        broken: dict[Path, CheckpointError] = {}
+        for version in reversed(self.versions()):
+            try:
+                check(self.path(version))
+            except CheckpointError as error:
+                broken[self.path(version)] = error
+            else:
+                return version, broken
+        return None, broken
 
     def put_in_place(self, complete: Path) -> None:
         """Flush the partial directory of `complete`, whose every file is there, and give it its name."""

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from textwrap import wrap
 from typing import Any
 
-from megatron_async_rlhf.config.algorithms import SECTIONS
 from megatron_async_rlhf.config.described import about, meanings
-from megatron_async_rlhf.config.rewards import REWARDS
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.config.schema import alternatives, is_section
+from megatron_async_rlhf.config.schema import TYPED, alternatives, is_section
 from megatron_async_rlhf.config.section import Section, written
 
 _WIDTH = 120
@@ -43,9 +41,8 @@ def commented(tree: Mapping[str, Mapping[str, Any]], why: Mapping[str, str]) -> 
 
 
 def _class_of(name: str, keys: Mapping[str, Any]) -> type[Section]:
-    typed: dict[str, Mapping[str, type[Section]]] = {"algorithm": SECTIONS, "reward": REWARDS}
-    if name in typed:
-        return typed[name][keys["type"]]
+    if name in TYPED:
+        return TYPED[name][keys["type"]]
     return next(kind for kind in alternatives(RunConfig.model_fields[name].annotation) if is_section(kind))
 
 

@@ -26,13 +26,7 @@ def newest_whole(run_dir: Path) -> int | None:
             check_digests(checkpoints.reference)
     except CheckpointError:
         return None
-    for version in reversed(checkpoints.versions()):
-        try:
-            check_digests(checkpoints.path(version))
-        except CheckpointError:
-            continue
-        return version
-    return None
+    return checkpoints.newest(check_digests)[0]
 
 
 def going_on_from(plan: ProcessPlan, version: int) -> list[ProcessSpec]:

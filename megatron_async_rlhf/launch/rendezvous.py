@@ -13,7 +13,6 @@ secret that every message carries, and only its owner can read it: a `Start` run
 """
 
 import hashlib
-import os
 import time
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.nodes import Node
 from megatron_async_rlhf.launch.plan import ProcessSpec
+from megatron_async_rlhf.run_secret import write_private
 
 BEAT_S = NODE_BEAT_S
 
@@ -145,13 +145,9 @@ def write_rendezvous(path: Path, rendezvous: Rendezvous) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(msgspec.json.encode(rendezvous))
-        partial.replace(path)
+        write_private(path, msgspec.json.encode(rendezvous))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); set another run.dir") from None
 

@@ -88,11 +88,11 @@ def find_resumption(config: RunConfig, *, steps: int, key: str, has_reference: b
     version = versions[-1]
     if version > steps:
         raise ConfigError(f"{key} = {steps} is below the {version} steps of {checkpoints.path(version)}; raise it")
-    _check(checkpoints, version, versions[:-1], has_reference)
+    _check(checkpoints, has_reference)
     return Resumption(note=f"going on from {checkpoints.path(version)}", version=version)
 
 
-def _check(checkpoints: RunCheckpoints, version: int, older: list[int], has_reference: bool) -> None:
+def _check(checkpoints: RunCheckpoints, has_reference: bool) -> None:
     from megatron_async_rlhf.checkpoint.integrity import (
         check_reference,
         check_run_checkpoint,
@@ -104,16 +104,7 @@ def _check(checkpoints: RunCheckpoints, version: int, older: list[int], has_refe
             check_reference(checkpoints.reference)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {start_over}") from None
-    broken: list[Path] = []
-    first: CheckpointError | None = None
-    for candidate in (version, *reversed(older)):
-        try:
-            check_run_checkpoint(checkpoints.path(candidate))
-        except CheckpointError as error:
-            first = first or error
-            broken.append(checkpoints.path(candidate))
-            continue
-        if first is None:
-            return
-        raise CheckpointError(f"{first}; delete {' and '.join(map(str, broken))} to go on from step {candidate}")
-    raise CheckpointError(f"{first}; {start_over}")
+    whole, broken = checkpoints.newest(check_run_checkpoint)
+    if broken:
+        way_out = start_over if whole is None else f"delete {' and '.join(map(str, broken))} to go on from step {whole}"
+        raise CheckpointError(f"{next(iter(broken.values()))}; {way_out}")

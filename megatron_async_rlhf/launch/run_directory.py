@@ -3,7 +3,8 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ from megatron_async_rlhf.telemetry.files import (
 )
 
 
+@contextmanager
+def writing_run_directory(config: RunConfig) -> Iterator[None]:
+    """
+    Raises:
+        ConfigError: what is done inside raised OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
+
+
 def create_run_directory(config: RunConfig, template: Path) -> tuple[Path, Path | None]:
     """The new run's directory, holding the resolved config and the model template, and where an old run went.
 
@@ -35,13 +48,11 @@ def create_run_directory(config: RunConfig, template: Path) -> tuple[Path, Path 
         ConfigError: the directory cannot be written, or holds something that is not a run.
     """
     directory = config.run.path.resolve()
-    try:
+    with writing_run_directory(config):
         aside = _set_aside(directory, owner_path(config))
         directory.mkdir(parents=True, exist_ok=True)
         (directory / RESOLVED_CONFIG).write_text(dump_config(config), encoding="utf-8")
         shutil.copytree(template, directory / POLICY_TEMPLATE_DIR)
-    except OSError as error:
-        raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
     return directory, aside
 
 
@@ -56,7 +67,7 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
     directory = config.run.path.absolute()
     checkpoints = RunCheckpoints(directory)
     evaluated = read_run_state(checkpoints.path(version)).totals.evaluation.keys() - {"after"}
-    try:
+    with writing_run_directory(config):
         # All are read before anything is changed: one may have a line that nobody wrote like that.
         kept = {
             METRICS: _lines_to_keep(directory / METRICS, lambda line: line["step"] <= version, numbered=True),
@@ -70,8 +81,6 @@ def reopen_run_directory(config: RunConfig, version: int) -> Path:
             if (directory / name).exists():
                 replace_file(directory / name, lines)
         replace_file(directory / RESOLVED_CONFIG, dump_config(config))
-    except OSError as error:
-        raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
     return directory
 
 
@@ -82,10 +91,8 @@ def keep_run_directory(config: RunConfig) -> Path:
         ConfigError: it cannot be written.
     """
     directory = config.run.path.absolute()
-    try:
+    with writing_run_directory(config):
         replace_file(directory / RESOLVED_CONFIG, dump_config(config))
-    except OSError as error:
-        raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
     return directory
 
 

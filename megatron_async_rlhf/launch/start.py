@@ -13,7 +13,6 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.differences import differences
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.agent import serve
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet, gather
@@ -27,6 +26,7 @@ from megatron_async_rlhf.launch.run_directory import (
     create_run_directory,
     keep_run_directory,
     reopen_run_directory,
+    writing_run_directory,
 )
 from megatron_async_rlhf.launch.supervisor import Supervisor
 from megatron_async_rlhf.launch.surroundings import check_surroundings
@@ -114,10 +114,8 @@ def _open_directory(config: RunConfig, start: Start) -> Path:
         ConfigError: it cannot be written.
     """
     run_dir = _opened(config, start)
-    try:
+    with writing_run_directory(config):
         write_secret(run_dir)
-    except OSError as error:
-        raise ConfigError(f"run.dir = {config.run.path}: cannot be written ({error.strerror or error})") from None
     return run_dir
 
 

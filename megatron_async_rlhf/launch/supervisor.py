@@ -129,13 +129,13 @@ class Supervisor:
         with writing(self._run_dir / RESERVE):
             hold_reserve(self._run_dir)
         self._write_summary(*UNFINISHED, [])
-        for spec in self._plan.processes:
-            is_controller = spec is self._plan.controller
-            self._processes.append(self._start_process(spec, pipe_stdout=is_controller))
-        self._listen_to_controller()
+        self._start_with_controller(self._plan.processes)
 
-    def _listen_to_controller(self) -> None:
-        """Which is the last of the processes."""
+    def _start_with_controller(self, specs: Sequence[ProcessSpec]) -> None:
+        """Which is the last of them."""
+        for spec in specs:
+            is_controller = spec.name == self._plan.controller.name
+            self._processes.append(self._start_process(spec, pipe_stdout=is_controller))
         self._controller = self._processes[-1]
         self._write_pids()
         self._listener = threading.Thread(target=self._read_events, args=[self._controller], daemon=True)
@@ -225,7 +225,7 @@ class Supervisor:
     def _dead(self) -> list[Process]:
         """Processes that ended when they should not have. Learner ranks leave just before the controller does, and a
         server that may no longer be started again is the controller's affair."""
-        learners = {spec.name for spec in self._plan.learners}
+        learners = self._ranks
         expendable = set(self._restarts) if self._training else set()
         return [
             p
@@ -255,7 +255,7 @@ class Supervisor:
 
     def _go_back(self) -> bool:
         """Start learner and controller again from the last checkpoint, if it is the learner that failed."""
-        ours = [process for process in self._processes if process.spec.name in self._of_training]
+        ours = [p for p in self._processes if p.name in self._ranks or p is self._controller]
         failed = self._learner_is_silent or any(process in ours[:-1] for process in self._dead())
         limit = self._config.run.max_restarts
         if self._cut_back is None or not failed or any(process not in ours for process in self._dead()):
@@ -276,23 +276,19 @@ class Supervisor:
         except (ConfigError, CheckpointError, DataError) as failure:
             raise WriteError(f"{error}; {failure}") from None
         self._processes = [process for process in self._processes if process not in ours]
-        for spec in going_on_from(self._plan, version):
-            is_controller = spec.name == self._plan.controller.name
-            self._processes.append(self._start_process(spec, pipe_stdout=is_controller))
-        self._listen_to_controller()
+        self._start_with_controller(going_on_from(self._plan, version))
         return True
 
     @property
-    def _of_training(self) -> set[str]:
-        """Names of learner ranks and controller."""
-        return {spec.name for spec in (*self._plan.learners, self._plan.controller)}
+    def _ranks(self) -> set[str]:
+        """Names of the learner's."""
+        return {spec.name for spec in self._plan.learners}
 
     def _blame(self) -> tuple[str, str, list[str]]:
         """A process that died by itself comes before a controller that only reports what it saw."""
         dead = self._dead()
         others = [process for process in dead if process is not self._controller]
-        ranks = {spec.name for spec in self._plan.learners}
-        learners = [process for process in self._processes if process.name in ranks]
+        learners = [process for process in self._processes if process.name in self._ranks]
         if self._learner_is_silent or any((process.returncode or 0) > 0 and process in learners for process in others):
             if stopped := dump_stacks(learners):
                 names = ", ".join(process.name for process in stopped)

@@ -2,7 +2,6 @@
 
 import random
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,18 +56,7 @@ def damaged(text: str, dice: random.Random) -> bytes:
     return content
 
 
-@pytest.fixture(autouse=True)
-def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for variable in ("SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"):
-        monkeypatch.delenv(variable, raising=False)
-
-    def refuse(*arguments: object, **keywords: object) -> None:
-        raise AssertionError(f"a process was started: {arguments}")
-
-    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
-
-
+@pytest.mark.usefixtures("starts_nothing")
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["configuration", "data"])

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,17 +25,7 @@ JARGON = re.compile(
 )
 
 
-@pytest.fixture(autouse=True)
-def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an empty directory; nothing may be started."""
-    monkeypatch.chdir(tmp_path)
-    for variable in ("SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"):
-        monkeypatch.delenv(variable, raising=False)
-
-    def refuse(*arguments: object, **keywords: object) -> None:
-        raise AssertionError(f"a process was started: {arguments}")
-
-    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)  # the class itself stands in annotations
+pytestmark = pytest.mark.usefixtures("starts_nothing")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What is wrong with a reward model is one line, in a dry run as before a start, and nothing was started."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,16 +38,8 @@ def write_weights(**changes: tuple[int, ...] | None) -> None:
 
 
 @pytest.fixture(autouse=True)
-def at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a directory with a reward model; nothing may be started."""
-    monkeypatch.chdir(tmp_path)
-    for variable in ("SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"):
-        monkeypatch.delenv(variable, raising=False)
-
-    def refuse(*arguments: object, **keywords: object) -> None:
-        raise AssertionError(f"a process was started: {arguments}")
-
-    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+def at_work(starts_nothing: None) -> None:
+    """In a directory with a reward model."""
     Path("c.yaml").write_text(CONFIG)
     describe_reward_model(RM)
     write_weights()
