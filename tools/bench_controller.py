@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import pstats
 import random
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from megatron_async_rlhf.data.tokenizer import Tokenizer, train_bpe_tokenizer
 from megatron_async_rlhf.generator.vllm.client import VLLMGenerator
 from megatron_async_rlhf.generator.vllm.packed import PackedAnswer, PackedCompletion, PackedRequest
 from megatron_async_rlhf.interpreter import collect_rarely
+from megatron_async_rlhf.launch.nodes import free_ports
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     Command,
@@ -103,9 +103,7 @@ def serve(port: int, length: int, core: int) -> None:
 @contextmanager
 def served(length: int) -> Iterator[str]:
     """Such a server in a process of its own; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     process = multiprocessing.get_context("spawn").Process(
         target=serve, args=(port, length, 1 % os.cpu_count()), daemon=True
     )

@@ -21,7 +21,6 @@ import json
 import multiprocessing
 import os
 import random
-import socket
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from typing import Annotated
 import typer
 
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.launch.nodes import free_ports
 from megatron_async_rlhf.models.architecture import Architecture, architecture_of
 from megatron_async_rlhf.types import Sequence
 
@@ -81,9 +81,7 @@ class Learner:
         from megatron_async_rlhf.learner.megatron.parallel import join_learner
         from megatron_async_rlhf.learner.protocol import ExportWeights
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self._learner = MegatronLearner(config, arch, join_learner(config.learner, config.run.device))
         self._learner.export_weights(ExportWeights(directory=str(directory)))

@@ -23,7 +23,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from megatron_async_rlhf.launch.nodes import free_ports
 
 ROOT = Path(__file__).parents[1]
 RESULT = "RESULT "
@@ -81,7 +82,7 @@ def join(device: str, **learner: Any):
 
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ |= alone | {"MASTER_PORT": str(free_port())}
+        os.environ |= alone | {"MASTER_PORT": str(free_ports(1)[0])}
     return join_learner(LearnerSection(timeout_s=300, threads=len(os.sched_getaffinity(0)), **learner), device)
 
 
@@ -276,7 +277,7 @@ def ranks_of(keys: dict[str, Any]) -> int:
 
 def train_in(keys: dict[str, Any], device: str) -> dict[str, list[float]]:
     """Three steps on ranks of their own."""
-    count, port = ranks_of(keys), free_port()
+    count, port = ranks_of(keys), free_ports(1)[0]
     shared = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, __file__, "--device", device, "--rank", json.dumps(keys)]
     processes = []
@@ -598,12 +599,6 @@ def quietly_ended() -> Iterator[None]:
     finally:
         sys.stdout.flush()
     os._exit(0)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ complete: ask the learner until all its files are there -> add ours, flush, rena
 """
 
 import asyncio
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from msgspec import Struct
 
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, best_version, has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState, encode_run_state
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError, ConfigError, WriteError
 from megatron_async_rlhf.formats.directory import HF_DIR, describe_weights
@@ -138,7 +138,7 @@ class CheckpointSaver:
         if self._has_reference and not self._checkpoints.reference.exists():
             directories.append(self._checkpoints.reference)
         frozen = RunState(controller=state, totals=self._recorder.totals, metric=metric, scores=self._scores)
-        self._under_way = _Save(version, encode_run_state(frozen), directories, time.time())
+        self._under_way = _Save(version, encode_run_state(frozen), directories, now())
         checkpoint, *reference = (str(self._checkpoints.partial(path)) for path in directories)
         command = SaveCheckpoint(
             checkpoint=checkpoint,
@@ -160,7 +160,7 @@ class CheckpointSaver:
         limit = self._config.checkpoint.timeout_s
         with self._gives_room_back(save):
             while not (answer := await self._learner.execute(FinishCheckpoint())).saved:
-                if time.time() - save.start > limit:
+                if now() - save.start > limit:
                     raise CheckpointError(
                         f"{save.directories[0]} was not written within {limit:g} s; raise checkpoint.timeout_s"
                     )
@@ -170,7 +170,7 @@ class CheckpointSaver:
         span = Span(
             name=f"checkpoint {save.version}",
             start=save.start,
-            end=time.time(),
+            end=now(),
             process="checkpoints",
             args={"version": save.version},
         )

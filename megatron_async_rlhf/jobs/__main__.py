@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--reward-server", action="append", default=[], help="URL of a reward model's server; repeat")
     parser.add_argument("--transfer", help="host:port learner rank 0 meets the generators on")
     parser.add_argument("--resume-from", type=int, help="policy version of the checkpoint to go on from")
+    parser.add_argument("--servers-stayed", action="store_true", help="they have served another controller before")
     parser.add_argument("--recorded", type=Path, help="the run to do again")
     given = parser.parse_args()
     collect_rarely()
@@ -35,7 +36,11 @@ def main() -> None:
     addresses = Addresses.of(given.learner, given.generator, given.transfer, given.reward_server)
     job = import_module(f"megatron_async_rlhf.jobs.{given.job}")
     resumed = {"resume_from": given.resume_from}
-    own = {"train": resumed, "sft": resumed, "replay": {"recorded": given.recorded}}.get(given.job, {})
+    own = {
+        "train": resumed | {"servers_stayed": given.servers_stayed},
+        "sft": resumed,
+        "replay": {"recorded": given.recorded},
+    }.get(given.job, {})
     raise SystemExit(asyncio.run(job.run_job(given.run_dir, addresses, **own)))
 
 

@@ -8,11 +8,11 @@ is there of an earlier start is not asked again, so that a model may not have to
 
 import asyncio
 import json
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.tokenizer import Tokenizer
@@ -147,11 +147,11 @@ class Evaluator:
         self._recorder.phase(f"serve {name}")
         self._recorder.request_servers(name)
         servers = [self._connect(name, number, url, model.tokenizer) for number, url in enumerate(self._urls)]
-        start = time.time()
+        start = now()
         try:
             for server in servers:
                 await server.wait_until_ready(self._config.generator.start_timeout_s)
-            self._recorder.totals.startup_s += time.time() - start
+            self._recorder.totals.startup_s += now() - start
             self._recorder.phase(f"ask {name}", prompts=total)
             done = 0
 
@@ -161,14 +161,14 @@ class Evaluator:
                 done += 1
                 self._recorder.activity("generators", f"{name}: {done} of {total} requests")
 
-            start = time.time()
+            start = now()
             for (
                 each
             ) in questions:  # one kind after the other: what is computed together is the same in every evaluation
                 async with asyncio.TaskGroup() as tasks:
                     for place, prompt in enumerate(each.missing):
                         tasks.create_task(one(each.ask, servers[place % len(servers)], prompt))
-            self._recorder.totals.generate_busy_s += time.time() - start
+            self._recorder.totals.generate_busy_s += now() - start
         finally:
             for server in servers:
                 await server.close()

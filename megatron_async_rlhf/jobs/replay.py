@@ -6,11 +6,11 @@ No generator, no rewards, no schedule: what reaches the learner is what reached 
 weights come out with the same bits. What a run was on a cluster can be looked into on one machine, step by step.
 """
 
-import time
 from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ReplayError
@@ -35,17 +35,17 @@ async def run_phases(
     Raises:
         ReplayError: a step came out differently.
     """
-    began = time.time()
+    began = now()
     recorder.phase("start")
     await learner.execute(WaitUntilReady())
     await begin_reinforcement(config, learner, run_inputs, recorder)
     before = {line["step"]: line for line in read_steps(recorded / METRICS)}
     recorder.phase("train", steps=config.schedule.steps)
-    recorder.loop_started(startup_s=time.time() - began)
+    recorder.loop_started(startup_s=now() - began)
     for rollout in RolloutLog(recorded / ROLLOUT_DIR).read(end=len(before)):
-        start = time.time()
+        start = now()
         answer = await learner.execute(rollout.command)
-        recorder.learner_was_busy(rollout_span(rollout.command, start, time.time()), answer.spans)
+        recorder.learner_was_busy(rollout_span(rollout.command, start, now()), answer.spans)
         _report(rollout, answer, recorder, before)
     recorder.loop_ended()
     await export_policy(config, run_dir, learner, recorder)
@@ -70,10 +70,10 @@ def _report(rollout: RecordedRollout, answer: Answer, recorder: Recorder, before
         values = {"reward": fmean(rewards) if rewards else 0.0, "staleness/mean": staleness, **step.values}
         recorder.step(number, values)
         for name in _SAME:
-            then, now = before.get(number, {}).get(name), step.values.get(name)
-            if then != now:
+            then, this = before.get(number, {}).get(name), step.values.get(name)
+            if then != this:
                 raise ReplayError(
-                    f"step {number}: {name} was {then} and is {now}; layout, precision, threads, versions of packages "
+                    f"step {number}: {name} was {then} and is {this}; layout, precision, threads, versions of packages "
                     "and the kind of processor must be those of the run"
                 )
 

@@ -6,10 +6,10 @@
 An interrupted stage exports nothing.
 """
 
-import time
 from pathlib import Path
 
 from megatron_async_rlhf.algorithms.calibration import pair_figures
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.jobs.addresses import Addresses
@@ -41,13 +41,13 @@ class RewardModelJob:
         Raises:
             LearnerError: a step failed, or took longer than learner.timeout_s.
         """
-        began, recorder, steps = time.time(), self._recorder, len(self._inputs.batches)
+        began, recorder, steps = now(), self._recorder, len(self._inputs.batches)
         recorder.phase("start")
         await self._learner.execute(WaitUntilReady())
         await self._learner.execute(StartPairs(steps=steps))
         await self._evaluate("before", step=0)
         recorder.phase("train", steps=steps)
-        recorder.loop_started(startup_s=time.time() - began)
+        recorder.loop_started(startup_s=now() - began)
         for step in range(1, steps + 1):
             await self._train(step)
             if self._keys.eval_every is not None and step % self._keys.eval_every == 0:
@@ -68,7 +68,7 @@ class RewardModelJob:
 
     async def _evaluate(self, when: str, *, step: int) -> None:
         """Accuracy, calibration and the distribution of rewards on the held-out pairs, if there are any."""
-        pairs, start = self._inputs.held_out, time.time()
+        pairs, start = self._inputs.held_out, now()
         if not pairs:
             return
         rewards: list[float] = []
@@ -80,7 +80,7 @@ class RewardModelJob:
             when,
             pair_figures(rewards[0::2], rewards[1::2]),
             start,
-            time.time(),
+            now(),
             version=step,
             samples=len(rewards),
             tokens=sum(len(pair.chosen) + len(pair.rejected) for pair in pairs),

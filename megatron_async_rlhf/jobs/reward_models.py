@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.formats.classifier_weights import classifier_numbers
@@ -89,7 +90,7 @@ class ServedRewards:
         self._config, self._recorder = config, recorder
         self._models = reward_models(config, reward)
         busy = ServersBusy(
-            time.time,
+            now,
             what="score",
             on_any=recorder.reward_models_were_busy,
             on_one=recorder.server_was_busy,
@@ -108,18 +109,24 @@ class ServedRewards:
                 section,
                 key=key,
                 busy=busy,
-                on_silent=lambda name, error: recorder.unresponsive(name, time.time() - error.silent_s, str(error)),
+                on_silent=lambda name, error: recorder.unresponsive(
+                    name, time.monotonic() - error.silent_s, str(error)
+                ),
                 on_note=recorder.note,
             )
 
-    async def start(self, run_dir: Path, train: Sequence[Prompt]) -> None:
+    async def start(self, run_dir: Path, train: Sequence[Prompt], *, servers_stayed: bool = False) -> None:
         """Wait for all of them, then find out what is subtracted from scores, unless the run has done so before.
+
+        Args:
+            servers_stayed: they have been up before: one that does not answer now is lost, and waited for only if all are.
 
         Raises:
             RewardError: one is not ready in time, or a solution has no score.
             CheckpointError: what was found out before cannot be read.
         """
-        await asyncio.gather(*(model.servers.start() for model in self._models.values() if model.servers))
+        started = [model.servers for model in self._models.values() if model.servers is not None]
+        await asyncio.gather(*(servers.rejoin() if servers_stayed else servers.start() for servers in started))
         path = run_dir / REWARD_CENTERS
         centers = _read_centers(path)
         for key, model in self._models.items():

@@ -11,12 +11,12 @@ An interrupted stage saves a checkpoint, exports nothing, and goes on with `--re
 
 import asyncio
 import math
-import time
 from pathlib import Path
 
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.run_state import RunState, read_run_state
 from megatron_async_rlhf.checkpoint.saver import CheckpointSaver, Kept
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.jobs.addresses import Addresses
@@ -73,14 +73,14 @@ class SFTJob:
         Raises:
             LearnerError: a step failed, or took longer than learner.timeout_s.
         """
-        began, recorder = time.time(), self._recorder
+        began, recorder = now(), self._recorder
         recorder.phase("start")
         await self._learner.execute(WaitUntilReady())
         await self._begin()
         if not self._step:
             await self._evaluate("before")
         recorder.phase("train", steps=len(self._inputs.batches))
-        recorder.loop_started(startup_s=time.time() - began)
+        recorder.loop_started(startup_s=now() - began)
         while self._step < len(self._inputs.batches) and not self._is_stopped:
             await self._train()
         recorder.loop_ended()
@@ -138,7 +138,7 @@ class SFTJob:
 
     async def _evaluate(self, when: str) -> float:
         """The loss on held-out answers; not a number if there are none."""
-        rows, start = self._inputs.held_out, time.time()
+        rows, start = self._inputs.held_out, now()
         if not rows:
             return math.nan
         total = 0.0
@@ -150,9 +150,7 @@ class SFTJob:
         tokens = sum(row.num_targets for row in rows)
         loss = total / tokens
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        self._recorder.evaluated(
-            when, metrics, start, time.time(), version=self._step, samples=len(rows), tokens=tokens
-        )
+        self._recorder.evaluated(when, metrics, start, now(), version=self._step, samples=len(rows), tokens=tokens)
         return loss
 
     async def _export(self) -> None:

@@ -5,6 +5,8 @@
     start generators, reward models ──────────┘
 
 A run that goes on from a checkpoint loads it instead of the warm start, pushes its version and is not evaluated before.
+If its servers have stayed while the learner was started again, those that do not answer are waited for in the loop, as any
+that is lost there, and get their weights with its first push.
 An interrupted run saves a checkpoint, and gives up an evaluation that is not over. In the warm start there is nothing to
 save yet: it ends at once.
 """
@@ -18,6 +20,7 @@ from pathlib import Path
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
 from megatron_async_rlhf.checkpoint.run_state import RunState, read_run_state
 from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
@@ -73,9 +76,15 @@ class Job:
         generators: list[VLLMGenerator],
         addresses: Addresses,
         resumed: RunState | None,
+        *,
+        servers_stayed: bool = False,
     ) -> None:
+        """
+        Args:
+            servers_stayed: they have been up before, and served another controller.
+        """
         self._config = config
-        self._resumed = resumed
+        self._resumed, self._servers_stayed = resumed, servers_stayed
         self._run_dir = run_dir
         self._run_inputs = run_inputs
         self._learner = learner
@@ -117,7 +126,7 @@ class Job:
         self.cut_short = self._interrupted = self._gives_up = False
         self._warm_start: asyncio.Task | None = None
         self._evaluating: asyncio.Task | None = None
-        self._began = time.time()
+        self._began = now()
 
     async def run(self) -> None:
         """All phases; an interrupt ends loop and evaluations early, saves and exports what there is."""
@@ -126,17 +135,18 @@ class Job:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._start_learner())
                 tasks.create_task(self._start_generators())
-                tasks.create_task(self._rewards.start(self._run_dir, self._run_inputs.train))
+                tasks.create_task(self._start_rewards())
         except* _GivenUp:
             self.cut_short = True
         if self.cut_short:
             await self._learner.execute(Stop())
             return
-        self.recorder.pushed(*await self._weight_sync.push(self._controller.version, self._pool.alive))
+        if not self._servers_stayed:
+            self.recorder.pushed(*await self._weight_sync.push(self._controller.version, self._pool.alive))
         if "before" not in self.recorder.totals.evaluation:
             await self._evaluate("before")
         self.recorder.phase("train", steps=self._config.schedule.steps)
-        self.recorder.loop_started(startup_s=time.time() - self._began)
+        self.recorder.loop_started(startup_s=now() - self._began)
         try:
             await self._controller.run()
         except RewardError:
@@ -201,9 +211,18 @@ class Job:
             await self._saver.complete()
 
     async def _start_generators(self) -> None:
+        if self._servers_stayed:
+            await self._pool.rejoin(self._is_up)
+            return
         for generator in self._generators:
             await generator.wait_until_ready(self._config.generator.start_timeout_s)
-            self.recorder.activity("generators", f"{generator.name} is up")
+            self._is_up(generator)
+
+    async def _start_rewards(self) -> None:
+        await self._rewards.start(self._run_dir, self._run_inputs.train, servers_stayed=self._servers_stayed)
+
+    def _is_up(self, generator: Generator) -> None:
+        self.recorder.activity("generators", f"{generator.name} is up")
 
     async def _evaluate(self, when: str) -> None:
         """Unless the run is interrupted before it is over."""
@@ -224,7 +243,7 @@ class Job:
 
     def _silent(self, generator: Generator, error: GeneratorSilentError) -> None:
         """The supervisor, which owns its process, is to end that."""
-        self.recorder.unresponsive(generator.name, since=time.time() - error.silent_s, why=str(error))
+        self.recorder.unresponsive(generator.name, since=time.monotonic() - error.silent_s, why=str(error))
 
 
 @asynccontextmanager
@@ -251,13 +270,17 @@ async def _connected(config: RunConfig, run_inputs: RunInputs, addresses: Addres
             await generator.close()
 
 
-async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None) -> int:
-    """Run the whole job; returns the process's exit code. Every outcome leaves a summary."""
+async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None, *, servers_stayed: bool = False) -> int:
+    """Run the whole job; returns the process's exit code. Every outcome leaves a summary.
+
+    Args:
+        servers_stayed: see `Job`.
+    """
     config = load_config(run_dir / RESOLVED_CONFIG)
     run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     resumed = None if resume_from is None else read_run_state(RunCheckpoints(run_dir).path(resume_from))
     async with _connected(config, run_inputs, addresses) as (learner, generators):
-        job = Job(config, run_dir, run_inputs, learner, generators, addresses, resumed)
+        job = Job(config, run_dir, run_inputs, learner, generators, addresses, resumed, servers_stayed=servers_stayed)
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None  # a coroutine runs in one
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -4,7 +4,8 @@
 
 A start that finds the file looks whether that run is still alive: on the same machine by its process, from another one by
 whether the file is touched while it looks, so that clocks are never compared. What a dead run has left is taken over:
-a job that is put back into the queue after its node was lost goes on elsewhere.
+a job that is put back into the queue after its node was lost goes on elsewhere. A file that somebody deletes is written
+again; should another start have been faster, that one has the directory.
 """
 
 import contextlib
@@ -41,6 +42,19 @@ class Owner(Struct, frozen=True, kw_only=True):
     started: int
 
 
+class Taken:
+    """Whether another run has the directory, although this one still goes on."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self.by: Owner | None = None
+
+    def __call__(self) -> str | None:
+        if self.by is None:
+            return None
+        return f"{_taken(self._config, self.by)}. The file that kept it away, {owner_path(self._config)}, was deleted"
+
+
 def owner_path(config: RunConfig) -> Path:
     """Beside the run directory, which may not exist yet, and is renamed when a new run takes its place.
 
@@ -53,8 +67,8 @@ def owner_path(config: RunConfig) -> Path:
 
 
 @contextlib.contextmanager
-def owning(config: RunConfig) -> Iterator[None]:
-    """Nobody else runs in the run directory meanwhile.
+def owning(config: RunConfig) -> Iterator["Taken"]:
+    """Nobody else runs in the run directory meanwhile, unless what is yielded says otherwise.
 
     Raises:
         ConfigError: somebody does, or no file can be written beside it.
@@ -68,11 +82,11 @@ def owning(config: RunConfig) -> Iterator[None]:
         _claim(path, own, config)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); set another run.dir") from None
-    over = threading.Event()
-    toucher = threading.Thread(target=_keep_touching, args=(path, over), daemon=True)
+    over, taken = threading.Event(), Taken(config)
+    toucher = threading.Thread(target=_keep_touching, args=(path, own, over, taken), daemon=True)
     toucher.start()
     try:
-        yield
+        yield taken
     finally:
         over.set()
         toucher.join()
@@ -127,9 +141,15 @@ def _taken(config: RunConfig, owner: Owner | None) -> str:
     )
 
 
-def _keep_touching(path: Path, over: threading.Event) -> None:
+def _keep_touching(path: Path, own: Owner, over: threading.Event, taken: Taken) -> None:
     while not over.wait(_TOUCH_S):
         with contextlib.suppress(OSError):  # the file system may be away for a moment
+            with contextlib.suppress(FileExistsError), path.open("xb") as file:
+                file.write(msgspec.json.encode(own))
+            found = _read(path)
+            if found is not None and found != own:
+                taken.by = found
+                return
             os.utime(path)
 
 

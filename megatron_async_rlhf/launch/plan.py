@@ -26,7 +26,7 @@ from megatron_async_rlhf.run_secret import secret_path
 from megatron_async_rlhf.serving import reward_model_command
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, SERVED_DIR
 
-RESUME_FROM = "--resume-from"  # a controller's argument
+RESUME_FROM, SERVERS_STAYED = "--resume-from", "--servers-stayed"  # a controller's arguments
 
 
 class ProcessSpec(Struct, frozen=True, kw_only=True):

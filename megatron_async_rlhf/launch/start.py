@@ -88,7 +88,7 @@ def run(
     check_writable(config)
     with (
         gather(config) as fleet,
-        owning(config),
+        owning(config) as taken,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
     ):
         start = decide(fleet, Path(scratch))
@@ -104,7 +104,7 @@ def run(
         shown = display() if display is not None else Display(memory=HeldMemory(run_dir))
         shown.chosen(differences(config))
         cut_back = None if start.keeps else partial(reopen_run_directory, config)
-        return Supervisor(config, start.plan, run_dir, shown, fleet, cut_back=cut_back).run()
+        return Supervisor(config, start.plan, run_dir, shown, fleet, cut_back=cut_back, taken=taken).run()
 
 
 def _open_directory(config: RunConfig, start: Start) -> Path:

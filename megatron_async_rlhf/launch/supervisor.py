@@ -23,7 +23,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,15 @@ class Supervisor:
         fleet: Fleet,
         *,
         cut_back: CutBack | None = None,
+        taken: Callable[[], str | None] = lambda: None,
     ) -> None:
         """
         Args:
             cut_back: None: the job cannot go on from a checkpoint.
+            taken: who else runs in the directory by now; nothing is written there any more then.
         """
         self._cut_back, self._times_back = cut_back, 0
+        self._taken = taken
         self._config = config
         self._fleet = fleet
         self._plan = plan
@@ -91,7 +94,7 @@ class Supervisor:
         self._stop_file = run_dir / STOP
         self._training = False
         self._restarts = {spec.name: 0 for spec in plan.servers if spec.restarts}
-        self._started: dict[str, float] = {}  # seconds since the epoch
+        self._started: dict[str, float] = {}  # by the monotonic clock, which all processes of a machine share
         self._learner_is_silent = False
         self._killed: dict[str, str] = {}  # processes that did nothing, and how that was found
         self._failure: str | None = None  # the controller's own account, if it gave one
@@ -142,7 +145,7 @@ class Supervisor:
         self._listener.start()
 
     def _start_process(self, spec: ProcessSpec, *, pipe_stdout: bool = False) -> Process:
-        self._started[spec.name] = time.time()
+        self._started[spec.name] = time.monotonic()
         log_dir = self._run_dir / LOG_DIR
         with writing(log_dir / f"{spec.name}.log"):
             return self._fleet.start(spec, log_dir, pipe_stdout=pipe_stdout)
@@ -187,7 +190,7 @@ class Supervisor:
                 self._display.note("interrupted: finishing the step under way (interrupt again to stop immediately)")
                 self._controller.signal(signal.SIGTERM)
                 deadline = time.monotonic() + self._config.launch.interrupt_grace_s
-            if lost := self._fleet.lost():
+            if lost := self._fleet.lost() or self._taken():
                 return "failed", lost, []
             if self._controller.returncode == EXIT_INTERRUPTED:  # it was asked to, or knew when to stop
                 return "interrupted", None, []
@@ -366,6 +369,8 @@ class Supervisor:
 
     def _write_last_summary(self, status: str, error: str | None, tail: list[str]) -> None:
         """Into the room that was kept for it, should there be no other."""
+        if self._taken():
+            return
         try:
             self._write_summary(status, error, tail)
         except WriteError:

@@ -1,9 +1,9 @@
 """Where a learner rank's time goes: spans for the timeline, and seconds and rates of a step for the metrics."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.types import Span
 
 # The metrics of an optimizer step and the spans each sums; the reduction is part of forward-backward.
@@ -32,10 +32,10 @@ class Meter:
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Time what happens inside."""
-        start = time.time()
+        start = now()
         yield
         self._synchronize()
-        self.add(Span(name=name, start=start, end=time.time(), process=self._process, lane="train", args=self._args))
+        self.add(Span(name=name, start=start, end=now(), process=self._process, lane="train", args=self._args))
 
     @contextmanager
     def about(self, **args: int | float) -> Iterator[None]:

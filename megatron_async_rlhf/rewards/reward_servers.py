@@ -55,6 +55,17 @@ class RewardServers:
         """
         await asyncio.gather(*map(self._ready, self._servers))
 
+    async def rejoin(self) -> None:
+        """Find out which of them are still there; one that does not answer is lost, as one that is lost later."""
+
+        async def ask(server: RewardServer) -> None:
+            try:
+                await server.probe()
+            except GeneratorError as error:
+                self._lose(server, GeneratorGoneError(str(error)))
+
+        await asyncio.gather(*map(ask, self._servers))
+
     async def score(self, sequences: Sequence[list[int]]) -> list[float]:
         """A score for each sequence of token ids.
 

@@ -19,11 +19,11 @@ Synchronous training is the same loop with a staleness bound of 0, which leaves 
 """
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from statistics import fmean
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import NonFiniteLossError, RewardError, WriteError
@@ -62,7 +62,7 @@ class Controller:
         evaluation: Evaluation | None = None,
         rollouts: RolloutSink | None = None,
         state: ControllerState = BEGINNING,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = now,
     ) -> None:
         """
         Args:

@@ -1,10 +1,10 @@
 """Held-out evaluation: one completion per prompt, the same seeds every time."""
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.generator.protocol import SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
@@ -29,7 +29,7 @@ class Evaluation:
         prompts: Sequence[Prompt],
         reward: Reward,
         recorder: Recorder,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = now,
     ) -> None:
         self._config, self._prompts, self._reward, self._recorder = config, prompts, reward, recorder
         self._clock = clock

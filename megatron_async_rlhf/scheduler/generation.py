@@ -8,10 +8,10 @@ has ended, so that it sees one policy version, while training prompts go on bein
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import RewardError
@@ -52,7 +52,7 @@ class Generation:
         evaluation: Evaluation | None = None,
         evaluated: int = 0,
         on_failure: Callable[[RewardError], None],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = now,
     ) -> None:
         """
         Args:

@@ -13,7 +13,6 @@ the least loaded generator at once.
 
 import asyncio
 import heapq
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from enum import Enum, auto
 
 import msgspec
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
 from megatron_async_rlhf.generator.protocol import Generator, Receiver, SamplingRequest
 from megatron_async_rlhf.generator.seeds import request_seed
@@ -88,7 +88,7 @@ class GeneratorPool:
         self._on_silent = on_silent
         self._changed = Signal()
         self.on_change: Callable[[], Awaitable[None]] | None = None
-        self.busy = ServersBusy(time.time, on_any=lambda span: None, on_one=lambda span: None)
+        self.busy = ServersBusy(now, on_any=lambda span: None, on_one=lambda span: None)
         self._last_loss = "none answered"
         self._held = False  # by a push
         self._paused = False  # all engines, as a push has left them
@@ -219,6 +219,24 @@ class GeneratorPool:
         if is_back:
             await self._stand(Standing.RETURNED, member)
         return is_back
+
+    async def rejoin(self, on_return: Callable[[Generator], object]) -> None:
+        """Find out who of generators that another controller has left is still there; none of them holds its weights.
+
+        One that does not answer is lost: `watch` waits for it, while the others go on.
+        """
+
+        async def ask(member: Member) -> None:
+            try:
+                await member.generator.probe()
+            except GeneratorError as error:
+                # Not reported yet, should it be silent: it may still wait for the learner that died.
+                await self.mark_lost(member.generator, GeneratorGoneError(str(error)))
+            else:
+                await self._stand(Standing.RETURNED, member)
+                on_return(member.generator)
+
+        await asyncio.gather(*map(ask, self.members))
 
     async def mark_lost(self, generator: Receiver, error: GeneratorGoneError) -> None:
         """A generator does not answer any more."""

@@ -12,10 +12,10 @@ anew to those that are still alive.
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import (
     AsyncRLHFError,
@@ -62,7 +62,7 @@ class WeightSync:
         learner: Learner,
         config: RunConfig,
         address: tuple[str, int],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = now,
     ) -> None:
         self._clock = clock
         self._learner = learner

@@ -6,10 +6,11 @@ Whoever supervises the run keeps them in a file too, with the time, for those wh
 import contextlib
 import json
 import sys
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+from megatron_async_rlhf.clock import now
 
 
 class EventStream:
@@ -54,4 +55,4 @@ class EventLog:
     def append(self, event: dict[str, Any]) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):
-                self._file.write(json.dumps({"time": time.time(), **event}) + "\n")
+                self._file.write(json.dumps({"time": now(), **event}) + "\n")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import IO, Any
 
 import msgspec
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import WriteError
 from megatron_async_rlhf.telemetry.events import EventStream
@@ -42,7 +42,7 @@ class Recorder:
         *,
         generator_bytes: int = 0,
         totals: RunTotals | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = now,
     ) -> None:
         """
         Args:
@@ -86,7 +86,7 @@ class Recorder:
         """A generator, or the learner, has done nothing since then; its processes may be alive.
 
         Args:
-            since: seconds since the epoch.
+            since: by the monotonic clock, which all processes of a machine share, and nobody can set.
         """
         self._events.emit("unresponsive", name=name, since=since, why=why)
 

@@ -16,7 +16,18 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Lowest first: a module imports from its own package and the rows above it here, so no two packages import each other.
 ORDER = [
-    ["types", "errors", "devices", "environment", "limits", "suggestions", "options", "algorithms", "evaluation"],
+    [
+        "types",
+        "errors",
+        "clock",
+        "devices",
+        "environment",
+        "limits",
+        "suggestions",
+        "options",
+        "algorithms",
+        "evaluation",
+    ],
     ["user_functions", "run_secret"],
     ["config", "hub", "installed", "interpreter", "json_lines"],
     ["models", "data", "serving", "telemetry", "usage", "pages"],

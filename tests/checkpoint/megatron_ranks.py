@@ -7,9 +7,10 @@ they do. Nothing heavy is imported at the top: Megatron's writer starts helpers 
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from pathlib import Path
+
+from megatron_async_rlhf.launch.nodes import free_ports
 
 
 def load(job: dict, arch, placement, learner) -> tuple[object, list[str]]:
@@ -71,9 +72,7 @@ def run_rank(rank: int, layout: dict, directory: Path) -> None:
 
 
 def run_layout(layout: dict, directory: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        layout["port"] = probe.getsockname()[1]
+    (layout["port"],) = free_ports(1)
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=run_rank, args=(rank, layout, directory)) for rank in range(layout["ranks"])]
     for rank in ranks:

@@ -79,3 +79,19 @@ def test_a_stopped_learner_rank_ends_the_run_and_is_named(start, rank, replicas)
     assert time.monotonic() - stopped < 2 * 25 + 20, output
     assert run.process.returncode == 1
     assert f"learner.{rank}" in run.summary()["error"], output
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.timeout(400)
+def test_a_learner_that_dies_beside_a_stopped_generator_is_not_kept_waiting(start):
+    run = start(*LIMITS, "generator.replicas=2", "schedule.steps=40", "checkpoint.every_steps=2")
+    run.wait_for_step(3)
+    stop(run, "generator.1", "")
+    run.kill("learner.0")
+    stopped = time.monotonic()
+    output = run.wait()
+    assert run.process.returncode == 0, output
+    assert time.monotonic() - stopped < RECOVERY_S, output
+    assert "going on from step 2 (run.max_restarts: 1 of 3)" in output
+    assert run.summary()["steps"] == 40

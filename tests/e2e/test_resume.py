@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -133,6 +134,35 @@ def test_a_learner_that_is_killed_costs_nothing_but_time(start):
         r"learner\.0 was killed by SIGKILL.*; going on from step [24] \(run\.max_restarts: 1 of 3\)", output
     )
     assert killed.pid("generator.0") == generator
+    assert_same_run(killed, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.timeout(1800)
+def test_a_learner_that_is_killed_twenty_times(start):
+    """At random moments, either rank; generators stay up, and nothing differs in the end."""
+    kills, dice = 20, random.Random(0)
+    long = (*SYNC, "schedule.steps=40", "learner.ranks=2", "learner.tensor_parallel=2", "generator.replicas=2")
+    whole = start(*long)
+    output = whole.wait()
+    assert whole.process.returncode == 0, output
+    killed = start(*long, f"run.max_restarts={kills}")
+    killed.wait_for_step(3)
+    generators = [killed.pid(f"generator.{i}") for i in range(2)]
+    for number in range(kills):
+        before = {rank: killed.pid(f"learner.{rank}") for rank in range(2)}
+        time.sleep(dice.random() * 3)
+        assert killed.process.poll() is None, killed.process.stdout.read()
+        killed.kill(f"learner.{dice.randrange(2)}")
+        for rank, pid in before.items():
+            killed.wait_for_another(f"learner.{rank}", pid)
+        if number % 2:  # sometimes it gets on
+            killed.wait_for_step(len(killed.lines("metrics.jsonl")) + 1)
+    output = killed.wait()
+    assert killed.process.returncode == 0, output
+    assert f"(run.max_restarts: {kills} of {kills})" in output
+    assert [killed.pid(f"generator.{i}") for i in range(2)] == generators
     assert_same_run(killed, whole)
 
 

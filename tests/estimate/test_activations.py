@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.estimate.activations import LayerShare, chunks_in_flight, head_bytes, layer_bytes
+from megatron_async_rlhf.launch.nodes import free_ports
 from megatron_async_rlhf.models.architecture import Architecture
 
 SHAPE = {
@@ -39,9 +39,7 @@ def measured() -> dict[str, dict[str, float]]:
         {"recompute": "none", "precision": "fp32"} | case | {"arch": SHAPE | case.get("arch", {})}
         for case in CASES.values()
     ]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     result = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("saved_tensors.py")), json.dumps(cases)],
         env=os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},

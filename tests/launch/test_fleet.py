@@ -21,7 +21,7 @@ from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.agent import Link, serve
 from megatron_async_rlhf.launch.fleet import Switchboard, gather
-from megatron_async_rlhf.launch.nodes import check_node_rank
+from megatron_async_rlhf.launch.nodes import check_node_rank, free_ports
 from megatron_async_rlhf.launch.plan import ProcessSpec
 from megatron_async_rlhf.launch.rendezvous import Left, Refused, Rendezvous, encode, rendezvous_path, write_rendezvous
 
@@ -338,7 +338,7 @@ def test_a_machine_that_does_not_find_the_first(cluster, expires_in, says):
 
 def test_what_a_crash_left_behind_is_passed_over(cluster):
     """It is not too old, and the next first machine listens on the same port."""
-    config = cluster.config(f"launch.port={free_port()}")
+    config = cluster.config(f"launch.port={free_ports(1)[0]}")
     path = rendezvous_path(config)
     old = Rendezvous(
         host="m0", addresses=["127.0.0.1"], port=config.launch.port, key=KEY, token="old", expires=time.time() + 60
@@ -360,11 +360,6 @@ def test_who_does_not_know_the_secret_is_refused(cluster):
         assert link.receive(10) == Refused("the secret is of an earlier start")
         link.close()
     switchboard.close()
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as listening:
-        return listening.getsockname()[1]
 
 
 @pytest.mark.parametrize(

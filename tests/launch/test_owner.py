@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -103,7 +104,7 @@ def test_one_elsewhere_is_alive_while_its_file_is_touched(config, content: bytes
     monkeypatch.setattr(owner, "_TOUCH_S", 0.02)
     path, over = owner_path(config), threading.Event()
     path.write_bytes(content)
-    thread = threading.Thread(target=owner._keep_touching, args=(path, over))
+    thread = threading.Thread(target=owner._keep_touching, args=(path, ELSEWHERE, over, owner.Taken(config)))
     thread.start()
     with pytest.raises(ConfigError) as refused, owning(config):
         pass
@@ -156,3 +157,27 @@ def test_a_directory_is_the_same_under_each_of_its_names(config, tmp_path):
     run_dir, aside = create_run_directory(config, TINY.parent)
     assert (run_dir, aside) == (target, tmp_path / "target.1")
     assert config.run.path.is_symlink() and owner_path(config) == before
+
+
+def test_a_file_that_was_deleted_comes_back_and_another_run_that_was_faster_is_noticed(config, monkeypatch):
+    monkeypatch.setattr(owner, "_TOUCH_S", 0.02)
+    path = owner_path(config)
+    with owning(config) as taken:
+        written = path.read_bytes()
+        path.unlink()
+        wait_until(lambda: path.is_file() and path.read_bytes() == written)
+        with pytest.raises(ConfigError, match=f": process {os.getpid()} on .* runs there"), owning(config):
+            pass
+        assert taken() is None
+        path.write_bytes(msgspec.json.encode(ELSEWHERE))
+        wait_until(lambda: taken() is not None)
+        assert f"process {os.getpid()} on m7 runs there" in taken()
+        assert f"{path}, was deleted" in taken()
+    assert path.read_bytes() == msgspec.json.encode(ELSEWHERE)  # it is not ours to delete
+
+
+def wait_until(holds) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

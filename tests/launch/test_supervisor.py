@@ -85,6 +85,7 @@ class Run:
         controller: tuple[str, ...] = (CONTROLLER,),
         on_request: tuple[str, ...] = (),
         cut_back: Callable[[int], None] | None = None,
+        taken: Callable[[], str | None] = lambda: None,
     ) -> None:
         monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
         self.directory, self.output = directory, io.StringIO()
@@ -97,7 +98,7 @@ class Run:
         )
         config = RunConfig.model_validate({"model": MODEL, "launch": {"shutdown_grace_s": 1.0}})
         display = Display(Console(file=self.output, width=500))
-        supervisor = Supervisor(config, plan, directory, display, Fleet(list), cut_back=cut_back)
+        supervisor = Supervisor(config, plan, directory, display, Fleet(list), cut_back=cut_back, taken=taken)
         self.thread = threading.Thread(target=lambda: setattr(self, "code", supervisor.run()))
         self.thread.start()
         self.wait(lambda: phase in self.output.getvalue())
@@ -161,11 +162,23 @@ def test_a_generator_is_started_again_until_its_restarts_are_used_up(tmp_path, m
     assert run.end() == 0
 
 
+def test_a_run_ends_when_another_has_its_directory_and_leaves_that_ones_files_alone(tmp_path, monkeypatch):
+    others: list[str] = []
+    run = Run(tmp_path, monkeypatch, restarts=2, taken=lambda: others[0] if others else None)
+    (tmp_path / "summary.json").write_text("theirs")
+    pids = run.pids
+    others.append("run.dir = x: process 7 on m7 runs there")
+    assert run.join() == 1
+    assert "run.dir = x: process 7 on m7 runs there" in run.output.getvalue()
+    assert (tmp_path / "summary.json").read_text() == "theirs"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+
+
 def test_a_reward_models_server_is_started_again_too(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch, restarts=1)
     old = run.pids["reward.0"]
     os.kill(old, signal.SIGSTOP)
-    run.report_silent("reward.0", since=time.time())
+    run.report_silent("reward.0", since=time.monotonic())
     run.wait(lambda: run.pids["reward.0"] != old)
     assert "reward.0: has answered no request; killed" in run.output.getvalue()
     assert "reward.0 was killed by SIGKILL; started again (1 of 1)" in run.output.getvalue()
@@ -201,7 +214,7 @@ def test_a_learner_goes_back_to_the_last_whole_checkpoint(tmp_path, monkeypatch,
         before = run.pids
         if silent:
             os.kill(before["learner.1"], signal.SIGSTOP)
-            run.report_silent("learner", since=time.time())
+            run.report_silent("learner", since=time.monotonic())
             (tmp_path / "fail").touch()
             run.wait(lambda: "going on" in run.output.getvalue())
             (tmp_path / "fail").unlink()
@@ -216,7 +229,10 @@ def test_a_learner_goes_back_to_the_last_whole_checkpoint(tmp_path, monkeypatch,
         told = f"going on from step 20 (run.max_restarts: {attempt} of 3)"
         run.wait(lambda told=told: told in run.output.getvalue())
         arguments = Path(f"/proc/{run.pids['controller']}/cmdline").read_bytes().split(b"\0")
-        assert arguments[-3:] == [b"--resume-from", b"20", b""] and arguments.count(b"--resume-from") == 1
+        assert (
+            arguments[-4:] == [b"--resume-from", b"20", b"--servers-stayed", b""]
+            and arguments.count(b"--resume-from") == 1
+        )
         if silent:
             assert run.end() == 0
             return
@@ -281,13 +297,13 @@ def test_a_generator_that_does_nothing_is_killed_and_started_again(tmp_path, mon
     run = Run(tmp_path, monkeypatch, restarts=2)
     old = run.pids["generator.1"]
     os.kill(old, signal.SIGSTOP)
-    run.report_silent("generator.1", since=time.time())
+    run.report_silent("generator.1", since=time.monotonic())
     run.wait(lambda: run.pids["generator.1"] != old)
     assert "generator.1: has answered no request; killed" in run.output.getvalue()
     assert "generator.1 was killed by SIGKILL; started again (1 of 2)" in run.output.getvalue()
     run.wait(lambda: run.log("generator.1") == "up\n" * 2)
     new = run.pids["generator.1"]
-    run.report_silent("generator.1", since=time.time() - 3600)  # of the one before: it comes late
+    run.report_silent("generator.1", since=time.monotonic() - 3600)  # of the one before: it comes late
     time.sleep(0.5)
     assert run.pids["generator.1"] == new and run.thread.is_alive()
     assert run.end() == 0
@@ -295,7 +311,7 @@ def test_a_generator_that_does_nothing_is_killed_and_started_again(tmp_path, mon
 
 def test_a_generator_that_does_nothing_and_must_not_be_started_again_ends_the_run(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch, restarts=0)
-    run.report_silent("generator.1", since=time.time())
+    run.report_silent("generator.1", since=time.monotonic())
     assert run.join() == 1
     assert "error: generator.1: has answered no request" in run.output.getvalue()
     assert json.loads((tmp_path / "summary.json").read_text())["error"] == "generator.1: has answered no request"
@@ -304,7 +320,7 @@ def test_a_generator_that_does_nothing_and_must_not_be_started_again_ends_the_ru
 def test_a_stopped_learner_rank_is_told_from_those_that_wait_for_it(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch, restarts=0)
     os.kill(run.pids["learner.1"], signal.SIGSTOP)
-    run.report_silent("learner", since=time.time())
+    run.report_silent("learner", since=time.monotonic())
     (tmp_path / "fail").touch()
     assert run.join() == 1
     assert "error: learner.1 did nothing any more, not even react to a signal" in run.output.getvalue()
@@ -322,7 +338,7 @@ def test_a_rank_that_gave_up_waiting_is_not_taken_for_the_cause(tmp_path, monkey
 
 def test_a_learner_whose_ranks_all_wait_says_so_itself(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch, restarts=0)
-    run.report_silent("learner", since=time.time())
+    run.report_silent("learner", since=time.monotonic())
     (tmp_path / "fail").touch()
     assert run.join() == 1
     assert "error: the learner did not answer" in run.output.getvalue()

@@ -2,11 +2,12 @@
 
 import gc
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from megatron_async_rlhf.launch.nodes import free_ports
 
 
 def run_ranks(count: int, logs: Path, name: str, act: Callable[[int], None]) -> bool:
@@ -14,10 +15,8 @@ def run_ranks(count: int, logs: Path, name: str, act: Callable[[int], None]) -> 
 
     What a rank prints goes to `<name>-rank<r>.log`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    os.environ["WORLD_SIZE"] = str(count)
+    (port,) = free_ports(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     gc.freeze()  # a rank that collects would look at all of megatron's objects, and copy the pages they share
     for rank in range(count):
         _fork(rank, logs / f"{name}-rank{rank}.log", act)

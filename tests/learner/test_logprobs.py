@@ -1,7 +1,6 @@
 """Log-probabilities in blocks against plain log-softmax in float64, alone and divided over ranks of real gloo groups."""
 
 import os
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from megatron.core import parallel_state
 
+from megatron_async_rlhf.launch.nodes import free_ports
 from megatron_async_rlhf.learner.megatron.layers.logprobs import vocab_parallel_logprobs
 
 N, H, TEMPERATURE = 11, 6, 0.7
@@ -69,9 +69,7 @@ def run_rank(rank: int, ranks: int, port: int, sizes: list[int], results) -> Non
 def test_divided_over_ranks_with_padding():
     """37 leaves one padded row, 5 over 4 ranks a rank without any row of its own."""
     ranks, sizes = 4, [37, 5, 8]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     processes = [context.Process(target=run_rank, args=(r, ranks, port, sizes, results)) for r in range(ranks)]

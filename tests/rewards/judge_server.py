@@ -1,11 +1,12 @@
 """A chat endpoint on this machine that does what a test says, and remembers what it was asked."""
 
 import asyncio
-import socket
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
+
+from megatron_async_rlhf.launch.nodes import free_ports
 
 Say = Callable[[dict, int], str | web.StreamResponse | Awaitable[str | web.StreamResponse]]
 
@@ -25,16 +26,10 @@ class Server:
         self.answered: list[dict] = []
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @asynccontextmanager
 async def serving(say: Say, port: int | None = None):
     """`say` gets a request and its number, from 1; a text it returns is the answer."""
-    port = port or free_port()
+    port = port or free_ports(1)[0]
     server = Server(port)
 
     async def handle(http: web.Request) -> web.StreamResponse:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from judge_server import Server, free_port, longer_is_better, question, serving
+from judge_server import Server, longer_is_better, question, serving
 
 from megatron_async_rlhf.config.judge import JudgeKeys
 from megatron_async_rlhf.errors import ConfigError, JudgeBudgetError, JudgeError
+from megatron_async_rlhf.launch.nodes import free_ports
 from megatron_async_rlhf.rewards.judge.judge import Comparison, Judge, check_api_key, check_template
 
 LIMITS = {"timeout_s": 5.0, "give_up_s": 20.0}
@@ -159,7 +160,7 @@ def test_an_endpoint_that_hangs_then_dies_then_comes_back(tmp_path: Path):
         return ""
 
     async def go() -> None:
-        port = free_port()
+        (port,) = free_ports(1)
         async with serving(hangs, port) as hanging:
             one = judge(hanging, tmp_path, swap=False, timeout_s=1.0)
             waiting = asyncio.create_task(one.compare("p", "x", "y"))
@@ -188,7 +189,7 @@ def test_it_ends_in_time_with_one_line(tmp_path: Path):
                     await judge(server, tmp_path, **limits).compare("p", "x", "y")
                 assert "judge.timeout_s = 0.5" in str(slow.value)
             with pytest.raises(JudgeError, match="no answer within judge.give_up_s = 2.*no connection") as gone:
-                await judge(f"http://127.0.0.1:{free_port()}/v1", tmp_path, **limits).compare("p", "x", "y")
+                await judge(f"http://127.0.0.1:{free_ports(1)[0]}/v1", tmp_path, **limits).compare("p", "x", "y")
             assert "\n" not in str(gone.value)
             async with serving(lambda request, number: status(429, "later", Retry_After="3600")) as limiting:
                 with pytest.raises(JudgeError, match="another try would pass; the last of 1: it answered 429: later"):

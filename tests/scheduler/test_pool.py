@@ -296,6 +296,30 @@ def test_a_lost_generator_whose_engine_leaves_probes_unanswered_is_reported_agai
     run(test)
 
 
+def test_a_controller_that_is_started_anew_goes_on_with_the_generators_that_answer(monkeypatch):
+    monkeypatch.setattr(returning, "_WATCH_S", 0.001)
+
+    async def test():
+        silent, back = [], []
+        engines, pool = make(3, timeout=60.0, silence=0.05, on_silent=lambda generator, error: silent.append(generator))
+        engines[1].hangs, engines[2].alive = True, False
+        await pool.rejoin(back.append)
+        assert pool.alive == pool.returned == back == [engines[0]]
+        assert pool.without_weights and not pool.serving and not silent
+        watching = asyncio.create_task(pool.watch(back.append))
+        await pool.mark_updated([engines[0]])
+        while not silent:
+            await asyncio.sleep(0.001)
+        assert set(silent) == {engines[1]} and pool.serving == [engines[0]]
+        engines[2].alive = True
+        while engines[2] not in back:
+            await asyncio.sleep(0.001)
+        assert pool.returned == [engines[2]]
+        watching.cancel()
+
+    run(test)
+
+
 def test_a_generator_that_never_gets_ready_again_is_reported_although_others_serve(monkeypatch):
     monkeypatch.setattr(returning, "_WATCH_S", 0.001)
     monkeypatch.setattr(returning, "_RESTART_S", 0.01)

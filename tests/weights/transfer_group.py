@@ -4,7 +4,6 @@ Parameters are filled from, and checked against, whole Hugging Face tensors thro
 side and vLLM's own rules written down again on the generator's, not through the pieces the plan is made of.
 """
 
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +11,7 @@ import torch
 from whole_tensors import split
 
 from megatron_async_rlhf.errors import TransferError
+from megatron_async_rlhf.launch.nodes import free_ports
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.models.families import Rule
 from megatron_async_rlhf.models.hf_mapping import copies_of_tied_embedding, hf_shapes, model_mappings
@@ -120,9 +120,7 @@ class TransferGroup:
             arch, layout, tensor_parallel, dtype=str(dtype).removeprefix("torch."), staging_bytes=staging_bytes
         )
         self._shared, self._timeout_s = shared, timeout_s
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        (self._port,) = free_ports(1)
         self._pool = ThreadPoolExecutor(self.roster.world_size)
         self._store = None
         self.transports = self.on_every_rank(self._connect)

@@ -17,7 +17,6 @@ import errno
 import io
 import os
 import queue
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.errors import LearnerError, WriteError
 from megatron_async_rlhf.formats.directory import COMMON, write_format
 from megatron_async_rlhf.formats.file_digests import FileDigest, digest_file, write_digests
@@ -170,7 +170,7 @@ class BackgroundSave:
         return everyone
 
     def _write(self, plans: list[_PlannedSave]) -> Span:
-        start = time.time()
+        start = now()
         for plan in plans:
             writer, written = plan.writer, {}
             if self._placement.rank == 0:
@@ -194,7 +194,7 @@ class BackgroundSave:
         return Span(
             name="write checkpoint",
             start=start,
-            end=time.time(),
+            end=now(),
             process=f"learner.{self._placement.rank}",
             lane="checkpoint",
         )

@@ -6,7 +6,6 @@ training:    forward and backward go on; the optimizer's step waits until the th
 FinishPush:  wait for the thread; all ranks learn whether any failed
 """
 
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from threading import Event
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from msgspec import Struct
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, TransferError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
@@ -90,7 +90,7 @@ class WeightPush:
             self._join(command)
         except TransferError as failure:
             error = str(failure)
-        self._agree(error, time.time())
+        self._agree(error, now())
 
     def start(self, *, verify: bool, offered: int | None = None) -> str:
         """Begin sending the weights as they are now, or offer to send them as this version.
@@ -183,13 +183,13 @@ class WeightPush:
                 self._begin(sending)
         finally:
             self._all_read(sending)
-        return _Ending(report, error, sending.began, time.time())
+        return _Ending(report, error, sending.began, now())
 
     def _begin(self, sending: _Sending) -> bool:
         """Whether what has been packed is to be sent."""
         if sending.offered:
             sending.dropped = not self._offers.verdict()
-        sending.began = time.time()
+        sending.began = now()
         if self._config.weights.snapshot:
             self._all_read(sending)
         return not sending.dropped

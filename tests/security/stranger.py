@@ -1,0 +1,82 @@
+"""A stranger on the network: sends a port what its protocol is made of, malformed, too large, or of another run.
+
+python stranger.py HOST PORT KIND COUNT [SECRET]      KIND: http, zmq or raw
+
+Prints, as JSON, how often which HTTP status came; 0 stands for no answer.
+"""
+
+import contextlib
+import json
+import random
+import socket
+import sys
+from collections import Counter
+
+ZMTP = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"%s" + bytes(1) + bytes(31)  # a greeting of version 3.1
+ROUTES = (
+    "/health",
+    "/v1/models",
+    "/metrics",
+    "/collective_rpc",
+    "/pause",
+    "/async_rlhf/sample",
+    "/async_rlhf/pause?how=abort",
+)
+
+
+def http(dice: random.Random, secret: str) -> bytes:
+    route, method = dice.choice(ROUTES).encode(), dice.choice([b"GET", b"POST"])
+    shown = dice.choice([b"", b"Authorization: Bearer %s\r\n" % secret.encode(), b"Authorization: Bearer \r\n"])
+    body = dice.randbytes(dice.randrange(300))
+    head = b"%s %s HTTP/1.1\r\nHost: x\r\n%s" % (method, route, shown)
+    return dice.choice(
+        [
+            head + b"Connection: close\r\n\r\n",
+            head + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body,
+            head + b"Content-Length: %d\r\n\r\n" % 2**62 + body,
+            head + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n" + body,
+            head + b"X: " + b"y" * 200_000 + b"\r\n\r\n",
+            head[: dice.randrange(len(head))],
+            body,
+        ]
+    )
+
+
+def zmq(dice: random.Random, secret: str) -> bytes:
+    greeting = ZMTP % dice.choice([b"NULL", b"PLAIN", b"CURVE", b"?"]).ljust(20, b"\0")
+    return dice.choice(
+        [
+            dice.randbytes(dice.randint(0, 200)),
+            greeting[: dice.randint(0, len(greeting))],
+            greeting + b"\x04" + bytes([dice.randrange(256)]) + dice.randbytes(dice.randint(0, 300)),
+            greeting + b"\x02" + (2**62).to_bytes(8, "big") + dice.randbytes(64),
+            greeting + b"\x04\x26\x05READY" + dice.randbytes(33) + b"\x00\x07command",
+            greeting + b"\x04\xc8\x05HELLO" + dice.randbytes(194),
+        ]
+    )
+
+
+def raw(dice: random.Random, secret: str) -> bytes:
+    return dice.randbytes(dice.randint(0, 300))
+
+
+def main() -> None:
+    host, port, kind, count = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    secret = sys.argv[5] if len(sys.argv) > 5 else "0" * 64
+    dice, statuses = random.Random(port), Counter()
+    for _ in range(count):
+        message = {"http": http, "zmq": zmq, "raw": raw}[kind](dice, secret)
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5) as stranger:
+            stranger.settimeout(0.02 if kind != "http" else 0.3)
+            stranger.sendall(message)
+            answer = b""
+            if b"Connection: close" in message or dice.random() < 0.02:
+                with contextlib.suppress(TimeoutError):
+                    answer = stranger.recv(1000)
+            status = answer.split(b" ", 2)[1].decode() if answer.startswith(b"HTTP/") else "0"
+            statuses[status] += 1
+    print(json.dumps(statuses))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Lets a run go on for an hour or longer, with all that a long one meets, and measures whether anything grows.
+
+    python tools/soak.py /tmp/soak --minutes 75 --json docs/results/soak.json
+
+A small fresh model in streaming mode on CPU cores: pushes at every step, a held-out evaluation every 20, a checkpoint every
+10, and every few minutes a generator is killed and started again. Every 10 seconds, of each process: resident memory, file
+descriptors, sockets, threads; of the machine: what the run has in /dev/shm and in the directory for temporary files.
+
+After a warm-up (`--warm-up`) nothing may grow by more than `--limit` per cent an hour: a line is fitted to each process's
+memory as long as it lives, if that is half of the time or more, and to the others' counts; step times of the first and of
+the second half are compared by their medians. A process that was started again is another process.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+from harm.run import CONFIG, REWARD, SCHEDULES
+
+_EVERY_S = 10.0
+_KILL_EVERY_S = 240.0
+_COUNTS = ("descriptors", "sockets", "threads")
+
+
+class Soak:
+    """The run, and what was measured of it."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        self.run, self.scratch = directory / "run", directory / "tmp"
+        self.scratch.mkdir()
+        (directory / "reward.py").write_text(REWARD)
+        tree: dict[str, Any] = json.loads(json.dumps(CONFIG))
+        tree["reward"] = {"type": "function", "function": f"{directory}/reward.py:score", "workers": 2, "timeout_s": 30}
+        tree["schedule"] = SCHEDULES["streaming"] | {"steps": 1_000_000, "prompts_per_step": 4}
+        tree["schedule"]["eval_every"] = 20
+        tree["checkpoint"] = {"every_steps": 10, "keep_last": 2}
+        tree["generator"]["restarts"] = 1000
+        tree["run"]["dir"] = str(self.run)
+        (directory / "config.yaml").write_text(json.dumps(tree))  # which is YAML
+        command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(directory / "config.yaml")]
+        with (directory / "output").open("w") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"TMPDIR": str(self.scratch)}
+            )
+        self.processes: dict[str, list[dict[str, float]]] = defaultdict(list)  # by name and id
+        self.machine: list[dict[str, float]] = []
+        self.kills = 0
+
+    def measure(self, minute: float) -> None:
+        shared = set()
+        for name, root in self._roots().items():
+            for process in (root, *root.children(recursive=True)):
+                try:
+                    figures = {
+                        "minute": minute,
+                        "memory_mb": process.memory_info().rss / 1e6,
+                        "descriptors": process.num_fds(),
+                        "sockets": len(process.net_connections()),
+                        "threads": process.num_threads(),
+                    }
+                    shared |= {each.path for each in process.memory_maps() if each.path.startswith("/dev/shm/")}
+                    title = name if process is root else f"{name} {process.name()}"
+                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                    continue
+                self.processes[f"{title} {process.pid}"].append(figures)
+        temporary = sum(1 for _ in self.scratch.rglob("*"))
+        self.machine.append({"minute": minute, "shared_memory_files": len(shared), "temporary_files": temporary})
+
+    def kill_generator(self, dice: random.Random) -> None:
+        self._roots()[f"generator.{dice.randrange(2)}"].kill()
+        self.kills += 1
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(180)
+
+    def step_times(self) -> list[tuple[float, float]]:
+        """When each step ended, in minutes since the first, and how long it took, in seconds."""
+        events = (json.loads(line) for line in (self.run / "logs/events.jsonl").read_text().splitlines())
+        ends = [event["time"] for event in events if event["event"] == "step"]
+        return [((end - ends[0]) / 60, end - before) for before, end in zip(ends, ends[1:], strict=False)]
+
+    def _roots(self) -> dict[str, psutil.Process]:
+        pids = json.loads((self.run / "logs/processes.json").read_text()) | {"supervisor": self.process.pid}
+        roots = {}
+        for name, pid in pids.items():
+            try:
+                roots[name] = psutil.Process(pid)
+            except psutil.NoSuchProcess:
+                continue  # it is being started again
+        if "supervisor" in roots:
+            roots["supervisor"].children = lambda recursive=False: []  # they have names of their own
+        return roots
+
+
+def growth(points: list[dict[str, float]], key: str) -> float:
+    """Per cent an hour, of the mean."""
+    minutes, values = np.array([point["minute"] for point in points]), np.array([point[key] for point in points])
+    slope = float(np.polyfit(minutes, values, 1)[0])
+    return 100.0 * 60.0 * slope / max(1.0, float(values.mean()))
+
+
+def verdict(soak: Soak, warm_up: float, minutes: float) -> dict[str, Any]:
+    """Growth of everything that lived for half of the time after the warm-up."""
+    grown: dict[str, dict[str, float]] = {}
+    for name, points in soak.processes.items():
+        after = [point for point in points if point["minute"] >= warm_up]
+        if len(after) > 2 and after[-1]["minute"] - after[0]["minute"] >= (minutes - warm_up) / 2:
+            grown[name] = {key: round(growth(after, key), 3) for key in ("memory_mb", *_COUNTS)}
+            grown[name]["last_memory_mb"] = round(after[-1]["memory_mb"], 1)
+    after = [point for point in soak.machine if point["minute"] >= warm_up]
+    machine = {key: round(growth(after, key), 3) for key in ("shared_memory_files", "temporary_files")}
+    steps = [step for step in soak.step_times() if step[0] >= warm_up]
+    middle = (steps[0][0] + steps[-1][0]) / 2
+    halves = [median(s for m, s in steps if (m < middle) is first) for first in (True, False)]
+    return {
+        "minutes": minutes, "warm_up_minutes": warm_up, "steps": len(soak.step_times()), "generators_killed": soak.kills,
+        "growth_percent_an_hour": grown | {"machine": machine},
+        "median_step_s": {"first half": round(halves[0], 3), "second half": round(halves[1], 3)},
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder for the run; it must not exist yet")
+    parser.add_argument("--minutes", type=float, default=75.0)
+    parser.add_argument("--warm-up", type=float, default=15.0, help="minutes that do not count")
+    parser.add_argument("--limit", type=float, default=1.0, help="most growth of memory, in per cent an hour")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    options = parser.parse_args()
+    soak, dice = Soak(options.out), random.Random(0)
+    while soak.process.poll() is None and not (soak.run / "metrics.jsonl").exists():
+        time.sleep(1)
+    began = time.monotonic()
+    next_kill = began + _KILL_EVERY_S
+    while soak.process.poll() is None and time.monotonic() - began < 60 * options.minutes:
+        soak.measure((time.monotonic() - began) / 60)
+        if time.monotonic() > next_kill:
+            soak.kill_generator(dice)
+            next_kill += _KILL_EVERY_S
+        time.sleep(_EVERY_S)
+    if soak.process.poll() is not None:
+        print(f"the run has ended by itself with {soak.process.returncode}: see {options.out / 'output'}")
+        return 1
+    code = soak.end()
+    result = verdict(soak, options.warm_up, options.minutes)
+    grows = {
+        f"{name}: {key} {value:+.2f} % an hour"
+        for name, figures in result["growth_percent_an_hour"].items()
+        for key, value in figures.items()
+        if key != "last_memory_mb" and value > options.limit
+    }
+    print(json.dumps(result, indent=1))
+    print("\n".join(sorted(grows)) or f"nothing grows by more than {options.limit:g} % an hour")
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if grows or code != 130 else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
