@@ -14,7 +14,7 @@ The ledger (`harm.ledger`) is written for this alone:
 - a run that ends says why: by the name of the process, machine or file that was harmed;
 - a synchronous run has the metrics of an undisturbed one, bit for bit.
 
-Needs root, strace and libfaketime for some faults; says which it leaves out.
+Needs root, strace and a C compiler for some faults; says which it leaves out.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from harm.faults import FAULTS, WIRE, clock_library, impossible_here
+from harm.faults import FAULTS, WIRE, impossible_here
 from harm.ledger import check
 from harm.run import SCHEDULES, STEPS, ChaosRun, Setting, Violation
 
@@ -78,7 +78,7 @@ def draw_setting(dice: random.Random, faults: list[str]) -> Setting:
         ranks=dice.choice([1, 2]),
         machines=2 if WIRE & set(faults) else 1,
         disk="disk full" in faults,
-        clock=clock_library() if "clock set" in faults else None,
+        clock="clock set" in faults,
     )
 
 

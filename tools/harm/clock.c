@@ -1,0 +1,50 @@
+/* Shows a process another time of day: CLOCK_REALTIME moved by the seconds that stand in the file $CHAOS_CLOCK, which may
+   change at any moment. Durations, sleeps and the monotonic clock stay as they are. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static const volatile int64_t nothing = 0;
+static const volatile int64_t *seconds = &nothing;
+static int (*real_clock_gettime)(clockid_t, struct timespec *);
+
+__attribute__((constructor)) static void start(void) {
+    real_clock_gettime = dlsym(RTLD_NEXT, "clock_gettime");
+    const char *path = getenv("CHAOS_CLOCK");
+    int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    if (file < 0) return;
+    void *mapped = mmap(NULL, sizeof(int64_t), PROT_READ, MAP_SHARED, file, 0);
+    if (mapped != MAP_FAILED) seconds = mapped;
+    close(file);
+}
+
+int clock_gettime(clockid_t which, struct timespec *now) {
+    if (!real_clock_gettime) start();
+    int result = real_clock_gettime(which, now);
+    if (!result && (which == CLOCK_REALTIME || which == CLOCK_REALTIME_COARSE)) now->tv_sec += *seconds;
+    return result;
+}
+
+int gettimeofday(struct timeval *restrict now, void *restrict zone) {
+    struct timespec exact;
+    (void)zone;
+    int result = clock_gettime(CLOCK_REALTIME, &exact);
+    if (!result) {
+        now->tv_sec = exact.tv_sec;
+        now->tv_usec = exact.tv_nsec / 1000;
+    }
+    return result;
+}
+
+time_t time(time_t *where) {
+    struct timespec exact;
+    clock_gettime(CLOCK_REALTIME, &exact);
+    if (where) *where = exact.tv_sec;
+    return exact.tv_sec;
+}
