@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--resume-from", type=int, help="policy version of the checkpoint to go on from")
     parser.add_argument("--servers-stayed", action="store_true", help="they have served another controller before")
     parser.add_argument("--recorded", type=Path, help="the run to do again")
+    parser.add_argument("--failed", action="store_true", help="only its rollout whose loss was not finite")
     given = parser.parse_args()
     collect_rarely()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -39,7 +40,7 @@ def main() -> None:
     own = {
         "train": resumed | {"servers_stayed": given.servers_stayed},
         "sft": resumed,
-        "replay": {"recorded": given.recorded},
+        "replay": {"recorded": given.recorded, "failed": given.failed},
     }.get(given.job, {})
     raise SystemExit(asyncio.run(job.run_job(given.run_dir, addresses, **own)))
 

@@ -4,24 +4,41 @@
 
 No generator, no rewards, no schedule: what reaches the learner is what reached it then, in the same order, so losses and
 weights come out with the same bits. What a run was on a cluster can be looked into on one machine, step by step.
+
+    start learner ─> load checkpoint ─> the rollout whose loss was not finite          (`--failed`)
 """
 
 from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
 from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import ReplayError
+from megatron_async_rlhf.errors import NonFiniteLossError, ReplayError
 from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import RunInputs, data_counts, load_run_inputs
 from megatron_async_rlhf.jobs.lifecycle import begin_reinforcement, export_policy, run_learner_alone
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import Answer, Learner, Stop, WaitUntilReady, rollout_span
+from megatron_async_rlhf.learner.protocol import (
+    Answer,
+    Learner,
+    ResumeReinforcement,
+    Stop,
+    WaitUntilReady,
+    rollout_span,
+)
 from megatron_async_rlhf.scheduler.recording import RecordedRollout, RolloutLog
 from megatron_async_rlhf.telemetry.events import EventStream
-from megatron_async_rlhf.telemetry.files import METRICS, POLICY_TEMPLATE_DIR, RESOLVED_CONFIG, ROLLOUT_DIR, read_steps
+from megatron_async_rlhf.telemetry.files import (
+    FAILED_ROLLOUT,
+    METRICS,
+    POLICY_TEMPLATE_DIR,
+    RESOLVED_CONFIG,
+    ROLLOUT_DIR,
+    read_steps,
+)
 from megatron_async_rlhf.telemetry.recorder import Recorder
 
 # Of an optimizer step, what must come out again to the last bit.
@@ -31,7 +48,8 @@ _SAME = ("loss", "grad_norm")
 async def run_phases(
     config: RunConfig, run_dir: Path, recorded: Path, run_inputs: RunInputs, learner: Learner, recorder: Recorder
 ) -> None:
-    """
+    """Of a replay from the start.
+
     Raises:
         ReplayError: a step came out differently.
     """
@@ -50,6 +68,33 @@ async def run_phases(
     recorder.loop_ended()
     await export_policy(config, run_dir, learner, recorder)
     await learner.execute(Stop())
+
+
+async def run_failed(config: RunConfig, recorded: Path, learner: Learner, recorder: Recorder) -> None:
+    """Train once more on the rollout whose loss was not finite, from the state before it.
+
+    Raises:
+        ReplayError: the loss is finite.
+    """
+    began, rollout = now(), RecordedRollout.read(recorded / FAILED_ROLLOUT)
+    recorder.phase("start")
+    await learner.execute(WaitUntilReady())
+    version, checkpoints = rollout.command.version, RunCheckpoints(recorded)
+    recorder.phase(f"load checkpoint of step {version}")
+    reference = str(checkpoints.reference) if has_own_reference(config) else None
+    await learner.execute(ResumeReinforcement(checkpoint=str(checkpoints.path(version)), reference=reference))
+    recorder.phase("train", steps=1)
+    recorder.loop_started(startup_s=now() - began)
+    try:
+        answer = await learner.execute(rollout.command)
+    except NonFiniteLossError as error:
+        recorder.note(f"it came again: {error}")
+        await learner.execute(Stop())
+        return
+    raise ReplayError(
+        f"step {version + 1}: the loss was not finite and is {answer.steps[0].values['loss']} now; layout, precision, "
+        "threads, versions of packages and the kind of processor must be those of the run"
+    )
 
 
 def _report(rollout: RecordedRollout, answer: Answer, recorder: Recorder, before: dict[int, dict]) -> None:
@@ -78,12 +123,15 @@ def _report(rollout: RecordedRollout, answer: Answer, recorder: Recorder, before
                 )
 
 
-async def run_job(run_dir: Path, addresses: Addresses, recorded: Path) -> int:
+async def run_job(run_dir: Path, addresses: Addresses, recorded: Path, *, failed: bool) -> int:
     """Run all phases; returns the process's exit code. Every outcome leaves a summary."""
     config = load_config(run_dir / RESOLVED_CONFIG)
     run_inputs = load_run_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
     recorder = Recorder(config, run_dir, EventStream())
     recorder.totals.data = data_counts(run_inputs.data)
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
-    phases = run_phases(config, run_dir, recorded, run_inputs, learner, recorder)
+    if failed:
+        phases = run_failed(config, recorded, learner, recorder)
+    else:
+        phases = run_phases(config, run_dir, recorded, run_inputs, learner, recorder)
     return await run_learner_alone(phases, learner, recorder)

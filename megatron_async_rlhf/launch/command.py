@@ -25,6 +25,7 @@ from megatron_async_rlhf.options import (
 )
 from megatron_async_rlhf.telemetry.files import (
     EXPORT_DIR,
+    FAILED_ROLLOUT,
     METRICS,
     POLICY_TEMPLATE_DIR,
     RESOLVED_CONFIG,
@@ -119,13 +120,18 @@ def sft(
 
 
 def replay(
-    run: Annotated[Path, typer.Argument(help="A run with schedule.record = true.")],
+    run: Annotated[Path, typer.Argument(help="A run with schedule.record = true; with --failed any.")],
+    failed: Annotated[
+        bool,
+        typer.Option("--failed", help="Train only on the rollout whose loss was not finite, from the state before it."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Directory of the new run; default: <run>.replay beside it.")] = None,
     node_rank: NodeRankOption = 0,
 ) -> None:
     """Train again on what a run has recorded, without generators, and prove that the same bits come out.
 
-    Losses and gradient norms are compared at every step, the weights at the end.
+    Losses and gradient norms are compared at every step, the weights at the end. A run that ended because a loss was not
+    finite has kept that rollout and the state before it: with --failed it is trained on alone, and must fail again.
 
     Example: async-rlhf replay runs/quickstart
     """
@@ -134,7 +140,6 @@ def replay(
     from megatron_async_rlhf.launch.input_digests import check_resumed_inputs
     from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart
-    from megatron_async_rlhf.scheduler.recording import RolloutLog
 
     check_is_run(run)
     recorded = run.absolute()
@@ -149,15 +154,13 @@ def replay(
         check_inputs_apart(config)
         if recorded.resolve().is_relative_to(config.run.path.resolve()):
             raise ConfigError(f"--out {out} would take the place of {recorded} itself; choose another")
-        rollouts = sum(1 for _ in RolloutLog(recorded / ROLLOUT_DIR).read(end=len(read_lines(recorded / METRICS))))
-        if not rollouts:
-            raise ConfigError(f"{recorded} has recorded nothing; it must be run with schedule.record = true")
-        warn(check_resumed_inputs(earlier, run_dir=recorded, starts_over=True)[1])
-        arguments = ["--recorded", str(recorded)]
+        rollouts = _check_failed(recorded) if failed else _check_recorded(recorded)
+        warn(check_resumed_inputs(earlier, run_dir=recorded, starts_over=not failed)[1])
+        arguments = ["--recorded", str(recorded), *(["--failed"] if failed else [])]
         plan = plan_learner_alone(config, config.run.path.absolute(), fleet.nodes, "replay", arguments)
         return start.Start(plan=plan, template=recorded / POLICY_TEMPLATE_DIR)
 
-    if code := start.run(config, decide):
+    if (code := start.run(config, decide)) or failed:
         raise typer.Exit(code)
     if rollouts < earlier.schedule.rollouts or not (recorded / EXPORT_DIR).is_dir():
         typer.echo(
@@ -165,6 +168,47 @@ def replay(
         )
         return
     compare_holders(*open_holders(str(recorded), str(config.run.path.absolute()), None), None)
+
+
+def _check_recorded(recorded: Path) -> int:
+    """How many rollouts a run has recorded.
+
+    Raises:
+        ConfigError: none.
+    """
+    from megatron_async_rlhf.scheduler.recording import RolloutLog
+
+    rollouts = sum(1 for _ in RolloutLog(recorded / ROLLOUT_DIR).read(end=len(read_lines(recorded / METRICS))))
+    if not rollouts:
+        raise ConfigError(f"{recorded} has recorded nothing; it must be run with schedule.record = true")
+    return rollouts
+
+
+def _check_failed(recorded: Path) -> int:
+    """One: that whose loss was not finite.
+
+    Raises:
+        ConfigError: there is none, or the state before it was not kept.
+        CheckpointError: either cannot be read.
+    """
+    from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
+    from megatron_async_rlhf.formats.file_digests import check_digests
+    from megatron_async_rlhf.scheduler.recording import RecordedRollout
+
+    path = recorded / FAILED_ROLLOUT
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} is not there: no loss of the run was not finite, or its rollouts have several optimizer steps, the "
+            "first of which changes the state; with schedule.record = true, `async-rlhf replay` trains on all of them again"
+        )
+    version = RecordedRollout.read(path).command.version
+    checkpoints = RunCheckpoints(recorded)
+    if version not in checkpoints.versions():
+        raise ConfigError(
+            f"{checkpoints.path(version)} is not there: the state before the rollout was not kept, or deleted"
+        )
+    check_digests(checkpoints.path(version))
+    return 1
 
 
 def check_sft_section(config: RunConfig) -> None:

@@ -26,7 +26,7 @@ from statistics import fmean
 from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import NonFiniteLossError, RewardError, WriteError
+from megatron_async_rlhf.errors import AsyncRLHFError, NonFiniteLossError, RewardError
 from megatron_async_rlhf.learner.protocol import Learner, TrainRollout, rollout_span
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
@@ -34,13 +34,13 @@ from megatron_async_rlhf.scheduler.generation import Generation
 from megatron_async_rlhf.scheduler.pacing import Pacer
 from megatron_async_rlhf.scheduler.pool import GeneratorPool
 from megatron_async_rlhf.scheduler.pushes import Pushes
-from megatron_async_rlhf.scheduler.recording import RolloutSink
+from megatron_async_rlhf.scheduler.recording import RecordedRollout, RolloutSink
 from megatron_async_rlhf.scheduler.scoring import logprob_gaps, mean_entropy, mean_facts
 from megatron_async_rlhf.scheduler.signal import Signal
 from megatron_async_rlhf.scheduler.state import BEGINNING, Checkpoints, ControllerState, ReadyGroup
 from megatron_async_rlhf.scheduler.training_batch import TrainingBatch, select_training_samples
 from megatron_async_rlhf.scheduler.weight_sync import WeightSync
-from megatron_async_rlhf.telemetry.files import FAILED_BATCH
+from megatron_async_rlhf.telemetry.files import FAILED_BATCH, FAILED_ROLLOUT
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.telemetry.summary import staleness_figures
 
@@ -105,6 +105,7 @@ class Controller:
         self._save: asyncio.Task | None = None
         self._stopping = False
         self._failure: RewardError | None = None
+        self._failed: RecordedRollout | None = None  # which could not be trained
 
     async def run(self) -> None:
         """Until the last step is trained and pushed, or `stop` was called.
@@ -192,10 +193,14 @@ class Controller:
             if self._pushes.may_start():
                 await self._pushes.start()
                 continue
-            tickets, arrivals = self._pacer.next_rollout(), list(self._pacer.ready)
+            tickets, arrivals, before = self._pacer.next_rollout(), list(self._pacer.ready), self.state
             assert tickets is not None  # which was waited for
             self._pacer.begin_training(tickets)
-            await self._train([self._generation.ready.pop(ticket.index) for ticket in tickets], arrivals)
+            rollout = [self._generation.ready.pop(ticket.index) for ticket in tickets]
+            try:
+                await self._train(rollout, arrivals)
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError("; ".join([str(error), *await self._keep_failed(rollout, before)])) from None
             if self._checkpoints.is_due(self.version):
                 await self._start_save()
             self._pacer.end_training()
@@ -227,8 +232,9 @@ class Controller:
         start = self._clock()
         try:
             answer = await self._learner.execute(command)
-        except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"{error}; {self._keep_failed(rollout)}") from None
+        except NonFiniteLossError:
+            self._failed = RecordedRollout.of(command, rollout, arrivals)
+            raise
         end = self._clock()
         self._recorder.activity("learner", "idle")
         await self._pushes.end_offer()
@@ -247,12 +253,21 @@ class Controller:
             if update < len(parts):
                 self._recorder.trained(len(batches[part].completions), _samples(parts[part]), batches[part].skipped)
 
-    def _keep_failed(self, rollout: list[ReadyGroup]) -> str:
-        """Where a rollout is that could not be trained on."""
+    async def _keep_failed(self, rollout: list[ReadyGroup], before: ControllerState) -> list[str]:
+        """Save a rollout that could not be trained on and, if no update of it was made, the state before it; what to say."""
         try:
-            return f"the batch is in {self._recorder.save_json(FAILED_BATCH, [g.scored.group for g in rollout])}"
-        except WriteError as error:
-            return str(error)
+            told = [f"the batch is in {self._recorder.save_json(FAILED_BATCH, [g.scored.group for g in rollout])}"]
+            if self._schedule.updates_per_rollout == 1:
+                self._recorder.save_packed(FAILED_ROLLOUT, self._failed)
+                if self._save is not None:
+                    await self._save
+                if not self._checkpoints.is_saved(before.version):
+                    await self._checkpoints.start(before)
+                    await self._checkpoints.complete()
+                told.append(f"async-rlhf replay {self._config.run.path} --failed makes it come again")
+        except AsyncRLHFError as error:
+            return [str(error)]
+        return told
 
     def _report(
         self, version: int, groups: list[ReadyGroup], batch: TrainingBatch, ages: Counter[int], values: dict[str, float]

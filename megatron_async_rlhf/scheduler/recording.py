@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import msgspec
 from msgspec import Struct
@@ -40,6 +40,30 @@ class RecordedRollout(Struct, frozen=True, kw_only=True):
     groups: list[RecordedGroup]
     arrived: list[int]
 
+    @classmethod
+    def of(cls, command: TrainRollout, rollout: Sequence[ReadyGroup], arrived: list[int]) -> Self:
+        groups = [
+            RecordedGroup(
+                index=group.index,
+                version=group.version,
+                versions=[list(dict.fromkeys(c.versions)) for c in group.scored.group.completions],
+                generate_s=group.generate_s,
+            )
+            for group in rollout
+        ]
+        return cls(command=command, groups=groups, arrived=arrived)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """
+        Raises:
+            CheckpointError: one line.
+        """
+        try:
+            return msgspec.msgpack.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise CheckpointError(f"{path} is broken or from another release ({error})") from None
+
 
 class RolloutSink(Protocol):
     """Whoever wants to know what is trained on."""
@@ -57,16 +81,7 @@ class RolloutLog:
         self._first = 0 if (directory / "step_000000.msgpack").exists() else 1
 
     def write(self, command: TrainRollout, rollout: Sequence[ReadyGroup], arrived: list[int]) -> None:
-        groups = [
-            RecordedGroup(
-                index=group.index,
-                version=group.version,
-                versions=[list(dict.fromkeys(c.versions)) for c in group.scored.group.completions],
-                generate_s=group.generate_s,
-            )
-            for group in rollout
-        ]
-        record, path = RecordedRollout(command=command, groups=groups, arrived=arrived), self._path(command.version)
+        record, path = RecordedRollout.of(command, rollout, arrived), self._path(command.version)
         with writing(path):
             self._directory.mkdir(exist_ok=True)
             path.write_bytes(msgspec.msgpack.encode(record))
@@ -91,11 +106,11 @@ class RolloutLog:
                     f"{self._path(version)} is missing: the rollouts before {path.name} are not whole"
                 )
             try:
-                record = msgspec.msgpack.decode(path.read_bytes(), type=RecordedRollout)
-            except (OSError, msgspec.MsgspecError) as error:
+                record = RecordedRollout.read(path)
+            except CheckpointError:
                 if version + 1 > end:
                     return  # the run was killed while it wrote this
-                raise CheckpointError(f"{path} is broken or from another release ({error})") from None
+                raise
             version += len(record.command.mini_batches) * record.command.epochs
             if version > end:  # it was killed while this was trained
                 return

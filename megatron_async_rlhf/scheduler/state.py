@@ -57,6 +57,9 @@ class Checkpoints(Protocol):
     def is_due(self, version: int) -> bool:
         """Whether this policy version is to be saved."""
 
+    def is_saved(self, version: int) -> bool:
+        """Whether it is there already."""
+
     async def start(self, state: ControllerState) -> None:
         """Returns once training may go on."""
 

@@ -72,6 +72,9 @@ class NoCheckpoints:
     def is_due(self, version: int) -> bool:
         return False
 
+    def is_saved(self, version: int) -> bool:
+        return True
+
     async def start(self, state: ControllerState) -> None: ...
 
     async def complete(self) -> None: ...

@@ -38,7 +38,8 @@ ANSWERS = "answers.jsonl"
 PAIRS = "pairs.jsonl"  # of an evaluation: preference pairs made of its answers
 EVALUATION = "eval.json"
 REWARD_CENTERS = "reward_centers.json"  # what is subtracted from a reward model's scores, by the reward's key
-FAILED_BATCH = "non_finite_batch.json"
+FAILED_BATCH = "non_finite_batch.json"  # whose loss was not finite; to be read
+FAILED_ROLLOUT = "non_finite_rollout.msgpack"  # the same, to be trained again
 
 _RESERVE_BYTES = 64 * 2**10
 

@@ -287,6 +287,15 @@ class Recorder:
             path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
         return path
 
+    def save_packed(self, file: str, content: object) -> None:
+        """A file of its own in the run directory, for programs.
+
+        Raises:
+            WriteError: one line.
+        """
+        with writing(self._dir / file):
+            (self._dir / file).write_bytes(msgspec.msgpack.encode(content))
+
     def close(self, status: str, error: str | None, *, explained: bool = False) -> bool:
         """Final timeline and summary; what cannot be written on a full disk keeps nothing else from being written or told.
 

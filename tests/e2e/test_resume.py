@@ -143,7 +143,7 @@ def test_a_learner_that_is_killed_costs_nothing_but_time(start):
 def test_a_learner_that_is_killed_twenty_times(start):
     """At random moments, either rank; generators stay up, and nothing differs in the end."""
     kills, dice = 20, random.Random(0)
-    long = (*SYNC, "schedule.steps=40", "learner.ranks=2", "learner.tensor_parallel=2", "generator.replicas=2")
+    long = (*SYNC, "schedule.steps=200", "learner.ranks=2", "learner.tensor_parallel=2", "generator.replicas=2")
     whole = start(*long)
     output = whole.wait()
     assert whole.process.returncode == 0, output

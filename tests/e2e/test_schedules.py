@@ -70,6 +70,39 @@ def test_a_streaming_run_can_be_replayed(start):
     assert "equal: " in again.stdout.splitlines()[-1]
 
 
+# Not finite as soon as samples are of an older policy than the one that is trained.
+LOSS = """
+from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss
+
+
+def loss(logprobs_T, base_T, *arguments):
+    loss, metrics = clipped_policy_loss(logprobs_T, base_T, *arguments)
+    return loss * (float("nan") if (logprobs_T - base_T).abs().max() > 1e-3 else 1.0), metrics
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_a_loss_that_is_not_finite_comes_again(start, tmp_path):
+    (tmp_path / "own_loss.py").write_text(LOSS)
+    run = start(
+        f"algorithm={{type: grpo, loss_function: '{tmp_path}/own_loss.py:loss', samples_per_prompt: 3}}",
+        "algorithm.ratio_base=sampler",
+        "schedule.max_staleness=1",
+        "learner.ranks=2",
+    )
+    output = run.wait()
+    assert run.process.returncode == 1, output
+    assert "step 2: loss nan" in output and f"async-rlhf replay {run.directory} --failed makes it come again" in output
+    command = [sys.executable, "-m", "megatron_async_rlhf", "replay", str(run.directory), "--failed"]
+    again = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    assert again.returncode == 0, again.stdout
+    assert "it came again: step 2: loss nan" in again.stdout
+    resumed = start("learner.learning_rate=0", resume=run.directory)  # which changes nothing of what has been sampled
+    output = resumed.wait()
+    assert resumed.process.returncode == 1 and "step 2: loss nan" in output, output
+
+
 @pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", SECTIONS)

@@ -5,10 +5,12 @@ from collections import Counter
 import pytest
 from controller_rig import Rig
 
+from megatron_async_rlhf.checkpoint.run_state import read_run_state
 from megatron_async_rlhf.config.sections import ScheduleSection
 from megatron_async_rlhf.errors import GeneratorError, NonFiniteLossError, StaleSampleError
 from megatron_async_rlhf.learner.protocol import TrainRollout
 from megatron_async_rlhf.scheduler.pacing import Pacer
+from megatron_async_rlhf.scheduler.recording import RecordedRollout
 
 
 def lines(directory):
@@ -73,18 +75,52 @@ def test_a_failing_generator_ends_the_run(tmp_path):
     assert caught.group_contains(GeneratorError, match="generator.0: gone")
 
 
-def test_the_batch_of_a_non_finite_loss_is_kept(tmp_path):
-    rig = Rig(tmp_path)
+def explodes(rig: Rig, version: int) -> None:
+    """The learner's loss is not finite in the step that starts from this version."""
+    execute = rig.learner.execute
 
     async def explode(command):
-        raise NonFiniteLossError("step 1: loss nan")
+        if isinstance(command, TrainRollout) and command.version == version:
+            raise NonFiniteLossError(f"step {version + 1}: loss nan")
+        return await execute(command)
 
     rig.learner.execute = explode
+
+
+def test_the_batch_of_a_non_finite_loss_is_kept_with_the_state_before_it(tmp_path):
+    for name in ("failing", "whole"):
+        (tmp_path / name).mkdir()
+    rig = Rig(tmp_path / "failing", mode="sync")
+    explodes(rig, 2)
     with pytest.raises(ExceptionGroup) as caught:
         rig.run()
-    assert caught.group_contains(NonFiniteLossError, match="non_finite_batch.json")
-    groups = json.loads((tmp_path / "non_finite_batch.json").read_text())
+    told = (
+        "step 3: loss nan; the batch is in .*non_finite_batch.json; async-rlhf replay .* --failed makes it come again"
+    )
+    assert caught.group_contains(NonFiniteLossError, match=told)
+    groups = json.loads((tmp_path / "failing/non_finite_batch.json").read_text())
     assert len(groups) == 3 and len(groups[0]["completions"]) == 2
+    rollout = RecordedRollout.read(tmp_path / "failing/non_finite_rollout.msgpack")
+    assert rollout.command.version == 2 and [group.index for group in rollout.groups] == [6, 7, 8]
+    assert [s.token_ids for g in rollout.command.mini_batches[0] for s in g.sequences]
+
+    whole = Rig(tmp_path / "whole", mode="sync")
+    whole.run()
+    state = read_run_state(tmp_path / "failing/checkpoints/step_000002")
+    rest = Rig(tmp_path / "failing", mode="sync", resumed=state)
+    rest.run()
+    trained = [[c for c in each.learner.commands if isinstance(c, TrainRollout)] for each in (rest, whole)]
+    assert trained[0] == trained[1][2:]
+
+
+def test_of_several_updates_only_the_batch_is_kept(tmp_path):
+    """The first of them has changed the state, perhaps."""
+    rig = Rig(tmp_path, mode="sync", epochs=2)
+    explodes(rig, 0)
+    with pytest.raises(ExceptionGroup) as caught:
+        rig.run()
+    assert caught.group_contains(NonFiniteLossError, match="non_finite_batch.json$")
+    assert not (tmp_path / "non_finite_rollout.msgpack").exists() and not (tmp_path / "checkpoints").exists()
 
 
 def test_a_batch_that_cannot_be_kept_does_not_hide_the_loss(tmp_path):
