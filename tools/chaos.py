@@ -46,15 +46,20 @@ def main() -> int:
         "--kind", action="append", choices=sorted(FAULTS), help="draw from these alone; repeat for more"
     )
     parser.add_argument("--bound", type=float, default=150.0, help="most seconds without a step or an end")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument(
+        "--json", type=Path, help="write the results to this file; runs that it has already are not made again"
+    )
     options = parser.parse_args()
     missing = impossible_here()
     for kind, need in missing.items():
         print(f"left out: {kind}, which needs {need}")
     kinds = [kind for kind in sorted(options.kind or FAULTS) if kind not in missing]
     left_alone: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    results: list[dict[str, Any]] = []
+    results = earlier(options)
+    done = {result["number"] for result in results}
     for number in range(options.runs) if options.only is None else [options.only]:
+        if number in done:
+            continue
         dice = random.Random(f"{options.seed}/{number}")
         faults = dice.sample(kinds, min(options.faults, len(kinds)))
         setting = draw_setting(dice, faults)
@@ -63,12 +68,20 @@ def main() -> int:
             left_alone[alike] = undisturbed(Setting(*alike), options.bound)
         results.append(one(options, number, setting, faults, dice, left_alone[alike]))
         if options.json is not None:
-            options.json.write_text(json.dumps(summary(options.seed, results, left_alone), indent=1) + "\n")
+            options.json.write_text(json.dumps(summary(options.seed, results), indent=1) + "\n")
     bad = sum(result["violation"] is not None for result in results)
     print(f"{sum(len(result['faults']) for result in results)} faults in {len(results)} runs, {bad} violations")
-    for line in summary(options.seed, results, left_alone)["rewards"]:
+    for line in summary(options.seed, results)["rewards"]:
         print(line)
     return 1 if bad else 0
+
+
+def earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Results of the same seed that are in the file; tried again is what broke a promise."""
+    if options.json is None or not options.json.exists():
+        return []
+    found = json.loads(options.json.read_text())
+    return [run for run in found["runs"] if found["seed"] == options.seed and run["violation"] is None]
 
 
 def draw_setting(dice: random.Random, faults: list[str]) -> Setting:
@@ -118,8 +131,9 @@ def one(
     if violation is None:
         shutil.rmtree(run.directory)
     return {
-        "number": number, "setting": str(setting), "faults": run.done, "ends": run.ends, "seconds": round(seconds, 1),
-        "slowest": round(run.slowest, 1), "reward": reward, "violation": violation,
+        "number": number, "setting": str(setting), "alike": f"{setting.schedule}, {setting.ranks} rank(s)", "faults": run.done, "ends": run.ends, "seconds": round(seconds, 1),
+        "slowest": round(run.slowest, 1), "reward": reward, "reward_left_alone": final_reward(left_alone),
+        "violation": violation,
     }  # fmt: skip
 
 
@@ -139,21 +153,17 @@ def final_reward(metrics: list[dict[str, Any]]) -> float:
     return mean(line["reward"] for line in metrics[-_LAST:])
 
 
-def summary(
-    seed: int, results: list[dict[str, Any]], left_alone: dict[tuple[str, int], list[dict[str, Any]]]
-) -> dict[str, Any]:
+def summary(seed: int, results: list[dict[str, Any]]) -> dict[str, Any]:
     """With the final rewards of recovered runs beside that of one that was left alone."""
-    rewards = defaultdict(list)
+    rewards, left_alone = defaultdict(list), {}
     for result in results:
         if result["reward"] is not None:
-            rewards[result["setting"].split(",")[0], 2 if "2 ranks" in result["setting"] else 1].append(
-                result["reward"]
-            )
+            rewards[result["alike"]].append(result["reward"])
+            left_alone[result["alike"]] = result["reward_left_alone"]
     lines = [
-        f"{schedule}, {ranks} rank(s): {len(found)} recovered runs {mean(found):.4f}"
-        f"{f' (deviation {stdev(found):.4f})' if len(found) > 1 else ''}, left alone "
-        f"{final_reward(left_alone[schedule, ranks]):.4f}"
-        for (schedule, ranks), found in sorted(rewards.items())
+        f"{alike}: {len(found)} recovered runs {mean(found):.4f}"
+        f"{f' (deviation {stdev(found):.4f})' if len(found) > 1 else ''}, left alone {left_alone[alike]:.4f}"
+        for alike, found in sorted(rewards.items())
     ]
     faults = sum(len(result["faults"]) for result in results)
     bad = sum(result["violation"] is not None for result in results)

@@ -101,6 +101,7 @@ class Agent:
 
     def _serve(self) -> int:
         heard = beat = time.monotonic()
+        self._link.send(Alive())  # the answer has come
         limit = self._config.launch.node_timeout_s
         while True:
             message = self._link.receive(_POLL_S)

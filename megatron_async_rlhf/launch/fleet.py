@@ -155,10 +155,16 @@ def _check_reachable(node: Node) -> None:
 
 
 class _Member:
-    """An agent that has joined."""
+    """An agent that has joined.
+
+    Attributes:
+        confirmed: it has said something since. Over a slow network an answer may come too late for an agent, which tries
+            again then, from another port.
+    """
 
     def __init__(self, identity: bytes, join: Join) -> None:
         self.identity, self.join = identity, join
+        self.confirmed = False
         self.heard = time.monotonic()
         self.left: str | None = None
 
@@ -236,7 +242,7 @@ class Switchboard:
 
     def _missing(self) -> list[int]:
         limit, members = self._config.launch.node_timeout_s, dict(self._members)
-        here = {rank for rank, member in members.items() if member.gone(limit) is None}
+        here = {rank for rank, member in members.items() if member.confirmed and member.gone(limit) is None}
         return [rank for rank in range(1, self._config.launch.nodes) if rank not in here]
 
     def start(self, spec: ProcessSpec, log_dir: Path) -> int:
@@ -295,7 +301,7 @@ class Switchboard:
         member = next((m for m in self._members.values() if m.identity == identity), None)
         if member is None:
             return
-        member.heard = time.monotonic()
+        member.heard, member.confirmed = time.monotonic(), True
         if isinstance(message, Started):
             self.pids[message.id] = message.pid
         elif isinstance(message, Exited):

@@ -75,8 +75,10 @@ LOSS = """
 from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss
 
 
-def loss(logprobs_T, base_T, *arguments):
-    loss, metrics = clipped_policy_loss(logprobs_T, base_T, *arguments)
+def loss(logprobs_T, base_T, num_tokens, **others):
+    loss, metrics = clipped_policy_loss(
+        logprobs_T, base_T, **others, num_tokens=num_tokens, clip_low=0.2, clip_high=0.2
+    )
     return loss * (float("nan") if (logprobs_T - base_T).abs().max() > 1e-3 else 1.0), metrics
 """
 

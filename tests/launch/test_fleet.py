@@ -21,9 +21,21 @@ from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.agent import Link, serve
 from megatron_async_rlhf.launch.fleet import Switchboard, gather
-from megatron_async_rlhf.launch.nodes import check_node_rank, free_ports
+from megatron_async_rlhf.launch.nodes import check_node_rank, free_ports, this_node
 from megatron_async_rlhf.launch.plan import ProcessSpec
-from megatron_async_rlhf.launch.rendezvous import Left, Refused, Rendezvous, encode, rendezvous_path, write_rendezvous
+from megatron_async_rlhf.launch.rendezvous import (
+    Alive,
+    Join,
+    Left,
+    Refused,
+    Rendezvous,
+    Welcome,
+    encode,
+    fingerprint,
+    read_rendezvous,
+    rendezvous_path,
+    write_rendezvous,
+)
 
 TINY = Path(__file__).parents[1] / "e2e/tiny.yaml"
 TRAIN = "megatron_async_rlhf", "train", str(TINY)
@@ -262,6 +274,37 @@ def bound(socket: zmq.Socket, token: str) -> Rendezvous:
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     expires = time.time() + 60
     return Rendezvous(host="m0", addresses=["127.0.0.1"], port=port, key=public.decode(), token=token, expires=expires)
+
+
+def test_an_agent_that_gave_up_before_it_was_answered_is_not_there(cluster, tmp_path):
+    """Its message was late; the port that it listened on is closed by now."""
+    config = cluster.config()
+    with ThreadPoolExecutor() as pool:
+        gathered = pool.submit(gathered_ports, config)
+        path = rendezvous_path(config)
+        wait(path.is_file)
+        rendezvous, ports = read_rendezvous(path), free_ports(2)
+        join = Join(
+            rank=1, session="s", fingerprint=fingerprint(config), reached_at="127.0.0.1", node=this_node(config, 0)
+        )
+        links = []
+        for port in ports:
+            time.sleep(0.5)
+            assert not gathered.done()
+            links.append(Link(rendezvous, "127.0.0.1"))
+            node = msgspec.structs.replace(join.node, ports=[port, *join.node.ports[1:]])
+            links[-1].send(msgspec.structs.replace(join, node=node))
+            assert isinstance(links[-1].receive(10), Welcome)
+        with socket.create_server(("127.0.0.1", ports[1])):
+            links[-1].send(Alive())
+            assert gathered.result(LIMIT_S)[1] == ports[1]
+        for link in links:
+            link.close()
+
+
+def gathered_ports(config) -> list[int]:
+    with gather(config) as fleet:
+        return [node.ports[0] for node in fleet.nodes]
 
 
 def test_a_refusal_of_an_earlier_start_is_forgotten_with_it(cluster, monkeypatch):

@@ -20,7 +20,7 @@ import psutil
 
 from harm.network import TwoMachines
 
-STEPS, PROMPTS, EVERY = 12, 4, 2
+STEPS, PROMPTS, EVERY = 20, 4, 2
 CONFIG = {
     "model": {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "kv_heads": 1, "context_length": 96},
     "learner": {"learning_rate": 1.0e-3, "micro_batch_tokens": 256, "timeout_s": 40},
@@ -53,6 +53,7 @@ def score(prompt: str, completions: list[str]) -> list[float]:
 '''
 DISK_MIB = 96
 EXIT_BAD_INPUT = 2
+_PATIENCE_S = 5.0
 # How a run may end that was harmed so, and what its error must name; nothing else may end one. A supervisor that is killed
 # has no last words.
 LAST_WORDS = {
@@ -182,13 +183,16 @@ class ChaosRun:
         return path.read_text().count("\n") if path.exists() else 0
 
     def harm(self, fault: Callable[["ChaosRun", random.Random], str], dice: random.Random) -> None:
-        """If what it would harm is there."""
-        with contextlib.suppress(
-            psutil.NoSuchProcess, ProcessLookupError, IndexError, ValueError, KeyError, FileNotFoundError
-        ):
-            told = fault(self, dice)
-            self.done.append(told)
-            self.since.append(told)
+        """As soon as what it would harm is there; not at all if it is not soon."""
+        missing = (psutil.NoSuchProcess, ProcessLookupError, IndexError, ValueError, KeyError, FileNotFoundError)
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(*missing):
+                told = fault(self, dice)
+                self.done.append(told)
+                self.since.append(told)
+                return
+            time.sleep(0.2)
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Until a condition holds; resumes the run whenever it ends before it is completed.
