@@ -10,8 +10,8 @@ import pytest
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """3 MB for the run directory: a checkpoint, and not another."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path], capture_output=True)
+    """2.6 MB for the run directory: a checkpoint, and not another."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", tmp_path], capture_output=True)
     if mounted.returncode:
         pytest.skip("no file system can be mounted here")
     yield tmp_path
@@ -21,7 +21,12 @@ def small_disk(tmp_path):
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_a_disk_that_is_full_in_mid_checkpoint(small_disk, start):
-    settings = ("checkpoint.every_steps=1", "checkpoint.keep_last=null", "schedule.mode=sync")
+    settings = (
+        "checkpoint.every_steps=1",
+        "checkpoint.keep_last=null",
+        "schedule.mode=sync",
+        "checkpoint.async_save=false",
+    )
     run = start(*settings, "schedule.steps=50")
     output = run.wait()
     assert run.process.returncode == 1, output

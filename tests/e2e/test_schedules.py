@@ -87,12 +87,13 @@ def loss(logprobs_T, base_T, num_tokens, **others):
 @pytest.mark.thorough
 def test_a_loss_that_is_not_finite_comes_again(start, tmp_path):
     (tmp_path / "own_loss.py").write_text(LOSS)
-    run = start(
+    settings = (
         f"algorithm={{type: grpo, loss_function: '{tmp_path}/own_loss.py:loss', samples_per_prompt: 3}}",
         "algorithm.ratio_base=sampler",
         "schedule.max_staleness=1",
         "learner.ranks=2",
     )
+    run = start(*settings)
     output = run.wait()
     assert run.process.returncode == 1, output
     assert "step 2: loss nan" in output and f"async-rlhf replay {run.directory} --failed makes it come again" in output
@@ -100,7 +101,9 @@ def test_a_loss_that_is_not_finite_comes_again(start, tmp_path):
     again = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
     assert again.returncode == 0, again.stdout
     assert "it came again: step 2: loss nan" in again.stdout
-    resumed = start("learner.learning_rate=0", resume=run.directory)  # which changes nothing of what has been sampled
+    resumed = start(
+        *settings, "learner.learning_rate=1e-9", resume=run.directory
+    )  # which changes nothing of what has been sampled
     output = resumed.wait()
     assert resumed.process.returncode == 1 and "step 2: loss nan" in output, output
 
