@@ -19,7 +19,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 from wandb_records import rows, run_ids
 
+from megatron_async_rlhf.errors import CheckpointError
+from megatron_async_rlhf.formats.file_digests import check_digests
 from megatron_async_rlhf.formats.reader import TorchDistReader
+from megatron_async_rlhf.launch.going_back import newest_whole
 
 SYNC = ("schedule.mode=sync", "checkpoint.every_steps=2", "checkpoint.keep_last=null")
 PER_STEP = 8 * 3  # samples
@@ -96,6 +99,7 @@ def test_half_and_half_is_the_whole_bit_for_bit(start, tmp_path):
     places = whole.directory / "checkpoints"
     assert sorted(path.name for path in places.iterdir()) == ["final", "reference", "step_000002", "step_000004"]
     assert_weights_are_usable(whole.directory, tmp_path)
+    assert_every_damage_is_found(shutil.copytree(whole.directory, tmp_path / "damaged"))
 
     halves = [
         (cut_at(whole.directory, 2, tmp_path / "sync"), SYNC),
@@ -188,6 +192,31 @@ def assert_strangers_are_refused(run) -> None:
 def argument_of(pid: int, option: str) -> str:
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
     return words[words.index(option) + 1]
+
+
+def assert_every_damage_is_found(run: Path) -> None:
+    """1,000 flipped bits and lost ends, over all files of the newest checkpoint; none is gone on from."""
+    dice, newest = random.Random(0), run / "checkpoints/step_000004"
+    files = [path for path in sorted(newest.rglob("*")) if path.is_file() and path.stat().st_size]
+    assert {"__0_0.distcp", "run_state.msgpack", "digests.json", "config.json"} <= {path.name for path in files}
+    for number in range(1000):
+        path = files[number % len(files)]
+        content = path.read_bytes()
+        place = dice.randrange(len(content))
+        if dice.random() < 0.25:
+            os.truncate(path, place)
+        else:
+            flipped = content[place] ^ 1 << dice.randrange(8)
+            path.write_bytes(content[:place] + bytes([flipped]) + content[place + 1 :])
+        with pytest.raises(CheckpointError, match=str(newest)):
+            check_digests(newest)
+        if number < len(files):  # once for each
+            assert newest_whole(run) == 2, path
+        if number == 0:
+            refused = command("train", run, "--resume", "-s", f"run.dir={run}", "-s", "schedule.steps=6")
+            assert refused.returncode == 2 and f"delete {newest} to go on from step 2" in refused.stderr, refused.stderr
+        path.write_bytes(content)
+    check_digests(newest)
 
 
 def assert_weights_are_usable(run: Path, tmp_path: Path) -> None:
