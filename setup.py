@@ -13,6 +13,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "megatron_async_rlhf/__ini
 # Enough for the configuration, the scheduler and the command line; no torch.
 CORE = [
     "aiohttp>=3.10",
+    "cryptography>=42",
     "huggingface-hub>=0.26",
     "jinja2>=3.1",
     "msgspec>=0.18",

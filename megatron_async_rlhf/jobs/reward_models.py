@@ -100,7 +100,13 @@ class ServedRewards:
             section = model.section
             mine = section.url or [next(started) for _ in range(section.replicas)]
             servers = [
-                RewardServer(f"reward.{number + i}", url, request_timeout_s=section.request_timeout_s, section=key)
+                RewardServer(
+                    f"reward.{number + i}",
+                    url,
+                    request_timeout_s=section.request_timeout_s,
+                    section=key,
+                    ours=section.url is None,
+                )
                 for i, url in enumerate(mine)
             ]
             number += len(servers)

@@ -24,6 +24,7 @@ from megatron_async_rlhf.models.classifier import read_classifier
 from megatron_async_rlhf.run_secret import VARIABLE as SECRET_FILE
 from megatron_async_rlhf.run_secret import secret_path
 from megatron_async_rlhf.serving import reward_model_command
+from megatron_async_rlhf.serving.vllm_command import server_url
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, SERVED_DIR
 
 RESUME_FROM, SERVERS_STAYED = "--resume-from", "--servers-stayed"  # a controller's arguments
@@ -113,7 +114,7 @@ def plan_processes(
     generators = _generators(config, "generator", layout.generators, nodes, commands, restarts)
     addresses = [
         *("--learner", _commands_at(layout.learners, nodes)),
-        *(argument for host, port in sites for argument in ("--generator", f"http://{host}:{port}")),
+        *(argument for site in sites for argument in ("--generator", server_url(config, site))),
         *(argument for url in reward_urls for argument in ("--reward-server", url)),
         *("--transfer", "{}:{}".format(*_learner_address(layout.learners, nodes, 2))),
     ]
@@ -148,7 +149,7 @@ def plan_reward_servers(
             environment = reward_model_command.server_environment(section, config, _device_names(config, workers, home))
             restarts = _Restarts(f"{key}.restarts", section.restarts)
             specs.append(_server(config, f"reward.{len(specs)}", workers, home, command, environment, restarts))
-            urls.append("http://{}:{}".format(*site))
+            urls.append(server_url(config, site))
     return specs, urls
 
 
@@ -200,7 +201,7 @@ def plan_evaluation(
         commands = [server_command(config, directory, site, context, serves=name) for site in sites]
         servers[name] = _generators(config, name, layout.generators, nodes, commands, never)
     addresses = [
-        *(argument for host, port in sites for argument in ("--generator", f"http://{host}:{port}")),
+        *(argument for site in sites for argument in ("--generator", server_url(config, site))),
         *(argument for url in reward_urls for argument in ("--reward-server", url)),
     ]
     return ProcessPlan(

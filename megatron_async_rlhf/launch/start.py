@@ -33,6 +33,7 @@ from megatron_async_rlhf.launch.surroundings import check_surroundings
 from megatron_async_rlhf.launch.terminal import outlive_readers
 from megatron_async_rlhf.options import warn
 from megatron_async_rlhf.run_secret import write_secret
+from megatron_async_rlhf.run_tls import write_certificate
 from megatron_async_rlhf.telemetry.files import INPUTS
 from megatron_async_rlhf.telemetry.sinks.opening import check_sinks
 
@@ -108,7 +109,7 @@ def run(
 
 
 def _open_directory(config: RunConfig, start: Start) -> Path:
-    """With a secret for this start.
+    """With a secret for this start, and a certificate if requests leave this machine.
 
     Raises:
         ConfigError: it cannot be written.
@@ -116,6 +117,8 @@ def _open_directory(config: RunConfig, start: Start) -> Path:
     run_dir = _opened(config, start)
     with writing_run_directory(config):
         write_secret(run_dir)
+        if config.launch.nodes > 1:
+            write_certificate(run_dir)
     return run_dir
 
 

@@ -27,15 +27,16 @@ class _Answer(Struct):
 class RewardServer:
     """One server. Its HTTP front may answer while its engine hangs, so it is judged by the scores it gives alone."""
 
-    def __init__(self, name: str, url: str, *, request_timeout_s: float, section: str) -> None:
+    def __init__(self, name: str, url: str, *, request_timeout_s: float, section: str, ours: bool = True) -> None:
         """
         Args:
             section: of the configuration, where its timeouts stand.
+            ours: the run has started it.
         """
         self.name = name
         self._timeout_s = request_timeout_s
         self._silence = StallDetector(name, request_timeout_s, section=section)
-        self._server = Connection(name, url, request_timeout_s, PLACES, section=section)
+        self._server = Connection(name, url, request_timeout_s, PLACES, section=section, ours=ours)
 
     async def score(self, sequences: Sequence[list[int]]) -> list[float]:
         """The model's logit for each sequence of token ids, in float32 and as it is: no sigmoid, no scaling.

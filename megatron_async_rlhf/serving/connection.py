@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import ssl
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import msgspec
 from megatron_async_rlhf.errors import GeneratorError, GeneratorGoneError, GeneratorSilentError
 from megatron_async_rlhf.limits import open_files
 from megatron_async_rlhf.run_secret import request_headers
+from megatron_async_rlhf.run_tls import client_tls
 
 NO_LIMIT = 0.0
 CLASSIFY = "/classify"
@@ -32,10 +34,18 @@ class Connection:
     """
 
     def __init__(
-        self, name: str, url: str, timeout_s: float, places: int = 2**16, *, section: str = "generator"
+        self,
+        name: str,
+        url: str,
+        timeout_s: float,
+        places: int = 2**16,
+        *,
+        section: str = "generator",
+        ours: bool = True,
     ) -> None:
         """
         Args:
+            ours: it belongs to this run, and is shown the secret; anybody else's must not be.
             section: of the configuration, where `request_timeout_s` and `max_concurrent` stand.
         """
         self._name = name
@@ -48,9 +58,9 @@ class Connection:
         # closed would fail although both sides are well. No proxy is ever asked, whatever the environment says.
         self._http = aiohttp.ClientSession(
             url,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=5.0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=5.0, ssl=_tls(url, ours)),
             trust_env=False,
-            headers=request_headers(),
+            headers=request_headers() if ours else {},
         )
 
     async def get(self, path: str, answer: Any = dict[str, Any]) -> Any:
@@ -142,3 +152,8 @@ class Connection:
             ) from None
         if number in _OURS:
             raise GeneratorError(f"{self._name}: this machine makes no further connection ({error})") from None
+
+
+def _tls(url: str, ours: bool) -> ssl.SSLContext | bool:
+    """Whose certificates are trusted; True: those that this machine trusts."""
+    return (client_tls() if ours and url.startswith("https:") else None) or True

@@ -2,8 +2,12 @@
 
 from megatron_async_rlhf.config.reward_model_section import RewardModelSection
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.serving.guard import GUARD
-from megatron_async_rlhf.serving.vllm_command import common_arguments, common_environment, cpu_arguments
+from megatron_async_rlhf.serving.vllm_command import (
+    common_arguments,
+    common_environment,
+    cpu_arguments,
+    guard_arguments,
+)
 
 _STREAMING_CONCURRENT = 32
 
@@ -34,7 +38,7 @@ def server_command(
             context_length=context_length,
             max_concurrent=together,
         ),
-        *("--middleware", GUARD),
+        *guard_arguments(config),
         *("--runner", "pooling"),
         *("--convert", "classify"),
         # What is in the cache decides which rows a matrix product has, and that on the last bits.

@@ -4,7 +4,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sections import Device
+from megatron_async_rlhf.run_tls import tls_files
+from megatron_async_rlhf.serving.guard import GUARD
 
 WAITS_ASLEEP = "ASYNC_RLHF_WAITS_ASLEEP"  # `generator/vllm/waiting.py`
 _PREFILL_TOKENS = 4096  # prompt tokens of one engine step
@@ -45,6 +48,19 @@ def common_arguments(
         *("--max-num-batched-tokens", str(max(context_length, _PREFILL_TOKENS))),
         "--disable-uvicorn-access-log",
     ]
+
+
+def guard_arguments(config: RunConfig) -> list[str]:
+    """What keeps strangers out, after all other middleware: only the run's processes are answered, encrypted between machines."""
+    key, certificate = map(str, tls_files(config.run.path.absolute()))
+    encrypted = ["--ssl-keyfile", key, "--ssl-certfile", certificate] if config.launch.nodes > 1 else []
+    return ["--middleware", GUARD, *encrypted]
+
+
+def server_url(config: RunConfig, address: tuple[str, int]) -> str:
+    """Of a server that has these arguments."""
+    host, port = address
+    return f"{'https' if config.launch.nodes > 1 else 'http'}://{host}:{port}"
 
 
 def common_environment(device: Device, devices: Sequence[str]) -> dict[str, str]:

@@ -29,6 +29,7 @@ ORDER = [
         "evaluation",
     ],
     ["user_functions", "run_secret"],
+    ["run_tls"],
     ["config", "hub", "installed", "interpreter", "json_lines"],
     ["models", "data", "serving", "telemetry", "usage", "pages"],
     ["formats", "rewards"],

@@ -1,6 +1,6 @@
 """A stranger on the network: sends a port what its protocol is made of, malformed, too large, or of another run.
 
-python stranger.py HOST PORT KIND COUNT [SECRET]      KIND: http, zmq or raw
+python stranger.py HOST PORT KIND COUNT SECRET REPLAYED      KIND: https or zmq
 
 Prints, as JSON, how often which HTTP status came; 0 stands for no answer.
 """
@@ -9,8 +9,10 @@ import contextlib
 import json
 import random
 import socket
+import ssl
 import sys
 from collections import Counter
+from pathlib import Path
 
 ZMTP = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"%s" + bytes(1) + bytes(31)  # a greeting of version 3.1
 ROUTES = (
@@ -56,18 +58,20 @@ def zmq(dice: random.Random, secret: str) -> bytes:
     )
 
 
-def raw(dice: random.Random, secret: str) -> bytes:
-    return dice.randbytes(dice.randint(0, 300))
-
-
 def main() -> None:
-    host, port, kind, count = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-    secret = sys.argv[5] if len(sys.argv) > 5 else "0" * 64
+    host, port, kind, count, secret = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
+    replayed = [bytes.fromhex(line) for line in Path(sys.argv[6]).read_text().split()]
     dice, statuses = random.Random(port), Counter()
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
     for _ in range(count):
-        message = {"http": http, "zmq": zmq, "raw": raw}[kind](dice, secret)
+        message, encrypted = (http if kind == "https" else zmq)(dice, secret), kind == "https" and dice.random() < 0.7
+        if replayed and dice.random() < 0.2:
+            message, encrypted = dice.choice(replayed), False
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5) as stranger:
-            stranger.settimeout(0.02 if kind != "http" else 0.3)
+            stranger.settimeout(2 if encrypted else 0.02)
+            if encrypted:
+                stranger = anybody.wrap_socket(stranger)
             stranger.sendall(message)
             answer = b""
             if b"Connection: close" in message or dice.random() < 0.02:
@@ -75,6 +79,8 @@ def main() -> None:
                     answer = stranger.recv(1000)
             status = answer.split(b" ", 2)[1].decode() if answer.startswith(b"HTTP/") else "0"
             statuses[status] += 1
+            if encrypted:
+                stranger.close()
     print(json.dumps(statuses))
 
 

@@ -38,9 +38,9 @@ def listeners(run: ChaosRun, machine: int) -> dict[int, str]:
 
 
 def protocol(run: ChaosRun, port: int, command: str) -> str:
-    """http, zmq, or raw: what torch, gloo and vLLM's own workers speak among themselves."""
+    """https, zmq, or raw: what torch, gloo and vLLM's own workers speak among themselves."""
     if f"--port {port}" in command:
-        return "http"
+        return "https"
     if f"--listen tcp://10.77.0.1:{port}" in command or "megatron_async_rlhf train" in command:
         return "zmq"
     return "raw"
@@ -49,15 +49,11 @@ def protocol(run: ChaosRun, port: int, command: str) -> str:
 def try_from(run: ChaosRun, machine: int, port: int, kind: str, count: int, secret: str) -> dict[str, int]:
     """From the other machine."""
     address = ("10.77.0.1", "10.77.0.2")[machine]
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("stranger.py")),
-        address,
-        str(port),
-        kind,
-        str(count),
-        secret,
-    ]
+    heard = [bytes(content) for (to, at, _), content in run.network.heard.items() if (to, at) == (address, port)]
+    replayed = run.directory / f"replayed.{port}"
+    replayed.write_text("\n".join(content.hex() for content in heard if content))
+    program = [sys.executable, str(Path(__file__).with_name("stranger.py"))]
+    command = [*program, address, str(port), kind, str(count), secret, str(replayed)]
     done = subprocess.run([*run.network.command(1 - machine), *command], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -79,7 +75,7 @@ def test_strangers_on_the_network(tmp_path, monkeypatch):
     run = ChaosRun(tmp_path / "tried", Setting("sync", machines=2, steps=60), bound_s=600)
     try:
         run.wait(lambda: run.steps() >= 2)
-        tried: dict[str, list[dict[str, int]]] = {"http": [], "zmq": []}
+        tried: dict[str, list[dict[str, int]]] = {"https": [], "zmq": []}
         others = (whole.run / ".secret").read_text().strip()
         ports = [
             (machine, port, kind)
@@ -97,8 +93,9 @@ def test_strangers_on_the_network(tmp_path, monkeypatch):
         assert run.ends == [] and check(run, undisturbed) == undisturbed
     finally:
         run.close()
-    assert len(tried["http"]) >= 1 and len(tried["zmq"]) >= 2, ports
-    for statuses in tried["http"]:
+    assert len(tried["https"]) >= 1 and len(tried["zmq"]) >= 2, ports
+    assert any(path.stat().st_size for path in run.directory.glob("replayed.*"))
+    for statuses in tried["https"]:
         assert set(statuses) <= {"0", "400", "401", "431"} and statuses["401"] > 100, statuses
     assert_nowhere([*planted.values(), (run.run / ".secret").read_text().strip()], run)
 
@@ -106,7 +103,8 @@ def test_strangers_on_the_network(tmp_path, monkeypatch):
 def assert_nowhere(values: list[str], run: ChaosRun) -> None:
     """In what the run has written."""
     for path in run.directory.rglob("*"):
-        if path.is_file() and path.name != ".secret":
+        if path.is_file() and path.name not in (".secret", ".tls.key"):
             content = path.read_bytes()
             assert not any(value.encode() in content for value in values), path
-    assert os.stat(run.run / ".secret").st_mode & 0o077 == 0
+    for name in (".secret", ".tls.key"):
+        assert os.stat(run.run / name).st_mode & 0o077 == 0

@@ -11,6 +11,7 @@ import heapq
 import os
 import random
 import select
+import socket
 import struct
 import subprocess
 import threading
@@ -21,6 +22,7 @@ from pathlib import Path
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _MTU = 9000
+_HEARD_BYTES = 2**16
 _ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
@@ -36,9 +38,14 @@ GOOD, CUT = Quality(), Quality(lost=1.0)
 
 
 class TwoMachines:
-    """Namespaces with a wire between them, until `close`."""
+    """Namespaces with a wire between them, until `close`.
+
+    Attributes:
+        heard: the first bytes of each TCP connection, one way, by where they go (address, port) and the port they come from.
+    """
 
     def __init__(self, name: str) -> None:
+        self.heard: dict[tuple[str, int, int], bytearray] = {}
         self.names = [f"{name}-{i}" for i in range(2)]
         self.quality = GOOD
         self._over = threading.Event()
@@ -85,6 +92,7 @@ class TwoMachines:
             readable, _, _ = select.select(self._ends, [], [], pause)
             for end in readable:
                 packet, quality = os.read(end, _MTU + 100), self.quality
+                self._hear(packet)
                 if dice.random() >= quality.lost:
                     due = time.monotonic() + dice.uniform(*quality.delay_s)
                     heapq.heappush(kept, (due, number, self._ends[1 - self._ends.index(end)], packet))
@@ -92,6 +100,16 @@ class TwoMachines:
             while kept and kept[0][0] <= time.monotonic():
                 _, _, end, packet = heapq.heappop(kept)
                 os.write(end, packet)
+
+    def _hear(self, packet: bytes) -> None:
+        if packet[0] >> 4 != 4 or packet[9] != socket.IPPROTO_TCP:
+            return
+        start = (packet[0] & 15) * 4
+        source, target = struct.unpack_from("!HH", packet, start)
+        content = packet[start + (packet[start + 12] >> 4) * 4 :]
+        stream = self.heard.setdefault((socket.inet_ntoa(packet[16:20]), target, source), bytearray())
+        if len(stream) < _HEARD_BYTES:
+            stream += content
 
 
 def _open_tun(namespace: str) -> int:

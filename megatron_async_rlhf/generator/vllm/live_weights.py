@@ -9,9 +9,10 @@ from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.formats.holder import Box
 from megatron_async_rlhf.formats.stored import TensorSpec
 from megatron_async_rlhf.run_secret import VARIABLE, request_headers
+from megatron_async_rlhf.run_tls import client_tls
 
 # A generator is never behind a proxy, whatever `http_proxy` says: the one on this machine would be asked for its own.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_NO_PROXY = urllib.request.ProxyHandler({})
 _TIMEOUT_S = 600.0  # hashing a packed matrix on a CPU means multiplying with it
 
 
@@ -51,7 +52,8 @@ class LiveWeights:
             f"{self.label}/collective_rpc", data=body, headers={"Content-Type": "application/json"} | request_headers()
         )
         try:
-            with _DIRECT.open(request, timeout=_TIMEOUT_S) as response:
+            opener = urllib.request.build_opener(_NO_PROXY, urllib.request.HTTPSHandler(context=client_tls()))
+            with opener.open(request, timeout=_TIMEOUT_S) as response:
                 results = json.load(response)["results"]
         except urllib.error.HTTPError as error:
             if error.code == 401:

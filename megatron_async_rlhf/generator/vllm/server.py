@@ -9,8 +9,12 @@ from pathlib import Path
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.generator_memory import GIB, CacheBudget
 from megatron_async_rlhf.generator.vllm.plugin import BACKEND
-from megatron_async_rlhf.serving.guard import GUARD
-from megatron_async_rlhf.serving.vllm_command import common_arguments, common_environment, cpu_arguments
+from megatron_async_rlhf.serving.vllm_command import (
+    common_arguments,
+    common_environment,
+    cpu_arguments,
+    guard_arguments,
+)
 
 _BF16_ON_CPU_SINCE = (0, 32)
 
@@ -54,7 +58,8 @@ def server_command(
         *("--generation-config", "vllm"),
         *("--scheduling-policy", "priority"),  # requests run in the controller's order, not the network's
         "--enable-server-load-tracking",
-        *("--middleware", "megatron_async_rlhf.generator.vllm.routes.Routes", "--middleware", GUARD),
+        *("--middleware", "megatron_async_rlhf.generator.vllm.routes.Routes"),
+        *guard_arguments(config),
         *(["--enable-scale-out"] if _scale_out_is_optional() else []),  # tokens in, tokens out
         # Requests that keep their cache through an update hold blocks of older weights, and vLLM cannot empty its
         # prefix cache while they do: the next request with the same prompt would go on from those.
