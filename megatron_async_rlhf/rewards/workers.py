@@ -2,13 +2,15 @@
 
 call ──> a free worker calls the function ──> what it returns
                  │
-                 └── it takes too long, or the worker dies: the worker is replaced
+                 ├── it takes too long, or the worker dies: the worker is replaced
+                 └── a worker dies that had nothing to do: pebble gives all of them up, and they are replaced
 """
 
 import asyncio
 import multiprocessing
 import os
 from collections.abc import Callable
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from megatron_async_rlhf.errors import RewardError
 
 # A worker may be ended by whoever ends a whole job, which tells every process of it.
 _ATTEMPTS = 2
+_POOLS = 3  # of a call; what it is called with has nothing to do with it if one breaks
 
 
 class TimeLimit(NamedTuple):
@@ -41,27 +44,45 @@ class Workers:
         Raises:
             RewardError: it did not return. The message follows the name of what was called.
         """
-        async with self._starting:  # many calls may be the first
-            if self._pool is None:
-                self._pool = await asyncio.to_thread(self._start)
-        pool = self._pool
-        for attempt in range(1, _ATTEMPTS + 1):
+        expired = broken = 0
+        while True:
+            pool = await self._running()
             try:
-                return await asyncio.wrap_future(pool.schedule(function, arguments, timeout=self._limit.seconds))
+                future = pool.schedule(function, arguments, timeout=self._limit.seconds)
+            except RuntimeError as error:  # which pebble says of a pool that is broken
+                future = Future()
+                future.set_exception(BrokenProcessPool(str(error)))
+            try:
+                return await asyncio.wrap_future(future)
             except TimeoutError:
                 raise RewardError(f"did not return within {self._limit.key} = {self._limit.seconds:g}") from None
             except ProcessExpired as error:
-                if attempt == _ATTEMPTS:
-                    raise RewardError(f"ended its process {attempt} times, with exit code {error.exitcode}") from None
+                expired += 1
+                if expired == _ATTEMPTS:
+                    raise RewardError(f"ended its process {expired} times, with exit code {error.exitcode}") from None
             except BrokenProcessPool as error:
-                raise RewardError(f"has no processes to run in: {error}") from None
-        raise AssertionError("unreachable")
+                broken += 1
+                await self._give_up(pool)
+                if broken == _POOLS:
+                    raise RewardError(f"has no processes to run in: {error}") from None
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
             self._pool = None
+
+    async def _running(self) -> ProcessPool:
+        async with self._starting:  # many calls may be the first
+            if self._pool is None:
+                self._pool = await asyncio.to_thread(self._start)
+            return self._pool
+
+    async def _give_up(self, pool: ProcessPool) -> None:
+        """Unless another call has."""
+        async with self._starting:
+            if self._pool is pool:
+                await asyncio.to_thread(self.close)
 
     def _start(self) -> ProcessPool:
         spawn = multiprocessing.get_context("spawn")

@@ -1,6 +1,8 @@
 """A user's function in worker processes: what it is given, and everything that it can do wrong."""
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 
 import psutil
@@ -137,6 +139,21 @@ def test_what_it_does_wrong_is_one_line_or_counts_as_zero(own: Path, name: str):
 def test_a_worker_that_somebody_ends_is_replaced(own: Path, tmp_path: Path):
     reward = reward_of(own, "dies_once", kwargs={"notes": str(tmp_path / "died")}, on_error="zero")
     assert scores(reward, "a", "b") == [Score(reward=x, metrics={"reward_failed": 0.0}) for x in (1.0, 2.0)]
+
+
+def test_a_worker_that_ends_while_it_has_nothing_to_do_is_replaced(own: Path):
+    async def go() -> None:
+        before = workers_of_this_process()
+        reward = reward_of(own, "lengths", workers=2)
+        for _ in range(3):
+            calls = (reward.score(PROMPT, completions("ab")) for _ in range(6))
+            assert await asyncio.gather(*calls) == [[Score(reward=2.0, metrics={})]] * 6
+            for pid in workers_of_this_process() - before:
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.5)
+        reward.close()
+
+    asyncio.run(go())
 
 
 def test_as_many_calls_run_at_once_as_there_are_workers_while_the_event_loop_goes_on(own: Path, tmp_path: Path):
