@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from megatron_async_rlhf.data.source import open_table
 from megatron_async_rlhf.errors import DataError, RecordError
 from megatron_async_rlhf.jobs.inputs import make_model_template, read_tokenizer
 from megatron_async_rlhf.models.architecture import Architecture, policy_architecture
+from megatron_async_rlhf.rewards.gsm8k import find_answer
 
 _LOOKED_AT = 2000  # records
-_NUMBER_LINE = re.compile(r"^#### \S", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\{")
+_FORMS: dict[str, Callable[[str], object]] = {"number": find_answer, "boxed": _BOXED.search}
 
 
 class Task(Struct, frozen=True, kw_only=True):
@@ -94,7 +95,7 @@ def _examples(records: list[Any], make: Any) -> tuple[list[Example], RecordError
 
 
 def _answers(solutions: list[str]) -> str | None:
-    for name, form in (("number", _NUMBER_LINE), ("boxed", _BOXED)):
-        if solutions and all(form.search(solution) for solution in solutions):
+    for name, find in _FORMS.items():
+        if solutions and all(find(solution) is not None for solution in solutions):
             return name
     return None
