@@ -9,7 +9,7 @@ call ──> a free worker calls the function ──> what it returns
 import asyncio
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
@@ -48,12 +48,7 @@ class Workers:
         while True:
             pool = await self._running()
             try:
-                future = pool.schedule(function, arguments, timeout=self._limit.seconds)
-            except RuntimeError as error:  # which pebble says of a pool that is broken
-                future = Future()
-                future.set_exception(BrokenProcessPool(str(error)))
-            try:
-                return await asyncio.wrap_future(future)
+                return await asyncio.wrap_future(self._schedule(pool, function, arguments))
             except TimeoutError:
                 raise RewardError(f"did not return within {self._limit.key} = {self._limit.seconds:g}") from None
             except ProcessExpired as error:
@@ -71,6 +66,12 @@ class Workers:
             self._pool.stop()
             self._pool.join()
             self._pool = None
+
+    def _schedule(self, pool: ProcessPool, function: Callable[..., Any], arguments: Sequence[Any]) -> Future[Any]:
+        try:
+            return pool.schedule(function, arguments, timeout=self._limit.seconds)
+        except RuntimeError as error:  # as pebble says it of a pool that broke before
+            raise BrokenProcessPool(str(error)) from None
 
     async def _running(self) -> ProcessPool:
         async with self._starting:  # many calls may be the first
