@@ -3,12 +3,14 @@
 call ──> a free worker calls the function ──> what it returns
                  │
                  ├── it takes too long, or the worker dies: the worker is replaced
-                 └── a worker dies that had nothing to do: pebble gives all of them up, and they are replaced
+                 └── a worker dies that had nothing to do, or nothing comes from any: all of them are replaced
 """
 
 import asyncio
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +23,8 @@ from megatron_async_rlhf.errors import RewardError
 # A worker may be ended by whoever ends a whole job, which tells every process of it.
 _ATTEMPTS = 2
 _POOLS = 3  # of a call; what it is called with has nothing to do with it if one breaks
+# pebble ends a call at its time limit, by the time of day; if nothing has come for so much longer it hangs itself.
+_SLACK_S = 60.0  # processes may take long to start, too
 
 
 class TimeLimit(NamedTuple):
@@ -37,6 +41,7 @@ class Workers:
         self._count, self._limit = count, limit
         self._pool: ProcessPool | None = None
         self._starting = asyncio.Lock()
+        self._answered = 0.0  # when the last call returned
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What the function returns; it should not raise, as an exception may not survive the way between processes.
@@ -48,7 +53,7 @@ class Workers:
         while True:
             pool = await self._running()
             try:
-                return await asyncio.wrap_future(self._schedule(pool, function, arguments))
+                return await self._answer(self._schedule(pool, function, arguments))
             except TimeoutError:
                 raise RewardError(f"did not return within {self._limit.key} = {self._limit.seconds:g}") from None
             except ProcessExpired as error:
@@ -57,14 +62,13 @@ class Workers:
                     raise RewardError(f"ended its process {expired} times, with exit code {error.exitcode}") from None
             except BrokenProcessPool as error:
                 broken += 1
-                await self._give_up(pool)
+                self._give_up(pool)
                 if broken == _POOLS:
                     raise RewardError(f"has no processes to run in: {error}") from None
 
     def close(self) -> None:
         if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
+            _end(self._pool)
             self._pool = None
 
     def _schedule(self, pool: ProcessPool, function: Callable[..., Any], arguments: Sequence[Any]) -> Future[Any]:
@@ -79,11 +83,29 @@ class Workers:
                 self._pool = await asyncio.to_thread(self._start)
             return self._pool
 
-    async def _give_up(self, pool: ProcessPool) -> None:
-        """Unless another call has."""
-        async with self._starting:
-            if self._pool is pool:
-                await asyncio.to_thread(self.close)
+    async def _answer(self, call: Future[Any]) -> Any:
+        """What comes, after however many others.
+
+        Raises:
+            BrokenProcessPool: nothing has come for longer than any call may take.
+        """
+        began, waiting = time.monotonic(), asyncio.wrap_future(call)
+        try:
+            while not waiting.done():
+                left = max(began, self._answered) + self._limit.seconds + _SLACK_S - time.monotonic()
+                if left <= 0:
+                    raise BrokenProcessPool(f"nothing has come from them for {self._limit.seconds + _SLACK_S:g} s")
+                await asyncio.wait([waiting], timeout=left)
+            self._answered = time.monotonic()
+            return waiting.result()
+        finally:
+            waiting.cancel()
+
+    def _give_up(self, pool: ProcessPool) -> None:
+        """Unless another call has. Nobody waits until it has ended: it may hang."""
+        if self._pool is pool:
+            self._pool = None
+            threading.Thread(target=_end, args=[pool], daemon=True).start()
 
     def _start(self) -> ProcessPool:
         spawn = multiprocessing.get_context("spawn")
@@ -97,6 +119,11 @@ def call_apart(limit: TimeLimit, function: Callable[..., Any], *arguments: Any) 
         return asyncio.run(workers.call(function, *arguments))
     finally:
         workers.close()
+
+
+def _end(pool: ProcessPool) -> None:
+    pool.stop()
+    pool.join()
 
 
 def _begin() -> None:

@@ -3,13 +3,16 @@
 import asyncio
 import os
 import signal
+from concurrent.futures import Future
 from pathlib import Path
 
 import psutil
 import pytest
+from pebble import ProcessPool
 
 from megatron_async_rlhf.config.rewards import FunctionRewardSection, Gsm8kRewardSection
 from megatron_async_rlhf.errors import ConfigError, RewardError
+from megatron_async_rlhf.rewards import workers
 from megatron_async_rlhf.rewards.base import Reward, Score
 from megatron_async_rlhf.rewards.function import FunctionReward, check_function
 from megatron_async_rlhf.rewards.registry import make_reward
@@ -154,6 +157,31 @@ def test_a_worker_that_ends_while_it_has_nothing_to_do_is_replaced(own: Path):
         reward.close()
 
     asyncio.run(go())
+
+
+def test_a_pool_from_which_nothing_comes_is_replaced(own: Path, monkeypatch: pytest.MonkeyPatch):
+    """As when pebble waits for a time of day that the clock has been set away from."""
+    monkeypatch.setattr(workers, "_SLACK_S", 0.0)
+    hanging = []
+
+    def schedule(self, *arguments, **keys):
+        hanging.append(self)
+        return Future()
+
+    async def go() -> list[Score]:
+        reward = reward_of(own, "lengths", timeout_s=3.0)
+        await reward.score(PROMPT, completions("a"))
+        with monkeypatch.context() as patched:
+            patched.setattr(ProcessPool, "schedule", schedule)
+            call = asyncio.create_task(reward.score(PROMPT, completions("ab")))
+            while not hanging:
+                await asyncio.sleep(0.01)
+        try:
+            return await call
+        finally:
+            reward.close()
+
+    assert asyncio.run(go()) == [Score(reward=2.0, metrics={})]
 
 
 def test_as_many_calls_run_at_once_as_there_are_workers_while_the_event_loop_goes_on(own: Path, tmp_path: Path):

@@ -1,8 +1,11 @@
 /* Shows a process another time of day: CLOCK_REALTIME moved by the seconds that stand in the file $CHAOS_CLOCK, which may
-   change at any moment. Durations, sleeps and the monotonic clock stay as they are. */
+   change at any moment. Durations, sleeps and the monotonic clock stay as they are; a wait that ends at a time of day, which the
+   kernel knows nothing of, is told the real one. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <semaphore.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -47,4 +50,24 @@ time_t time(time_t *where) {
     clock_gettime(CLOCK_REALTIME, &exact);
     if (where) *where = exact.tv_sec;
     return exact.tv_sec;
+}
+
+static struct timespec real_time(const struct timespec *shown) {
+    struct timespec real = *shown;
+    real.tv_sec -= *seconds;
+    return real;
+}
+
+int sem_timedwait(sem_t *restrict semaphore, const struct timespec *restrict until) {
+    static int (*wait)(sem_t *, const struct timespec *);
+    if (!wait) wait = dlsym(RTLD_NEXT, "sem_timedwait");
+    struct timespec real = real_time(until);
+    return wait(semaphore, &real);
+}
+
+int pthread_mutex_timedlock(pthread_mutex_t *restrict mutex, const struct timespec *restrict until) {
+    static int (*lock)(pthread_mutex_t *, const struct timespec *);
+    if (!lock) lock = dlsym(RTLD_NEXT, "pthread_mutex_timedlock");
+    struct timespec real = real_time(until);
+    return lock(mutex, &real);
 }
