@@ -19,6 +19,7 @@ SAMPLES = "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 TRACE = "trace.json"
+SPANS = ".spans"  # while a run goes on: what its timeline will be made of
 WANDB_ID = "wandb_id"
 TENSORBOARD_DIR = "tensorboard"
 RESERVE = ".reserve"  # while a run goes on: room for its last words on a disk that is full

@@ -17,6 +17,7 @@ from megatron_async_rlhf.telemetry.files import (
     EVALUATIONS,
     METRICS,
     SAMPLES,
+    SPANS,
     SUMMARY,
     TRACE,
     WARM_START,
@@ -24,6 +25,7 @@ from megatron_async_rlhf.telemetry.files import (
     writing,
 )
 from megatron_async_rlhf.telemetry.sinks.opening import open_sinks
+from megatron_async_rlhf.telemetry.span_log import SpanLog
 from megatron_async_rlhf.telemetry.summary import UNFINISHED, RunTotals
 from megatron_async_rlhf.telemetry.trace import write_trace
 from megatron_async_rlhf.types import Completion, PushReport, RolloutGroup, Span
@@ -60,7 +62,7 @@ class Recorder:
             with writing(run_dir / name):
                 self._lines[name] = (run_dir / name).open("a", buffering=1, encoding="utf-8")
         self._sinks = open_sinks(config, run_dir)
-        self._spans: list[Span] = []
+        self._spans = SpanLog(run_dir / SPANS)
         self._loop_start: float | None = None
         self.totals = totals or RunTotals.of(config)
 
@@ -91,7 +93,7 @@ class Recorder:
         self._events.emit("unresponsive", name=name, since=since, why=why)
 
     def warm_start_step(self, step: int, values: dict[str, float], spans: Iterable[Span]) -> None:
-        self._spans += spans
+        self._spans.add(spans)
         path = self._dir / WARM_START
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": self._clock(), **values}) + "\n")
@@ -101,7 +103,7 @@ class Recorder:
 
     def supervised_step(self, step: int, steps: int, values: dict[str, float], sequences: int, spans: Iterable[Span]):
         """One of supervised fine-tuning, on so many sequences: a line of metrics.jsonl, an event, a step of each sink."""
-        self._spans += spans
+        self._spans.add(spans)
         line = {"step": step, "time": self._clock(), "num_sequences": sequences, **values}
         self._write_line(METRICS, json.dumps(line))
         for sink in self._sinks:
@@ -151,12 +153,12 @@ class Recorder:
 
     def server_was_busy(self, span: Span) -> None:
         """A generator was sampling, or a reward model's server scoring."""
-        self._spans.append(span)
+        self._spans.add([span])
 
     def learner_was_busy(self, rollout: Span, parts: Sequence[Span]) -> None:
         """A rollout was trained."""
         self.totals.train_busy_s += rollout.end - rollout.start
-        self._spans += (rollout, *parts)
+        self._spans.add((rollout, *parts))
 
     def trained(self, samples: int, total: int, skipped: int) -> None:
         """The learner has had `samples` of the `total` completions of a mini-batch; `skipped` groups taught nothing."""
@@ -230,7 +232,7 @@ class Recorder:
         """A push took `spans[0]`."""
         whole, *parts = spans
         args = whole.args | {"bytes": report.wire_bytes, "digests": report.compared}
-        self._spans += (msgspec.structs.replace(whole, args=args), *parts)
+        self._spans.add((msgspec.structs.replace(whole, args=args), *parts))
         self.totals.push_bytes.add(report.wire_bytes)
         self.totals.push_bytes_minimum += self._generator_bytes * report.generators
         self.totals.push_s.add(whole.end - whole.start)
@@ -239,7 +241,7 @@ class Recorder:
 
     def saved(self, version: int, spans: Sequence[Span]) -> None:
         """The checkpoint of a policy version is complete."""
-        self._spans += spans
+        self._spans.add(spans)
         self._events.emit("checkpoint", version=version)
 
     def logprob_gaps(self, gaps: Sequence[float]) -> None:
@@ -268,7 +270,7 @@ class Recorder:
         if tokens is None:
             tokens = round(metrics["response_length"] * samples)
         args: dict[str, int | float] = {"version": version, "samples": samples, "tokens": tokens}
-        self._spans.append(Span(name=f"evaluate {when}", start=start, end=end, process="evaluation", args=args))
+        self._spans.add([Span(name=f"evaluate {when}", start=start, end=end, process="evaluation", args=args)])
         self._events.emit("evaluated", when=when, metrics=metrics)
         values = {f"eval/{name}": value for name, value in metrics.items()}
         for sink in self._sinks:
@@ -309,7 +311,8 @@ class Recorder:
         failures = []
         for name, file in self._lines.items():
             failures += self._tried(name, file.close)
-        failures += self._tried(TRACE, lambda: write_trace(self._dir / TRACE, self._spans))
+        failures += self._tried(TRACE, lambda: write_trace(self._dir / TRACE, self._spans.read()))
+        failures += self._tried(SPANS, self._spans.close)
         if failures and status != "failed":
             status, error, explained = "failed", failures[0], True
         unwritten = self._tried(SUMMARY, lambda: self.write_summary(status, error))
