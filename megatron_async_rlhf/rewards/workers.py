@@ -10,7 +10,6 @@ import asyncio
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +17,8 @@ from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
-from megatron_async_rlhf.errors import RewardError
+from megatron_async_rlhf.errors import GeneratorGoneError, RewardError
+from megatron_async_rlhf.serving.silence import StallDetector
 
 # A worker may be ended by whoever ends a whole job, which tells every process of it.
 _ATTEMPTS = 2
@@ -41,7 +41,7 @@ class Workers:
         self._count, self._limit = count, limit
         self._pool: ProcessPool | None = None
         self._starting = asyncio.Lock()
-        self._answered = 0.0  # when the last call returned
+        self._silence = StallDetector("workers", limit.seconds + _SLACK_S)
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What the function returns; it should not raise, as an exception may not survive the way between processes.
@@ -89,17 +89,10 @@ class Workers:
         Raises:
             BrokenProcessPool: nothing has come for longer than any call may take.
         """
-        began, waiting = time.monotonic(), asyncio.wrap_future(call)
         try:
-            while not waiting.done():
-                left = max(began, self._answered) + self._limit.seconds + _SLACK_S - time.monotonic()
-                if left <= 0:
-                    raise BrokenProcessPool(f"nothing has come from them for {self._limit.seconds + _SLACK_S:g} s")
-                await asyncio.wait([waiting], timeout=left)
-            self._answered = time.monotonic()
-            return waiting.result()
-        finally:
-            waiting.cancel()
+            return await self._silence.wait(asyncio.wrap_future(call))
+        except GeneratorGoneError:
+            raise BrokenProcessPool(f"nothing has come from them for {self._limit.seconds + _SLACK_S:g} s") from None
 
     def _give_up(self, pool: ProcessPool) -> None:
         """Unless another call has. Nobody waits until it has ended: it may hang."""
