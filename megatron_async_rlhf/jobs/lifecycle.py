@@ -11,13 +11,14 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, LearnerSilentError, RewardError, WriteError
 from megatron_async_rlhf.formats.directory import describe_weights
 from megatron_async_rlhf.jobs.inputs import RunInputs
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import ExportWeights, Learner, StartReinforcement
+from megatron_async_rlhf.learner.protocol import ExportWeights, Learner, ResumeReinforcement, StartReinforcement
 from megatron_async_rlhf.scheduler.warm_start import warm_start
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, writing
 from megatron_async_rlhf.telemetry.recorder import Recorder
@@ -36,6 +37,16 @@ async def begin_reinforcement(config: RunConfig, learner: Learner, run_inputs: R
         order = PromptOrder(solvable, config.run.seed)
         await warm_start(config, learner, order, run_inputs.solved, recorder)
     await learner.execute(StartReinforcement())
+
+
+async def resume_reinforcement(
+    config: RunConfig, run_dir: Path, version: int, learner: Learner, recorder: Recorder
+) -> None:
+    """The same from the checkpoint of a run."""
+    recorder.phase(f"load checkpoint of step {version}")
+    checkpoints = RunCheckpoints(run_dir)
+    reference = str(checkpoints.reference) if has_own_reference(config) else None
+    await learner.execute(ResumeReinforcement(checkpoint=str(checkpoints.path(version)), reference=reference))
 
 
 async def export_policy(config: RunConfig, run_dir: Path, learner: Learner, recorder: Recorder) -> None:

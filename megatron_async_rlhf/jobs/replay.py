@@ -12,19 +12,22 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
-from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
 from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import NonFiniteLossError, ReplayError
 from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import RunInputs, data_counts, load_run_inputs
-from megatron_async_rlhf.jobs.lifecycle import begin_reinforcement, export_policy, run_learner_alone
+from megatron_async_rlhf.jobs.lifecycle import (
+    begin_reinforcement,
+    export_policy,
+    resume_reinforcement,
+    run_learner_alone,
+)
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     Learner,
-    ResumeReinforcement,
     Stop,
     WaitUntilReady,
     rollout_span,
@@ -79,10 +82,7 @@ async def run_failed(config: RunConfig, recorded: Path, learner: Learner, record
     began, rollout = now(), RecordedRollout.read(recorded / FAILED_ROLLOUT)
     recorder.phase("start")
     await learner.execute(WaitUntilReady())
-    version, checkpoints = rollout.command.version, RunCheckpoints(recorded)
-    recorder.phase(f"load checkpoint of step {version}")
-    reference = str(checkpoints.reference) if has_own_reference(config) else None
-    await learner.execute(ResumeReinforcement(checkpoint=str(checkpoints.path(version)), reference=reference))
+    await resume_reinforcement(config, recorded, rollout.command.version, learner, recorder)
     recorder.phase("train", steps=1)
     recorder.loop_started(startup_s=now() - began)
     try:
@@ -92,7 +92,7 @@ async def run_failed(config: RunConfig, recorded: Path, learner: Learner, record
         await learner.execute(Stop())
         return
     raise ReplayError(
-        f"step {version + 1}: the loss was not finite and is {answer.steps[0].values['loss']} now; layout, precision, "
+        f"step {rollout.command.version + 1}: the loss was not finite and is {answer.steps[0].values['loss']} now; layout, precision, "
         "threads, versions of packages and the kind of processor must be those of the run"
     )
 

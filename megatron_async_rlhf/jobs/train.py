@@ -17,7 +17,7 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.checkpoint.run_state import RunState, read_run_state
 from megatron_async_rlhf.checkpoint.saver import CheckpointSaver
 from megatron_async_rlhf.clock import now
@@ -44,10 +44,11 @@ from megatron_async_rlhf.jobs.lifecycle import (
     close_well,
     export_policy,
     first_cause,
+    resume_reinforcement,
 )
 from megatron_async_rlhf.jobs.reward_models import ServedRewards
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import ResumeReinforcement, Stop, WaitUntilReady
+from megatron_async_rlhf.learner.protocol import Stop, WaitUntilReady
 from megatron_async_rlhf.models.hf_mapping import elements_held
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
@@ -186,7 +187,8 @@ class Job:
     async def _start_learner(self) -> None:
         await self._learner.execute(WaitUntilReady())
         if self._resumed is not None:
-            await self._load(self._resumed.controller.version)
+            version = self._resumed.controller.version
+            await resume_reinforcement(self._config, self._run_dir, version, self._learner, self.recorder)
             return
         if self._gives_up:
             raise _GivenUp
@@ -196,12 +198,6 @@ class Job:
         if self._warm_start.cancelled():
             raise _GivenUp
         self._warm_start.result()
-
-    async def _load(self, version: int) -> None:
-        self.recorder.phase(f"load checkpoint of step {version}")
-        checkpoints = RunCheckpoints(self._run_dir)
-        reference = str(checkpoints.reference) if has_own_reference(self._config) else None
-        await self._learner.execute(ResumeReinforcement(checkpoint=str(checkpoints.path(version)), reference=reference))
 
     async def _save(self) -> None:
         state = self._controller.state
