@@ -105,7 +105,6 @@ class Controller:
         self._save: asyncio.Task | None = None
         self._stopping = False
         self._failure: RewardError | None = None
-        self._failed: RecordedRollout | None = None  # which could not be trained
 
     async def run(self) -> None:
         """Until the last step is trained and pushed, or `stop` was called.
@@ -196,11 +195,7 @@ class Controller:
             tickets, arrivals, before = self._pacer.next_rollout(), list(self._pacer.ready), self.state
             assert tickets is not None  # which was waited for
             self._pacer.begin_training(tickets)
-            rollout = [self._generation.ready.pop(ticket.index) for ticket in tickets]
-            try:
-                await self._train(rollout, arrivals)
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError("; ".join([str(error), *await self._keep_failed(rollout, before)])) from None
+            await self._train([self._generation.ready.pop(ticket.index) for ticket in tickets], arrivals, before)
             if self._checkpoints.is_due(self.version):
                 await self._start_save()
             self._pacer.end_training()
@@ -211,8 +206,12 @@ class Controller:
             return False
         return self._stopping or self._pacer.trained_version == self._pacer.pushed_version == self._schedule.steps
 
-    async def _train(self, rollout: list[ReadyGroup], arrivals: list[int]) -> None:
-        """One rollout, chosen when the groups of `arrivals` were complete."""
+    async def _train(self, rollout: list[ReadyGroup], arrivals: list[int], before: ControllerState) -> None:
+        """One rollout, chosen when the groups of `arrivals` were complete.
+
+        Raises:
+            NonFiniteLossError: and the rollout is kept, with the state `before` it.
+        """
         version, schedule = self._pacer.trained_version, self._schedule
         size = schedule.prompts_per_step
         parts = [rollout[i : i + size] for i in range(0, len(rollout), size)]
@@ -232,9 +231,9 @@ class Controller:
         start = self._clock()
         try:
             answer = await self._learner.execute(command)
-        except NonFiniteLossError:
-            self._failed = RecordedRollout.of(command, rollout, arrivals)
-            raise
+        except NonFiniteLossError as error:
+            told = await self._keep_failed(RecordedRollout.of(command, rollout, arrivals), rollout, before)
+            raise NonFiniteLossError("; ".join([str(error), *told])) from None
         end = self._clock()
         self._recorder.activity("learner", "idle")
         await self._pushes.end_offer()
@@ -253,12 +252,14 @@ class Controller:
             if update < len(parts):
                 self._recorder.trained(len(batches[part].completions), _samples(parts[part]), batches[part].skipped)
 
-    async def _keep_failed(self, rollout: list[ReadyGroup], before: ControllerState) -> list[str]:
+    async def _keep_failed(
+        self, record: RecordedRollout, rollout: list[ReadyGroup], before: ControllerState
+    ) -> list[str]:
         """Save a rollout that could not be trained on and, if no update of it was made, the state before it; what to say."""
         try:
             told = [f"the batch is in {self._recorder.save_json(FAILED_BATCH, [g.scored.group for g in rollout])}"]
             if self._schedule.updates_per_rollout == 1:
-                self._recorder.save_packed(FAILED_ROLLOUT, self._failed)
+                self._recorder.save_packed(FAILED_ROLLOUT, record)
                 if self._save is not None:
                     await self._save
                 if not self._checkpoints.is_saved(before.version):
