@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from harm.run import CONFIG, REWARD, SCHEDULES
+from harm.run import SCHEDULES, configuration
 
 _EVERY_S = 10.0
 _KILL_EVERY_S = 240.0
@@ -40,14 +40,11 @@ class Soak:
         directory.mkdir(parents=True)
         self.run, self.scratch = directory / "run", directory / "tmp"
         self.scratch.mkdir()
-        (directory / "reward.py").write_text(REWARD)
-        tree: dict[str, Any] = json.loads(json.dumps(CONFIG))
-        tree["reward"] = {"type": "function", "function": f"{directory}/reward.py:score", "workers": 2, "timeout_s": 30}
-        tree["schedule"] = SCHEDULES["streaming"] | {"steps": 1_000_000, "prompts_per_step": 4}
-        tree["schedule"]["eval_every"] = 20
+        tree = configuration(directory, self.run)
+        tree["reward"]["timeout_s"] = 30
+        tree["schedule"] = SCHEDULES["streaming"] | {"steps": 1_000_000, "prompts_per_step": 4, "eval_every": 20}
         tree["checkpoint"] = {"every_steps": 10, "keep_last": 2}
         tree["generator"]["restarts"] = 1000
-        tree["run"]["dir"] = str(self.run)
         (directory / "config.yaml").write_text(json.dumps(tree))  # which is YAML
         command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(directory / "config.yaml")]
         with (directory / "output").open("w") as output:

@@ -26,7 +26,7 @@ ROUTES = (
 )
 
 
-def http(dice: random.Random, secret: str) -> bytes:
+def http_message(dice: random.Random, secret: str) -> bytes:
     route, method = dice.choice(ROUTES).encode(), dice.choice([b"GET", b"POST"])
     shown = dice.choice([b"", b"Authorization: Bearer %s\r\n" % secret.encode(), b"Authorization: Bearer \r\n"])
     body = dice.randbytes(dice.randrange(300))
@@ -44,7 +44,7 @@ def http(dice: random.Random, secret: str) -> bytes:
     )
 
 
-def zmq(dice: random.Random, secret: str) -> bytes:
+def zmtp_message(dice: random.Random) -> bytes:
     greeting = ZMTP % dice.choice([b"NULL", b"PLAIN", b"CURVE", b"?"]).ljust(20, b"\0")
     return dice.choice(
         [
@@ -65,7 +65,8 @@ def main() -> None:
     anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
     for _ in range(count):
-        message, encrypted = (http if kind == "https" else zmq)(dice, secret), kind == "https" and dice.random() < 0.7
+        message = http_message(dice, secret) if kind == "https" else zmtp_message(dice)
+        encrypted = kind == "https" and dice.random() < 0.7
         if replayed and dice.random() < 0.2:
             message, encrypted = dice.choice(replayed), False
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5) as stranger:

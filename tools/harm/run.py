@@ -63,6 +63,15 @@ LAST_WORDS = {
 }  # fmt: skip
 
 
+def configuration(directory: Path, run_dir: Path) -> dict[str, Any]:
+    """Of a small run, to be changed; its reward is written into the directory."""
+    (directory / "reward.py").write_text(REWARD)
+    tree: dict[str, Any] = json.loads(json.dumps(CONFIG))
+    tree["run"]["dir"] = str(run_dir)
+    tree["reward"] = {"type": "function", "function": f"{directory}/reward.py:score", "workers": 2, "timeout_s": 15}
+    return tree
+
+
 class Violation(Exception):
     """A promise that was broken."""
 
@@ -122,18 +131,10 @@ class ChaosRun:
         self._start()
 
     def _write_config(self) -> None:
-        (self.directory / "reward.py").write_text(REWARD)
-        tree: dict[str, Any] = json.loads(json.dumps(CONFIG))
-        tree["reward"] = {
-            "type": "function",
-            "function": f"{self.directory}/reward.py:score",
-            "workers": 2,
-            "timeout_s": 15,
-        }
+        tree = configuration(self.directory, self.run)
         tree["schedule"] |= SCHEDULES[self.setting.schedule] | {"steps": self.setting.steps}
         tree["learner"] |= {"ranks": self.setting.ranks, "tensor_parallel": self.setting.ranks}
         tree["launch"]["nodes"] = self.setting.machines
-        tree["run"]["dir"] = str(self.run)
         (self.directory / "config.yaml").write_text(json.dumps(tree))  # which is YAML
 
     def command(self, *flags: str) -> list[str]:
