@@ -139,6 +139,10 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=1.0, help="most growth of memory, in per cent an hour")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"{options.out} exists already: name another folder, or remove it")
+    if options.minutes < options.warm_up + 1:
+        parser.error("--minutes must be at least a minute more than --warm-up: nothing else is measured")
     soak = Soak(options.out)
     while soak.process.poll() is None and not (soak.run / "metrics.jsonl").exists():
         time.sleep(1)

@@ -58,10 +58,16 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 def echo_plan(config: RunConfig, plan: Plan) -> None:
-    """The whole is YAML, of which all but the configuration are comments."""
+    """The whole is YAML, of which all but the configuration are comments.
+
+    Raises:
+        ConfigError: a start would be refused; after all has been printed.
+    """
     typer.echo(dump_config(config))
     for line in plan.lines:
         typer.echo(f"# {line}")
+    if plan.refusal is not None:
+        raise ConfigError(plan.refusal)
 
 
 def plan_of_run(config: RunConfig, coming: Coming = None) -> Plan:
@@ -85,21 +91,16 @@ def plan_of_run(config: RunConfig, coming: Coming = None) -> Plan:
     slices = sum(len(message) for messages in transfer.streams.values() for message in messages)
     rounds = max(len(messages) for messages in transfer.streams.values())
     megabytes = transfer.num_bytes * config.generator.replicas / 1e6
-    lines = [
+    lines = [  # the answers last, where a terminal shows them
+        *_where_processes_go(config, architecture),
         f"policy: {architecture.num_parameters / 1e6:.2f} M parameters",
         *said,
         f"weights: {megabytes:.2f} MB a push: {slices} slices in {rounds} rounds to each generator",
         *describe(config, architecture),
         *prediction.describe(config, architecture),
+        *not_checked(missing.lines),
     ]
-    nodes = planned_nodes(config)
-    run_dir, budget = config.run.path.absolute(), generator_budget(config, architecture)
-    for process in plan_processes(config, run_dir, architecture.context_length, nodes, budget=budget).processes:
-        cores = f"cores {process.cores}" if process.cores else "any core"
-        where = f"GPUs {process.gpus}" if process.gpus else cores
-        machine = f"{nodes[process.node].name}, " if len(nodes) > 1 else ""
-        lines.append(f"{process.name}: {machine}{where}: {' '.join(process.arguments)}")
-    return Plan(lines=[*lines, *not_checked(missing.lines)], refusal=_refusal(config, architecture))
+    return Plan(lines=lines, refusal=_refusal(config, architecture))
 
 
 def plan_of_sft(config: RunConfig, coming: Coming = None) -> Plan:
@@ -187,12 +188,22 @@ def _plan_of_learner(
     """
     nodes = planned_nodes(config)
     lines = [
+        *(f"{process.name}: {nodes[process.node].name}: {' '.join(process.arguments)}" for process in plan.processes),
         f"{what}: {architecture.num_parameters / 1e6:.2f} M parameters",
         *said,
         *describe_learner(config, architecture, work),
-        *(f"{process.name}: {nodes[process.node].name}: {' '.join(process.arguments)}" for process in plan.processes),
     ]
     return Plan(lines=[*lines, *not_checked(missing)])
+
+
+def _where_processes_go(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+    nodes = planned_nodes(config)
+    run_dir, budget = config.run.path.absolute(), generator_budget(config, architecture)
+    for process in plan_processes(config, run_dir, architecture.context_length, nodes, budget=budget).processes:
+        cores = f"cores {process.cores}" if process.cores else "any core"
+        where = f"GPUs {process.gpus}" if process.gpus else cores
+        machine = f"{nodes[process.node].name}, " if len(nodes) > 1 else ""
+        yield f"{process.name}: {machine}{where}: {' '.join(process.arguments)}"
 
 
 def _refusal(config: RunConfig, architecture: Architecture) -> str | None:

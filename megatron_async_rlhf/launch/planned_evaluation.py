@@ -42,14 +42,15 @@ def plan_of_evaluation(config: RunConfig, resume: bool, coming: Coming = None) -
             said = f"prompts: {len(inputs.prompts)} held out"
     shapes = {name: architecture for name, (architecture, _) in models.items()}
     contexts = {name: context for name, (_, context) in models.items()}
-    lines = [said]
-    lines += [f"{name}: {shape.num_parameters / 1e6:.2f} M parameters" for name, shape in shapes.items()]
-    lines += describe_servers(config, shapes, contexts)
     nodes = planned_nodes(config)
     plan = plan_evaluation(config, config.run.path.absolute(), contexts, nodes)
+    lines = []
     for process in [*(spec for specs in plan.on_request.values() for spec in specs), *plan.processes]:
         where = f"GPUs {process.gpus}" if process.gpus else "any core"
         lines.append(f"{process.name}: {nodes[process.node].name}, {where}: {' '.join(process.arguments)}")
+    lines.append(said)
+    lines += [f"{name}: {shape.num_parameters / 1e6:.2f} M parameters" for name, shape in shapes.items()]
+    lines += describe_servers(config, shapes, contexts)
     return Plan(lines=[*lines, *not_checked(missing.lines)])
 
 

@@ -21,8 +21,10 @@ LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers
 PROGRAM = """
 import sys
 from megatron_async_rlhf.cli import app
-app(sys.argv[1:], standalone_mode=False)
+from megatron_async_rlhf.usage import run_command_line
+code = run_command_line(app, sys.argv[1:])
 assert "torch" not in sys.modules, "the dry run loads torch"
+sys.exit(code)
 """
 
 
@@ -32,11 +34,17 @@ def root(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pat
     return request.config.rootpath
 
 
-def dry_run(root: Path, config: Path, *overrides: str) -> str:
+def dry_run(root: Path, config: Path, *overrides: str, refused: str = "") -> str:
+    """What it prints.
+
+    Args:
+        refused: a part of the line on standard error, and nothing if the run may start.
+    """
     settings = [part for override in overrides for part in ("-s", override)]
     command = [sys.executable, "-c", PROGRAM, "train", str(config), "--dry-run", *settings]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == (2 if refused else 0), result.stdout + result.stderr
+    assert refused in result.stderr
     return result.stdout
 
 
@@ -92,7 +100,8 @@ def test_a_whole_model_is_checked(tmp_path: Path, root: Path):
 def test_a_70b_model_does_not_fit(tmp_path: Path, root: Path):
     shape = json.loads((root / "examples/llama8b/config.json").read_text()) | LLAMA_70B
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    output = dry_run(root, root / "examples" / "llama8b_async.yaml", f"model.hf={tmp_path}")
+    refused = "GiB a GPU, above launch.gpu_memory_gib = 80; try learner.reference = swapped"
+    output = dry_run(root, root / "examples" / "llama8b_async.yaml", f"model.hf={tmp_path}", refused=refused)
     assert re.search(r"# learner: the fullest rank needs \d{3}\.\d of 80\.0 GiB .*: does not fit", output)
     assert re.search(r"#   first [a-z_.]+ = ", output)
     assert "that is not enough: divide the model over more GPUs" in output

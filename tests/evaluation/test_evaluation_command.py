@@ -128,6 +128,9 @@ def test_the_plan_is_one_model_after_the_other(config, capsys):
     assert told.err.startswith("warning: eval.temperature = 0: kl_k1 and kl_k3 are means") and told.err.count("\n") == 1
     lines = [line for line in output.splitlines() if line.startswith("# ")]
     assert [line.split(":")[0] for line in lines] == [
+        "# policy.0",
+        "# kl_to.0",
+        "# controller",
         "# prompts",
         "# policy",
         "# kl_to",
@@ -137,9 +140,6 @@ def test_the_plan_is_one_model_after_the_other(config, capsys):
         *(line.split(":")[0] for line in lines if line.startswith("# all processes together need ")),
         "# policy",
         "# kl_to",
-        "# policy.0",
-        "# kl_to.0",
-        "# controller",
     ]
     assert [line.split()[4] for line in lines if line.startswith("# a worker of ")] == ["policy", "kl_to"]
     assert "# prompts: 8 held out" in lines
