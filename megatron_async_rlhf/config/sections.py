@@ -375,3 +375,8 @@ class LaunchSection(Section):
     # Variables for all processes: the way to set what is otherwise ignored, as VLLM_LOGGING_LEVEL (docs/environment.md)
     environment: Variables = {}
     slurm: SlurmKeys | None = None  # what `async-rlhf launch --executor slurm` asks Slurm for; a run ignores it
+
+    @property
+    def encrypts_http(self) -> bool:
+        """Whether requests leave the machine, so that servers answer only what is encrypted (`run_tls`)."""
+        return self.nodes > 1

@@ -117,7 +117,7 @@ def _open_directory(config: RunConfig, start: Start) -> Path:
     run_dir = _opened(config, start)
     with writing_run_directory(config):
         write_secret(run_dir)
-        if config.launch.nodes > 1:
+        if config.launch.encrypts_http:
             write_certificate(run_dir)
     return run_dir
 

@@ -53,14 +53,14 @@ def common_arguments(
 def guard_arguments(config: RunConfig) -> list[str]:
     """What keeps strangers out, after all other middleware: only the run's processes are answered, encrypted between machines."""
     key, certificate = map(str, tls_files(config.run.path.absolute()))
-    encrypted = ["--ssl-keyfile", key, "--ssl-certfile", certificate] if config.launch.nodes > 1 else []
+    encrypted = ["--ssl-keyfile", key, "--ssl-certfile", certificate] if config.launch.encrypts_http else []
     return ["--middleware", GUARD, *encrypted]
 
 
 def server_url(config: RunConfig, address: tuple[str, int]) -> str:
     """Of a server that has these arguments."""
     host, port = address
-    return f"{'https' if config.launch.nodes > 1 else 'http'}://{host}:{port}"
+    return f"{'https' if config.launch.encrypts_http else 'http'}://{host}:{port}"
 
 
 def common_environment(device: Device, devices: Sequence[str]) -> dict[str, str]:
