@@ -19,6 +19,7 @@ class Machine:
     Attributes:
         learner, prefill: FLOP/s of training, and of passes over many tokens in a generator.
         bandwidth: of the memory, while a generator decodes and while Adam updates.
+        computes_while_reading: a decoding step reads weights and computes at once; a core waits for what it reads.
         link, network: between two ranks on one machine, and to another one; of collectives, in one direction.
         collective_s: until a sum over a few ranks is under way.
         step_s, sequence_s: of a decoding step beside the model, and of each sequence in it: scheduling, sampling.
@@ -35,6 +36,7 @@ class Machine:
     learner: float
     prefill: float
     bandwidth: float
+    computes_while_reading: bool
     link: float
     network: float
     collective_s: float
@@ -53,8 +55,9 @@ class Machine:
 CPU_CORE = Machine(
     name="CPU cores",
     learner=50e9,
-    prefill=60e9,
+    prefill=90e9,
     bandwidth=10e9,
+    computes_while_reading=False,
     link=1e9,
     network=1e9,
     collective_s=1e-4,
@@ -66,7 +69,7 @@ CPU_CORE = Machine(
     contention=1.0,
     host_contention=0.20,
     jitter=0.15,
-    assumed="50 GFLOP/s in training, 60 in generation and 10 GB/s a core; 4 ms a decoding step, 0.04 ms a token and 1.2 ms a "
+    assumed="50 GFLOP/s in training, 90 in generation and 10 GB/s a core; 4 ms a decoding step, 0.04 ms a token and 1.2 ms a "
     "completion beside the model, and either side slower by 20% of the share of that while both work",
 )
 
@@ -82,6 +85,7 @@ def machine_of(config: RunConfig) -> Machine:
         learner=(_OF_FP8 if learner.fp8 else _OF_BF16) * peak,
         prefill=0.50 * device.flops["bf16" if ITEM_BYTES[config.generator.dtype] == 2 else "fp32"],
         bandwidth=0.60 * device.bandwidth,
+        computes_while_reading=True,
         link=_REACHED * device.link,
         collective_s=1e-5,
         network=_REACHED * config.launch.network_gbit_s * 1e9 / 8,

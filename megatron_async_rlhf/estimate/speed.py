@@ -73,15 +73,14 @@ class Factors:
 
 
 def corrected(speed: Speed, factors: Factors) -> Speed:
-    """As it would be if all were as far off as what was measured. A pass over many tokens is bound by arithmetic, as training
-    is, and decoding by memory."""
+    """As it would be if all of a side were as far off as what was measured of it."""
     return replace(
         speed,
         learner=speed.learner.scaled(factors.train),
         generated_per_s=speed.generated_per_s / factors.generate,
         token_s=speed.token_s * factors.generate,
         sequence_s=speed.sequence_s * factors.generate,
-        prompt_token_s=speed.prompt_token_s * factors.train,
+        prompt_token_s=speed.prompt_token_s * factors.generate,
         push_s=speed.push_s * factors.push,
     )
 
@@ -101,12 +100,15 @@ def estimate_speed(
     samples = config.schedule.groups_per_rollout * config.algorithm.samples_per_prompt / generator.replicas
     at_once = max(1.0, min(samples, generator.max_concurrent, memory.cache_tokens / length))
     compute = machine.prefill * generator.tensor_parallel
-    # A decoding step reads the weights once and the cache of every sequence, on average half grown, or computes as long.
+    # A decoding step reads the weights once and the cache of every sequence, on average half grown, and computes.
     weights_s = memory.weights / machine.bandwidth
     token_s = machine.step_s + weights_s + _collectives_s(config, arch, machine)
     cache_s = (prompt + completion / 2) * cache_bytes_per_token(config, arch) / machine.bandwidth
     computing_s = token_flops(arch, prompt + completion / 2) / compute
-    sequence_s = machine.sequence_s + max(cache_s, computing_s - weights_s / at_once)
+    reading_s = cache_s + weights_s / at_once
+    if machine.computes_while_reading:
+        computing_s = max(0.0, computing_s - reading_s)
+    sequence_s = machine.sequence_s + cache_s + computing_s
     decode_s = token_s + at_once * sequence_s
     prompt_token_s = token_flops(arch, prompt / 2) / compute
     shared = _shared_tokens(config, prompt)
