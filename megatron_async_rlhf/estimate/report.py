@@ -7,7 +7,9 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
+from megatron_async_rlhf.config.reward_model_section import RewardModelSection
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.sections import GeneratorSection
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.fitting import (
     ACCURACY,
@@ -92,11 +94,44 @@ def describe_servers(config: RunConfig, models: Mapping[str, Architecture], cont
 def refuse_too_large(config: RunConfig, arch: Architecture) -> None:
     """
     Raises:
-        ConfigError: on GPUs, the estimate is clearly above the memory there is, and `launch.memory_check` is on.
+        ConfigError: `launch.memory_check` is on, and on GPUs the learner is estimated to need clearly more memory than there is,
+            or a server could not hold its model or a single sequence.
     """
-    if config.run.device == "cpu" or not config.launch.memory_check:
+    if not config.launch.memory_check:
         return
-    memory, room = run_memory(config, arch), _room(config)
+    memory = run_memory(config, arch)
+    if config.run.device == "cuda":
+        _refuse_learner(config, arch, memory)
+    if not shares_gpu(config):  # or else the generator has been counted with the learner
+        _refuse_server(config, "generator", config.generator, memory.generator)
+    for worker, section in zip(memory.rewards, config.served_reward_models.values(), strict=True):
+        _refuse_server(config, worker.key, section, worker)
+
+
+def _refuse_server(
+    config: RunConfig,
+    key: str,
+    section: GeneratorSection | RewardModelSection,
+    worker: GeneratorMemory | RewardMemory,
+) -> None:
+    """If it is certain that vLLM would not start; the size of activations is not."""
+    if worker.sequences:
+        return
+    if config.run.device == "cpu":
+        raise ConfigError(
+            f"{key}: its cache holds {worker.cache_tokens} tokens, and no sequence of the longest length with them; raise "
+            f"{key}.kv_cache_gib = {section.kv_cache_gib} or {key}.tensor_parallel (--dry-run shows more)"
+        )
+    if worker.weights > section.gpu_memory_share * _room(config):
+        raise ConfigError(
+            f"{key}: its weights take {_gib(worker.weights)} GiB of each GPU, above {key}.gpu_memory_share = "
+            f"{section.gpu_memory_share:g} of launch.gpu_memory_gib = {config.launch.gpu_memory_gib:g}; raise "
+            f"{key}.tensor_parallel (--dry-run shows more), or set launch.memory_check = false"
+        )
+
+
+def _refuse_learner(config: RunConfig, arch: Architecture, memory: RunMemory) -> None:
+    room = _room(config)
     largest = needed(config, memory)
     # Only beyond what the estimate may be wrong by.
     if largest > (1 + ACCURACY) * room:

@@ -15,6 +15,7 @@ from megatron_async_rlhf.estimate.fitting import advise, run_memory
 from megatron_async_rlhf.estimate.generator_memory import GIB
 from megatron_async_rlhf.estimate.report import describe, refuse_too_large
 from megatron_async_rlhf.jobs.inputs import make_model_template, resolve_architecture
+from megatron_async_rlhf.simulate.prediction import shape_of
 
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 # Torch must not be loaded, which the command itself cannot say.
@@ -199,3 +200,37 @@ def test_train_refuses_what_does_not_fit(tmp_path: Path):
     (line,) = result.stderr.splitlines()
     assert "above launch.gpu_memory_gib = 1" in line and "launch.memory_check = false" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("example", "overrides", "refused"),
+    [
+        (
+            "llama8b_async",
+            ["generator.gpu_memory_share=0.15"],
+            "generator: its weights take 15.0 GiB of each GPU, above generator.gpu_memory_share = 0.15 of "
+            "launch.gpu_memory_gib = 80; raise generator.tensor_parallel",
+        ),
+        (
+            "llama3.1-8b_no_robots/rlhf",
+            ["reward.gpu_memory_share=0.1"],
+            "reward: its weights take 14.0 GiB of each GPU, above reward.gpu_memory_share = 0.1",
+        ),
+        (
+            "quickstart",
+            ["model.context_length=1000000", "learner.micro_batch_tokens=2000000"],
+            "generator: its cache holds 524288 tokens, and no sequence of the longest length with them; raise "
+            "generator.kv_cache_gib = 1",
+        ),
+    ],
+)
+def test_a_server_without_room_for_one_sequence_is_refused(
+    root: Path, example: str, overrides: list[str], refused: str
+):
+    config = load_config(root / "examples" / f"{example}.yaml", overrides)
+    arch = shape_of(config)
+    with pytest.raises(ConfigError, match=f"^{re.escape(refused)}"):
+        refuse_too_large(config, arch)
+    refuse_too_large(
+        load_config(root / "examples" / f"{example}.yaml", [*overrides, "launch.memory_check=false"]), arch
+    )
