@@ -6,7 +6,7 @@ A small fresh model in streaming mode on CPU cores: pushes at every step, a held
 10, and every few minutes one generator is killed and started again. Every 10 seconds, of each process: resident memory, file
 descriptors, sockets, threads; of the machine: what the run has in /dev/shm and in the directory for temporary files.
 
-After a warm-up (`--warm-up`) nothing may grow by more than `--limit` per cent an hour: a line is fitted to each process's
+All of it is in `measured.jsonl`. After a warm-up (`--warm-up`) nothing may grow by more than `--limit` per cent an hour: a line is fitted to each process's
 memory as long as it lives, if that is half of the time or more, and to the others' counts; step times of the first and of
 the second half are compared by their medians. A process that was started again is another process.
 """
@@ -53,6 +53,7 @@ class Soak:
             )
         self.processes: dict[str, list[dict[str, float]]] = defaultdict(list)  # by name and id
         self.machine: list[dict[str, float]] = []
+        self.series = directory / "measured.jsonl"
         self.kills = 0
 
     def measure(self, minute: float) -> None:
@@ -74,6 +75,9 @@ class Soak:
                 self.processes[f"{title} {process.pid}"].append(figures)
         temporary = sum(1 for _ in self.scratch.rglob("*"))
         self.machine.append({"minute": minute, "shared_memory_files": len(shared), "temporary_files": temporary})
+        latest = {name: points[-1] for name, points in self.processes.items() if points[-1]["minute"] == minute}
+        with self.series.open("a") as file:
+            file.write(json.dumps(latest | {"machine": self.machine[-1]}) + "\n")
 
     def kill_generator(self) -> None:
         """Always the same: the other one shows whether generators grow."""
