@@ -214,6 +214,7 @@ def _verdict_on_learner(config: RunConfig, arch: Architecture, memory: RunMemory
     lines.append(f"  of the machine's memory, {_gib(memory.save)} GiB are for checkpoints, while one is written")
     if config.run.device == "cpu":
         lines.append("  on top comes freed memory that glibc keeps: up to 0.6 times a learner rank's in small models")
+        lines.append("  and what a generator's worker keeps of oneDNN's kernels: up to 0.5 GiB after some hours")
     if bytes_needed <= room:
         return lines
     changes = advise(config, arch, room)

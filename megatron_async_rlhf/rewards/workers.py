@@ -17,14 +17,17 @@ from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
+from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.errors import GeneratorGoneError, RewardError
 from megatron_async_rlhf.serving.silence import StallDetector
 
 # A worker may be ended by whoever ends a whole job, which tells every process of it.
 _ATTEMPTS = 2
 _POOLS = 3  # of a call; what it is called with has nothing to do with it if one breaks
-# pebble ends a call at its time limit, by the time of day; if nothing has come for so much longer it hangs itself.
-_SLACK_S = 60.0  # processes may take long to start, too
+_SLACK_S = (
+    60.0  # after a time limit: processes may take long to start; if nothing has come after it, pebble hangs itself
+)
+_LOOKS = 10  # at a call, within its time limit: whether a worker has it
 
 
 class TimeLimit(NamedTuple):
@@ -73,7 +76,7 @@ class Workers:
 
     def _schedule(self, pool: ProcessPool, function: Callable[..., Any], arguments: Sequence[Any]) -> Future[Any]:
         try:
-            return pool.schedule(function, arguments, timeout=self._limit.seconds)
+            return pool.schedule(function, arguments)
         except RuntimeError as error:  # as pebble says it of a pool that broke before
             raise BrokenProcessPool(str(error)) from None
 
@@ -87,12 +90,26 @@ class Workers:
         """What comes, after however many others.
 
         Raises:
+            TimeoutError: a worker has had the call for longer than it may take.
             BrokenProcessPool: nothing has come for longer than any call may take.
         """
         try:
-            return await self._silence.wait(asyncio.wrap_future(call))
+            return await self._silence.wait(self._in_time(call))
         except GeneratorGoneError:
             raise BrokenProcessPool(f"nothing has come from them for {self._limit.seconds + _SLACK_S:g} s") from None
+
+    async def _in_time(self, call: Future[Any]) -> Any:
+        """Pebble has time limits too, but by the time of day, which may be set."""
+        answer, had_since = asyncio.wrap_future(call), None
+        try:
+            while not (await asyncio.wait([answer], timeout=self._limit.seconds / _LOOKS))[0]:
+                if had_since is None:
+                    had_since = now() if call.running() else None
+                elif now() - had_since > self._limit.seconds:
+                    raise TimeoutError
+            return answer.result()
+        finally:
+            answer.cancel()  # ends the worker that has it; nothing once it is done
 
     def _give_up(self, pool: ProcessPool) -> None:
         """Unless another call has. Nobody waits until it has ended: it may hang."""

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def meets(completions, directory, count):
 def raises(completions): raise ValueError("no\\nidea")
 def leaves(completions): sys.exit(3)
 def hangs(completions): time.sleep(1000)
+def slow(completions): time.sleep(1.5); return [1.0] * len(completions)
 def nan(completions): return [0.0, float("nan")]
 def text(completions): return ["good", "bad"]
 def nothing(completions): return None
@@ -160,7 +162,7 @@ def test_a_worker_that_ends_while_it_has_nothing_to_do_is_replaced(own: Path):
 
 
 def test_a_pool_from_which_nothing_comes_is_replaced(own: Path, monkeypatch: pytest.MonkeyPatch):
-    """As when pebble waits for a time of day that the clock has been set away from."""
+    """As when pebble itself hangs."""
     monkeypatch.setattr(workers, "_SLACK_S", 0.0)
     hanging = []
 
@@ -182,6 +184,25 @@ def test_a_pool_from_which_nothing_comes_is_replaced(own: Path, monkeypatch: pyt
             reward.close()
 
     assert asyncio.run(go()) == [Score(reward=2.0, metrics={})]
+
+
+@pytest.mark.parametrize("hours", [30, -2])
+def test_a_clock_that_is_set_ends_no_call(own: Path, monkeypatch: pytest.MonkeyPatch, hours: int):
+    real = time.time
+
+    async def go() -> list[Score]:
+        reward = reward_of(own, "slow")
+        await reward.score(PROMPT, completions("a"))
+        call = asyncio.create_task(reward.score(PROMPT, completions("ab")))
+        await asyncio.sleep(0.5)  # a worker has it
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "time", lambda: real() + 3600 * hours)
+            try:
+                return await call
+            finally:
+                reward.close()
+
+    assert asyncio.run(go()) == [Score(reward=1.0, metrics={})]
 
 
 def test_as_many_calls_run_at_once_as_there_are_workers_while_the_event_loop_goes_on(own: Path, tmp_path: Path):

@@ -223,8 +223,7 @@ class ChaosRun:
             self._follow_advice()
             self._start("--resume")
             return
-        summary = json.loads((self.run / "summary.json").read_text())
-        status, error = summary["status"], str(summary.get("error"))
+        status, error = self._last_words()
         self.ends.append(f"{', '.join(self.since) or 'nothing'}: {status}, {error}")
         words = [words for harmed in self.since for mark, words in LAST_WORDS.items() if mark in harmed]
         if not any(status == wanted and part in error for wanted, part in words):
@@ -233,6 +232,16 @@ class ChaosRun:
         if self.disk is not None:
             (self.disk / "filler").unlink(missing_ok=True)
         self._start("--resume")
+
+    def _last_words(self) -> tuple[str, str]:
+        """Status and error. A controller whose supervisor was killed says them a moment later."""
+        deadline = time.monotonic() + 30
+        while True:
+            summary = json.loads((self.run / "summary.json").read_text())
+            status, error = summary["status"], str(summary.get("error"))
+            if "it is still going on" not in error or time.monotonic() > deadline:
+                return status, error
+            time.sleep(0.2)
 
     def _wait_for_machines(self) -> None:
         """All must end with the first one."""
