@@ -48,7 +48,7 @@ class Soak:
         tree["schedule"] = SCHEDULES["streaming"] | {"steps": 1_000_000, "prompts_per_step": 4, "eval_every": 20}
         tree["checkpoint"] = {"every_steps": 10, "keep_last": 2}
         tree["generator"]["restarts"] = 1000
-        tree["launch"] = tree.get("launch", {}) | {"environment": {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}}
+        tree["launch"]["environment"] = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
         (directory / "config.yaml").write_text(json.dumps(tree))  # which is YAML
         command = [sys.executable, "-m", "megatron_async_rlhf", "train", str(directory / "config.yaml")]
         with (directory / "output").open("w") as output:
@@ -61,7 +61,7 @@ class Soak:
         self.kills = 0
 
     def measure(self, minute: float) -> None:
-        shared = set()
+        shared, latest = set(), {}
         for name, root in self._roots().items():
             for process in (root, *root.children(recursive=True)):
                 try:
@@ -76,10 +76,11 @@ class Soak:
                     title = name if process is root else f"{name} {process.name()}"
                 except (psutil.NoSuchProcess, psutil.AccessDenied):
                     continue
-                self.processes[f"{title} {process.pid}"].append(figures)
+                latest[f"{title} {process.pid}"] = figures
+        for title, figures in latest.items():
+            self.processes[title].append(figures)
         temporary = sum(1 for _ in self.scratch.rglob("*"))
         self.machine.append({"minute": minute, "shared_memory_files": len(shared), "temporary_files": temporary})
-        latest = {name: points[-1] for name, points in self.processes.items() if points[-1]["minute"] == minute}
         with self.series.open("a") as file:
             file.write(json.dumps(latest | {"machine": self.machine[-1]}) + "\n")
 

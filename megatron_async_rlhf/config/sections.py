@@ -365,7 +365,7 @@ class LaunchSection(Section):
     )
     network_gbit_s: PositiveFloat = 400.0  # of one GPU to other machines; for the estimated speed too
     gpu_memory_gib: PositiveFloat = 80.0  # of one GPU; the estimate of a dry run compares with it
-    memory_check: bool = True  # refuse a start that clearly lacks memory, of GPUs or for a server's cache
+    memory_check: bool = True  # refuse a start if the learner clearly lacks GPU memory or a server holds no sequence
     # split: learner and servers have cores of their own; shared: all have all cores, in turn, with a synchronous schedule
     cores: Literal["split", "shared"] = "split"
     # Bind learner ranks to cores of their own, on GPUs ranks and servers to those near theirs; vLLM always binds CPU workers.

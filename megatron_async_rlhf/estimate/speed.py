@@ -105,9 +105,8 @@ def estimate_speed(
     token_s = machine.step_s + weights_s + _collectives_s(config, arch, machine)
     cache_s = (prompt + completion / 2) * cache_bytes_per_token(config, arch) / machine.bandwidth
     computing_s = token_flops(arch, prompt + completion / 2) / compute
-    reading_s = cache_s + weights_s / at_once
     if machine.computes_while_reading:
-        computing_s = max(0.0, computing_s - reading_s)
+        computing_s = max(0.0, computing_s - cache_s - weights_s / at_once)
     sequence_s = machine.sequence_s + cache_s + computing_s
     decode_s = token_s + at_once * sequence_s
     prompt_token_s = token_flops(arch, prompt / 2) / compute
