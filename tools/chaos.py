@@ -30,7 +30,7 @@ from typing import Any
 
 from harm.faults import FAULTS, WIRE, impossible_here
 from harm.ledger import check
-from harm.run import SCHEDULES, STEPS, ChaosRun, Setting, Violation
+from harm.run import SCHEDULES, STEPS, ChaosRun, Setting, Violation, adopt_orphans
 
 _LAST = 4  # steps, whose mean reward is a run's final one
 
@@ -50,6 +50,7 @@ def main() -> int:
         "--json", type=Path, help="write the results to this file; runs that it has already are not made again"
     )
     options = parser.parse_args()
+    adopt_orphans()
     missing = impossible_here()
     for kind, need in missing.items():
         print(f"left out: {kind}, which needs {need}")

@@ -1,7 +1,6 @@
 """One process of a run, wherever it runs: its own session, log file and temporary directory, dies with who started it."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,8 +14,8 @@ from megatron_async_rlhf.environment import child_environment
 from megatron_async_rlhf.launch.causes import Cause, first_cause
 from megatron_async_rlhf.launch.plan import ProcessSpec
 from megatron_async_rlhf.launch.scratch import Scratch
+from megatron_async_rlhf.orphans import signal_on_death_of
 
-_PR_SET_PDEATHSIG = 1
 _GONE_S = 5.0  # until nothing of a killed group is there any more; a driver may hold a process that long
 _POLL_S = 0.02
 _LOG_BYTES = 2**21  # of its end, where the cause of a failure is looked for
@@ -162,13 +161,10 @@ def _group(leader: int) -> Iterator[int]:
 def _before_exec(spec: ProcessSpec):
     """Runs in the child between fork and exec."""
     parent = os.getpid()
-    libc = ctypes.CDLL(None)
 
     def prepare() -> None:
         # Without this a killed supervisor would leave servers behind that hold ports and memory.
-        libc.prctl(_PR_SET_PDEATHSIG, spec.end_signal)
-        if os.getppid() != parent:
-            os._exit(1)
+        signal_on_death_of(parent, spec.orphan_signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what becomes of a terminal is its parent's affair
         if spec.blocks_terminate:  # blocked, not ignored: what it runs would set a handler of its own
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

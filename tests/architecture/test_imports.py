@@ -22,6 +22,7 @@ ORDER = [
         "clock",
         "devices",
         "environment",
+        "orphans",
         "limits",
         "suggestions",
         "options",

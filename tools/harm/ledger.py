@@ -20,6 +20,8 @@ def check(run: ChaosRun, undisturbed: list[dict[str, Any]] | None) -> list[dict[
     Raises:
         Violation: a promise was broken.
     """
+    if left := run.kill_left():
+        raise Violation(f"still there after the end: {left}")
     summary = json.loads((run.run / "summary.json").read_text())
     if summary["status"] != "completed":
         raise Violation(f"status {summary['status']}: {summary['error']}")

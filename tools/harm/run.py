@@ -1,6 +1,7 @@
 """One run, from its start to its completion, whatever happens to it: it is resumed whenever it ends before."""
 
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -54,6 +55,8 @@ def score(prompt: str, completions: list[str]) -> list[float]:
 DISK_MIB = 96
 EXIT_BAD_INPUT = 2
 _PATIENCE_S = 5.0
+_GONE_S = 30.0  # after a run
+_PR_SET_CHILD_SUBREAPER = 36
 # How a run may end that was harmed so, and what its error must name; nothing else may end one. A supervisor that is killed
 # has no last words.
 LAST_WORDS = {
@@ -70,6 +73,21 @@ def configuration(directory: Path, run_dir: Path) -> dict[str, Any]:
     tree["run"]["dir"] = str(run_dir)
     tree["reward"] = {"type": "function", "function": f"{directory}/reward.py:score", "workers": 2, "timeout_s": 15}
     return tree
+
+
+def adopt_orphans() -> None:
+    """Processes whose parents have died become children of this one."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _below_this_one() -> set[psutil.Process]:
+    """Processes that have not ended."""
+    found = set()
+    for each in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ends meanwhile
+            if each.status() != psutil.STATUS_ZOMBIE:
+                found.add(each)
+    return found
 
 
 class Violation(Exception):
@@ -127,6 +145,7 @@ class ChaosRun:
             source = Path(__file__).with_name("clock.c")
             subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", directory / "clock.so", source], check=True)
             (directory / "clock").write_bytes(bytes(8))
+        self._others = _below_this_one()
         self._write_config()
         self._start()
 
@@ -259,6 +278,15 @@ class ChaosRun:
             raise Violation(f"it cannot be resumed: {error}")
         for checkpoint in advice[1].split(" and "):
             shutil.rmtree(checkpoint)
+
+    def kill_left(self) -> list[str]:
+        """Processes that are still there a while after the end, whatever has become of who started them."""
+        deadline = time.monotonic() + _GONE_S
+        while (left := _below_this_one() - self._others) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for each in left:
+            each.kill()
+        return list(map(str, left))
 
     def close(self) -> None:
         """End what is left; the files stay. Harmless a second time."""
