@@ -69,6 +69,15 @@ def can_be_had() -> bool:
 
 
 @pytest.fixture(scope="session")
+def launch_python() -> Path:
+    """Of an environment that has NeMo-Run."""
+    python = Path(os.environ.get("ASYNC_RLHF_LAUNCH_ENV", TESTBED.parents[1] / ".venv-launch")) / "bin/python"
+    if not python.exists():
+        pytest.skip(f"there is no {python}: `bash tools/setup_launch_env.sh` makes it, or set ASYNC_RLHF_LAUNCH_ENV")
+    return python
+
+
+@pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
     if not can_be_had():
         pytest.skip("Slurm is not installed, and it takes root and apt-get to install it")

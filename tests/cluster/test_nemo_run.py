@@ -38,14 +38,6 @@ fi
 """
 
 
-@pytest.fixture(scope="session")
-def launch_python() -> Path:
-    python = Path(os.environ.get("ASYNC_RLHF_LAUNCH_ENV", ROOT / ".venv-launch")) / "bin/python"
-    if not python.exists():
-        pytest.skip(f"there is no {python}: `bash tools/setup_launch_env.sh` makes it, or set ASYNC_RLHF_LAUNCH_ENV")
-    return python
-
-
 class Launching:
     """`async-rlhf launch` with NeMo-Run, in directories of its own; by default it starts stand-ins."""
 

@@ -11,7 +11,7 @@ from megatron_async_rlhf.config.algorithms import LOSS_ARGUMENTS
 
 TESTS = {
     "docs/algorithms.md": "tests/docs/test_python_blocks.py",
-    "docs/nemo_run.md": "tests/cluster/test_nemo_run.py",
+    "docs/nemo_run.md": "tests/cluster/test_nemo_run_page.py",
     "docs/own.md": "tests/docs/test_own.py",
     "docs/python.md": "tests/e2e/test_python_api.py",
     "docs/reward_model.md": "tests/docs/test_python_blocks.py",

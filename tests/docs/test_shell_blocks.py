@@ -74,7 +74,7 @@ class Elsewhere(str):
 NEEDS_DOCKER = Elsewhere("a Docker daemon, and enroot")
 NEEDS_GPU = Elsewhere("a GPU")
 SLURM = Elsewhere("tests/cluster/test_slurm_testbed.py")
-LAUNCH = Elsewhere("tests/cluster/test_nemo_run.py")
+LAUNCH = Elsewhere("tests/cluster/test_nemo_run_page.py")
 
 RULES: list[tuple[str, Callable[[list[str]], list[str]] | Elsewhere]] = [
     (r"bash tools/test\.sh", Elsewhere("this test is part of it")),

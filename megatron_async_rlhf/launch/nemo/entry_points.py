@@ -1,4 +1,4 @@
-"""Our stages for NeMo-Run's own command line: `nemo async-rlhf train config=examples/quickstart.yaml executor=local`.
+"""Our stages for NeMo-Run's own command line: `nemo async-rlhf train config=examples/quickstart.yaml run.executor=local`.
 
 They are experiments, not tasks: NeMo-Run would start a task by importing itself on the machine that trains, where it is
 not installed.
