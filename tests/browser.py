@@ -43,16 +43,19 @@ class Seen(NamedTuple):
 
 
 def look(
-    page: Path,
+    page: Path | str,
     *,
     width: int = 1440,
     height: int = 900,
     dark: bool = False,
     before: str = "",
+    drawn: str = _DRAWN,
     expressions: Sequence[str] = (),
 ) -> Seen:
     """
     Args:
+        page: a file or an address.
+        drawn: JavaScript that says whether it has drawn itself.
         before: JavaScript that runs before the page's own.
         expressions: JavaScript, evaluated when it has drawn itself; promises are waited for.
     """
@@ -61,7 +64,8 @@ def look(
         command = [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
         browser = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         try:
-            return asyncio.run(_look(Path(profile), page, width, height, dark, before, expressions))
+            url = page if isinstance(page, str) else page.resolve().as_uri()
+            return asyncio.run(_look(Path(profile), url, width, height, dark, before, drawn, expressions))
         finally:
             browser.kill()
             browser.wait()
@@ -76,7 +80,14 @@ def assert_fits(page: Path) -> None:
 
 
 async def _look(
-    profile: Path, page: Path, width: int, height: int, dark: bool, before: str, expressions: Sequence[str]
+    profile: Path,
+    url: str,
+    width: int,
+    height: int,
+    dark: bool,
+    before: str,
+    drawn: str,
+    expressions: Sequence[str],
 ) -> Seen:
     port = await _port(profile)
     async with aiohttp.ClientSession() as http:
@@ -98,16 +109,17 @@ async def _look(
             )
             await tab.do("Page.addScriptToEvaluateOnNewDocument", source=before)
             start = asyncio.get_running_loop().time()
-            await tab.do("Page.navigate", url=page.resolve().as_uri())
+            await tab.do("Page.navigate", url=url)
             async with asyncio.timeout(_READY_S):
-                while not await tab.value(_DRAWN):
+                while not await tab.value(drawn):
                     await asyncio.sleep(0.02)
-            drawn = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
-            await tab.value(drawn)
+            await tab.value(
+                "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
+            )
             seconds = asyncio.get_running_loop().time() - start
             overflow = await tab.value("document.documentElement.scrollWidth - document.documentElement.clientWidth")
             results = [await tab.value(expression) for expression in expressions]
-            return Seen(tab.said, [url for url in tab.asked if not url.startswith("file:")], overflow, seconds, results)
+            return Seen(tab.said, [one for one in tab.asked if not one.startswith("file:")], overflow, seconds, results)
 
 
 async def _port(profile: Path) -> int:

