@@ -36,8 +36,14 @@ from megatron_async_rlhf.jobs.supervised_inputs import (
     check_supervised_inputs,
     supervised_architecture,
 )
-from megatron_async_rlhf.launch.nodes import planned_nodes
-from megatron_async_rlhf.launch.plan import ProcessPlan, plan_learner_alone, plan_processes, plan_reward_model
+from megatron_async_rlhf.launch.nodes import Node, planned_nodes
+from megatron_async_rlhf.launch.plan import (
+    ProcessPlan,
+    ProcessSpec,
+    plan_learner_alone,
+    plan_processes,
+    plan_reward_model,
+)
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.simulate import prediction
 
@@ -92,7 +98,7 @@ def plan_of_run(config: RunConfig, coming: Coming = None) -> Plan:
     rounds = max(len(messages) for messages in transfer.streams.values())
     megabytes = transfer.num_bytes * config.generator.replicas / 1e6
     lines = [  # the answers last, where a terminal shows them
-        *_where_processes_go(config, architecture),
+        *where_processes_go(_processes_of_run(config, architecture), planned_nodes(config)),
         f"policy: {architecture.num_parameters / 1e6:.2f} M parameters",
         *said,
         f"weights: {megabytes:.2f} MB a push: {slices} slices in {rounds} rounds to each generator",
@@ -160,6 +166,14 @@ def checked_with_data(check: Callable[[], Checked], missing: Missing, coming: Co
         return None, replace(missing, prompts=[f"prompts: {error}"])
 
 
+def where_processes_go(processes: Iterable[ProcessSpec], nodes: Sequence[Node]) -> Iterator[str]:
+    for process in processes:
+        cores = f"cores {process.cores}" if process.cores else "any core"
+        where = f"GPUs {process.gpus}" if process.gpus else cores
+        machine = f"{nodes[process.node].name}, " if len(nodes) > 1 else ""
+        yield f"{process.name}: {machine}{where}: {' '.join(process.arguments)}"
+
+
 def not_checked(lines: Iterable[str]) -> list[str]:
     return [f"{NOT_CHECKED}{line}" for line in lines]
 
@@ -186,9 +200,8 @@ def _plan_of_learner(
         said: of the data.
         missing: what a start would lack.
     """
-    nodes = planned_nodes(config)
     lines = [
-        *(f"{process.name}: {nodes[process.node].name}: {' '.join(process.arguments)}" for process in plan.processes),
+        *where_processes_go(plan.processes, planned_nodes(config)),
         f"{what}: {architecture.num_parameters / 1e6:.2f} M parameters",
         *said,
         *describe_learner(config, architecture, work),
@@ -196,14 +209,9 @@ def _plan_of_learner(
     return Plan(lines=[*lines, *not_checked(missing)])
 
 
-def _where_processes_go(config: RunConfig, architecture: Architecture) -> Iterator[str]:
-    nodes = planned_nodes(config)
+def _processes_of_run(config: RunConfig, architecture: Architecture) -> list[ProcessSpec]:
     run_dir, budget = config.run.path.absolute(), generator_budget(config, architecture)
-    for process in plan_processes(config, run_dir, architecture.context_length, nodes, budget=budget).processes:
-        cores = f"cores {process.cores}" if process.cores else "any core"
-        where = f"GPUs {process.gpus}" if process.gpus else cores
-        machine = f"{nodes[process.node].name}, " if len(nodes) > 1 else ""
-        yield f"{process.name}: {machine}{where}: {' '.join(process.arguments)}"
+    return plan_processes(config, run_dir, architecture.context_length, planned_nodes(config), budget=budget).processes
 
 
 def _refusal(config: RunConfig, architecture: Architecture) -> str | None:

@@ -16,7 +16,14 @@ from megatron_async_rlhf.jobs.evaluated_models import (
 )
 from megatron_async_rlhf.jobs.inputs import check_vocabulary, make_model_template, read_tokenizer
 from megatron_async_rlhf.jobs.reward_models import load_reward_models
-from megatron_async_rlhf.launch.dry_run import Coming, Plan, checked_with_data, not_checked, scratch_directory
+from megatron_async_rlhf.launch.dry_run import (
+    Coming,
+    Plan,
+    checked_with_data,
+    not_checked,
+    scratch_directory,
+    where_processes_go,
+)
 from megatron_async_rlhf.launch.evaluation import check_evaluation, goes_on_with_answers
 from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.launch.plan import plan_evaluation
@@ -44,14 +51,15 @@ def plan_of_evaluation(config: RunConfig, resume: bool, coming: Coming = None) -
     contexts = {name: context for name, (_, context) in models.items()}
     nodes = planned_nodes(config)
     plan = plan_evaluation(config, config.run.path.absolute(), contexts, nodes)
-    lines = []
-    for process in [*(spec for specs in plan.on_request.values() for spec in specs), *plan.processes]:
-        where = f"GPUs {process.gpus}" if process.gpus else "any core"
-        lines.append(f"{process.name}: {nodes[process.node].name}, {where}: {' '.join(process.arguments)}")
-    lines.append(said)
-    lines += [f"{name}: {shape.num_parameters / 1e6:.2f} M parameters" for name, shape in shapes.items()]
-    lines += describe_servers(config, shapes, contexts)
-    return Plan(lines=[*lines, *not_checked(missing.lines)])
+    processes = [*(spec for specs in plan.on_request.values() for spec in specs), *plan.processes]
+    lines = [
+        *where_processes_go(processes, nodes),
+        said,
+        *(f"{name}: {shape.num_parameters / 1e6:.2f} M parameters" for name, shape in shapes.items()),
+        *describe_servers(config, shapes, contexts),
+        *not_checked(missing.lines),
+    ]
+    return Plan(lines=lines)
 
 
 def _described_models(config: RunConfig, scratch: Path) -> dict[str, tuple[Architecture, int]]:
