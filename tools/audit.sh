@@ -6,7 +6,10 @@
 set -euo pipefail
 cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null
 venv=.venv-audit
-[[ -x $venv/bin/pip-audit ]] || { python3 -m venv "$venv" && "$venv/bin/pip" install -q 'pip-audit>=2.7,<3'; }
+if [[ ! -x $venv/bin/pip-audit ]]; then
+    python3 -m venv "$venv"
+    "$venv/bin/pip" install -q 'pip-audit>=2.7,<3' || exit 3
+fi
 
 rm -f "$venv/found.json"
 "$venv/bin/pip-audit" -r tools/cpu.lock --no-deps --disable-pip -f json -o "$venv/found.json" "$@" || [[ -s $venv/found.json ]]
