@@ -116,12 +116,13 @@ class SFTJob:
         self._recorder.supervised_step(
             self._step, len(self._inputs.batches), answer.metrics.values, len(sequences), answer.spans
         )
-        is_best = False
+        loss = None
         if self._keys.eval_every is not None and self._step % self._keys.eval_every == 0:
             loss = await self._evaluate(f"step {self._step}")
-            is_best = self._keys.export == "best" and self._saver.is_best(loss)
-            self._saver.observe({"loss": loss})
+        is_best = self._keys.export == "best" and loss is not None and self._saver.is_best(loss)
         if is_best or self._saver.is_due(self._step):
+            if loss is not None:  # which is of the weights that are saved; one of others says nothing of them
+                self._saver.observe({"loss": loss})
             await self._save_now()
 
     async def _save_now(self) -> None:

@@ -26,6 +26,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import (
     AsyncRLHFError,
+    GeneratorError,
     GeneratorSilentError,
     MismatchError,
     ProcessDiedError,
@@ -157,7 +158,11 @@ class Job:
         if self._interrupted:
             await self._save()
         await export_policy(self._config, self._run_dir, self._learner, self.recorder)
-        await self._evaluate("after")
+        try:
+            await self._evaluate("after")
+        except* (RewardError, GeneratorError):
+            await self._save()  # else an evaluation that fails would cost the whole training
+            raise
         self.cut_short = self._interrupted  # an interrupt from now on comes too late to change anything
         if self.cut_short:
             await self._save()

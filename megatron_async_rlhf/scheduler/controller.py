@@ -126,6 +126,7 @@ class Controller:
             if self._schedule.straggler_s is not None:
                 beside.append(tasks.create_task(self._generation.resample_stragglers(self._schedule.straggler_s)))
             await self._learning_loop()
+            await self._evaluation_scored()
             for task in beside:
                 task.cancel()
             self._generation.cancel()
@@ -200,6 +201,10 @@ class Controller:
                 await self._start_save()
             self._pacer.end_training()
             await self._changed.notify()
+
+    async def _evaluation_scored(self) -> None:
+        """Unless the run is to stop: what is evaluated then is evaluated when it goes on."""
+        await self._changed.wait_until(lambda: self._stopping or not self._generation.is_scoring_evaluation)
 
     def _is_over(self) -> bool:
         if self._pacer.pushing:
@@ -299,6 +304,7 @@ class Controller:
     async def _start_save(self) -> None:
         """Freeze the state after a rollout; its files are written while the loop goes on."""
         await self._pushes.ended()  # the totals should have it in them
+        await self._evaluation_scored()  # or who goes on from there would make it again, of other weights
         if self._save is not None:
             await self._save
         await self._checkpoints.start(self.state)

@@ -3,8 +3,9 @@
     Pacer.admit ──> a sampling task per group, or per rollout ──> completions ──> rewards ──> `ready`
 
 `generation: batch` samples a rollout together, and the held-out prompts with it when an evaluation is due;
-`streaming` starts each group as soon as it is admitted and a generator has room. An evaluation holds pushes back until it
-has ended, so that it sees one policy version, while training prompts go on being sampled.
+`streaming` starts each group as soon as it is admitted and a generator has room. An evaluation holds pushes back until its
+prompts are answered, so that it sees one policy version, while training prompts go on being sampled. Nothing but a checkpoint
+and the end of the run waits until the answers are scored.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ class Generation:
     Attributes:
         ready: complete groups by index; the pacer says which of them are still to be trained.
         busy: when anything is being sampled.
-        evaluated: the last version whose evaluation has ended.
+        evaluated: the last version whose evaluation has ended, scores included.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Generation:
         self._evaluation = evaluation
         self.evaluated = evaluated
         self._evaluating: int | None = None  # the version whose turn it is
+        self._answered = evaluated  # the last version whose held-out prompts were
+        self._scoring: dict[int, asyncio.Task] = {}  # of answers, by their version
         self._evaluation_waits = False
         self._evaluation_task: asyncio.Task | None = None
         self._on_failure = on_failure
@@ -79,12 +82,13 @@ class Generation:
 
     def cancel(self) -> None:
         """Give up what is under way."""
-        for task in (*self._samplers.values(), self._evaluation_task):
+        for task in (*self._samplers.values(), *self._scoring.values(), self._evaluation_task):
             if task is not None:
                 task.cancel()
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
         """Consumes prompts, starts sampling tasks; waits for admission; unblocked by pushes and finished groups."""
+        self._tasks = tasks
         while True:
             await self._changed.wait_until(lambda: self._admissible() or self._may_evaluate())
             evaluating = self._may_evaluate()
@@ -115,14 +119,19 @@ class Generation:
         every, version = self._schedule.eval_every, self._pacer.pushed_version
         if self._evaluation is None or every is None or version == self._schedule.steps:
             return
-        if self._evaluating is None and version // every > self.evaluated // every:
+        if self._evaluating is None and version // every > self._answered // every:
             self._evaluating = version
             self._pacer.begin_evaluation()
             self._evaluation_waits = True
 
     def _may_evaluate(self) -> bool:
+        """Together with a rollout, which must not start beside it later: not before there are generators for both."""
         waits_for_rollout = self._schedule.generation == "batch" and bool(self._pacer.running)
-        return self._evaluation_waits and not (waits_for_rollout or self._pacer.pushing)
+        return self._evaluation_waits and bool(self._pool.serving) and not (waits_for_rollout or self._pacer.pushing)
+
+    @property
+    def is_scoring_evaluation(self) -> bool:
+        return bool(self._scoring)
 
     async def _sample_rollout(self, tickets: list[Ticket], evaluating: bool) -> None:
         """A rollout, and the held-out prompts if they are due, in one go: everything starts and ends together."""
@@ -143,7 +152,7 @@ class Generation:
             for ticket, group in zip(tickets, scored, strict=True):
                 self._arrived(ticket, group, took)
             if evaluating:
-                await self._evaluation_ended(completions[len(requests) :], start)
+                self._held_out_answered(completions[len(requests) :], start)
 
     async def _sample_group(self, ticket: Ticket) -> None:
         start = self._clock()
@@ -158,23 +167,31 @@ class Generation:
         async with self._under_way(0):
             with self.busy.any:
                 completions = await asyncio.gather(*(self._pool.sample(r) for r in self._held_out()))
-            await self._evaluation_ended(completions, start)
+            self._held_out_answered(completions, start)
 
     def _held_out(self) -> list[SamplingRequest]:
         assert self._evaluation is not None  # or none would be due
         return self._evaluation.requests()
 
-    async def _evaluation_ended(self, completions: Sequence[list[Completion]], start: float) -> None:
+    def _held_out_answered(self, completions: Sequence[list[Completion]], start: float) -> None:
         version, self._evaluating = self._evaluating, None
         assert self._evaluation is not None and version is not None  # since it was due
         self._pacer.end_evaluation()
-        name = f"step {version}"
         versions = {version for (completion,) in completions for version in completion.versions}
         if versions - {version}:  # a generator died with its part, and what was left met newer weights
-            self._recorder.note(f"no evaluation at {name}: a generator was lost meanwhile")
+            self._recorder.note(f"no evaluation at step {version}: a generator was lost meanwhile")
             return
-        self.evaluated = version
-        await self._evaluation.finish(name, completions, start, version=version)
+        self._answered = version
+        self._scoring[version] = self._tasks.create_task(self._score_evaluation(version, completions, start))
+
+    async def _score_evaluation(self, version: int, completions: Sequence[list[Completion]], start: float) -> None:
+        assert self._evaluation is not None  # whose prompts were answered
+        async with self._under_way(0):
+            try:
+                await self._evaluation.finish(f"step {version}", completions, start, version=version)
+                self.evaluated = max(self.evaluated, version)
+            finally:
+                del self._scoring[version]
 
     @asynccontextmanager
     async def _under_way(self, groups: int) -> AsyncIterator[None]:

@@ -9,6 +9,7 @@ from scheduler_fakes import FakeGenerator, FakeLearner
 
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.errors import RewardError
 from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import load_run_inputs, make_model_template
 from megatron_async_rlhf.jobs.train import Job
@@ -131,3 +132,18 @@ def test_a_run_that_nobody_interrupts_is_exported_before_its_last_evaluation(tmp
     assert list(run.job.recorder.totals.evaluation) == ["before", "after"]
     kinds = [type(command) for command in commands]
     assert kinds.index(ExportWeights) < len(kinds) - 1 - kinds[::-1].index(Score)
+
+
+def test_a_last_evaluation_that_fails_costs_no_training(tmp_path):
+    run = Run(tmp_path / "run")
+    evaluate = run.job._controller.evaluate
+
+    async def fails_at_the_end(when):
+        if when == "after":
+            raise ExceptionGroup("of the tasks", [RewardError("the judge's budget is used up")])
+        await evaluate(when)
+
+    run.job._controller.evaluate = fails_at_the_end
+    with pytest.raises(BaseExceptionGroup) as failed:
+        run()
+    assert failed.group_contains(RewardError, match="budget") and run.saved() == [4]

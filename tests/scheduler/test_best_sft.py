@@ -1,0 +1,82 @@
+"""`sft.export: best`: which policy of a fine-tuning that is kept and exported."""
+
+import asyncio
+import random
+from pathlib import Path
+
+from controller_rig import SHAPE
+from scheduler_fakes import FakeLearner
+
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.data.report import DataReport
+from megatron_async_rlhf.data.solutions import AnsweredRows
+from megatron_async_rlhf.jobs.inputs import make_model_template
+from megatron_async_rlhf.jobs.sft import SFTJob
+from megatron_async_rlhf.jobs.supervised_inputs import SupervisedInputs
+from megatron_async_rlhf.learner.protocol import Answer, Command, EvaluateSupervised, ResumeSupervised, TrainSupervised
+from megatron_async_rlhf.models.architecture import policy_architecture
+from megatron_async_rlhf.telemetry.events import EventStream
+from megatron_async_rlhf.telemetry.recorder import Recorder
+from megatron_async_rlhf.types import Sequence, StepMetrics
+
+ROW = Sequence(token_ids=[1, 2, 3], prompt_length=1)
+
+
+class Learner(FakeLearner):
+    """Has these losses on held-out answers, one after the other."""
+
+    def __init__(self, losses: list[float]) -> None:
+        super().__init__(random.Random(0))
+        self._losses = iter(losses)
+        self.resumed: list[Path] = []
+
+    async def execute(self, command: Command) -> Answer:
+        match command:
+            case EvaluateSupervised():
+                return Answer(id=0, metrics=StepMetrics(values={"loss": next(self._losses), "tokens": 2.0}))
+            case TrainSupervised():
+                return Answer(id=0, metrics=StepMetrics(values={"loss": 1.0}))
+            case ResumeSupervised():
+                self.resumed.append(Path(command.checkpoint))
+        try:
+            return await super().execute(command)
+        except AssertionError:
+            return Answer(id=0)
+
+
+def fine_tuned(directory: Path, losses: list[float], **checkpoint: object) -> tuple[Learner, list[int]]:
+    """After as many steps as there are losses after the first and before the last; and the checkpoints that are left."""
+    sft = {"steps": len(losses) - 2, "eval_every": 1, "export": "best"}
+    config = RunConfig.model_validate(
+        {"model": SHAPE, "sft": sft, "run": {"dir": str(directory)}, "checkpoint": checkpoint}
+    )
+    template = directory / "model"
+    make_model_template(config, template)
+    inputs = SupervisedInputs(
+        architecture=policy_architecture(config.model, template),
+        train=AnsweredRows(rows=[ROW], unanswered=0, too_long=0),
+        held_out=[ROW],
+        batches=[[0]] * (len(losses) - 2),
+        data=DataReport(),
+    )
+    learner = Learner(losses)
+    job = SFTJob(config, directory, inputs, learner, Recorder(config, directory, EventStream()))
+    asyncio.run(job.run())
+    return learner, RunCheckpoints(directory).versions()
+
+
+def test_the_loss_of_a_checkpoint_is_that_of_its_own_weights(tmp_path):
+    """Those of steps without a checkpoint have no part in it."""
+    learner, left = fine_tuned(tmp_path, [4.0, 2.0, 3.0, 1.0, 1.8, 1.8])
+    assert [path.name for path in learner.resumed] == [RunCheckpoints(tmp_path).path(3).name] and 3 in left
+
+
+def test_the_best_stays_although_newer_ones_are_saved(tmp_path):
+    learner, left = fine_tuned(tmp_path, [4.0, 2.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0], every_steps=1, keep_last=1)
+    assert left == [3, 6] and [path.name for path in learner.resumed] == [RunCheckpoints(tmp_path).path(3).name]
+
+
+def test_the_last_is_exported_as_it_is_if_it_is_the_best(tmp_path):
+    learner, left = fine_tuned(tmp_path, [4.0, 2.0, 1.0, 1.0])
+    assert not learner.resumed and 2 in left
