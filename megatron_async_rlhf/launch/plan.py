@@ -315,8 +315,10 @@ def _learners(
     on_gpu = config.run.device == "cuda"
     # Kernels must start in the order they were queued, or communication does not overlap as Megatron plans it (it insists
     # for tensor and context parallelism up to Hopper). Then a kernel that waits for another holds up all behind it, of
-    # any stream: `weights.send`, which runs beside the training, never queues such a one.
-    in_order = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if on_gpu else {}
+    # any stream: `weights.send`, which runs beside the training, never queues such a one. A rank that shares no layer
+    # with others has nothing to overlap, and its pushes need not stand behind its training.
+    shares_layers = config.learner.world_size > config.learner.pipeline_parallel
+    in_order = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if on_gpu and shares_layers else {}
     host, port = _learner_address(slots, nodes, 0)
     return [
         ProcessSpec(

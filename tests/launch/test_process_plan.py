@@ -123,8 +123,19 @@ def test_what_only_one_device_needs(on_cpu: bool):
     learner, generator = made.learners[0], made.generators[0]
     assert ("VLLM_CPU_OMP_THREADS_BIND" in generator.environment) == on_cpu
     assert ("--enforce-eager" in generator.arguments) == on_cpu
-    assert ("CUDA_DEVICE_MAX_CONNECTIONS" in learner.environment) != on_cpu
     assert bool(learner.cores) == on_cpu
+
+
+@pytest.mark.parametrize(
+    ("layout", "in_order"),
+    [({}, False), ({"pipeline_parallel": 2}, False), ({"tensor_parallel": 2}, True), ({"ranks": 2}, True)],
+)
+def test_kernels_start_in_order_where_ranks_share_layers(layout: dict, in_order: bool):
+    keys = {"ranks": 2, **layout} if layout else {}
+    for learner in on_gpus("nccl", keys, {"dtype": "bfloat16"}).learners:
+        assert (learner.environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1") == in_order
+    for learner in plan(learner=keys).learners:
+        assert "CUDA_DEVICE_MAX_CONNECTIONS" not in learner.environment
 
 
 @pytest.mark.parametrize(("tensor_parallel", "is_in_engine"), [(1, True), (2, False)])

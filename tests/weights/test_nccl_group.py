@@ -96,3 +96,35 @@ def test_only_wait_watches_over_a_push(monkeypatch, before):
         "receive of the digests from generator.0 rank 0 failed on learner rank 0: nothing moved for 9 s "
         "(weights.timeout_s)"
     )
+
+
+def test_a_peer_that_never_takes_part_is_named_at_the_timeout(monkeypatch):
+    """The end of the first group call with a peer waits for it in C; those after it come back at once."""
+    released, calls = Event(), []
+
+    class Absent(Group):
+        def send(self, tensors, peer, tag) -> None:
+            calls.append(peer)
+
+        def _end_coalescing(self):
+            if calls[-1] == 2:
+                released.wait(60)
+            return SimpleNamespace(wait=lambda timeout: None)
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Absent, raising=False)
+    roster = Roster(senders=1, generators=["generator.0", "generator.1"], tensor_parallel=1)
+    transport = NcclTransport(dist.HashStore(), roster, 0, 0.2, torch.device("cpu"))
+    parcels = [Parcel(peer, torch.empty(8, dtype=torch.uint8), "the digests") for peer in (1, 2)]
+    try:
+        for _ in range(2):
+            transport.start(sends=parcels[:1]).wait()
+        with pytest.raises(TransferError) as told:
+            transport.start(sends=parcels[1:])
+        assert str(told.value) == (
+            "send of the digests to generator.1 rank 0 failed on learner rank 0: nothing moved for 0.2 s (weights.timeout_s)"
+        )
+        transport.close()  # does not wait for the call that is left behind
+        with pytest.raises(TransferError, match="connect again"):
+            transport.start(sends=parcels[:1])
+    finally:
+        released.set()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.plain_values import from_rank, of_all_ranks
 from megatron_async_rlhf.learner.megatron.training.batching import Prompts, plan_micro_batches
 from megatron_async_rlhf.learner.protocol import RolloutHeader
 from megatron_async_rlhf.learner.rollout import Parcel, Rollout, Samples, joined, pieces, sampled_rows
@@ -33,8 +34,7 @@ def receive_rollout(
     mini_batches = _without_samples(header, [plan[placement.data_rank] for plan in plans])
     owners = _owners(plans, mini_batches, unit)
     firsts = np.cumsum([0, *map(len, mini_batches)])
-    data_ranks: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(data_ranks, placement.data_rank, group=placement.control)
+    data_ranks = of_all_ranks(placement.data_rank, int, placement.control)
     sampled = sampled_rows(header)
 
     def keep(parcel: Parcel, raw: bytes | np.ndarray) -> None:
@@ -74,17 +74,14 @@ def receive_rollout(
 
 def _planned(header: RolloutHeader, placement: Placement, unit: int, budget: int, share: bool) -> list[_Plan]:
     """The plan of every mini-batch, which rank 0 makes. Collective."""
-    plans: list[list[_Plan]] = [[]]
+    plans: list[_Plan] = []
     if placement.rank == 0:
         parts = (_by_mini_batch(header, values) for values in (header.lengths, header.prompt_lengths))
         plans = [
-            [
-                plan_micro_batches(lengths, unit, budget, placement, Prompts(prompts, sizes) if share else None)
-                for lengths, prompts, sizes in zip(*parts, header.groups, strict=True)
-            ]
+            plan_micro_batches(lengths, unit, budget, placement, Prompts(prompts, sizes) if share else None)
+            for lengths, prompts, sizes in zip(*parts, header.groups, strict=True)
         ]
-    dist.broadcast_object_list(plans, src=0, group=placement.control)
-    return plans[0]
+    return from_rank(0, plans, list[_Plan], placement.control)
 
 
 def _without_samples(header: RolloutHeader, bins: Sequence[list[list[int]]]) -> list[Samples]:

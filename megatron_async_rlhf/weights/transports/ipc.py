@@ -5,16 +5,18 @@ the GPU and says so. A buffer is described and mapped once: each description tha
 receiver's uses anew, and a mapping costs more than a copy.
 """
 
-import pickle
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import msgspec
 import torch
-from torch.multiprocessing.reductions import reduce_tensor
+from torch.multiprocessing import reductions
 
 from megatron_async_rlhf.weights.transports.gloo import GlooTransport
 from megatron_async_rlhf.weights.transports.transport import Parcel, Pending, receipt
 
-_HEADER_BYTES = 4096  # a pickled CUDA IPC handle is about 500 bytes
+_HEADER_BYTES = 1024  # a description has about 250 bytes
+_LENGTH_BYTES = 2  # in front of it
 
 
 class IpcTransport:
@@ -48,20 +50,36 @@ class IpcTransport:
         storage = buffer.untyped_storage()
         if storage.data_ptr() not in self._described:
             whole = torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(storage)
-            self._described[storage.data_ptr()] = whole, pickle.dumps(reduce_tensor(whole))
+            self._described[storage.data_ptr()] = whole, describe(whole)
         begin = buffer.storage_offset() * buffer.element_size()
-        payload = pickle.dumps((self._described[storage.data_ptr()][1], begin))
-        header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
-        header[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        return header
+        payload = msgspec.msgpack.encode((self._described[storage.data_ptr()][1], begin))
+        framed = len(payload).to_bytes(_LENGTH_BYTES, "little") + payload
+        return torch.frombuffer(bytearray(framed.ljust(_HEADER_BYTES, b"\0")), dtype=torch.uint8)
 
     def _sent(self, header: torch.Tensor, size: int) -> torch.Tensor:
         """The announced bytes, in the sender's memory."""
-        described, begin = pickle.loads(header.numpy().tobytes())
+        framed = header.numpy().tobytes()
+        payload = framed[_LENGTH_BYTES:][: int.from_bytes(framed[:_LENGTH_BYTES], "little")]
+        described, begin = msgspec.msgpack.decode(payload, type=tuple[bytes, int])
         if described not in self._mapped:
-            rebuild, arguments = pickle.loads(described)
-            self._mapped[described] = rebuild(*arguments)
+            self._mapped[described] = map_here(described)
         return self._mapped[described][begin : begin + size]
+
+
+def describe(buffer: torch.Tensor) -> bytes:
+    """Bytes on a GPU, for `map_here` in another process: what torch would pickle, which runs whatever it is told to."""
+    _, (_, size, stride, offset, _, _, *handles) = reductions.reduce_tensor(buffer)
+    return msgspec.msgpack.encode([list(size), list(stride), offset, handles])
+
+
+def map_here(description: bytes) -> torch.Tensor:
+    """The same memory, mapped into this process."""
+    size, stride, offset, handles = msgspec.msgpack.decode(
+        description, type=tuple[list[int], list[int], int, list[Any]]
+    )
+    return reductions.rebuild_cuda_tensor(
+        torch.Tensor, torch.Size(size), tuple(stride), offset, torch.storage.TypedStorage, torch.uint8, *handles
+    )
 
 
 class _Exchange:

@@ -6,13 +6,15 @@ error of its communicator, and when `wait` has aborted that because a peer is si
 can tell torch, and torch reads it when a group is made; the groups that training uses keep their watchdogs.
 
 The communicator is made at once, not with the first parcel, in a thread that is left behind at the timeout: NCCL waits for
-the other members without a limit of its own, and a member that dies meanwhile would hold up the others for ever.
+the other members without a limit of its own, and a member that dies meanwhile would hold up the others for ever. So does
+the first exchange with a peer, for which NCCL makes a connection when the group call ends.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from threading import Thread
 
 import torch
@@ -32,12 +34,13 @@ class NcclTransport:
         self.rank, self.world_size, self.timeout_s = rank, roster.world_size, timeout_s
         self.device = device
         self._roster = roster
+        self._met: set[tuple[str, int]] = set()  # peers that something was sent to, or received from
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout_s)  # without a watchdog: how long an abort may take
         try:
             with _no_watchdog():
                 self._group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, roster.world_size, options)
-            made = _within(timeout_s, lambda: self._make_communicator(self._group))
+            made = self._within(partial(self._group.eager_connect_single_device, device))
         except (RuntimeError, dist.DistError) as error:
             raise TransferError(
                 f"rendezvous: {roster.name(rank)} could not make an NCCL communicator: {first_line(error)}"
@@ -49,10 +52,6 @@ class NcclTransport:
                 "(weights.timeout_s): another member ended or hangs, or NCCL finds no way between their GPUs "
                 "(NCCL_DEBUG=INFO tells more)"
             )
-
-    def _make_communicator(self, group: "dist.ProcessGroupNCCL") -> None:
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            group.eager_connect_single_device(self.device)
 
     @property
     def control(self) -> "NcclTransport":
@@ -68,15 +67,37 @@ class NcclTransport:
         group = _Group(self._roster, self.rank, self.timeout_s, parcels)
         if not parcels:
             return group
+        peers = {(verb, parcel.peer) for verb, parcel in parcels}
+        begin = partial(self._begin, self._group, group, parcels)
         try:
-            self._group._start_coalescing()
-            for verb, parcel in parcels:
-                begin = self._group.recv if verb == "receive" else self._group.send
-                begin([parcel.buffer], parcel.peer, 0)
-            group.work = self._group._end_coalescing()
+            begun = begin() is None if peers <= self._met else self._within(begin)
         except (RuntimeError, dist.DistError) as error:
             raise group.failure(error) from error
+        if not begun:
+            self._group = None  # as above
+            raise group.failure(TimeoutError("operation timeout"))
+        self._met |= peers
         return group
+
+    @staticmethod
+    def _begin(group: "dist.ProcessGroupNCCL", call: "_Group", parcels: list[tuple[str, Parcel]]) -> None:
+        group._start_coalescing()
+        for verb, parcel in parcels:
+            begin = group.recv if verb == "receive" else group.send
+            begin([parcel.buffer], parcel.peer, 0)
+        call.work = group._end_coalescing()
+
+    def _within(self, act: Callable[[], None]) -> bool:
+        """As below, on the device and the stream of whoever calls this, which a new thread does not have."""
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+
+        def act_there() -> None:
+            if stream is not None:
+                torch.cuda.set_device(self.device)
+                torch.cuda.set_stream(stream)
+            act()
+
+        return _within(self.timeout_s, act_there)
 
     def close(self) -> None:
         if self._group is not None:
@@ -125,7 +146,7 @@ def _within(timeout_s: float, act: Callable[[], None]) -> bool:
         except BaseException as failure:
             failures.append(failure)
 
-    thread = Thread(target=run, name="nccl-communicator", daemon=True)
+    thread = Thread(target=run, name="nccl-first-contact", daemon=True)
     thread.start()
     thread.join(timeout_s)
     if failures:

@@ -34,6 +34,7 @@ from megatron_async_rlhf.errors import LearnerError, WriteError
 from megatron_async_rlhf.formats.directory import COMMON, write_format
 from megatron_async_rlhf.formats.file_digests import FileDigest, digest_file, write_digests
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.plain_values import of_all_ranks
 from megatron_async_rlhf.types import Span
 
 # Megatron would start a manager process to carry results between processes; here they stay in one.
@@ -126,7 +127,7 @@ class BackgroundSave:
         """
         if self._under_way is None:
             raise LearnerError("FinishCheckpoint came without SaveCheckpoint")
-        if not all(self._of_all_ranks(self._under_way.done())):
+        if not all(of_all_ranks(self._under_way.done(), bool, self._placement.control)):
             return None
         written, self._under_way = self._under_way, None
         plans, self._plans = self._plans, []
@@ -142,7 +143,8 @@ class BackgroundSave:
 
     def _digests_of(self, plans: list[_PlannedSave]) -> list[dict[str, FileDigest]]:
         """Of all ranks' files, by plan."""
-        of_ranks = self._of_all_ranks([plan.digests for plan in plans])
+        mine = [plan.digests for plan in plans]
+        of_ranks = of_all_ranks(mine, list[dict[str, FileDigest]], self._placement.control)
         return [{name: digest for rank in of_ranks for name, digest in rank[n].items()} for n in range(len(plans))]
 
     def _make_directories(self, directories: Mapping[Path, dict]) -> None:
@@ -159,15 +161,10 @@ class BackgroundSave:
     def _agree(self, error: BaseException | None) -> None:
         """All ranks fail if one did."""
         mine = error and f"learner.{self._placement.rank}: {_line(error)}"
-        if failed := [line for line in self._of_all_ranks(mine) if line]:
+        if failed := [line for line in of_all_ranks(mine, str | None, self._placement.control) if line]:
             full = any(os.strerror(errno.ENOSPC) in line for line in failed)
             way_out = "; make room there, then go on with --resume" if full else ""
             raise WriteError(f"checkpoint {self._names} could not be written ({'; '.join(failed)}){way_out}")
-
-    def _of_all_ranks(self, mine: object) -> list:
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine, group=self._placement.control)
-        return everyone
 
     def _write(self, plans: list[_PlannedSave]) -> Span:
         start = now()

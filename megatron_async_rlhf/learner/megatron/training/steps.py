@@ -6,6 +6,7 @@ Shape legend: T tokens of a micro-batch's row, N of them completion tokens that 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ from megatron_async_rlhf.learner.megatron.context import sum_over_context
 from megatron_async_rlhf.learner.megatron.layers.logprobs import vocab_parallel_logprobs
 from megatron_async_rlhf.learner.megatron.layers.output import output_matrix
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.plain_values import at_first_rank, from_rank
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
 
 # (micro-batch, what was read of each token [T]) -> (its share of the step's loss, its share of each metric)
@@ -90,7 +92,8 @@ class Passes:
         ) -> torch.Tensor:
             return self._per_token(batch, model, output)
 
-        return self._run(chunks, batches, collect, forward_only=True)
+        with _evaluation_mode(chunks):
+            return self._run(chunks, batches, collect, forward_only=True)
 
     def _per_token(self, batch: MicroBatch, model: torch.nn.Module, output_1TX: torch.Tensor) -> torch.Tensor:
         """[T]; 0 where the target is no completion token: no loss reads those, so nothing is computed for them."""
@@ -119,11 +122,9 @@ class Passes:
         """Metrics of all micro-batches and replicas, on every rank; which there are a reporting rank says."""
         placement, layout = self._placement, self._placement.layout
         mine = reports if placement.reports_loss else []
-        declared = [reductions(mine[0]) if mine else None]
         last_stage = (layout.pipeline_parallel - 1) * layout.data_parallel * layout.tensor_parallel
-        dist.broadcast_object_list(declared, src=last_stage, group=placement.control)
-        how_of = declared[0]
-        assert how_of is not None  # `last_stage` is a reporting rank
+        declared = reductions(mine[0]) if mine else None  # there is a report on `last_stage`
+        how_of = from_rank(last_stage, declared, dict[str, str], placement.control)
         metrics: dict[str, float] = {}
         for how in sorted(set(how_of.values())):
             names = [name for name, its in how_of.items() if its == how]
@@ -135,6 +136,22 @@ class Passes:
                 totals = totals[:-1] / totals[-1]
             metrics |= dict(zip(names, totals.tolist(), strict=True))
         return metrics
+
+
+@contextmanager
+def _evaluation_mode(chunks: list[GPTModel]) -> Iterator[None]:
+    """There is no dropout, so the numbers are the same. But in training mode Megatron prepares to compute layers again
+    (`recompute`) whether or not there will be a backward pass, and Transformer Engine keeps FP8's scales for it: they would
+    stay for ever, and the next backward pass would take them for its own.
+    """
+    were_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, was_training in zip(chunks, were_training, strict=True):
+            chunk.train(was_training)
 
 
 def sum_over_replicas(totals: torch.Tensor, placement: Placement) -> torch.Tensor:
@@ -162,9 +179,6 @@ def gather_policy_logprobs(batches: list[MicroBatch], placement: Placement, coun
     if placement.reports_loss:
         for batch in batches:
             rows |= batch.split_completions(batch.policy_T)
-    everyone: list = [None] * dist.get_world_size()
-    dist.gather_object(rows, everyone if placement.rank == 0 else None, dst=0, group=placement.control)
-    if placement.rank != 0:
-        return []
+    everyone = at_first_rank(rows, dict[int, list[float]], placement.control)
     found = {index: row for part in everyone for index, row in part.items()}
-    return [found[index] for index in range(count)]
+    return [found[index] for index in range(count)] if placement.rank == 0 else []

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_async_rlhf.errors import WriteError
 from megatron_async_rlhf.formats.hf_files import write_safetensors
 from megatron_async_rlhf.formats.stored import TensorSpec
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.plain_values import from_rank
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.models.hf_mapping import hf_shapes
 from megatron_async_rlhf.telemetry.files import unwritten
@@ -27,15 +27,14 @@ def write_gathered(
     Raises:
         WriteError: the same on every rank.
     """
-    failed: list[str | None] = [None]
+    failed: str | None = None
     if placement.rank == 0:
         specs = [TensorSpec(name, shape, dtype) for name, shape in hf_shapes(arch).items()]
         try:
             write_safetensors(directory, specs, stream)
         except OSError as error:
-            failed = [unwritten(directory, error)]
+            failed = unwritten(directory, error)
     for _ in stream:
         pass  # the other ranks send what they have, whatever becomes of the files
-    dist.broadcast_object_list(failed, src=0, group=placement.control)
-    if failed[0]:
-        raise WriteError(failed[0])
+    if failed := from_rank(0, failed, str | None, placement.control):
+        raise WriteError(failed)

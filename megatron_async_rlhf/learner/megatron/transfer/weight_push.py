@@ -18,6 +18,7 @@ from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, TransferError
 from megatron_async_rlhf.learner.megatron.parallel import Placement
+from megatron_async_rlhf.learner.megatron.plain_values import of_all_ranks
 from megatron_async_rlhf.learner.megatron.transfer.push_offers import PushOffers
 from megatron_async_rlhf.learner.protocol import JoinTransfer
 from megatron_async_rlhf.models.architecture import Architecture
@@ -71,7 +72,7 @@ class WeightPush:
         self._store: dist.Store | None = None  # on rank 0: the rendezvous outlives the groups that meet through it
         self._sender: Sender | None = None
         self._transport: Transport | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="weight-push")
+        self._thread = ThreadPoolExecutor(1, "weight-push", _take_device, (placement.device,))
         self._offers = PushOffers(placement, config.learner.timeout_s)
         self._host = ""  # of rank 0, by the last rendezvous
         self._under_way: _Sending | None = None
@@ -210,9 +211,14 @@ class WeightPush:
 
     def _agree(self, error: str | None, when: float) -> None:
         """All ranks fail, with the same error, if one did."""
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (when, error), group=self._placement.control)
+        gathered = of_all_ranks((when, error), tuple[float, str | None], self._placement.control)
         errors = [message for _, message in sorted(gathered, key=lambda pair: pair[0]) if message]
         if errors:
             self._leave()
             raise TransferError(root_cause(errors))
+
+
+def _take_device(device: torch.device) -> None:
+    """A new thread is on the first GPU, where `torch.cuda.stream` would make a context when it ends."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
