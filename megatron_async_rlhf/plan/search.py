@@ -29,6 +29,7 @@ KINDS: tuple[Kind, ...] = ("one_step", "bounded", "sync")
 _BOUND = 4  # rollouts that `bounded` is ahead, unless the task says how many
 _SPLITS = 24  # that are tried for each pair of sizes: all, or so many spread evenly
 _MOST_CONCURRENT = 1024  # sequences of a generator
+_LEAST_SIMULATED = 3  # layouts of each kind: the first by formula is not always the fastest
 _SIMULATED = 256  # completions of a rollout; of a larger one a part is
 
 
@@ -87,9 +88,9 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
             plan = _simulated(candidate, arch, kind, workload)
             if plan is not None:
                 found.append(plan)
-            if len(found) == best:
+            if len(found) == max(best, _LEAST_SIMULATED):
                 break
-        plans += sorted(found, key=step_seconds)
+        plans += sorted(found, key=step_seconds)[:best]
     return plans
 
 
