@@ -155,7 +155,7 @@ class PushWeights(Command, frozen=True, kw_only=True, tag=True):
 class BeginPush(Command, frozen=True, kw_only=True, tag=True):
     """Begin the push of `version` that was offered; the answer's `begun` is false if it has been dropped.
 
-    Executed at once, also while another command is: it goes to the `begin_at` of the offer's answer.
+    Executed at once, also while another command is: it goes to the `begin_at` of a push's answer.
     """
 
     version: int
@@ -230,7 +230,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     logprobs: list[list[float]] = []
     rewards: list[float] = []  # of ScoreRewards, in the command's order
     push: PushReport | None = None
-    begin_at: str = ""  # of PushWeights that offers a push: ZeroMQ address for BeginPush
+    begin_at: str = ""  # of PushWeights: ZeroMQ address for BeginPush
     begun: bool = False  # of BeginPush
     saved: bool = False
     spans: list[Span] = []

@@ -14,6 +14,7 @@ import zmq.asyncio
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import LearnerError, TransferError
 from megatron_async_rlhf.learner.client import LearnerClient
+from megatron_async_rlhf.learner.megatron.transfer import weight_push
 from megatron_async_rlhf.learner.megatron.transfer.push_offers import PushOffers
 from megatron_async_rlhf.learner.megatron.transfer.weight_push import WeightPush
 from megatron_async_rlhf.learner.protocol import Answer, BeginPush, PushWeights, decode_command, encode_answer
@@ -39,17 +40,17 @@ def offers(alone):
 
 def test_it_begins_once_and_only_the_version_on_offer(offers):
     assert not offers.begin(3), "nothing is on offer"
-    offers.make(3, HOST)
+    offers.make(3)
     assert not offers.begin(2)
     assert offers.begin(3) and offers.verdict()
     assert not offers.begin(3)
 
 
 def test_it_does_not_begin_once_weights_are_about_to_change(offers):
-    offers.make(3, HOST)
+    offers.make(3)
     offers.withdraw()
     assert not offers.begin(3) and not offers.verdict()
-    offers.make(4, HOST)
+    offers.make(4)
     assert offers.begin(4) and offers.verdict()
     offers.withdraw()
     assert offers.verdict()
@@ -59,7 +60,7 @@ def test_both_sides_agree_however_they_race(offers):
     begun = 0
     with ThreadPoolExecutor(1) as controller:
         for version in range(300):
-            offers.make(version, HOST)
+            offers.make(version)
             together = threading.Barrier(2)
 
             def begin(version: int = version, together: threading.Barrier = together) -> bool:
@@ -81,7 +82,8 @@ def test_the_controller_is_answered_while_the_learner_executes_another_command(o
         try:
             with pytest.raises(LearnerError, match="before a push was offered"):
                 await client.execute(BeginPush(version=5))
-            offers.make(5, HOST)
+            offers.listen(HOST)
+            offers.make(5)
             offering = asyncio.create_task(client.execute(PushWeights(version=5, verify=True, offered=True)))
             command = decode_command(await socket.recv())
             await socket.send(encode_answer(Answer(id=command.id, begin_at=offers.address)))
@@ -115,7 +117,7 @@ class Sender:
 
 @pytest.fixture
 def push(alone, monkeypatch):
-    monkeypatch.setattr(dist, "all_gather_object", lambda gathered, mine, group: gathered.__setitem__(0, mine))
+    monkeypatch.setattr(weight_push, "of_all_ranks", lambda mine, kind, group: [mine])
     made = WeightPush(RunConfig.model_validate({"model": MODEL}), None, alone, {})
     sender = made._sender = Sender()
     made._host = HOST
@@ -131,7 +133,7 @@ def test_a_push_that_nobody_took_is_dropped_and_the_next_one_starts(push):
     with pytest.raises(LearnerError, match="FinishPush came without"):
         push.finish()
     push._sender.may_end.set()
-    assert push.start(verify=True) == ""
+    push.start(verify=True)
     assert push.finish()[0].wire_bytes == 8
 
 

@@ -23,7 +23,7 @@ class PushOffers:
     """At most one offer at a time. Collective over the learner, except where rank 0 is told to begin.
 
     Attributes:
-        address: on rank 0, the ZeroMQ address that takes BeginPush; empty before the first offer.
+        address: on rank 0, the ZeroMQ address that takes BeginPush; empty elsewhere, and before `listen`.
     """
 
     def __init__(self, placement: Placement, timeout_s: float) -> None:
@@ -39,12 +39,15 @@ class PushOffers:
         self._listener: Thread | None = None
         self.address = ""
 
-    def make(self, version: int, host: str) -> None:
-        """Offer to push this version. Rank 0 listens on `host`."""
+    def listen(self, host: str) -> None:
+        """From now on rank 0 takes BeginPush on `host`. Nothing happens the second time."""
+        if self._rank == 0 and self._listener is None:
+            self._listen(host)
+
+    def make(self, version: int) -> None:
+        """Offer to push this version."""
         if self._rank:
             return
-        if self._listener is None:
-            self._listen(host)
         with self._lock:
             self._version, self._verdict = version, Future()
 

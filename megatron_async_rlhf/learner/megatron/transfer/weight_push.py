@@ -96,7 +96,7 @@ class WeightPush:
     def start(self, *, verify: bool, offered: int | None = None) -> str:
         """Begin sending the weights as they are now, or offer to send them as this version.
 
-        Returns the address for BeginPush, on rank 0 and if the push is offered.
+        Returns the address for BeginPush, on rank 0: whether there will be an offer ever, nobody knows.
 
         Raises:
             LearnerError: not connected, or the push before was not finished.
@@ -106,13 +106,14 @@ class WeightPush:
             raise LearnerError("PushWeights came before JoinTransfer: no generator is connected")
         if self._under_way is not None:
             raise LearnerError("PushWeights came before the push under way was finished with FinishPush")
+        self._offers.listen(self._host)
         if offered is not None:
-            self._offers.make(offered, self._host)
+            self._offers.make(offered)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())  # for the optimizer's step
         self._under_way = sending = _Sending(offered=offered is not None)
         sending.ending = self._thread.submit(self._send, sending, self._sender, verify)
-        return self._offers.address if offered is not None else ""
+        return self._offers.address
 
     def wait_until_weights_may_change(self) -> None:
         """Returns when no push reads the parameters any more; drops one that only was offered. `finish` tells errors."""
