@@ -37,9 +37,7 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="First measure this machine, with a run of two minutes or so.")
     ] = False,
-    best: Annotated[
-        int, typer.Option(min=1, help="How many plans of each schedule to show; above 3 more are simulated.")
-    ] = 3,
+    best: Annotated[int, typer.Option(min=1, help="How many plans of each schedule to show.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Write the configuration of the fastest plan to this file.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write the plans as a page (HTML) to this file.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the plans as JSON.")] = False,

@@ -120,7 +120,7 @@ def push(alone, monkeypatch):
     monkeypatch.setattr(weight_push, "of_all_ranks", lambda mine, kind, group: [mine])
     made = WeightPush(RunConfig.model_validate({"model": MODEL}), None, alone, {})
     sender = made._sender = Sender()
-    made._host = HOST
+    made._offers.listen(HOST)
     yield made
     sender.may_end.set()
     made.close()

@@ -74,7 +74,6 @@ class WeightPush:
         self._transport: Transport | None = None
         self._thread = ThreadPoolExecutor(1, "weight-push", _take_device, (placement.device,))
         self._offers = PushOffers(placement, config.learner.timeout_s)
-        self._host = ""  # of rank 0, by the last rendezvous
         self._under_way: _Sending | None = None
         # Beside the training's stream, so that both go on at once.
         self._stream = torch.cuda.Stream(placement.device) if placement.device.type == "cuda" else None
@@ -96,7 +95,7 @@ class WeightPush:
     def start(self, *, verify: bool, offered: int | None = None) -> str:
         """Begin sending the weights as they are now, or offer to send them as this version.
 
-        Returns the address for BeginPush, on rank 0: whether there will be an offer ever, nobody knows.
+        Returns the address for BeginPush, on rank 0.
 
         Raises:
             LearnerError: not connected, or the push before was not finished.
@@ -106,7 +105,6 @@ class WeightPush:
             raise LearnerError("PushWeights came before JoinTransfer: no generator is connected")
         if self._under_way is not None:
             raise LearnerError("PushWeights came before the push under way was finished with FinishPush")
-        self._offers.listen(self._host)
         if offered is not None:
             self._offers.make(offered)
         if self._stream is not None:
@@ -149,7 +147,7 @@ class WeightPush:
 
     def _join(self, command: JoinTransfer) -> None:
         config, placement = self._config, self._placement
-        self._host = command.host
+        self._offers.listen(command.host)  # whether there will be an offer ever, nobody knows
         roster = Roster(
             senders=placement.layout.ranks,
             generators=command.generators,
