@@ -96,9 +96,9 @@ def plan_of_run(config: RunConfig, coming: Coming = None) -> Plan:
             said = [counts, *run_inputs.data.notes]
     slices = sum(len(message) for messages in transfer.streams.values() for message in messages)
     rounds = max(len(messages) for messages in transfer.streams.values())
-    megabytes = transfer.num_bytes * config.generator.replicas / 1e6
+    megabytes, nodes = transfer.num_bytes * config.generator.replicas / 1e6, planned_nodes(config)
     lines = [  # the answers last, where a terminal shows them
-        *where_processes_go(_processes_of_run(config, architecture), planned_nodes(config)),
+        *where_processes_go(_processes_of_run(config, architecture, nodes), nodes),
         f"policy: {architecture.num_parameters / 1e6:.2f} M parameters",
         *said,
         f"weights: {megabytes:.2f} MB a push: {slices} slices in {rounds} rounds to each generator",
@@ -209,9 +209,9 @@ def _plan_of_learner(
     return Plan(lines=[*lines, *not_checked(missing)])
 
 
-def _processes_of_run(config: RunConfig, architecture: Architecture) -> list[ProcessSpec]:
+def _processes_of_run(config: RunConfig, architecture: Architecture, nodes: Sequence[Node]) -> list[ProcessSpec]:
     run_dir, budget = config.run.path.absolute(), generator_budget(config, architecture)
-    return plan_processes(config, run_dir, architecture.context_length, planned_nodes(config), budget=budget).processes
+    return plan_processes(config, run_dir, architecture.context_length, nodes, budget=budget).processes
 
 
 def _refusal(config: RunConfig, architecture: Architecture) -> str | None:

@@ -37,7 +37,8 @@ class ProcessSpec(Struct, frozen=True, kw_only=True):
     Attributes:
         node: which machine, counted from the first, which supervises.
         end_signal: ends it at once, when nothing is left to be saved.
-        orphan_signal: comes when its supervisor has been killed. Nobody is left then who would send a second one.
+        orphan_signal: comes when its supervisor has been killed, and nobody is left who would send another; None:
+            `end_signal`.
         restarts: how often it may be started again once training has begun, if it dies or does nothing.
         restarts_key: of the configuration, that says so.
         blocks_terminate: neither it nor what it starts ever gets a SIGTERM: a scheduler sends that to all of a job, which
@@ -51,7 +52,7 @@ class ProcessSpec(Struct, frozen=True, kw_only=True):
     gpus: list[int] = []
     node: int = 0
     end_signal: int = signal.SIGTERM
-    orphan_signal: int = signal.SIGTERM
+    orphan_signal: int | None = None
     blocks_terminate: bool = False
     restarts: int = 0
     restarts_key: str = ""
@@ -253,7 +254,6 @@ def _controller(config: RunConfig, run_dir: Path, nodes: Sequence[Node], argumen
         ),
         cores=[],
         end_signal=END_AT_ONCE,
-        orphan_signal=END_AT_ONCE,
     )
 
 
@@ -348,7 +348,6 @@ def _learners(
             gpus=list(slot.devices) if on_gpu else [],
             node=slot.node,
             end_signal=signal.SIGKILL,  # a SIGTERM it ignores: a scheduler sends that to all of a job
-            orphan_signal=signal.SIGKILL,
         )
         for rank, slot in enumerate(slots)
     ]

@@ -160,11 +160,11 @@ def _group(leader: int) -> Iterator[int]:
 
 def _before_exec(spec: ProcessSpec):
     """Runs in the child between fork and exec."""
-    parent = os.getpid()
+    parent, orphan_signal = os.getpid(), spec.orphan_signal or spec.end_signal
 
     def prepare() -> None:
         # Without this a killed supervisor would leave servers behind that hold ports and memory.
-        signal_on_death_of(parent, spec.orphan_signal)
+        signal_on_death_of(parent, orphan_signal)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what becomes of a terminal is its parent's affair
         if spec.blocks_terminate:  # blocked, not ignored: what it runs would set a handler of its own
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

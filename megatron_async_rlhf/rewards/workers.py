@@ -24,9 +24,8 @@ from megatron_async_rlhf.serving.silence import StallDetector
 # A worker may be ended by whoever ends a whole job, which tells every process of it.
 _ATTEMPTS = 2
 _POOLS = 3  # of a call; what it is called with has nothing to do with it if one breaks
-_SLACK_S = (
-    60.0  # after a time limit: processes may take long to start; if nothing has come after it, pebble hangs itself
-)
+# After a time limit: processes may take long to start. If nothing has come after it, pebble hangs itself.
+_SLACK_S = 60.0
 _LOOKS = 10  # at a call, within its time limit: whether a worker has it
 
 

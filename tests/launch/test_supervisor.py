@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from process_tree import lives
 from rich.console import Console
 
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
@@ -224,7 +225,7 @@ def test_a_learner_goes_back_to_the_last_whole_checkpoint(tmp_path, monkeypatch,
         run.wait(lambda before=before: all(run.pids[name] != before[name] for name in ours))
         run.wait(lambda attempt=attempt: run.log("learner.1").count("up") == attempt + 1)
         assert {name: run.pids[name] for name in ("generator.0", "generator.1", "reward.0")}.items() <= before.items()
-        assert not any(is_there(before[name]) for name in ours)
+        assert not any(lives(before[name]) for name in ours)
         assert cut == [20] * attempt
         told = f"going on from step 20 (run.max_restarts: {attempt} of 3)"
         run.wait(lambda told=told: told in run.output.getvalue())
@@ -250,14 +251,6 @@ def test_without_a_checkpoint_the_death_of_a_learner_ends_the_run(tmp_path, monk
     assert "error: learner.1 was killed by SIGKILL" in run.output.getvalue()
 
 
-def is_there(pid: int) -> bool:
-    """Not ended, even if its parent has not looked yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 def test_servers_that_the_controller_asks_for_take_the_place_of_those_before(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch, restarts=0, phase="start", on_request=("policy", "against"))
     untouched = run.pids
@@ -267,7 +260,7 @@ def test_servers_that_the_controller_asks_for_take_the_place_of_those_before(tmp
     before = {name: run.pids[name] for name in ("policy.0", "policy.1")}
     run.request("against")
     run.wait(lambda: run.log("against.0") == run.log("against.1") == "up\n")
-    assert not any(map(is_there, before.values()))
+    assert not any(map(lives, before.values()))
     run.wait(lambda: "against.1" in run.pids)
     after = {name: run.pids[name] for name in ("against.0", "against.1")}
     assert run.pids == untouched | after
@@ -275,7 +268,7 @@ def test_servers_that_the_controller_asks_for_take_the_place_of_those_before(tmp
     assert run.join() == 1
     assert "error: against.1 was killed by SIGKILL" in run.output.getvalue()
     assert "with --resume keeps the answers" in run.output.getvalue()
-    assert not any(map(is_there, after.values()))
+    assert not any(map(lives, after.values()))
 
 
 def test_a_death_before_training_ends_the_run(tmp_path, monkeypatch):

@@ -70,12 +70,13 @@ class NcclTransport:
         peers = {(verb, parcel.peer) for verb, parcel in parcels}
         begin = partial(self._begin, self._group, group, parcels)
         try:
-            begun = begin() is None if peers <= self._met else self._within(begin)
+            if peers <= self._met:
+                begin()
+            elif not self._within(begin):
+                self._group = None  # as above
+                raise RuntimeError("operation timeout")
         except (RuntimeError, dist.DistError) as error:
             raise group.failure(error) from error
-        if not begun:
-            self._group = None  # as above
-            raise group.failure(TimeoutError("operation timeout"))
         self._met |= peers
         return group
 
