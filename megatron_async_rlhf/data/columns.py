@@ -39,6 +39,9 @@ _CHOICES = (
     ("response_0", "response_1", "better_response_id"),
 )
 BLANK = "blank"
+# Columns of `vwxyzjn/..._oai_preprocessing_...`, in which answers end with their tokenizer's end of sequence, spelled out.
+_SPELLS_END = {"reference_response", "response0", "response1"}
+_SPELLED_END = "<|endoftext|>"
 _NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LOOKED_AT = 100  # rows: the first ones may be empty
 
@@ -76,7 +79,8 @@ class ExampleColumns(Struct, frozen=True, kw_only=True):
         is_plain = not self.prompt.recognised or self.prompt.names == ["prompt"]
         found = [] if is_plain and self.solution == data.solution_field else [_said_of_prompt(self.prompt)]
         if self.solution is not None and self.solution != data.solution_field:
-            found.append(f"solutions in {self.solution!r}")
+            end = f" without a final {_SPELLED_END}" if self.solution in _SPELLS_END else ""
+            found.append(f"solutions in {self.solution!r}{end}")
         if not found:
             return None
         return f"{', '.join(found)} (data.prompt_field and data.solution_field name other columns)"
@@ -87,11 +91,13 @@ class PairColumns(Struct, frozen=True, kw_only=True):
 
     Attributes:
         prompt: None if the sides have it themselves.
+        system: column with the system message of sides that have none.
         choice: column with 1 where the sides have changed places, 0 where not; None if they never have.
         margin: one column, or two whose difference it is; empty without a margin.
     """
 
     prompt: PromptColumns | None
+    system: str | None = None
     chosen: str
     rejected: str
     choice: str | None = None
@@ -100,19 +106,22 @@ class PairColumns(Struct, frozen=True, kw_only=True):
     @property
     def names(self) -> list[str]:
         prompt = [] if self.prompt is None else self.prompt.names
+        system = [] if self.system is None else [self.system]
         choice = [] if self.choice is None else [self.choice]
-        return list(dict.fromkeys([*prompt, self.chosen, self.rejected, *choice, *self.margin]))
+        return list(dict.fromkeys([*prompt, *system, self.chosen, self.rejected, *choice, *self.margin]))
 
     def said(self, data: DataSection) -> str | None:
         """One line on where everything is; None if the configuration has named all of it."""
         sides_are_named = (data.chosen_field, data.rejected_field) == (self.chosen, self.rejected)
         if data.prompt_field is not None and sides_are_named and (not self.margin or data.margin_field is not None):
             return None
-        prompt = "prompts in both sides" if self.prompt is None else _said_of_prompt(self.prompt)
+        system = f" with system messages in {self.system!r}" if self.system else ""
+        prompt = f"prompts in both sides{system}" if self.prompt is None else _said_of_prompt(self.prompt)
         choice = f" by the choice in {self.choice!r}" if self.choice else ""
+        end = f" without a final {_SPELLED_END}" if self.chosen in _SPELLS_END else ""
         margin = f", margins in {' minus '.join(map(repr, self.margin))}" if self.margin else ""
         return (
-            f"{prompt}, pairs in {self.chosen!r} and {self.rejected!r}{choice}{margin} (data.prompt_field, data.chosen_field, "
+            f"{prompt}, pairs in {self.chosen!r} and {self.rejected!r}{end}{choice}{margin} (data.prompt_field, data.chosen_field, "
             "data.rejected_field and data.margin_field name other columns)"
         )
 
@@ -157,14 +166,21 @@ def pair_columns(table: Table, data: DataSection) -> PairColumns:
         else:
             return None
         others = {name: kind for name, kind in kinds.items() if name not in (chosen, rejected)}
-        prompt = named
-        if prompt is None and kinds[chosen] not in ("messages", "transcript"):  # which have their prompt with them
+        prompt, system = named, None
+        if prompt is None and kinds[chosen] in ("messages", "transcript"):  # which have their prompt with them
+            system = _one_of(_SYSTEMS, others)
+        elif prompt is None:
             prompt = _prompt_columns(others, table.source)
         margin = (data.margin_field,) if data.margin_field is not None else _margin_columns(kinds)
-        return PairColumns(prompt=prompt, chosen=chosen, rejected=rejected, choice=choice, margin=margin)
+        return PairColumns(prompt=prompt, system=system, chosen=chosen, rejected=rejected, choice=choice, margin=margin)
 
     chosen, rejected, _ = sides[0]
     return _recognised(table, of) or PairColumns(prompt=named, chosen=chosen, rejected=rejected)
+
+
+def without_spelled_end(answer: str, column: str) -> str:
+    """The answer that a column has, without the end of sequence that some columns spell out."""
+    return answer.removesuffix(_SPELLED_END) if column in _SPELLS_END else answer
 
 
 def _recognised(table: Table, of: Callable[[Mapping[str, str]], _Layout | None]) -> _Layout | None:

@@ -8,7 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from megatron_async_rlhf.config.data import DataSection
-from megatron_async_rlhf.data.columns import PairColumns, pair_columns
+from megatron_async_rlhf.data.columns import PairColumns, pair_columns, without_spelled_end
 from megatron_async_rlhf.data.conversation import (
     NOTHING_TO_ANSWER,
     WRONG_TYPE,
@@ -16,7 +16,7 @@ from megatron_async_rlhf.data.conversation import (
     split_answer,
     valid_text,
 )
-from megatron_async_rlhf.data.record import prompt_of, value_of
+from megatron_async_rlhf.data.record import prompt_of, value_of, with_system
 from megatron_async_rlhf.data.report import DataReport, keep_good
 from megatron_async_rlhf.data.source import completed, open_table, source_of
 from megatron_async_rlhf.data.splits import BUILTIN, Split, split_of
@@ -104,6 +104,7 @@ def pair_of(record: Mapping[str, Any], where: str, columns: PairColumns, data: D
             "data.prompt_field",
             reason=NO_PROMPT,
         )
+    messages = with_system(messages, record, where, columns.system)
     for name, side in ((columns.chosen, better), (columns.rejected, worse)):
         if not side.strip():
             raise RecordError(f"{where}: the answer in field {name!r} is empty; remove the record", reason=EMPTY_SIDE)
@@ -134,7 +135,7 @@ def _of_texts(
     for name, side in ((columns.chosen, chosen), (columns.rejected, rejected)):
         valid_text(side, f"{where}: field {name!r}")
     if has_prompt or not (is_transcript(chosen) and is_transcript(rejected)):
-        return [], chosen, rejected
+        return [], without_spelled_end(chosen, columns.chosen), without_spelled_end(rejected, columns.rejected)
     if chosen == rejected:
         raise RecordError(
             f"{where}: {columns.chosen!r} and {columns.rejected!r} are the same; remove the record", reason=IDENTICAL

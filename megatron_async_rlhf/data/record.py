@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from megatron_async_rlhf.data.columns import CHOSEN, ExampleColumns, PromptColumns
+from megatron_async_rlhf.data.columns import CHOSEN, ExampleColumns, PromptColumns, without_spelled_end
 from megatron_async_rlhf.data.conversation import WRONG_TYPE, read_conversation, split_answer, valid_text
 from megatron_async_rlhf.data.example import Example
 from megatron_async_rlhf.data.transcript import is_transcript, read_transcript
@@ -28,6 +28,8 @@ def example_of(record: Mapping[str, Any], where: str, columns: ExampleColumns, r
     reference = {name: _plain(record, where, name) for name in reference_fields}
     if columns.solution is not None:
         answer = _solution(record, where, columns.solution)
+    if answer is not None and not answer.strip():
+        answer = None  # a blank cell is no answer
     if answer is not None:
         reference |= {"solution": answer}
     return Example(messages=messages, reference=reference, solution=answer, origin=where)
@@ -49,10 +51,15 @@ def prompt_of(record: Mapping[str, Any], where: str, columns: PromptColumns) -> 
     if columns.further is not None and (further := _optional_text(record, where, columns.further)):
         last = prompt.pop()
         prompt.append(Message(last.role, f"{last.content}\n\n{further}"))
-    if columns.system is not None and prompt[0].role != "system":
-        if system := _optional_text(record, where, columns.system):
-            prompt.insert(0, Message("system", system))
-    return prompt, answer
+    return with_system(prompt, record, where, columns.system), answer
+
+
+def with_system(messages: list[Message], record: Mapping[str, Any], where: str, column: str | None) -> list[Message]:
+    """The conversation with the system message that is in a column, if there is such a column and it has none itself."""
+    if column is None or messages[0].role == "system":
+        return messages
+    system = _optional_text(record, where, column)
+    return [Message("system", system), *messages] if system else messages
 
 
 def value_of(record: Mapping[str, Any], where: str, key: str, field: str) -> Any:
@@ -92,7 +99,7 @@ def _solution(record: Mapping[str, Any], where: str, field: str) -> str:
         raise RecordError(
             f"{place} is {json_type(value)}, not text; make it a string, or set data.solution_field", reason=WRONG_TYPE
         )
-    return valid_text(value, place)
+    return without_spelled_end(valid_text(value, place), field)
 
 
 def _optional_text(record: Mapping[str, Any], where: str, field: str) -> str:

@@ -23,15 +23,23 @@ class AnsweredRows(Struct, frozen=True, kw_only=True):
         rows: those that fit, in the order of the data.
         unanswered: how many conversations have no answer.
         too_long: how many do not fit.
+        unclear: of how many the chat template makes no row.
     """
 
     rows: list[Sequence]
     unanswered: int
     too_long: int
+    unclear: int = 0
 
 
 def answered_rows(
-    examples: Seq[Example], tokenizer: Tokenizer, max_tokens: int, *, answers: Answers, drop_long: bool
+    examples: Seq[Example],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    *,
+    answers: Answers,
+    drop_long: bool,
+    drop_unclear: bool = False,
 ) -> AnsweredRows:
     """Every conversation with an answer as one row.
 
@@ -41,22 +49,32 @@ def answered_rows(
 
     Raises:
         DataError: a row is longer and `drop_long` is off, naming the first; no conversation has an answer, or none that
-            fits; or the chat template does not show where an earlier answer ends.
+            fits; or the chat template refuses a conversation, or does not show where an earlier answer ends, and
+            `drop_unclear` is off or it is so with all of them.
     """
     rows: list[tuple[Example, Sequence]] = []
     too_long: list[tuple[Example, Sequence]] = []
-    unanswered = 0
+    unanswered = unclear = 0
+    refusal: DataError | None = None
     for example in examples:
         if example.solution is None:
             unanswered += 1
             continue
-        row = answered_row(example.messages, example.solution, tokenizer, answers, example.origin)
+        try:
+            row = answered_row(example.messages, example.solution, tokenizer, answers, example.origin)
+        except DataError as error:
+            if not drop_unclear:
+                raise
+            unclear, refusal = unclear + 1, refusal or error
+            continue
         (rows if len(row.token_ids) <= max_tokens else too_long).append((example, row))
     if unanswered == len(examples):
         raise DataError(
             f"none of the {len(examples)} conversations has an answer to train on; set data.solution_field to the field "
             "with good answers, or data.prompt_field to one with messages that end with the assistant's"
         )
+    if refusal is not None and not rows and not too_long:
+        raise refusal
     if too_long and not (drop_long and rows):
         example, row = min(too_long, key=lambda pair: len(pair[1].token_ids)) if not rows else too_long[0]
         which = "the first" if rows else "the shortest"
@@ -65,7 +83,7 @@ def answered_rows(
             f"{len(too_long)} such conversations{'' if rows else ', which are all'}; raise sft.max_tokens or "
             f"model.context_length{', or set data.long_prompts = drop' if rows else ''}"
         )
-    return AnsweredRows(rows=[row for _, row in rows], unanswered=unanswered, too_long=len(too_long))
+    return AnsweredRows(rows=[row for _, row in rows], unanswered=unanswered, too_long=len(too_long), unclear=unclear)
 
 
 def answered_row(
@@ -87,7 +105,11 @@ def answered_row(
     """
     asked = tokenizer.render_prompt(messages) if rendered is None else rendered
     token_ids = tokenizer.render_answered([*messages, Message("assistant", answer)], asked)
-    turns = [place for place, message in enumerate(messages) if message.role == "assistant"] if answers == "all" else []
+    asked_at = next((place for place, message in enumerate(messages) if message.role == "user"), len(messages))
+    turns = [  # what the assistant said before it was asked is part of the prompt
+        place for place, message in enumerate(messages) if message.role == "assistant" and place > asked_at
+    ]
+    turns = turns if answers == "all" else []
     begins, ends = [], []
     for place in turns:
         prompt, after = tokenizer.render_prompt(messages[:place]), tokenizer.render_prompt(messages[: place + 2])

@@ -65,8 +65,10 @@ def completed(messages: Sequence[Message], data: DataSection) -> list[Message]:
     """A conversation with what the configuration adds to every one."""
     messages = list(messages)
     if data.instruction is not None:
-        last = messages.pop()
-        messages.append(Message(last.role, f"{last.content}\n\n{data.instruction}"))
+        # After it there may be what a tool has said.
+        place = max((at for at, message in enumerate(messages) if message.role == "user"), default=len(messages) - 1)
+        asked = messages[place]
+        messages[place] = Message(asked.role, f"{asked.content}\n\n{data.instruction}")
     if data.system_prompt is not None and messages[0].role != "system":
         messages.insert(0, Message("system", data.system_prompt))
     return messages

@@ -97,12 +97,12 @@ def pair_lines(config: RunConfig, prompts: Sequence[EvaluatedPrompt]) -> list[di
         ended = [
             (score, completion.text)
             for score, completion in zip(scores, one.ours.completions, strict=True)
-            if completion.finished and completion.text
+            if completion.finished and completion.text.strip()
         ]
         if not ended:
             continue
         (best, chosen), (worst, rejected) = max(ended), min(ended)
-        if best > worst:
+        if best > worst and chosen.strip() != rejected.strip():
             prompt = to_builtins(one.prompt.messages)
             lines.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": best - worst})
     return lines

@@ -89,8 +89,9 @@ class SFTJob:
         if self._is_stopped:
             await self._save_now()
         else:
-            await self._evaluate("after")
-            await self._export()
+            if await self._take_best(await self._evaluate("after")):
+                await self._evaluate("after")  # which is of the policy that is exported
+            await export_policy(self._config, self._run_dir, self._learner, self._recorder)
         await self._learner.execute(Stop())
         return self._is_stopped
 
@@ -154,12 +155,15 @@ class SFTJob:
         self._recorder.evaluated(when, metrics, start, now(), version=self._step, samples=len(rows), tokens=tokens)
         return loss
 
-    async def _export(self) -> None:
+    async def _take_best(self, last: float) -> bool:
+        """Load the checkpoint with the lowest held-out loss, if that is what to export and the `last` policy has a higher one."""
         best = self._saver.best
-        if self._keys.export == "best" and best is not None and best != self._step:
-            self._recorder.note(f"the policy after step {best} had the lowest held-out loss: exporting that")
-            await self._load(best)
-        await export_policy(self._config, self._run_dir, self._learner, self._recorder)
+        if self._keys.export != "best" or best is None or self._saver.is_best(last) or best == self._step:
+            return False
+        self._recorder.note(f"the policy after step {best} had the lowest held-out loss: exporting that")
+        await self._load(best)
+        self._step = best
+        return True
 
 
 async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None) -> int:

@@ -107,7 +107,15 @@ def _rows(
     assert config.sft is not None  # it says what a row is
     examples = load_examples(config.data, split, config.run.seed, report)
     drop_long = config.data.long_prompts == "drop"
-    answered = answered_rows(examples, tokenizer, limit, answers=config.sft.answers, drop_long=drop_long)
+    answered = answered_rows(
+        examples,
+        tokenizer,
+        limit,
+        answers=config.sft.answers,
+        drop_long=drop_long,
+        drop_unclear=config.data.bad_records == "drop",
+    )
     report.drop("no answer of the assistant", answered.unanswered)
     report.drop("longer than sft.max_tokens", answered.too_long)
+    report.drop("no row in the chat template", answered.unclear)
     return answered

@@ -236,9 +236,10 @@ def _steps_of_unknown(keys: SFTSection | RewardModellingSection, what: str) -> s
 def _said_of_conversations(inputs: SupervisedInputs) -> list[str]:
     train, batches = inputs.train, inputs.batches
     sequences = sum(map(len, batches))
+    unclear = f", {train.unclear} of which the chat template makes no row" if train.unclear else ""
     return [
         f"answered conversations: {len(train.rows)} to train on, {len(inputs.held_out)} held out; left out: "
-        f"{train.unanswered} without an answer, {train.too_long} too long",
+        f"{train.unanswered} without an answer, {train.too_long} too long{unclear}",
         f"{len(batches)} steps of {sequences / len(batches):.4g} sequences: {sequences / len(train.rows):.1f} epochs",
     ]
 

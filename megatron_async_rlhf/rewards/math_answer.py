@@ -7,7 +7,10 @@ from msgspec import Struct
 
 from megatron_async_rlhf.rewards.verifier import Task
 
-_MARKER = re.compile(r"####(.*)")
+_MARKER = re.compile(
+    r"^[ \t]*####(?!#)[ \t]*(?:(?:the )?(?:final )?answer(?: is)?[ :]+(?=\S))?(.*)$", re.MULTILINE | re.IGNORECASE
+)
+_HEADING = re.compile(r"(\d+[.):]\s+)?[A-Za-z]{3}")  # of a part of the text, as Markdown has it
 _MATHS = re.compile(r"\\boxed|\\\(|\\\[|\$")  # what is mathematics is marked as such
 _MARKS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _BOX = r"\boxed"
@@ -18,8 +21,9 @@ _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 class MathAnswer(Struct, frozen=True):
     """Whether the last answer of a completion equals that of the solution.
 
-    An answer is what stands behind the last `####`, else in the last `\\boxed{}` (and those joined to it by a comma, `and`
-    or `or`), else the last formula or number.
+    An answer is what stands behind the last `####` that begins a line and is no heading of Markdown; if there is none, or a
+    `\\boxed{}` on a later line, what is in the last `\\boxed{}` (and those joined to it by a comma, `and` or `or`); else the
+    last formula or number.
     """
 
     def check(self, task: Task) -> str | None:
@@ -42,8 +46,9 @@ def _parsed(text: str) -> list[Any]:
     """
     from math_verify import parse
 
-    if marked := _MARKER.findall(text):
-        text = marked[-1].strip()
+    marked = [mark for mark in _MARKER.finditer(text) if not _HEADING.match(mark[1])]
+    if marked and _BOX not in text[marked[-1].end() :]:
+        text = marked[-1][1].strip()
     text = _from_last_box(text)
     if _MATHS.search(text) or _WORD.search(text) or "\n" in text.strip():
         return parse(text)

@@ -15,7 +15,7 @@ from megatron_async_rlhf.data.tokenizer import Tokenizer
 from megatron_async_rlhf.errors import ConfigError, DataError, GeneratorError, RewardError
 from megatron_async_rlhf.models.classifier import read_classifier
 from megatron_async_rlhf.rewards.base import Reward, Score
-from megatron_async_rlhf.rewards.failing import plain_scores, scores_after
+from megatron_async_rlhf.rewards.failing import failed_score, plain_scores, scores_after
 from megatron_async_rlhf.rewards.reward_servers import RewardServers
 from megatron_async_rlhf.rewards.weighted_sum import WeightedSum
 from megatron_async_rlhf.types import Completion, Message, Prompt
@@ -89,14 +89,23 @@ class ModelReward:
         return len(self._tokenizer.render_conversation([*_messages(prompt), Message("assistant", "")]))
 
     async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
-        """Metrics: with `on_error = zero` `reward_failed`, 1 if there is no score."""
+        """Metrics: with `on_error = zero` `reward_failed`, 1 if there is no score.
+
+        A completion that is too long for the model fails alone; all of them do if the servers give no scores.
+        """
         on_error = self.section.on_error
+        texts = [completion.text for completion in completions]
+
+        def failure(error: Exception | str) -> str:
+            return f"reward model {self.section.model}: {error}; the prompt is {prompt.name}"
+
         try:
-            raw = await self._scores(prompt, [completion.text for completion in completions])
+            sequences = await asyncio.to_thread(self._sequences, prompt, texts)
+            raw = await self._scores([ids for ids in sequences if on_error == "fail" or self._fits(ids)])
         except (RewardError, GeneratorError, DataError) as error:
-            failure = f"reward model {self.section.model}: {error}; the prompt is {prompt.name}"
-            return scores_after(failure, len(completions), on_error, way_out=_WAY_OUT)
-        return plain_scores([score - self.center for score in raw], on_error)
+            return scores_after(failure(error), len(completions), on_error, way_out=_WAY_OUT)
+        scores = iter(plain_scores([score - self.center for score in raw], on_error))
+        return [next(scores) if self._fits(ids) else failed_score(failure(self._too_long(ids))) for ids in sequences]
 
     async def mean_of_solutions(self, prompts: Sequence[Prompt], seed: int) -> float:
         """The mean score of `center_on_solutions` solutions, drawn with the seed, before anything is subtracted.
@@ -108,7 +117,8 @@ class ModelReward:
 
         async def one(prompt: Prompt) -> float:
             try:
-                (score,) = await self._scores(prompt, [prompt.solution or ""])
+                sequences = await asyncio.to_thread(self._sequences, prompt, [prompt.solution or ""])
+                (score,) = await self._scores(sequences)
             except (RewardError, GeneratorError, DataError) as error:
                 raise RewardError(
                     f"{self._key}.center_on_solutions: {error}; it is the solution of {prompt.name}"
@@ -138,9 +148,25 @@ class ModelReward:
 
     def close(self) -> None: ...
 
-    async def _scores(self, prompt: Prompt, texts: Sequence[str]) -> list[float]:
+    async def _scores(self, sequences: Sequence[list[int]]) -> list[float]:
+        """
+        Raises:
+            RewardError: one is too long. RewardError, GeneratorError: as `RewardServers.score`.
+        """
+        for ids in sequences:
+            if not self._fits(ids):
+                raise RewardError(self._too_long(ids))
         assert self.servers is not None  # it is connected before anything is sampled
-        return await self.servers.score(await asyncio.to_thread(self._sequences, prompt, texts))
+        return await self.servers.score(sequences) if sequences else []
+
+    def _fits(self, ids: list[int]) -> bool:
+        return len(ids) <= self.context_length
+
+    def _too_long(self, ids: list[int]) -> str:
+        return (
+            f"a completion makes {len(ids)} tokens with its conversation, above the {self.context_length} that the model "
+            "reads: lower generator.max_new_tokens or data.max_prompt_tokens"
+        )
 
     def _sequences(self, prompt: Prompt, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of the conversation with each text as its answer, up to where the model is read out."""
@@ -152,11 +178,6 @@ class ModelReward:
         # Transformers reads a classifier out at the last token that does not pad, which a template's last one may do.
         while len(ids) > 1 and ids[-1] == self._pad:
             ids.pop()
-        if len(ids) > self.context_length:
-            raise RewardError(
-                f"a completion makes {len(ids)} tokens with its conversation, above the {self.context_length} that the model "
-                "reads: lower generator.max_new_tokens or data.max_prompt_tokens"
-            )
         return ids
 
 

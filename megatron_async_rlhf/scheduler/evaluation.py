@@ -77,7 +77,7 @@ class Evaluation:
         scored = await asyncio.gather(
             *(score_group(prompt, samples, self._reward, algorithm, limit) for prompt, samples in groups)
         )
-        self._recorder.evaluation_samples(when, [group.group for group in scored])
+        self._recorder.evaluation_samples(when, [group.without_penalties for group in scored])
         for group in scored:
             self._recorder.rewards_failed(group.failures)
         metrics = mean_facts(scored)

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Seq
 from statistics import fmean
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from megatron_async_rlhf.algorithms.reward_shaping import soft_overlong_penalty
 from megatron_async_rlhf.config.algorithm_keys import AlgorithmKeys
@@ -30,6 +31,10 @@ class ScoredGroup(Struct, frozen=True, kw_only=True):
     group: RolloutGroup
     facts: list[dict[str, float]]
     failures: list[str] = []
+
+    @property
+    def without_penalties(self) -> RolloutGroup:
+        return replace(self.group, rewards=[fact["reward"] for fact in self.facts])
 
     @property
     def scores(self) -> list[dict[str, float]]:

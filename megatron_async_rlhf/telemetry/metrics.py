@@ -86,7 +86,7 @@ EVALUATIONS = [
         ("prompt_token_ids", "-", "the templated prompt"),
         ("completion", "-", "its text"),
         ("token_ids", "-", "its tokens, the one that ended it included"),
-        ("reward", "reward", "penalties included"),
+        ("reward", "reward", "without penalties; the mean is the evaluation's `reward`"),
     )
 ]
 

@@ -83,7 +83,7 @@ PUBLISHED = {
             "id": "t3_x", "subreddit": "r/x", "title": "A", "post": "I did.", "summary": "Did.",
             "query": POST, "reference_response": " Did.<|endoftext|>", **TOKENS,
         },
-        [("user", POST)], " Did.<|endoftext|>", ["query", "reference_response"],
+        [("user", POST)], " Did.", ["query", "reference_response"],
     ),
     "Alpaca": (
         {"instruction": "Add.", "input": "1 2", "output": "3", "text": "Below is an instruction ..."},
@@ -127,6 +127,11 @@ def test_columns_of_public_data_are_recognised_and_named(name: str):
     assert example.reference == ({} if solution is None else {"solution": solution})
     assert "\n" not in note and note.startswith("data.train = t.jsonl: ") and "data.prompt_field" in note
     assert [column for column in named if repr(column) not in note] == []
+
+
+def test_a_blank_cell_is_no_answer():
+    examples, _ = read({"instruction": "Add.", "output": "3"}, {"instruction": "Sum.", "output": " "})
+    assert [(example.solution, example.reference) for example in examples] == [("3", {"solution": "3"}), (None, {})]
 
 
 def test_a_column_called_prompt_needs_no_word():

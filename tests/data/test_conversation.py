@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_async_rlhf.config.data import DataSection
 from megatron_async_rlhf.data.conversation import one_turn, read_conversation, split_answer, text_of
-from megatron_async_rlhf.data.source import load_examples
+from megatron_async_rlhf.data.source import completed, load_examples
 from megatron_async_rlhf.data.tokenizer import Tokenizer, set_chat_template
 from megatron_async_rlhf.errors import DataError
 from megatron_async_rlhf.types import Message
@@ -256,6 +256,12 @@ def test_records_with_messages_become_examples(tmp_path: Path):
     first, second = load_examples(data, "train", 0)
     assert first.messages == conversation("u\n\nAnswer in one word.", system="s")
     assert second.messages == conversation("u", "b", "v\n\nAnswer in one word.", system="Be kind.")
+
+
+def test_the_instruction_follows_what_the_user_said_not_a_tool():
+    data = DataSection(instruction="Answer in one word.")
+    said = completed([*conversation("u", "b", "v"), Message("assistant", ""), Message("tool", "3")], data)
+    assert said[2:] == [Message("user", "v\n\nAnswer in one word."), Message("assistant", ""), Message("tool", "3")]
 
 
 def test_the_same_words_to_another_system_message_are_another_prompt(tmp_path: Path):

@@ -92,7 +92,7 @@ WRITTEN = {
 def test_the_same_records_come_of_every_form(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     use_cache(tmp_path / "cache", monkeypatch)
     WRITTEN[source]()
-    assert examples_of(source) == [(record["prompt"], record["answer"]) for record in RECORDS]
+    assert examples_of(source) == [(record["prompt"], record["answer"] or None) for record in RECORDS]
 
 
 def test_files_of_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -180,7 +180,7 @@ def test_a_directory_of_which_no_part_is_meant(tmp_path: Path, monkeypatch: pyte
     use_cache(tmp_path / "cache", monkeypatch)
     saved("ultra", {"train_prefs": RECORDS, "test_prefs": RECORDS})
     assert "has the parts train_prefs, test_prefs; write hf:ultra:<part>" in refusal_of("ultra")
-    assert examples_of("hf:ultra:train_prefs") == [(record["prompt"], record["answer"]) for record in RECORDS]
+    assert examples_of("hf:ultra:train_prefs") == [(record["prompt"], record["answer"] or None) for record in RECORDS]
     assert "no part 'train', only train_prefs, test_prefs" in refusal_of("hf:ultra:train")
     os.mkdir("empty")
     assert "datasets cannot load it" in refusal_of("empty")

@@ -95,7 +95,23 @@ PUBLISHED = {
             "query_token": [1, 2], "query": "POST: a\n\nTL;DR:",
             "response0": " b<|endoftext|>", "response0_token": [3], "response1": " c<|endoftext|>", "response1_token": [4],
         },
-        [("user", "POST: a\n\nTL;DR:")], (" c<|endoftext|>", " b<|endoftext|>"), None, ["query", "choice"],
+        [("user", "POST: a\n\nTL;DR:")], (" c", " b"), None, ["query", "choice"],
+    ),
+    "a system column beside conversations": (
+        {
+            "system": "Be kind.",
+            "chosen": [turn("user", "Hi"), turn("assistant", "Hello.")],
+            "rejected": [turn("user", "Hi"), turn("assistant", "What?")],
+        },
+        [("system", "Be kind."), ("user", "Hi")], ("Hello.", "What?"), None, ["system"],
+    ),
+    "a system column beside conversations that have a system message": (
+        {
+            "system": "Be kind.",
+            "chosen": [turn("system", "Be brief."), turn("user", "Hi"), turn("assistant", "Hello.")],
+            "rejected": [turn("system", "Be brief."), turn("user", "Hi"), turn("assistant", "What?")],
+        },
+        [("system", "Be brief."), ("user", "Hi")], ("Hello.", "What?"), None, ["system"],
     ),
     "PKU-SafeRLHF": (
         {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 0, "safer_response_id": 1},

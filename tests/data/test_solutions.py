@@ -100,3 +100,23 @@ def test_what_is_left_out_is_counted(tokenizer: Tokenizer):
 def test_the_first_that_does_not_fit_is_named(tokenizer: Tokenizer, solutions, drop_long, message):
     with pytest.raises(DataError, match=message):
         answered_rows(examples(*solutions), tokenizer, 8, answers="last", drop_long=drop_long)
+
+
+def test_what_the_assistant_says_first_is_part_of_the_prompt(tokenizer: Tokenizer):
+    messages = [Message("assistant", "hi"), *conversation("ab", "cd", "ef")]
+    assert targets(answered_row(messages, "ij", tokenizer, "all")) == b"cd.ij."
+
+
+def test_conversations_of_which_the_template_makes_no_row_are_refused_or_left_out(byte_directory, tmp_path):
+    directory = Path(shutil.copytree(byte_directory, tmp_path / "copy"))
+    template = directory / "chat_template.jinja"
+    spoilt = "{{ raise_exception('no odd ones') if messages[0]['content'] == 'odd' }}"
+    template.write_text(spoilt + template.read_text())
+    tokenizer = Tokenizer.load(directory)
+    odd = Example(messages=one_turn("odd"), reference={}, solution="x", origin="x.jsonl:1")
+    with pytest.raises(DataError, match="no odd ones"):
+        answered_rows([odd, *examples("x")], tokenizer, 20, answers="all", drop_long=False)
+    rows = answered_rows([odd, *examples("x")], tokenizer, 20, answers="all", drop_long=False, drop_unclear=True)
+    assert [targets(row) for row in rows.rows] == [b"x."] and rows.unclear == 1
+    with pytest.raises(DataError, match="no odd ones"):
+        answered_rows([odd], tokenizer, 20, answers="all", drop_long=False, drop_unclear=True)

@@ -200,6 +200,11 @@ def test_the_best_and_the_worst_sample_that_ended_make_a_pair(tmp_path):
         ),
         EvaluatedPrompt(prompt=prompt(1), ours=answers((answer("e", -1.0), 1.0, True), (answer("f", -1.0), 1.0, True))),
         EvaluatedPrompt(prompt=prompt(2), ours=answers((cut, 1.0, True), (cut, 2.0, True))),
+        # Such pairs a reward model's stage refuses.
+        EvaluatedPrompt(prompt=prompt(3), ours=answers((answer(" ", -1.0), 1.0, True), (answer("g", -1.0), 2.0, True))),
+        EvaluatedPrompt(
+            prompt=prompt(4), ours=answers((answer("h", -1.0), 1.0, True), (answer("h ", -1.0), 2.0, True))
+        ),
     ]
     config = config_of(tmp_path, "eval.samples=4", "eval.temperature=1", "eval.pairs=true")
     lines = pair_lines(config, some)

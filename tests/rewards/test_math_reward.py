@@ -51,6 +51,15 @@ RIGHT = [
     ("4", "$\\boxed{3}$ or so.\n\nNo: $x = \\boxed{4}$"),
     (r"$\{3, 4\}$", r"$\boxed{5}$? No, $x = \boxed{3}$ or $\boxed{4}$"),
     (r"x is $\boxed{3}$ or $\boxed{4}$", r"\boxed{4}, \boxed{3}"),
+    ("4", "#### Step 2: Solve\n2x = 8\n\\boxed{4}"),
+    ("4", "#### 2. Solve\nso that x is 4"),
+    ("4", "#### Final Answer\n\\boxed{4}"),
+    ("4", "#### Final answer: 4\nwith 2 left"),
+    ("4", "#### Answer:\n4"),
+    ("4", "##### 3 parts\n4"),
+    ("4", "Write it after #### 5 or so, I am told.\n#### 4"),
+    ("4", "#### \\boxed{4}"),
+    ("4", "#### $4$\n"),
 ]
 WRONG = [
     (r"\frac{1}{2}", r"\boxed{\frac{1}{3}}"),
@@ -58,6 +67,8 @@ WRONG = [
     ("3", r"First I thought \boxed{3}. That was wrong, it must be \boxed{4}."),
     ("3", r"\boxed{3}, \boxed{4}"),  # two answers are not the one that was asked for
     ("18", "#### 19"),
+    ("2", "#### Step 2:\n\\boxed{3}"),
+    ("2", "#### 2\nNo, \\boxed{3}"),
     ("Half of 36 is 18.\n#### 18", "18 of 36.\n#### 36"),
 ]
 

@@ -318,6 +318,21 @@ def test_a_completion_that_does_not_fit_is_not_sent(tmp_path):
     asyncio.run(go())
 
 
+def test_of_a_group_only_what_does_not_fit_counts_as_zero(tmp_path):
+    async def go() -> None:
+        async with rewarded(tmp_path, context_length=21, on_error="zero") as (made, (server,)):
+            (alone,) = await made.reward.score(prompt(), completions("x"))
+            long, fits = await made.reward.score(prompt(), completions("x" * 13, "x"))
+            assert fits == alone and fits.failure is None
+            assert (long.reward, long.metrics) == (0.0, {"reward_failed": 1.0})
+            assert "makes 22 tokens" in (long.failure or "") and "the prompt is prompt 0" in (long.failure or "")
+            sent = len(server.bodies)
+            (long,) = await made.reward.score(prompt(), completions("x" * 13))
+            assert long.reward == 0.0 and len(server.bodies) == sent  # nothing was left to ask
+
+    asyncio.run(go())
+
+
 def test_prompts_that_cannot_fit_are_refused_and_those_that_may_not_are_told_of(tmp_path):
     async def go() -> None:
         async with rewarded(tmp_path, context_length=21) as (made, _):

@@ -28,13 +28,13 @@ class Learner(FakeLearner):
 
     def __init__(self, losses: list[float]) -> None:
         super().__init__(random.Random(0))
-        self._losses = iter(losses)
+        self.losses = iter(losses)
         self.resumed: list[Path] = []
 
     async def execute(self, command: Command) -> Answer:
         match command:
             case EvaluateSupervised():
-                return Answer(id=0, metrics=StepMetrics(values={"loss": next(self._losses), "tokens": 2.0}))
+                return Answer(id=0, metrics=StepMetrics(values={"loss": next(self.losses), "tokens": 2.0}))
             case TrainSupervised():
                 return Answer(id=0, metrics=StepMetrics(values={"loss": 1.0}))
             case ResumeSupervised():
@@ -45,9 +45,11 @@ class Learner(FakeLearner):
             return Answer(id=0)
 
 
-def fine_tuned(directory: Path, losses: list[float], **checkpoint: object) -> tuple[Learner, list[int]]:
-    """After as many steps as there are losses after the first and before the last; and the checkpoints that are left."""
-    sft = {"steps": len(losses) - 2, "eval_every": 1, "export": "best"}
+def fine_tuned(
+    directory: Path, losses: list[float], *, steps: int, eval_every: int = 1, **checkpoint: object
+) -> tuple[Learner, list[int], dict[str, float]]:
+    """The learner, the checkpoints that are left, and what the summary says of the policy that is exported."""
+    sft = {"steps": steps, "eval_every": eval_every, "export": "best"}
     config = RunConfig.model_validate(
         {"model": SHAPE, "sft": sft, "run": {"dir": str(directory)}, "checkpoint": checkpoint}
     )
@@ -57,26 +59,35 @@ def fine_tuned(directory: Path, losses: list[float], **checkpoint: object) -> tu
         architecture=policy_architecture(config.model, template),
         train=AnsweredRows(rows=[ROW], unanswered=0, too_long=0),
         held_out=[ROW],
-        batches=[[0]] * (len(losses) - 2),
+        batches=[[0]] * steps,
         data=DataReport(),
     )
     learner = Learner(losses)
-    job = SFTJob(config, directory, inputs, learner, Recorder(config, directory, EventStream()))
+    recorder = Recorder(config, directory, EventStream())
+    job = SFTJob(config, directory, inputs, learner, recorder)
     asyncio.run(job.run())
-    return learner, RunCheckpoints(directory).versions()
+    assert list(learner.losses) == []
+    return learner, RunCheckpoints(directory).versions(), recorder.totals.evaluation["after"]
 
 
 def test_the_loss_of_a_checkpoint_is_that_of_its_own_weights(tmp_path):
     """Those of steps without a checkpoint have no part in it."""
-    learner, left = fine_tuned(tmp_path, [4.0, 2.0, 3.0, 1.0, 1.8, 1.8])
+    learner, left, after = fine_tuned(tmp_path, [4.0, 2.0, 3.0, 1.0, 1.8, 1.8, 1.0], steps=4)
     assert [path.name for path in learner.resumed] == [RunCheckpoints(tmp_path).path(3).name] and 3 in left
+    assert after["loss"] == 1.0
 
 
 def test_the_best_stays_although_newer_ones_are_saved(tmp_path):
-    learner, left = fine_tuned(tmp_path, [4.0, 2.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0], every_steps=1, keep_last=1)
+    losses = [4.0, 2.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 1.0]
+    learner, left, _ = fine_tuned(tmp_path, losses, steps=6, every_steps=1, keep_last=1)
     assert left == [3, 6] and [path.name for path in learner.resumed] == [RunCheckpoints(tmp_path).path(3).name]
 
 
 def test_the_last_is_exported_as_it_is_if_it_is_the_best(tmp_path):
-    learner, left = fine_tuned(tmp_path, [4.0, 2.0, 1.0, 1.0])
-    assert not learner.resumed and 2 in left
+    learner, left, after = fine_tuned(tmp_path, [4.0, 2.0, 1.0, 1.0], steps=2)
+    assert not learner.resumed and 2 in left and after["loss"] == 1.0
+
+
+def test_the_last_counts_although_no_evaluation_was_due(tmp_path):
+    learner, left, after = fine_tuned(tmp_path, [4.0, 2.0, 1.9], steps=3, eval_every=2)
+    assert not learner.resumed and left == [2] and after["loss"] == 1.9

@@ -1,6 +1,7 @@
 import asyncio
 import json
 from collections import Counter
+from statistics import fmean
 
 import pytest
 from controller_rig import Rig
@@ -158,5 +159,7 @@ def test_an_evaluation_sees_one_version_while_training_goes_on(tmp_path, generat
         assert steps == [2, 4, 6]
     lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert Counter(line["when"] for line in lines) == dict.fromkeys(evaluated, 7)
+    for when, metrics in evaluated.items():
+        assert metrics["reward"] == pytest.approx(fmean(line["reward"] for line in lines if line["when"] == when))
     assert rig.recorder.totals.samples_generated == 8 * 3 * 2
     assert max(rig.recorder.totals.staleness) <= seed

@@ -52,6 +52,7 @@ def test_a_completion_without_an_end_earns_the_penalty_instead():
     assert facts["reward_penalised"] == pytest.approx(-0.4)
     assert facts["finished"] == 0.5
     assert facts["seen"] == 1.0
+    assert penalised.without_penalties.rewards == [0.9, 0.2]
 
 
 def test_a_metric_that_only_some_completions_have_is_the_mean_over_those():
