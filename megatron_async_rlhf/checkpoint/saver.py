@@ -114,9 +114,6 @@ class CheckpointSaver:
         sign = 1 if self._kept.best == "highest" else -1
         return all(sign * value > sign * score for score in self._scores.values())
 
-    def path(self, version: int) -> Path:
-        return self._checkpoints.path(version)
-
     def is_due(self, version: int) -> bool:
         every = self._config.checkpoint.every_steps
         return every is not None and version % every == 0 and not self.is_saved(version)

@@ -115,21 +115,25 @@ def architecture_of(model: ModelSection, vocab_size: int) -> Architecture:
     """Shape of a fresh Llama from its config section; `vocab_size` comes from its tokenizer.
 
     Raises:
-        ConfigError: heads that do not divide the hidden size.
+        ConfigError: heads that do not divide the hidden size, or cannot be grouped or rotated.
     """
     # Without `hf` the section has them all.
     assert model.layers and model.hidden_size and model.ffn_size and model.heads and model.context_length
-    heads = model.heads
+    heads, kv_heads = model.heads, model.kv_heads or model.heads
     if model.hidden_size % heads:
         raise ConfigError(f"model.hidden_size = {model.hidden_size} must be a multiple of model.heads = {heads}")
+    if (head_dim := model.hidden_size // heads) % 2:
+        raise ConfigError(f"the head size {head_dim} must be even for rotary embeddings; change model.heads")
+    if heads % kv_heads:
+        raise ConfigError(f"model.kv_heads = {kv_heads} must divide model.heads = {heads}")
     return Architecture(
         vocab_size=vocab_size,
         layers=model.layers,
         hidden_size=model.hidden_size,
         ffn_size=model.ffn_size,
         heads=heads,
-        kv_heads=model.kv_heads or heads,
-        head_dim=model.hidden_size // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         context_length=model.context_length,
         rope_theta=model.rope_theta or 10000.0,
         norm_eps=model.norm_eps or 1e-5,

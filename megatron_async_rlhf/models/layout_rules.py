@@ -40,7 +40,6 @@ def check_learner_layout(learner: LearnerSection, arch: Architecture) -> None:
     Raises:
         ConfigError: one line naming key, value and rule.
     """
-    check_shape(arch)
     check_tensor_parallel("learner.tensor_parallel", learner.tensor_parallel, arch)
     check_interleaved_rows("learner.tensor_parallel", learner.tensor_parallel, arch)
     check_pipeline_parallel("learner.pipeline_parallel", learner.pipeline_parallel, arch)
@@ -65,18 +64,6 @@ def check_micro_batch(learner: LearnerSection, together: int, arch: Architecture
             f"learner.micro_batch_tokens = {learner.micro_batch_tokens} must hold {what}: at least "
             f"{together} x {arch.context_length} = {together * arch.context_length}"
         )
-
-
-def check_shape(arch: Architecture) -> None:
-    """Refuse heads that cannot be grouped or rotated.
-
-    Raises:
-        ConfigError: one line naming key, value and rule.
-    """
-    if arch.head_dim % 2:
-        raise ConfigError(f"the head size {arch.head_dim} must be even for rotary embeddings; change model.heads")
-    if arch.heads % arch.kv_heads:
-        raise ConfigError(f"model.kv_heads = {arch.kv_heads} must divide model.heads = {arch.heads}")
 
 
 def check_tensor_parallel(key: str, ranks: int, arch: Architecture) -> None:

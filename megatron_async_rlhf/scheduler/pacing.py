@@ -120,10 +120,9 @@ class Pacer:
         """Indices of admitted groups that are not complete."""
         return sorted([*self.running, *(index for index, _ in self._again)])
 
-    def arrived(self, index: int) -> Ticket:
+    def arrived(self, index: int) -> None:
         """A group is complete."""
-        ticket = self.ready[index] = self.running.pop(index)
-        return ticket
+        self.ready[index] = self.running.pop(index)
 
     def sample_anew(self, index: int) -> None:
         """A running group was cancelled; it starts once more, with newer weights."""

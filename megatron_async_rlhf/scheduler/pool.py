@@ -96,11 +96,6 @@ class GeneratorPool:
         self._recount()
 
     @property
-    def version(self) -> int:
-        """The version of the most outdated generator that serves."""
-        return min(generator.version for generator in self.serving)
-
-    @property
     def alive(self) -> list[Generator]:
         """Those that can be given weights, always in the same order."""
         return [member.generator for member in self.members if member.standing is not Standing.LOST]

@@ -5,17 +5,17 @@ Those of the learner are in tests/learner/test_algorithms.py, which trains all a
 
 import asyncio
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from documented_keys import DOCS, documented
 from msgspec.structs import replace
 from trace_nesting import slices
 
 from megatron_async_rlhf.config.judge import JudgeRewardSection
 from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.config.metrics import possible_metrics
 from megatron_async_rlhf.config.rewards import FunctionRewardSection
-from megatron_async_rlhf.config.written_key import Key
 from megatron_async_rlhf.rewards.builtin import BuiltinReward
 from megatron_async_rlhf.rewards.function import FunctionReward
 from megatron_async_rlhf.rewards.gsm8k import Gsm8kReward
@@ -26,12 +26,10 @@ from megatron_async_rlhf.rewards.verifier import Task
 from megatron_async_rlhf.simulate.scenario import Scenario
 from megatron_async_rlhf.simulate.simulation import Simulation
 from megatron_async_rlhf.simulate.virtual_time import run_in_virtual_time
-from megatron_async_rlhf.telemetry import metrics
-from megatron_async_rlhf.telemetry.metrics import EVALUATIONS, METRICS, SAMPLES, SUMMARY, TRACE_ARGS, markdown
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Completion, Prompt
 
-DOCS = Path(__file__).parents[2] / "docs/run_directory.md"
+METRICS = possible_metrics()
 MODEL = "model={layers: 2, hidden_size: 64, ffn_size: 96, heads: 2, context_length: 96}"
 BY_NAME = {
     "status",
@@ -42,8 +40,8 @@ BY_NAME = {
 }  # what is below these is named by what it is about
 
 
-def names(keys: Iterable[Key], source: str = "controller") -> set[str]:
-    return {key.name for key in keys if key.source == source}
+def metrics_of(source: str) -> set[str]:
+    return {key.name for key in METRICS if key.source == source}
 
 
 @pytest.fixture(scope="module")
@@ -77,20 +75,18 @@ def flat(content: dict, prefix: str = "") -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("keys", [METRICS, SUMMARY, SAMPLES, EVALUATIONS, TRACE_ARGS])
-def test_the_docs_have_the_table(keys):
-    table = markdown(keys)
-    assert table in DOCS.read_text(encoding="utf-8"), (
-        f"docs/run_directory.md lacks this table, or has an older one:\n{table}"
-    )
-    assert len({key.name for key in keys}) == len(keys)
-    assert all(key.unit and key.meaning for key in keys)
+def test_the_docs_have_the_metrics_as_those_who_report_them_declare_them():
+    rows = [f"| `{key.name}` | {key.unit} | {key.meaning} |" for key in METRICS]
+    table = "\n".join(["| key | unit | meaning |", "| --- | --- | --- |", *rows])
+    assert table in DOCS.read_text(encoding="utf-8"), f"{DOCS} lacks this table, or has an older one:\n{table}"
+    assert len({key.name for key in METRICS}) == len(METRICS)
+    assert all(key.unit and key.meaning for key in METRICS)
 
 
 def test_metrics_of_the_controller(run):
     reported = {name for line in lines(run, "metrics.jsonl") for name in line}
     of_the_learner = {"loss"}  # all that the simulated one reports
-    assert reported - of_the_learner == names(METRICS)
+    assert reported - of_the_learner == metrics_of("controller")
 
 
 def test_metrics_of_the_rewards(tmp_path):
@@ -111,27 +107,23 @@ def test_metrics_of_the_rewards(tmp_path):
             JudgeReward(section, tmp_path).score(prompt, [completion, replace(completion, text="2")])
         )
         reported |= failed.metrics.keys()
-    assert reported | set(score.metrics) == names(METRICS, "reward")
+    assert reported | set(score.metrics) == metrics_of("reward")
 
 
 def test_summary(run):
-    assert flat(json.loads((run / "summary.json").read_text())) | {"log_tail"} == names(SUMMARY)
+    assert flat(json.loads((run / "summary.json").read_text())) | {"log_tail"} == set(documented("summary.json"))
 
 
-@pytest.mark.parametrize(("file", "keys"), [("samples.jsonl", SAMPLES), ("evaluations.jsonl", EVALUATIONS)])
-def test_lines(run, file, keys):
-    assert {name for line in lines(run, file) for name in line} == names(keys)
+@pytest.mark.parametrize("file", ["samples.jsonl", "evaluations.jsonl"])
+def test_lines(run, file):
+    assert {name for line in lines(run, file) for name in line} == set(documented(file))
 
 
 def test_arguments_of_slices(run):
     found = slices(json.loads((run / "trace.json").read_text()))
-    assert {name for events in found.values() for event in events for name in event.get("args", {})} == names(
-        TRACE_ARGS
+    assert {name for events in found.values() for event in events for name in event.get("args", {})} == set(
+        documented("trace.json")
     )
-
-
-def test_the_warm_start_has_no_names_of_its_own():
-    assert set(metrics.WARM_START) <= {key.name for key in METRICS}
 
 
 def test_step_n_is_the_nth(run):

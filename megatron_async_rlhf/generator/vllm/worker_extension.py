@@ -48,7 +48,7 @@ class WeightCalls:
         arch = architecture_of_hf(Path(self.model_config.model))
         exact, boxes = model.in_place, []
         for parameter, held in by_parameter(generator_pieces(arch, ranks, rank)).items():
-            matrix, _ = model.resident(parameter)
+            matrix = model.resident(parameter)
             for piece in held:
                 (begin, end), (left, right) = piece.rows, piece.cols
                 part = matrix[piece.row : piece.row + end - begin, piece.col : piece.col + right - left]

@@ -69,22 +69,18 @@ class WorkerModel:
             module.quant_method.process_weights_after_loading(module)
             self._parameters[parameter] = module.weight
 
-    def resident(self, parameter: str) -> tuple[torch.Tensor, bool]:
-        """What the engine computes with, [rows, columns], and whether it had to be read through the packed matrix.
+    def resident(self, parameter: str) -> torch.Tensor:
+        """What the engine computes with, [rows, columns].
 
         A packed matrix is multiplied with the identity: exact for finite weights, but a zero loses its sign.
         """
         live = self._parameters[parameter]
         if not self._packers[parameter]:
-            return live.data.view(live.shape[0], -1), False
+            return live.data.view(live.shape[0], -1)
         rows, cols = self._shape(parameter)
         module = self._packers[parameter][0]
         blocks = torch.eye(cols, dtype=live.dtype).split(256)
-        return torch.cat([module.cpu_linear(block, module.weight, None) for block in blocks]).t().contiguous(), True
-
-    @property
-    def parameters(self) -> list[str]:
-        return list(self._parameters)
+        return torch.cat([module.cpu_linear(block, module.weight, None) for block in blocks]).t().contiguous()
 
     def _owner(self, parameter: str) -> torch.nn.Module:
         return self._model.get_submodule(parameter.rpartition(".")[0])
