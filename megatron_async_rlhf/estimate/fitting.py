@@ -100,7 +100,7 @@ class EvaluationMemory:
 
 def evaluation_memory(config: RunConfig, models: Mapping[str, Architecture]) -> EvaluationMemory:
     """As `run_memory`, of models that are loaded whole and get no pushes."""
-    fixed = FIXED_WORKER_CPU if config.run.device == "cpu" else FIXED_CUDA
+    fixed = _fixed(config)
     workers = {name: generator_memory(config, model, fixed=fixed, loads_weights=True) for name, model in models.items()}
     rewards, generator = reward_memory(config, fixed=fixed), config.generator
     host = generator.workers * max(worker.total for worker in workers.values())

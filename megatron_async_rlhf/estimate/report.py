@@ -40,17 +40,19 @@ _LEARNER_COLUMNS = (
 )
 _GENERATOR_COLUMNS = ("weights", "cache", "activations", "push", "fixed")
 _REWARD_COLUMNS = ("weights", "cache", "activations", "fixed")
+_OPTIONAL = ("value", "reference", "push")  # not all runs have them
+_HEADING = "estimate, not a measurement: memory in GiB of one process, at its peak (docs/estimate.md)"
 
 
 def describe(config: RunConfig, arch: Architecture) -> list[str]:
     """The whole estimate of memory, one line each."""
     memory = run_memory(config, arch)
     return [
-        "estimate, not a measurement: memory in GiB of one process, at its peak (docs/estimate.md)",
+        _HEADING,
         *_tables(memory),
         *_verdict_on_learner(config, arch, memory),
-        *_verdict_on_generator(config, arch, memory.generator),
-        *(_verdict_on_reward_model(config, worker) for worker in memory.rewards),
+        _verdict_on_generator(config, arch, memory.generator),
+        *_verdicts_on_rewards(config, memory.rewards),
     ]
 
 
@@ -64,7 +66,7 @@ def describe_learner(config: RunConfig, arch: Architecture, work: Work) -> list[
         bytes_needed, what = together + FIXED_CONTROL_CPU, "all processes together need"
     fits = "fits" if bytes_needed <= room else "does not fit; lower learner.micro_batch_tokens, or use more ranks"
     return [
-        "estimate, not a measurement: memory in GiB of one process, at its peak (docs/estimate.md)",
+        _HEADING,
         *_learner_table(memory),
         f"{what} {_gib(bytes_needed)} of {_gib(room)} GiB: {fits}",
     ]
@@ -79,16 +81,15 @@ def describe_servers(config: RunConfig, models: Mapping[str, Architecture], cont
     shapes = {name: replace(model, context_length=contexts[name]) for name, model in models.items()}
     memory = evaluation_memory(config, shapes)
     lines = [
-        "estimate, not a measurement: memory in GiB of one process, at its peak (docs/estimate.md)",
-        *_generator_table({f"a worker of {name}": worker for name, worker in memory.models.items()}),
+        _HEADING,
+        *_table("generator", {f"a worker of {name}": each for name, each in memory.models.items()}, _GENERATOR_COLUMNS),
         *_reward_table(memory.rewards),
     ]
     if config.run.device == "cpu":
         room, fits = _room(config), "fits" if memory.host <= _room(config) else "does not fit"
         lines.append(f"all processes together need {_gib(memory.host)} GiB of this machine's {_gib(room)} GiB: {fits}")
-    for name, worker in memory.models.items():
-        lines += _verdict_on_generator(config, shapes[name], worker, name)
-    return [*lines, *(_verdict_on_reward_model(config, worker) for worker in memory.rewards)]
+    lines += [_verdict_on_generator(config, shapes[name], worker, name) for name, worker in memory.models.items()]
+    return [*lines, *_verdicts_on_rewards(config, memory.rewards)]
 
 
 def refuse_too_large(config: RunConfig, arch: Architecture) -> None:
@@ -120,7 +121,7 @@ def _refuse_server(
     if config.run.device == "cpu":
         raise ConfigError(
             f"{key}: its cache holds {worker.cache_tokens} tokens, and no sequence of the longest length with them; raise "
-            f"{key}.kv_cache_gib = {section.kv_cache_gib} or {key}.tensor_parallel (--dry-run shows more)"
+            f"{key}.{_memory_key(config)} = {section.kv_cache_gib} or {key}.tensor_parallel (--dry-run shows more)"
         )
     if worker.weights > section.gpu_memory_share * _room(config):
         raise ConfigError(
@@ -144,57 +145,35 @@ def _refuse_learner(config: RunConfig, arch: Architecture, memory: RunMemory) ->
         )
 
 
-def _learner_table(memory: Sequence[LearnerMemory]) -> list[str]:
-    learner = Table(box=None, pad_edge=False)
-    learner.add_column("learner stage")
-    optional = ("value", "reference", "push")  # not all learners have them
-    columns = tuple(
-        name for name in _LEARNER_COLUMNS if name not in optional or any(getattr(rank, name) for rank in memory)
-    )
-    _add_columns(learner, columns)
-    for stage, rank in enumerate(memory):
-        learner.add_row(str(stage), *_row(rank, columns))
-    return _lines(learner)
-
-
 def _tables(memory: RunMemory) -> list[str]:
-    generator = _generator_table({"a worker": memory.generator})
-    return [*_learner_table(memory.learner), *generator, *_reward_table(memory.rewards)]
+    return [
+        *_learner_table(memory.learner),
+        *_table("generator", {"a worker": memory.generator}, _GENERATOR_COLUMNS),
+        *_reward_table(memory.rewards),
+    ]
 
 
-def _generator_table(workers: Mapping[str, GeneratorMemory]) -> list[str]:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("generator")
-    columns = tuple(
-        name for name in _GENERATOR_COLUMNS if name != "push" or any(worker.push for worker in workers.values())
-    )
-    _add_columns(table, columns)
-    for name, worker in workers.items():
-        table.add_row(name, *_row(worker, columns))
-    return _lines(table)
+def _learner_table(memory: Sequence[LearnerMemory]) -> list[str]:
+    return _table("learner stage", {str(stage): rank for stage, rank in enumerate(memory)}, _LEARNER_COLUMNS)
 
 
 def _reward_table(workers: Sequence[RewardMemory]) -> list[str]:
-    if not workers:
+    return _table("reward model", {f"a worker of {worker.key}": worker for worker in workers}, _REWARD_COLUMNS)
+
+
+def _table(
+    title: str, rows: Mapping[str, LearnerMemory | GeneratorMemory | RewardMemory], names: tuple[str, ...]
+) -> list[str]:
+    """A line for each row, and a heading; none without rows."""
+    if not rows:
         return []
+    has = [name for name in names if name not in _OPTIONAL or any(getattr(row, name) for row in rows.values())]
     table = Table(box=None, pad_edge=False)
-    table.add_column("reward model")
-    _add_columns(table, _REWARD_COLUMNS)
-    for worker in workers:
-        table.add_row(f"a worker of {worker.key}", *_row(worker, _REWARD_COLUMNS))
-    return _lines(table)
-
-
-def _add_columns(table: Table, names: tuple[str, ...]) -> None:
-    for name in (*names, "total"):
+    table.add_column(title)
+    for name in (*has, "total"):
         table.add_column(name, justify="right", no_wrap=True)
-
-
-def _row(memory: LearnerMemory | GeneratorMemory | RewardMemory, names: tuple[str, ...]) -> list[str]:
-    return [_gib(getattr(memory, name)) for name in (*names, "total")]
-
-
-def _lines(table: Table) -> list[str]:
+    for name, row in rows.items():
+        table.add_row(name, *(_gib(getattr(row, column)) for column in (*has, "total")))
     text = io.StringIO()
     Console(file=text, width=110, color_system=None).print(table)
     return [line.rstrip() for line in text.getvalue().splitlines()]
@@ -226,40 +205,46 @@ def _verdict_on_learner(config: RunConfig, arch: Architecture, memory: RunMemory
 
 def _verdict_on_generator(
     config: RunConfig, arch: Architecture, worker: GeneratorMemory, name: str = "generator"
-) -> list[str]:
-    generator = config.generator
-    holds = f"its cache holds {worker.cache_tokens} tokens, {worker.sequences} sequences of {arch.context_length}"
+) -> str:
+    return _verdict_on_server(config, name, "generator", config.generator, worker, arch.context_length)
+
+
+def _verdicts_on_rewards(config: RunConfig, workers: Sequence[RewardMemory]) -> list[str]:
+    sections = config.served_reward_models.values()
+    return [
+        _verdict_on_server(config, f"{worker.key}.model", worker.key, section, worker, worker.context_length)
+        for worker, section in zip(workers, sections, strict=True)
+    ]
+
+
+def _verdict_on_server(
+    config: RunConfig,
+    name: str,
+    key: str,
+    section: GeneratorSection | RewardModelSection,
+    worker: GeneratorMemory | RewardMemory,
+    context: int,
+) -> str:
+    holds = f"its cache holds {worker.cache_tokens} tokens, {worker.sequences} sequences of {context}"
     if not worker.sequences:
-        key = "generator.kv_cache_gib" if config.run.device == "cpu" else "generator.gpu_memory_share"
-        way_out = f"raise {key} or generator.tensor_parallel"
-        if shares_gpu(config):
+        way_out = f"raise {key}.{_memory_key(config)} or {key}.tensor_parallel"
+        if isinstance(worker, GeneratorMemory) and shares_gpu(config):
             way_out = "lower what the learner needs of their GPU, or raise generator.gpu_memory_share"
-        return [f"{name}: {holds}: does not fit; {way_out}"]
-    if worker.sequences < generator.max_concurrent:
-        holds += f"; generator.max_concurrent = {generator.max_concurrent} may be more than that at full length"
+        return f"{name}: {holds}: does not fit; {way_out}"
+    if worker.sequences < (section.max_concurrent or 1):
+        holds += f"; {key}.max_concurrent = {section.max_concurrent} may be more than that at full length"
     if config.run.device == "cpu":
-        return [f"{name}: {holds}"]
+        return f"{name}: {holds}"
     room = _room(config)
     what = f"{name}: a worker needs {_gib(worker.total)} of {_gib(room)} GiB, {holds}"
     if worker.total > room:
-        return [f"{what}: does not fit; lower generator.gpu_memory_share = {generator.gpu_memory_share:g}"]
-    return [f"{what}: fits"]
+        return f"{what}: does not fit; lower {key}.gpu_memory_share = {section.gpu_memory_share:g}"
+    return f"{what}: fits"
 
 
-def _verdict_on_reward_model(config: RunConfig, worker: RewardMemory) -> str:
-    on_cpu = config.run.device == "cpu"
-    what = (
-        f"{worker.key}.model: its cache holds {worker.cache_tokens} tokens, {worker.sequences} sequences of "
-        f"{worker.context_length}"
-    )
-    if not on_cpu:
-        what += f"; a worker needs {_gib(worker.total)} of {_gib(_room(config))} GiB"
-    if not worker.sequences:
-        key = "kv_cache_gib" if on_cpu else "gpu_memory_share"
-        return f"{what}: does not fit; raise {worker.key}.{key} or {worker.key}.tensor_parallel"
-    if not on_cpu and worker.total > _room(config):
-        return f"{what}: does not fit; lower {worker.key}.gpu_memory_share"
-    return what if on_cpu else f"{what}: fits"
+def _memory_key(config: RunConfig) -> str:
+    """Of a server's section: what its cache follows from."""
+    return "kv_cache_gib" if config.run.device == "cpu" else "gpu_memory_share"
 
 
 def _room(config: RunConfig) -> int:
