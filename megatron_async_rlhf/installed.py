@@ -1,6 +1,7 @@
 """Whether this environment has the packages that a command needs, asked without loading them."""
 
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 
 from megatron_async_rlhf.errors import ConfigError
@@ -17,3 +18,11 @@ def check_installed(*packages: str) -> None:
                 f"{package} is not installed here, in {sys.prefix}: bash tools/setup_env.sh, then .venv/bin/async-rlhf "
                 "(or look at async-rlhf doctor)"
             )
+
+
+def version_of(distribution: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

@@ -6,14 +6,13 @@ weight made of `rho = pi_proximal / pi_sampler` corrects for both and still clip
 
 | name                                             | kind     | rho of   | low, high |
 |--------------------------------------------------|----------|----------|-----------|
-| the paper                                        | none     |          |           |
 | decoupled PPO (AReaL, arXiv 2505.24298)          | truncate | token    | 0, inf    |
 | truncated importance sampling (OLMo 3: C = 2)    | truncate | token    | 0, C      |
 | the same of whole sequences                      | truncate | sequence | 0, C      |
 | IcePop (Ring-1T, arXiv 2510.18855)               | mask     | token    | 0.5, 5    |
 | masked sequences                                 | mask     | sequence | 0, C      |
 
-With the sampler as the base of the ratio there is nothing left to correct: kind none.
+With the sampler as the base of the ratio, as the paper has it, there is nothing left to correct.
 Shape legend: N tokens of a row (rho of tokens) or sequences of a micro-batch (rho of sequences); T tokens.
 """
 
@@ -26,7 +25,7 @@ import torch
 from megatron_async_rlhf.algorithms.kl import kl_estimate
 from megatron_async_rlhf.algorithms.ratios import bounded_exp
 
-Correction = Literal["none", "truncate", "mask"]
+Correction = Literal["truncate", "mask"]
 
 
 @torch.no_grad()
@@ -41,7 +40,7 @@ def correction_weights(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Constant weights, 0 off the mask, [N], and metrics that add up over micro-batches and ranks.
 
-    `none`: 1; `truncate`: `clip(rho, low, high)`; `mask`: rho within [low, high], 0 outside.
+    `truncate`: `clip(rho, low, high)`; `mask`: rho within [low, high], 0 outside.
 
     Args:
         log_ratio_N: `log pi_proximal / pi_sampler` of each token, or summed over each sequence's completion tokens
@@ -53,8 +52,6 @@ def correction_weights(
     ratio_N = bounded_exp(log_ratio_N.where(mask_N, 0))
     outside_N = (ratio_N < low) | (ratio_N > high)
     match kind:
-        case "none":
-            weight_N = torch.ones_like(ratio_N)
         case "truncate":
             weight_N = ratio_N.clamp(low, high)
         case "mask":

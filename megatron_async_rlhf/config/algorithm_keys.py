@@ -153,16 +153,9 @@ class CorrectionKeys(Section):
         return "sequence" if self.type == "mask_sequences" else "token"
 
     @property
-    def kind(self) -> Literal["none", "truncate", "mask"]:
-        """In the terms of `algorithms.corrections`."""
-        kinds: dict[str, Literal["none", "truncate", "mask"]] = {
-            "none": "none",
-            "truncate": "truncate",
-            "decoupled": "truncate",
-            "mask": "mask",
-            "mask_sequences": "mask",
-        }
-        return kinds[self.type]
+    def kind(self) -> Literal["truncate", "mask"]:
+        """In the terms of `algorithms.corrections`, of a type that corrects."""
+        return "mask" if self.type.startswith("mask") else "truncate"
 
 
 class PolicyGradientKeys(AlgorithmKeys):

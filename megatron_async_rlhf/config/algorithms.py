@@ -5,7 +5,7 @@ differ, both are reachable and a comment says which is which. Formulas are in `m
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
@@ -106,7 +106,26 @@ class PPOSection(RatioKeys):
         return True
 
 
-class RLOOSection(PolicyGradientKeys):
+class WholeCompletionKeys(PolicyGradientKeys):
+    """Losses of whole completions."""
+
+    type: Literal["rloo", "proximal_rloo"]
+
+    @model_validator(mode="after")
+    def check_whole_completions(self) -> Self:
+        if self.correction.type == "mask":
+            raise ValueError(
+                f"algorithm.correction.type = mask leaves single tokens out, but the loss of algorithm.type = {self.type} "
+                "is of whole completions: set algorithm.correction.type = mask_sequences"
+            )
+        return self
+
+    @property
+    def correction_level(self) -> Literal["token", "sequence"]:
+        return "sequence"
+
+
+class RLOOSection(WholeCompletionKeys):
     """REINFORCE leave-one-out: the plain policy gradient, no ratio but the correction's."""
 
     objective: ClassVar[str] = "rloo:RLOO"
@@ -114,32 +133,14 @@ class RLOOSection(PolicyGradientKeys):
     type: Literal["rloo"] = "rloo"
     samples_per_prompt: int = Field(2, ge=2)
 
-    @model_validator(mode="after")
-    def check_whole_completions(self) -> "RLOOSection":
-        _check_whole_completions(self)
-        return self
 
-    @property
-    def correction_level(self) -> Literal["token", "sequence"]:
-        return "sequence"
-
-
-class ProximalRLOOSection(RatioKeys):
+class ProximalRLOOSection(WholeCompletionKeys, RatioKeys):
     """RLOO with the clipped ratio of whole completions: the paper's own variant."""
 
     objective: ClassVar[str] = "rloo:ProximalRLOO"
 
     type: Literal["proximal_rloo"] = "proximal_rloo"
     samples_per_prompt: int = Field(2, ge=2)
-
-    @model_validator(mode="after")
-    def check_whole_completions(self) -> "ProximalRLOOSection":
-        _check_whole_completions(self)
-        return self
-
-    @property
-    def correction_level(self) -> Literal["token", "sequence"]:
-        return "sequence"
 
 
 class GRPOSection(RatioKeys):
@@ -191,14 +192,6 @@ def _check_dual_clip(dual_clip: float | None, clip_high: float) -> None:
         raise ValueError(
             f"algorithm.dual_clip = {dual_clip:g} must be above 1 + algorithm.clip_high = {1 + clip_high:g}, where the "
             "ratio's own clip ends"
-        )
-
-
-def _check_whole_completions(section: RLOOSection | ProximalRLOOSection) -> None:
-    if section.correction.type == "mask":
-        raise ValueError(
-            f"algorithm.correction.type = mask leaves single tokens out, but the loss of algorithm.type = {section.type} "
-            "is of whole completions: set algorithm.correction.type = mask_sequences"
         )
 
 

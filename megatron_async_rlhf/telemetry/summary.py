@@ -4,13 +4,13 @@ import json
 import sys
 from collections import Counter
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, convert, field, to_builtins
 
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.installed import version_of
 from megatron_async_rlhf.telemetry.files import SUMMARY
 
 # Of summary.json and the files of lines beside it. 1 (version 0.1.0, which did not say so): steps counted from 0.
@@ -217,10 +217,5 @@ def read_figures(run_dir: Path) -> RunFigures:
 @cache  # looking takes tens of milliseconds, and the summary is written after every step
 def installed_versions() -> dict[str, str]:
     """Version of Python and of every package that matters and is installed."""
-    versions = {"python": sys.version.split()[0]}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = {package: version_of(package) for package in _PACKAGES}
+    return {"python": sys.version.split()[0]} | {package: version for package, version in found.items() if version}

