@@ -54,6 +54,7 @@ _ALWAYS = {
     "PYTHONSAFEPATH": "1",  # a `random.py` in the working directory is not Python's
     "LC_ALL": "C.UTF-8",  # some read what `lscpu` prints
 }
+STARTED = "ASYNC_RLHF_STARTED"  # of a controller: when its command began, or the job that it is all of, seconds since the epoch
 PER_PROCESS = ("TMPDIR", "VLLM_RPC_BASE_PATH", "TORCHINDUCTOR_CACHE_DIR")  # as `launch.scratch` makes them
 _NO_PROXY = ("no_proxy", "NO_PROXY")
 _LOOPBACK = "localhost,127.0.0.1,::1"
@@ -91,7 +92,9 @@ def child_environment(ours: Mapping[str, str], own: Mapping[str, str]) -> dict[s
         ours: of the process that starts it.
         own: what the plan says of it; wins, but that its `no_proxy` is added to ours.
     """
-    passed = _user() | {name: value for name, value in ours.items() if value and not is_ignored(name)}
+    passed = (
+        _user() | {name: value for name, value in ours.items() if value and not is_ignored(name)} | _own_place(ours)
+    )
     empty = {name: "" for name, value in ours.items() if not value and not is_ignored(name) and name not in passed}
     direct = _joined(*(ours.get(name, "") for name in _NO_PROXY), own.get("no_proxy", ""), _LOOPBACK)
     return passed | empty | _ALWAYS | dict(own) | dict.fromkeys(_NO_PROXY, direct)
@@ -169,6 +172,17 @@ def _user() -> dict[str, str]:
     except KeyError:
         return {"USER": str(os.getuid()), "HOME": tempfile.gettempdir()}
     return {}
+
+
+def _own_place(ours: Mapping[str, str]) -> dict[str, str]:
+    """Lets a child find the copy of this package that we are of. `python -m` takes that of the working directory, which a child
+    does not look into: it would find another one, if one is installed."""
+    package = __name__.partition(".")[0]
+    found = next(filter(None, (finder.find_spec(package, None) for finder in sys.meta_path)), None)
+    own = Path(__file__).resolve().parent
+    if found is not None and found.origin is not None and Path(found.origin).resolve().parent == own:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(own.parent), ours.get("PYTHONPATH")]))}
 
 
 def _joined(*lists: str) -> str:

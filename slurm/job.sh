@@ -42,6 +42,8 @@ fi
 # srun would read it as an OCI bundle of its own.
 image=${SLURM_CONTAINER:-}
 unset SLURM_CONTAINER
+# Left from a job that this one was submitted in; srun refuses them beside what this one asks for.
+[ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU
 if [ -n "$image" ]; then
   mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
   container=("--container-image=$image" "--container-mounts=$mounts" "--container-workdir=$PWD")
@@ -87,12 +89,34 @@ made() {
     -printf '%p\n' | sort
 }
 
+# What squeue says of this job in one column. Slurm's controller may be too busy to answer at once.
+told() {
+  local answer tries
+  for tries in {1..30}; do
+    if answer=$(squeue -h -j "$SLURM_JOB_ID" -O "$1" | tr -d ' ') && [ -n "$answer" ]; then
+      echo "$answer"
+      return
+    fi
+    [ "$tries" = 30 ] || sleep 10
+  done
+}
+
+put_back() {
+  local tries
+  for tries in {1..30}; do
+    ! scontrol requeue "$SLURM_JOB_ID" || return 0
+    sleep 10
+  done
+  echo "error: Slurm does not take the job back; go on with: RUN_DIR=$RUN_DIR sbatch ..." >&2
+  exit 1
+}
+
 # The run then saves a checkpoint and ends with 130. Slurm may send the signal a minute early; the run may not even have
 # made its directory yet.
 # shellcheck disable=SC2317 # by the trap
 ask() {
   local left
-  left=$(($(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) - $(date +%s) - lead))
+  left=$(($(date -d "$(told EndTime)" +%s) - $(date +%s) - lead))
   if [ "$left" -gt 0 ] && [ "$left" -le 60 ]; then sleep "$left"; fi
   until [ -e "$RUN_DIR/$begun" ]; do sleep 1; done
   touch "$RUN_DIR/stop"
@@ -103,7 +127,7 @@ ask() {
 # shellcheck disable=SC2317 # by the trap
 on_term() {
   signalled=1
-  if [ "$requeue" = 0 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+  if [ "$requeue" = 0 ] && [ "$(told State)" = RUNNING ]; then
     requeue=1
     ask &
   fi
@@ -120,12 +144,27 @@ until # the wait was ended by the run, not by a signal
   wait "$running" || code=$?
   [ "$signalled" = 0 ]
 do :; done
+# Preempted with a time of grace, the run was told by Slurm itself.
+if [ "$code" = 130 ] && [ "$requeue" = 0 ]; then
+  preempted=$(told PreemptTime)
+  case ${preempted:-N/A} in N/A | NONE) ;; *) requeue=1 ;; esac
+fi
 if [ "$requeue" = 1 ] && [ "$code" = 130 ]; then
   if [ "$(made)" = "$before" ]; then
     echo "error: no step was made before the time limit, so a requeue would make none either: raise --time" >&2
     exit 1
   fi
   echo "saved in $RUN_DIR; back into the queue"
-  scontrol requeue "$SLURM_JOB_ID"
+  put_back
+fi
+# A machine was lost. When Slurm finds that out too (SlurmdTimeout) it ends the job and queues it again, without that machine.
+if [ "$code" = 75 ] && { [ "$(made)" != "$before" ] || [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; }; then
+  trap - TERM
+  limit=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
+  limit=$((${limit:-300} + 60))
+  echo "a machine was lost; waiting for Slurm to take the job back, at most $limit s"
+  sleep "$limit" &
+  wait $!
+  put_back
 fi
 exit "$code"

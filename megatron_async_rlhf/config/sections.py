@@ -356,7 +356,7 @@ class LaunchSection(Section):
     nodes: PositiveInt = 1  # machines; `async-rlhf train` is started once on each of them
     gpus_per_node: PositiveInt = 8
     tensor_parallel_across_nodes: bool = False  # let a learner's tensor-parallel group span machines: slow links
-    interface: str | None = None  # network interface between machines, as ib0; unset: the one they find each other by
+    interface: str | None = None  # between machines, as ib0, for NCCL too; unset: the one they find each other by
     port: int = Field(0, ge=0, le=65535)  # the other machines meet the first one here; 0 picks a free one
     join_timeout_s: PositiveFloat = 300.0  # for all machines to be there
     node_timeout_s: NodeTimeout = 20.0  # a machine that is silent for so long is lost, and the run with it

@@ -2,17 +2,19 @@
 
 import fcntl
 import os
+import resource
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_async_rlhf.doctor.finding import Finding
 
 _GIB = 2**30
 _SHARED_MEMORY = Path("/dev/shm")
+_INFINIBAND = Path("/sys/class/infiniband")
 _LEAST_SHARED_GIB = (
     1.0  # vLLM's queues and NCCL's, and a push on one machine; containers have 64 MiB unless told otherwise
 )
@@ -26,8 +28,9 @@ def examine_site(directory: Path) -> Iterator[Finding]:
     """
     yield shared_memory()
     yield ports()
-    yield file_locks(directory)
+    yield file_locks([directory, *_caches()])
     yield clock(directory)
+    yield from locked_memory()
 
 
 def shared_memory(path: Path = _SHARED_MEMORY) -> Finding:
@@ -59,19 +62,43 @@ def ports() -> Finding:
     return Finding(what="ports", state="ok", detail=f"127.0.0.1 answers (on {port})")
 
 
-def file_locks(directory: Path) -> Finding:
+def file_locks(directories: Sequence[Path]) -> Finding:
     """The hub's cache and vLLM's take locks; some network file systems have none, and block or fail."""
-    try:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        remedy = (
-            "put caches (HF_HOME, VLLM_CACHE_ROOT) and runs on a file system with locks, or mount this one with them"
-        )
-        return Finding(
-            what="file locks", state="missing", detail=f"{directory}: {error.strerror or error}", remedy=remedy
-        )
-    return Finding(what="file locks", state="ok", detail=f"work in {directory}")
+    for directory in directories:
+        try:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            remedy = "put caches (HF_HOME, VLLM_CACHE_ROOT, TRITON_CACHE_DIR) and runs on a file system with locks, or mount this one with them"
+            return Finding(
+                what="file locks", state="missing", detail=f"{directory}: {error.strerror or error}", remedy=remedy
+            )
+    return Finding(what="file locks", state="ok", detail=f"work in {', '.join(map(str, directories))}")
+
+
+def locked_memory(devices: Path = _INFINIBAND) -> Iterator[Finding]:
+    """NCCL registers memory with InfiniBand's cards, which locks it."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if not devices.is_dir() or not any(devices.iterdir()):
+        return
+    if soft == resource.RLIM_INFINITY:
+        yield Finding(what="locked memory", state="ok", detail="unlimited")
+        return
+    remedy = "ulimit -l unlimited; under Slurm LimitMEMLOCK=infinity for slurmd, in a container --ulimit memlock=-1"
+    detail = f"the limit is {soft} bytes, too few for NCCL over InfiniBand"
+    yield Finding(what="locked memory", state="broken", detail=detail, remedy=remedy)
+
+
+def _caches() -> list[Path]:
+    """Directories of caches, or the nearest above that exist; each once."""
+    home = Path.home()
+    named = {
+        "HF_HOME": home / ".cache/huggingface",
+        "VLLM_CACHE_ROOT": home / ".cache/vllm",
+        "TRITON_CACHE_DIR": home / ".triton",
+    }
+    places = (Path(os.environ.get(name) or default) for name, default in named.items())
+    return list(dict.fromkeys(next(filter(Path.is_dir, (place, *place.absolute().parents))) for place in places))
 
 
 def clock(directory: Path) -> Finding:

@@ -5,6 +5,7 @@ start learner ─> warm start ─> reference ─> ... ─> export
 
 import asyncio
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Coroutine
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints, has_own_reference
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
+from megatron_async_rlhf.environment import STARTED
 from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, LearnerSilentError, RewardError, WriteError
 from megatron_async_rlhf.formats.directory import describe_weights
 from megatron_async_rlhf.jobs.inputs import RunInputs
@@ -27,6 +29,15 @@ _log = logging.getLogger(__name__)
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 END_AT_ONCE = signal.SIGUSR1  # to a controller: write down what there is and end, for the others are gone
+
+
+def seconds_left(config: RunConfig) -> float | None:
+    """Until `checkpoint.max_run_seconds` are over; a controller that is started again gets no more."""
+    limit = config.checkpoint.max_run_seconds
+    if limit is None:
+        return None
+    passed = time.time() - float(os.environ.get(STARTED) or time.time())
+    return max(0.0, limit - max(0.0, passed))
 
 
 async def begin_reinforcement(config: RunConfig, learner: Learner, run_inputs: RunInputs, recorder: Recorder) -> None:

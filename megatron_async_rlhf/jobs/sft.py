@@ -21,7 +21,7 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import data_counts
-from megatron_async_rlhf.jobs.lifecycle import export_policy, run_learner_alone
+from megatron_async_rlhf.jobs.lifecycle import export_policy, run_learner_alone, seconds_left
 from megatron_async_rlhf.jobs.supervised_inputs import SupervisedInputs, load_supervised_inputs
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import (
@@ -176,7 +176,6 @@ async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None) 
     recorder = Recorder(config, run_dir, EventStream(), totals=totals)
     learner = LearnerClient(addresses.learner, timeout_s=config.learner.timeout_s)
     job = SFTJob(config, run_dir, inputs, learner, recorder, resumed)
-    limit = config.checkpoint.max_run_seconds
-    if limit is not None:
-        asyncio.get_running_loop().call_later(limit, job.stop)
+    if (left := seconds_left(config)) is not None:
+        asyncio.get_running_loop().call_later(left, job.stop)
     return await run_learner_alone(job.run(), learner, recorder, stop=job.stop)

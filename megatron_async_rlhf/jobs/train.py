@@ -46,6 +46,7 @@ from megatron_async_rlhf.jobs.lifecycle import (
     export_policy,
     first_cause,
     resume_reinforcement,
+    seconds_left,
 )
 from megatron_async_rlhf.jobs.reward_models import ServedRewards
 from megatron_async_rlhf.learner.client import LearnerClient
@@ -287,8 +288,8 @@ async def run_job(run_dir: Path, addresses: Addresses, resume_from: int | None, 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, lambda: loop.create_task(job.interrupt()))
         loop.add_signal_handler(END_AT_ONCE, task.cancel)
-        if config.checkpoint.max_run_seconds is not None:
-            loop.call_later(config.checkpoint.max_run_seconds, lambda: loop.create_task(job.out_of_time()))
+        if (left := seconds_left(config)) is not None:
+            loop.call_later(left, lambda: loop.create_task(job.out_of_time()))
         try:
             await job.run()
         except BaseExceptionGroup as group:

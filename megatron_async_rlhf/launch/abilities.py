@@ -12,8 +12,6 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.environment import child_environment
 from megatron_async_rlhf.errors import ConfigError
 
-_TIMEOUT_S = 120.0  # imports torch and Megatron, and starts CUDA
-
 
 def count_gpus(config: RunConfig) -> int:
     """That the run may use here; in a process of its own, which forgets them again.
@@ -23,6 +21,7 @@ def count_gpus(config: RunConfig) -> int:
     """
     if config.run.device == "cpu":
         return 0
+    limit = config.launch.join_timeout_s  # of it, torch and Megatron are imported, and CUDA started
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         path = Path(scratch) / "config.yaml"
         path.write_text(dump_config(config), encoding="utf-8")
@@ -32,13 +31,14 @@ def count_gpus(config: RunConfig) -> int:
                 asked,
                 capture_output=True,
                 encoding="utf-8",
-                timeout=_TIMEOUT_S,
+                timeout=limit,
                 check=False,
                 env=child_environment(os.environ, {}),
             )
         except subprocess.TimeoutExpired:
             raise ConfigError(
-                f"run.device = cuda: asking for the GPUs took longer than {_TIMEOUT_S:g} s; see what nvidia-smi says"
+                f"run.device = cuda: asking for the GPUs took longer than launch.join_timeout_s = {limit:g}: see whether "
+                "nvidia-smi answers; from a slow file system importing torch takes minutes the first time: raise it then"
             ) from None
     if told.returncode:
         reason = (told.stderr.strip().splitlines() or ["unknown"])[-1]

@@ -150,10 +150,10 @@ class Commands:
         return True
 
     def _end(self, process: Process, config: RunConfig) -> None:
-        """Twice, which makes a run end without saving; then by force, which takes all its processes along."""
+        """In two ways, which makes a run end without saving; then by force, which takes all its processes along."""
         deadline = self._clock() + 2 * config.launch.shutdown_grace_s
-        for _ in range(2):
-            process.signal(signal.SIGTERM)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process.signal(number)
             time.sleep(2 * _POLL_S)
         while process.returncode is None and self._clock() < deadline:
             time.sleep(_POLL_S)

@@ -64,6 +64,9 @@ class Fleet:
         """
         return self._look()
 
+    def machine_name(self, node: int) -> str:
+        return self.nodes[node].name if node else node_name()
+
     def start(self, spec: ProcessSpec, log_dir: Path, *, pipe_stdout: bool = False) -> Process:
         """On the machine that `spec` names; `pipe_stdout` only on this one."""
         if spec.node == 0:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_async_rlhf.launch.nodes import node_name
 from megatron_async_rlhf.telemetry.files import PROCESSES
 
 _ASKED_AGAIN_S = 5.0  # looking through all processes takes milliseconds
@@ -31,11 +32,14 @@ class HeldMemory:
 
     def _measured(self) -> int | None:
         try:
-            pids = json.loads(self._path.read_text(encoding="utf-8")).values()
+            pids = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        processes: set[psutil.Process] = set()
-        for pid in pids:
+        machines = pids.get("machines", {})
+        here, processes = node_name(), set[psutil.Process]()
+        for name, pid in pids.items():
+            if machines.get(name) != here:  # where this number is another process, if any
+                continue
             with contextlib.suppress(psutil.Error, TypeError):  # it has ended, or was never started
                 process = psutil.Process(pid)
                 processes |= {process, *process.children(recursive=True)}

@@ -3,8 +3,10 @@
 The same plan is printed by a dry run, and carried out on one machine and on many.
 """
 
+import os
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +14,7 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.environment import PER_PROCESS
+from megatron_async_rlhf.environment import PER_PROCESS, STARTED
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.generator_memory import CacheBudget
 from megatron_async_rlhf.estimate.reward_memory import reward_cache
@@ -27,6 +29,7 @@ from megatron_async_rlhf.serving import reward_model_command
 from megatron_async_rlhf.serving.vllm_command import server_url
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, SERVED_DIR
 
+_NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
 RESUME_FROM, SERVERS_STAYED = "--resume-from", "--servers-stayed"  # a controller's arguments
 
 
@@ -244,13 +247,14 @@ def _resumption(version: int | None) -> list[str]:
 
 
 def _controller(config: RunConfig, run_dir: Path, nodes: Sequence[Node], arguments: list[str], job: str) -> ProcessSpec:
+    started = os.environ.get(STARTED) or f"{time.time():.0f}"  # a job of a cluster may have noted when it began
     command = [sys.executable, "-m", "megatron_async_rlhf.jobs", job, "--run-dir", str(run_dir), *arguments]
     return ProcessSpec(
         name="controller",
         arguments=command,
         # It may need a proxy, for W&B or a judge, but never to reach a machine of the run.
         environment=_environment(
-            config, {"OMP_NUM_THREADS": "1", "no_proxy": ",".join(node.address for node in nodes)}
+            config, {"OMP_NUM_THREADS": "1", "no_proxy": ",".join(node.address for node in nodes), STARTED: started}
         ),
         cores=[],
         end_signal=END_AT_ONCE,
@@ -278,7 +282,7 @@ def _server(
     return ProcessSpec(
         name=name,
         arguments=arguments,
-        environment=_environment(config, environment | _network(node) | {"VLLM_HOST_IP": node.address}),
+        environment=_environment(config, environment | _network(config, node) | {"VLLM_HOST_IP": node.address}),
         # On CPUs workers are bound by vLLM or `WorkerInEngine`, and the front end may run wherever there is room.
         cores=_cores(config, slots, node) if on_gpu else [],
         gpus=[gpu for slot in slots for gpu in slot.devices] if on_gpu else [],
@@ -340,7 +344,7 @@ def _learners(
                     "OMP_NUM_THREADS": str(
                         len(slot.devices) if config.launch.cores == "shared" else config.learner.threads
                     ),
-                    **_network(nodes[slot.node]),
+                    **_network(config, nodes[slot.node]),
                     **in_order,
                 },
             ),
@@ -365,12 +369,16 @@ def _environment(config: RunConfig, own: dict[str, str]) -> dict[str, str]:
     return config.launch.environment | own
 
 
-def _network(node: Node) -> dict[str, str]:
-    """Which interface gloo uses: left to itself it looks up the host name, which on many machines is a loopback one.
+def _network(config: RunConfig, node: Node) -> dict[str, str]:
+    """Which interface gloo uses: left to itself it looks up the host name, which on many machines is a loopback one. NCCL
+    chooses well as a rule; where the configuration names an interface it is told, unless the site or the user has.
 
     Servers and ranks talk to machines of the run alone, so they need no proxy.
     """
-    return {"GLOO_SOCKET_IFNAME": node.interface, "no_proxy": "*"}
+    told = {*os.environ, *config.launch.environment}
+    names_it = config.launch.interface is not None and _NCCL_INTERFACE not in told
+    nccl = {_NCCL_INTERFACE: f"={node.interface}"} if names_it else {}  # `=`: not what begins with it
+    return {"GLOO_SOCKET_IFNAME": node.interface, "no_proxy": "*"} | nccl
 
 
 def _commands_at(learners: Sequence[Slot], nodes: Sequence[Node]) -> str:

@@ -20,6 +20,7 @@ from megatron_async_rlhf.config.yaml_values import parse_value
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.child_command import CONFIG_DIR
 from megatron_async_rlhf.launch.stages import Stage as Submitted
+from megatron_async_rlhf.launch.stages import end_in_time
 from megatron_async_rlhf.suggestions import did_you_mean
 from megatron_async_rlhf.telemetry.files import LOG_DIR
 
@@ -120,20 +121,31 @@ def is_recipe(path: Path) -> bool:
     return path.is_file() and "stages" in read_tree(path)
 
 
-def stages_of(recipe: Recipe) -> list[Submitted]:
-    """The recipe's stages as jobs that depend on each other."""
+def stages_of(recipe: Recipe, seconds: float | None = None) -> list[Submitted]:
+    """The recipe's stages as jobs that depend on each other. What an earlier launch has begun goes on.
+
+    Args:
+        seconds: after which each is killed; those that save checkpoints do so in time.
+    """
     return [
         Submitted(
             name=stage.name,
-            arguments=[stage.command, "/dev/stdin"],
-            config=dump_config(stage.config),
+            arguments=[stage.command, "/dev/stdin", *(["--resume"] if stage.command in RESUMABLE else [])],
+            config=_ending_in_time(stage, seconds),
             nodes=stage.config.launch.nodes,
             gpus_per_node=stage.config.launch.gpus_per_node if stage.config.run.device == "cuda" else None,
-            resumes=stage.command in RESUMABLE,
             result=stage.config.run.path,
         )
         for stage in recipe.stages
     ]
+
+
+def _ending_in_time(stage: Stage, seconds: float | None) -> str:
+    if stage.command not in ("sft", "train"):
+        return dump_config(stage.config)
+    tree = stage.config.model_dump(mode="json")
+    end_in_time(tree, stage.config, seconds)
+    return dump_config(check_tree(tree))
 
 
 def filled(tree: dict[str, Any], directories: dict[str, Path]) -> dict[str, Any]:

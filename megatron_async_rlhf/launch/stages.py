@@ -21,7 +21,7 @@ from megatron_async_rlhf.telemetry.files import EXPORT_DIR
 from megatron_async_rlhf.telemetry.summary import read_summary
 
 STAGES = ("sft", "train", "export")
-_START_S = 60.0  # until a job's command runs and looks at the clock
+_MARGIN_S = 60.0  # beside `launch.interrupt_grace_s`: to end, and for clocks of machines that differ
 
 
 class Stage(Struct, frozen=True, kw_only=True):
@@ -71,8 +71,8 @@ def expand_stages(
     Args:
         names: of `STAGES`, in their order.
         directory: where relative paths begin; it may be on another machine.
-        seconds: after which each stage is killed; train saves a checkpoint and ends in time.
-        resume: an sft that is completed is left out, and train goes on from the last checkpoint in its directory.
+        seconds: after which each stage is killed; sft and train save a checkpoint and end in time.
+        resume: an sft that is completed is left out; sft and train go on from the last checkpoint in their directories.
 
     Raises:
         ConfigError: a line for each problem of the configuration.
@@ -81,13 +81,13 @@ def expand_stages(
     made, stages = base.run.path, []
     train_tree = copy.deepcopy(tree)
     if "sft" in names:
-        sft = _sft(tree, base)
+        sft = _sft(tree, base, resume, seconds)
         made = sft.result
         if not (resume and read_summary(directory / made).get("status") == "completed"):
             stages.append(sft)
         start_from(train_tree, base, made / EXPORT_DIR)
     if "train" in names:
-        _end_in_time(train_tree, base, seconds)
+        end_in_time(train_tree, base, seconds)
         stages.append(_train(train_tree, resume))
         made = stages[-1].result
     if "export" in names:
@@ -97,7 +97,7 @@ def expand_stages(
     return stages
 
 
-def _sft(tree: dict[str, Any], base: RunConfig) -> Stage:
+def _sft(tree: dict[str, Any], base: RunConfig, resume: bool, seconds: float | None) -> Stage:
     if base.sft is None and not base.warm_start.steps:
         raise ConfigError(
             "--stages sft: the configuration has no section sft, and warm_start.steps = 0; set one of them"
@@ -106,9 +106,15 @@ def _sft(tree: dict[str, Any], base: RunConfig) -> Stage:
     directory = base.run.path.with_name(f"{base.run.path.name}-sft")
     set_key(own, "run.name", f"{base.run.name}-sft")
     set_key(own, "run.dir", str(directory))
+    end_in_time(own, base, seconds)
     check_tree(own)
     return Stage(
-        name="sft", arguments=["sft", "/dev/stdin"], config=_written(own), nodes=base.launch.nodes, result=directory
+        name="sft",
+        arguments=["sft", "/dev/stdin", *(["--resume"] if resume else [])],
+        config=_written(own),
+        nodes=base.launch.nodes,
+        resumes=not resume,
+        result=directory,
     )
 
 
@@ -121,10 +127,10 @@ def start_from(tree: dict[str, Any], base: RunConfig, policy: Path) -> None:
     set_key(tree, "warm_start.steps", 0)
 
 
-def _end_in_time(tree: dict[str, Any], base: RunConfig, seconds: float | None) -> None:
+def end_in_time(tree: dict[str, Any], base: RunConfig, seconds: float | None) -> None:
     """What comes at the limit itself leaves a few seconds (KillWait), too few for the checkpoint of a large model."""
     if seconds is not None and base.checkpoint.max_run_seconds is None:
-        margin = base.launch.interrupt_grace_s + _START_S
+        margin = base.launch.interrupt_grace_s + _MARGIN_S
         set_key(tree, "checkpoint.max_run_seconds", max(seconds - margin, seconds / 2))
 
 

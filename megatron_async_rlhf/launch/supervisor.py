@@ -59,6 +59,7 @@ _POLL_S = 0.1
 _SETTLE_S = 1.0
 _EXIT_CODES = {"completed": 0, "failed": 1, "interrupted": 130}
 EXIT_INTERRUPTED = _EXIT_CODES["interrupted"]
+EXIT_MACHINE_LOST = 75  # as sysexits.h has it: it may go better another time, on other machines
 
 
 class Supervisor:
@@ -96,6 +97,7 @@ class Supervisor:
         self._restarts = {spec.name: 0 for spec in plan.servers if spec.restarts}
         self._started: dict[str, float] = {}  # by the monotonic clock, which all processes of a machine share
         self._learner_is_silent = False
+        self._is_machine_lost = False
         self._killed: dict[str, str] = {}  # processes that did nothing, and how that was found
         self._failure: str | None = None  # the controller's own account, if it gave one
         self._explained = False  # it says all there is to know
@@ -103,7 +105,7 @@ class Supervisor:
         self._totals: dict[str, Any] = {}  # its summary, if it could not write that down itself
 
     def run(self) -> int:
-        """Start, watch, end; returns the exit code: 0 completed, 1 failed, 130 interrupted."""
+        """Start, watch, end; returns the exit code: 0 completed, 1 failed, 130 interrupted, 75 failed with a lost machine."""
         previous = handle_interrupts(self._on_interrupt)
         try:
             self._start()
@@ -122,7 +124,7 @@ class Supervisor:
             self._display.note("the same command with --resume goes on from its last checkpoint")
         if status != "completed" and self._plan.on_request:
             self._display.note("the same command with --resume keeps the answers that are there, and goes on")
-        return _EXIT_CODES[status]
+        return EXIT_MACHINE_LOST if self._is_machine_lost else _EXIT_CODES[status]
 
     def _start(self) -> None:
         remove_abandoned()
@@ -155,8 +157,9 @@ class Supervisor:
         pids = {process.name: process.pid for process in self._processes}
         if pids != self._pids:
             self._pids = pids
+            machines = {process.name: self._fleet.machine_name(process.spec.node) for process in self._processes}
             with writing(self._run_dir / PROCESSES):
-                replace_file(self._run_dir / PROCESSES, json.dumps(pids) + "\n")
+                replace_file(self._run_dir / PROCESSES, json.dumps(pids | {"machines": machines}) + "\n")
 
     def _read_events(self, controller: Process) -> None:
         assert isinstance(controller, LocalProcess)  # it is on this machine
@@ -191,6 +194,7 @@ class Supervisor:
                 self._controller.signal(signal.SIGTERM)
                 deadline = time.monotonic() + self._config.launch.interrupt_grace_s
             if lost := self._fleet.lost() or self._taken():
+                self._is_machine_lost = self._fleet.lost() is not None
                 return "failed", lost, []
             if self._controller.returncode == EXIT_INTERRUPTED:  # it was asked to, or knew when to stop
                 return "interrupted", None, []

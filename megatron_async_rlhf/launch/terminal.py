@@ -1,26 +1,35 @@
 """A run outlives the terminal it was started from: signals of one that closes, and output that nobody reads any more."""
 
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TextIO
 
 Handler = Callable[[int, FrameType | None], None]
 
+_ECHO_S = 2.0
+
 
 def handle_interrupts(handler: Handler) -> dict[int, Any]:
     """Have `handler` called at SIGINT, SIGTERM and SIGHUP; returns what was there before.
 
     A terminal that closes sends SIGHUP more than once, by itself and through the shell, and some send it after a SIGTERM:
-    only one that comes first counts. Under `nohup` it stays ignored.
+    only one that comes first counts. Under `nohup` it stays ignored. A scheduler tells every process of a job, and a parent
+    passes on what it is told: of SIGTERMs in quick succession one counts.
     """
     came = False
+    terminated = -math.inf
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal came
+        nonlocal came, terminated
         counts, came = number != signal.SIGHUP or not came, True  # at once: the next one may interrupt this
+        if number == signal.SIGTERM:
+            now = time.monotonic()
+            counts, terminated = now - terminated > _ECHO_S, now
         if counts:
             handler(number, frame)
 

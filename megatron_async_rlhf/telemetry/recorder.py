@@ -25,6 +25,7 @@ from megatron_async_rlhf.telemetry.files import (
     writing,
 )
 from megatron_async_rlhf.telemetry.sinks.opening import open_sinks
+from megatron_async_rlhf.telemetry.sinks.sink import Sink
 from megatron_async_rlhf.telemetry.span_log import SpanLog
 from megatron_async_rlhf.telemetry.summary import UNFINISHED, RunTotals
 from megatron_async_rlhf.telemetry.trace import write_trace
@@ -62,6 +63,7 @@ class Recorder:
             with writing(run_dir / name):
                 self._lines[name] = (run_dir / name).open("a", buffering=1, encoding="utf-8")
         self._sinks = open_sinks(config, run_dir)
+        self._lost_sinks: list[Sink] = []  # they failed, and are told the end alone
         self._spans = SpanLog(run_dir / SPANS)
         self._loop_start: float | None = None
         self.totals = totals or RunTotals.of(config)
@@ -98,16 +100,14 @@ class Recorder:
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": self._clock(), **values}) + "\n")
         self._events.emit("warm_start", step=step, steps=self._config.warm_start.steps, loss=values["loss"])
-        for sink in self._sinks:
-            sink.warm_start(step, values)
+        self._tell_sinks(lambda sink: sink.warm_start(step, values))
 
     def supervised_step(self, step: int, steps: int, values: dict[str, float], sequences: int, spans: Iterable[Span]):
         """One of supervised fine-tuning, on so many sequences: a line of metrics.jsonl, an event, a step of each sink."""
         self._spans.add(spans)
         line = {"step": step, "time": self._clock(), "num_sequences": sequences, **values}
         self._write_line(METRICS, json.dumps(line))
-        for sink in self._sinks:
-            sink.step(step, line)
+        self._tell_sinks(lambda sink: sink.step(step, line))
         self.totals.steps += 1
         self.totals.samples_trained += sequences
         if self._loop_start is not None:
@@ -178,8 +178,7 @@ class Recorder:
             self.totals.wall_s = self._clock() - self._loop_start
         line = {"step": step, "time": self._clock(), "time/elapsed_s": self.totals.wall_s, **values}
         self._write_line(METRICS, json.dumps(line))
-        for sink in self._sinks:
-            sink.step(step, line)
+        self._tell_sinks(lambda sink: sink.step(step, line))
         rate = self.totals.samples_generated / self.totals.wall_s if self.totals.wall_s else 0.0
         self._events.emit(
             "step",
@@ -273,8 +272,20 @@ class Recorder:
         self._spans.add([Span(name=f"evaluate {when}", start=start, end=end, process="evaluation", args=args)])
         self._events.emit("evaluated", when=when, metrics=metrics)
         values = {f"eval/{name}": value for name, value in metrics.items()}
-        for sink in self._sinks:
-            sink.evaluation(version, self.totals.steps, values)
+        self._tell_sinks(lambda sink: sink.evaluation(version, self.totals.steps, values))
+
+    def _tell_sinks(self, tell: Callable[[Sink], None]) -> None:
+        """One that fails is told no more: a run outlives the services that show it, and its own files have everything."""
+        for sink in list(self._sinks):
+            try:
+                tell(sink)
+            except WriteError:  # of the run's own directory
+                raise
+            except Exception as error:
+                self._sinks.remove(sink)
+                self._lost_sinks.append(sink)
+                _log.exception("%s failed", type(sink).__name__)
+                self.note(f"{type(sink).__name__} failed and gets no more steps, which {METRICS} has: {error!r}")
 
     def write_summary(self, status: str, error: str | None) -> None:
         """Replace summary.json."""
@@ -319,7 +330,7 @@ class Recorder:
         if unwritten and status != "failed":
             status, error, explained = "failed", unwritten[0], True
         summary = self.totals.to_summary(status, error)
-        for sink in self._sinks:
+        for sink in [*self._sinks, *self._lost_sinks]:
             try:
                 sink.close(summary, failed=status == "failed")
             except Exception:  # of a service outside the run, which has ended as it has

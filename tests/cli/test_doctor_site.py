@@ -45,8 +45,25 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    found = site.file_locks(tmp_path)
+    found = site.file_locks([tmp_path])
     assert found.state == "missing" and "No locks available" in found.detail and "HF_HOME" in found.remedy
+
+
+def test_locks_are_tried_where_caches_are(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "not/there/yet"))
+    found = next(each for each in site.examine_site(Path.cwd()) if each.what == "file locks")
+    assert found.state == "ok" and str(tmp_path) in found.detail
+
+
+def test_little_memory_to_lock_is_told_where_there_is_infiniband(tmp_path: Path, monkeypatch):
+    assert list(site.locked_memory(tmp_path / "none")) == list(site.locked_memory(tmp_path)) == []
+    (tmp_path / "mlx5_0").mkdir()
+    monkeypatch.setattr(site.resource, "getrlimit", lambda limit: (65536, 65536))
+    (found,) = site.locked_memory(tmp_path)
+    assert found.state == "broken" and "65536 bytes" in found.detail and "LimitMEMLOCK" in found.remedy
+    monkeypatch.setattr(site.resource, "getrlimit", lambda limit: (site.resource.RLIM_INFINITY,) * 2)
+    (found,) = site.locked_memory(tmp_path)
+    assert found.state == "ok"
 
 
 @pytest.mark.parametrize("skew", [-60.0, 60.0])

@@ -286,9 +286,11 @@ exit "${CODE:-3}"
 """,
     "squeue": """
 case $* in
-    *%e*) date +%FT%T ;;
-    *%T*)
+    *EndTime*) date +%FT%T ;;
+    *PreemptTime*) echo "${PREEMPTED:-N/A}" ;;
+    *State*)
         echo >>"$NOTES/signals"
+        if [ -n "$BUSY" ] && [ ! -e "$NOTES/busy" ]; then touch "$NOTES/busy"; exit 1; fi
         if [ -n "$ENDS_MEANWHILE" ]; then
             touch "$NOTES/end"
             while [ -e "/proc/$(cat "$NOTES/pid")/exe" ]; do sleep 0.02; done
@@ -296,8 +298,16 @@ case $* in
         echo RUNNING ;;
 esac
 """,
+    "sleep": """
+exec /bin/sleep 0.02
+""",
     "scontrol": """
-echo "$*" >>"$NOTES/scontrol"
+case $* in
+    "show config") echo "SlurmdTimeout           = 0 sec" ;;
+    *)
+        echo "$*" >>"$NOTES/scontrol"
+        if [ -n "$BUSY" ] && [ ! -e "$NOTES/busier" ]; then touch "$NOTES/busier"; exit 1; fi ;;
+esac
 """,
 }
 
@@ -320,6 +330,7 @@ class Script:
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_JOB_NODELIST": "n[1-2]",
             "ENDS_MEANWHILE": "",
+            "BUSY": "",
         } | environment
         self.process = subprocess.Popen(
             ["bash", f"slurm/{script}.sh", *arguments],
@@ -362,6 +373,46 @@ def test_a_run_that_ends_while_its_job_answers_a_signal_keeps_its_exit_code(tmp_
     script.wait_for("pid")
     script.process.terminate()
     assert script.ended()[0] == 3
+
+
+def made_a_step(directory: Path) -> None:
+    (directory / "run/checkpoints/step_000002").mkdir(parents=True)
+
+
+def test_a_busy_slurm_is_asked_again(tmp_path: Path):
+    script = Script(tmp_path, CODE="130", BUSY="yes")
+    script.wait_for("pid")
+    script.process.terminate()
+    script.wait_for("stops")
+    made_a_step(tmp_path)
+    (script.notes / "end").touch()
+    assert script.ended()[0] == 130
+    assert (script.notes / "signals").read_text() == "\n\n"
+    assert (script.notes / "scontrol").read_text() == "requeue 7\n" * 2
+
+
+@pytest.mark.parametrize(("preempted", "requeues"), [("2026-11-29T12:00:00", True), ("N/A", False)])
+def test_a_run_that_slurm_preempts_with_a_time_of_grace_comes_back(tmp_path: Path, preempted: str, requeues: bool):
+    script = Script(tmp_path, CODE="130", PREEMPTED=preempted)
+    script.wait_for("pid")
+    made_a_step(tmp_path)
+    (script.notes / "end").touch()
+    assert script.ended()[0] == 130
+    assert (script.notes / "scontrol").exists() == requeues
+
+
+@pytest.mark.parametrize(
+    ("restarts", "has_made", "requeues"), [("0", False, True), ("3", True, True), ("3", False, False)]
+)
+def test_a_job_that_lost_a_machine_comes_back(tmp_path: Path, restarts: str, has_made: bool, requeues: bool):
+    script = Script(tmp_path, CODE="75", SLURM_RESTART_COUNT=restarts)
+    script.wait_for("pid")
+    if has_made:
+        made_a_step(tmp_path)
+    (script.notes / "end").touch()
+    code, said = script.ended()
+    assert (code, "a machine was lost" in said) == (75, requeues), said
+    assert (script.notes / "scontrol").exists() == requeues
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from megatron_async_rlhf.config.cluster import SlurmKeys
 from megatron_async_rlhf.config.load import check_tree, read_tree
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.job_script import job_script
+from megatron_async_rlhf.launch.recipe import RESUMABLE, load_recipe, stages_of
 from megatron_async_rlhf.launch.stages import Stage, expand_stages
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +131,7 @@ def test_a_completed_sft_is_not_made_again(tmp_path: Path):
         stages = expand_stages(tree, ["sft", "train"], directory=tmp_path, resume=True)
         assert [stage.name for stage in stages] == names
         assert yaml.safe_load(stages[-1].config)["model"]["hf"] == "a-sft/checkpoints/final"
-        assert stages[-1].arguments[-1] == "--resume"
+        assert all(stage.arguments[-1] == "--resume" for stage in stages)
 
 
 @pytest.mark.parametrize(
@@ -141,14 +142,26 @@ def test_a_time_is_what_slurm_takes_it_for(time: str, seconds: int):
     assert SlurmKeys(time=time).time_s == seconds
 
 
-def test_train_saves_before_its_time_is_over(tmp_path: Path):
+def test_stages_save_before_their_time_is_over(tmp_path: Path):
     tree = read_tree(CONFIG, ["launch.interrupt_grace_s=40"])
     for seconds, expected in ((None, None), (1000, 900), (60, 30)):
-        (train,) = expand_stages(tree, ["train"], directory=tmp_path, seconds=seconds)
-        assert check_tree(yaml.safe_load(train.config)).checkpoint.max_run_seconds == expected
+        for stage in expand_stages(tree, ["sft", "train"], directory=tmp_path, seconds=seconds):
+            assert check_tree(yaml.safe_load(stage.config)).checkpoint.max_run_seconds == expected
+            assert stage.resumes
     tree["checkpoint"] = {"max_run_seconds": 5}
     (train,) = expand_stages(tree, ["train"], directory=tmp_path, seconds=1000)
     assert check_tree(yaml.safe_load(train.config)).checkpoint.max_run_seconds == 5
+
+
+def test_stages_of_a_recipe_end_in_time_and_go_on_with_what_there_is():
+    recipe = load_recipe(ROOT / "examples/mini", ["rlhf.launch.interrupt_grace_s=40"])
+    for seconds, expected in ((None, None), (1000, 900)):
+        stages = {stage.name: stage for stage in stages_of(recipe, seconds)}
+        configs = {name: check_tree(yaml.safe_load(stage.config)) for name, stage in stages.items()}
+        assert configs["rlhf"].checkpoint.max_run_seconds == expected
+        assert (configs["sft"].checkpoint.max_run_seconds is None) == (seconds is None)
+        for name, stage in stages.items():
+            assert (stage.arguments[-1] == "--resume") == (stage.arguments[0] in RESUMABLE), name
 
 
 def test_the_script_hands_on_every_character_and_the_exit_code(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -94,6 +95,31 @@ def test_whom_the_system_does_not_know_gets_a_name_and_a_home(monkeypatch):
     assert (told["USER"], told["HOME"]) == (str(os.getuid()), tempfile.gettempdir())
     told = child_environment({"USER": "me", "HOME": "/home/me"}, {})
     assert (told["USER"], told["HOME"]) == ("me", "/home/me")
+
+
+COPY = """
+import json, os, subprocess, sys
+from megatron_async_rlhf.environment import child_environment
+del sys.path[0]  # as `python -m megatron_async_rlhf` does
+environment = child_environment(os.environ, {})
+where = [sys.executable, "-c", "import megatron_async_rlhf; print(megatron_async_rlhf.__file__)"]
+print(subprocess.run(where, env=environment, capture_output=True, text=True, check=True).stdout)
+"""
+
+
+def test_processes_are_of_the_copy_that_starts_them(tmp_path: Path):
+    """A checkout in which `python -m megatron_async_rlhf` is called, where another copy is installed."""
+    source = Path(environment.__file__).parent
+    copy = tmp_path / "checkout" / source.name
+    copy.mkdir(parents=True)
+    for file in ("__init__.py", "environment.py"):
+        (copy / file).write_bytes((source / file).read_bytes())
+    started = subprocess.run(
+        [sys.executable, "-c", COPY], cwd=copy.parent, env=os.environ | {"PYTHONPATH": str(source.parent)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert started.stdout.strip() == str(copy / "__init__.py")
+    assert child_environment(CLEAN, {}).get("PYTHONPATH") is None
 
 
 def test_few_names_are_said_and_common_ones_are_not():

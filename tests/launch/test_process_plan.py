@@ -1,6 +1,7 @@
 """Where the processes of a run go."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from tiny_reward_model import describe_reward_model
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.config.sections import ModelSection
+from megatron_async_rlhf.environment import STARTED
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.fitting import generator_budget
 from megatron_async_rlhf.generator.vllm import server
@@ -109,6 +111,28 @@ def test_bf16_on_a_cpu_takes_a_vllm_that_can_repack_it(monkeypatch, vllm: str | 
     else:
         assert plan(**keys).generators
     assert on_gpus("nccl", {}, {"dtype": dtype}).generators
+
+
+def test_nccl_takes_the_interface_that_is_named(monkeypatch):
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    sections = sections_on_gpus("nccl", {}, {})
+
+    def told(**launch) -> set[str | None]:
+        made = plan(**sections, launch=launch)
+        return {spec.environment.get("NCCL_SOCKET_IFNAME") for spec in [*made.learners, *made.generators]}
+
+    assert told() == {None}
+    assert told(interface="lo") == {"=lo"}
+    assert told(interface="lo", environment={"NCCL_SOCKET_IFNAME": "ib"}) == {"ib"}
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth")  # which passes as it is
+    assert told(interface="lo") == {None}
+
+
+def test_a_controller_knows_when_its_job_began(monkeypatch):
+    monkeypatch.setenv(STARTED, "12")
+    assert plan().controller.environment[STARTED] == "12"
+    monkeypatch.delenv(STARTED)
+    assert abs(float(plan().controller.environment[STARTED]) - time.time()) < 60
 
 
 def test_on_gpus_vllm_uses_its_first_model_runner():

@@ -1,6 +1,7 @@
 """Sinks beside W&B, each read back with what its own users read it with."""
 
 import ast
+import io
 import os
 import socket
 import struct
@@ -13,10 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from small_config import small_config
 from tensorboardX.proto import event_pb2
 
 from megatron_async_rlhf.config.telemetry import PrometheusKeys, TelemetrySection
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.telemetry import recorder as recording
+from megatron_async_rlhf.telemetry.events import EventStream
+from megatron_async_rlhf.telemetry.files import read_lines
 from megatron_async_rlhf.telemetry.sinks import opening
 from megatron_async_rlhf.telemetry.sinks.opening import check_sinks
 from megatron_async_rlhf.telemetry.sinks.sink import Sink
@@ -132,3 +137,34 @@ def test_a_sink_without_its_package_is_refused_before_the_run_starts(key: str, m
     check_sinks(TelemetrySection())
     with pytest.raises(ConfigError, match=f"telemetry.{key} needs .* -m pip install"):
         check_sinks(TelemetrySection.model_validate({key: key == "tensorboard" or {}}))
+
+
+class Shown:
+    """A sink that hears of steps until its service dies."""
+
+    def __init__(self, steps: int = 1000) -> None:
+        self.steps, self.last, self.closed = list[int](), steps, False
+
+    def step(self, step: int, values: dict) -> None:
+        self.steps.append(step)
+        if step > self.last:
+            raise ConnectionResetError("Connection lost")
+
+    def close(self, summary: dict, *, failed: bool) -> None:
+        self.closed = True
+        assert not failed
+
+
+def test_a_run_outlives_a_service_that_shows_it(tmp_path: Path, monkeypatch):
+    dying, living = Shown(steps=1), Shown()
+    monkeypatch.setattr(recording, "open_sinks", lambda config, run_dir: [dying, living])
+    told = io.StringIO()
+    recorder = recording.Recorder(small_config(tmp_path, 0), tmp_path, EventStream(told))
+    for step in range(1, 5):
+        recorder.step(step, {"reward": 1.0, "staleness/mean": 0.0})
+    assert recorder.close("completed", None)
+    assert (dying.steps, living.steps) == ([1, 2], [1, 2, 3, 4])
+    assert dying.closed and living.closed
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 4
+    (note,) = (line for line in told.getvalue().splitlines() if '"note"' in line)
+    assert "Shown failed and gets no more steps, which metrics.jsonl has" in note and "Connection lost" in note

@@ -83,7 +83,7 @@ def launch(
     title = _checked_title(name or (resolved.run.name if recipe is None else recipe.name))
     warn(config_warnings(resolved))
     slurm = (resolved.launch.slurm or SlurmKeys()) if executor == "slurm" else None
-    parts = _left(recipe) if recipe else _parts(tree, stages or "train", slurm, resume, export_to)
+    parts = _left(recipe, slurm) if recipe else _parts(tree, stages or "train", slurm, resume, export_to)
     _find_nemo_run(slurm)
     if slurm is None:
         raise typer.Exit(_run_here(title, parts, python, dry_run))
@@ -99,9 +99,10 @@ def _resolved(tree: dict[str, Any], slurm_keys: dict[str, Any], nodes: int | Non
     return check_tree(tree)
 
 
-def _left(recipe: Recipe) -> list[Stage]:
+def _left(recipe: Recipe, slurm: SlurmKeys | None) -> list[Stage]:
     """The stages that are not completed."""
-    return [part for part in stages_of(recipe) if read_summary(part.result).get("status") != "completed"]
+    parts = stages_of(recipe, None if slurm is None else slurm.time_s)
+    return [part for part in parts if read_summary(part.result).get("status") != "completed"]
 
 
 def _parts(

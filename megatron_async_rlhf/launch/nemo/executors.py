@@ -5,6 +5,14 @@ from pathlib import Path
 import nemo_run as run
 
 from megatron_async_rlhf.config.cluster import SlurmKeys
+from megatron_async_rlhf.environment import STARTED
+
+_SETUP = (
+    "unset SLURM_UNBUFFEREDIO",  # of NeMo-Run: srun would give the command a terminal for its output
+    # Of a job that this one was submitted from: srun refuses them beside what this one asks for.
+    '[ -z "$SLURM_MEM_PER_NODE" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU',
+    f"export {STARTED}=$(date +%s)",  # what comes before the run, as the import of an image, is of its time limit too
+)
 
 
 def local_executor() -> run.LocalExecutor:
@@ -40,7 +48,7 @@ def slurm_executor(
         packager=run.Packager(),
         poll_estimated_start_time=False,
         job_name_prefix=f"{title}.",
-        setup_lines="unset SLURM_UNBUFFEREDIO",  # of NeMo-Run: srun would give the command a terminal for its output
+        setup_lines="\n".join(_SETUP),
     )
 
 
