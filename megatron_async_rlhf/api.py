@@ -125,6 +125,8 @@ class _Told(Display):
 
     def show(self, event: Metrics, now: float | None = None) -> None:
         super().show(event, now)
+        if event["event"] == "phase":  # the controller may have been started again, and the file have become shorter
+            self._read = 0
         if self._on_step is not None and event["event"] == _STEP:
             self._on_step(self._metrics_of(event[_STEP]))
 

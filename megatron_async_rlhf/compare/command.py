@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.options import SetOption
 
 
@@ -59,7 +60,13 @@ def compare(
         runs, directory = completed_runs(plan), plan.directory
         if code and not runs:
             raise typer.Exit(code)
-    comparison = compare_runs(runs)
+    try:
+        comparison = compare_runs(runs)
+    except ConfigError as error:
+        if not code:
+            raise
+        console.print(f"nothing to compare yet: {error}", markup=False)  # a run failed, or was interrupted
+        raise typer.Exit(code) from None
     paths = write_comparison(comparison, out or directory)
     show(console, comparison)
     console.print(f"wrote {', '.join(str(path) for path in paths)}", markup=False)

@@ -19,7 +19,7 @@ def verdict_of(comparison: Comparison) -> str:
     sentences = [_ANSWERS[comparison.pays] + "."]
     for name, against in comparison.against.items():
         sentences.append(_outcome(name, against))
-        sentences.append(_reason(comparison.schedules["async"], comparison.schedules[name]))
+        sentences.append(_reason(name, comparison.schedules["async"], comparison.schedules[name]))
     if any(against.pays is None for against in comparison.against.values()):
         sentences.append("More seeds would narrow the intervals.")
     return " ".join(sentences)
@@ -45,16 +45,20 @@ def _quality(against: Against) -> str:
     return f"; held-out reward is {words} ({reward.mean:+.3f}, {reward.low:+.3f} to {reward.high:+.3f})"
 
 
-def _reason(ours: ScheduleFigures, theirs: ScheduleFigures) -> str:
+def _reason(name: str, ours: ScheduleFigures, theirs: ScheduleFigures) -> str:
     """Where the time of a step goes, and what could be gained at most."""
     step, generate, train = theirs.step_seconds.mean, theirs.generate_seconds.mean, theirs.train_seconds.mean
     longer, longer_name = max((generate, "generation"), (train, "training"))
     shorter, shorter_name = min((generate, "generation"), (train, "training"))
     sides = {"generation": ours.generate_seconds.mean, "training": ours.train_seconds.mean}
     alone = sides[longer_name] / longer if longer else 1.0
+    gain = (
+        f"hiding {shorter_name} behind {longer_name} could make it {(longer + shorter) / longer:.2f} times as fast."
+        if name == "same_split"
+        else "each of them has all devices, so that overlap gains what one alone cannot use of them."
+    )
     text = (
-        f"A synchronous step takes {step:.3g} s, generation {generate:.3g} s of it and training {train:.3g} s: hiding "
-        f"{shorter_name} behind {longer_name} could make it {(longer + shorter) / longer:.2f} times as fast."
+        f"A synchronous step takes {step:.3g} s, generation {generate:.3g} s of it and training {train:.3g} s: {gain}"
     )
     slower = max(sides, key=lambda side: sides[side])
     text += (

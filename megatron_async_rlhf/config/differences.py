@@ -22,7 +22,9 @@ def _chosen(prefix: str, section: BaseModel) -> list[tuple[str, Any]]:
     for name, field in type(section).model_fields.items():
         value, key = getattr(section, name), f"{prefix}{name}"
         if isinstance(value, BaseModel):
-            found += _chosen(f"{key}.", value)
+            within = _chosen(f"{key}.", value)
+            is_there = not field.is_required() and _default_of(field) is None  # which alone makes a difference
+            found += within or ([(key, dumped[name])] if is_there else [])
         elif isinstance(value, list) and value and all(isinstance(entry, BaseModel) for entry in value):
             for place, entry in enumerate(value):
                 found += _chosen(f"{key}.{place}.", entry)

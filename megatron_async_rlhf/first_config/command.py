@@ -8,6 +8,7 @@ import typer
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.telemetry.files import writing
 
 _HEADER = """\
 # Asynchronous RL of {model} on {data}. All keys: docs/configuration.md
@@ -79,11 +80,13 @@ def init(
     if count:
         why |= _planned(checked, tree)
     header = _HEADER.format(model=model, data=data, file=config)
-    config.write_text(f"{header}\n{commented(tree, why)}", encoding="utf-8")
+    with writing(config):
+        config.write_text(f"{header}\n{commented(tree, why)}", encoding="utf-8")
     typer.echo(f"wrote {config}")
     if choices.writes_reward:
-        given = "".join(f", {name}" for name in task.others if name.isidentifier())
-        own.write_text(_REWARD.format(config=config, parameters=given), encoding="utf-8")
+        given = "".join(f", {name}" for name in task.others)
+        with writing(own):
+            own.write_text(_REWARD.format(config=config, parameters=given), encoding="utf-8")
         typer.echo(f"wrote {own}: the reward, an example; put your own in its place")
     typer.echo(f"next: async-rlhf train {config} --dry-run")
 

@@ -1,5 +1,6 @@
 """What a model and its data show of themselves, which a first configuration is made from."""
 
+import keyword
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -67,17 +68,24 @@ def read_task(config: RunConfig) -> Task:
         raise DataError(f"{table.source}: {first or 'has no records; give a source with at least one'}")
     solutions = [example.solution for example in examples if example.solution]
     claimed = {*columns.prompt.names, columns.solution}
-    names = dict.fromkeys(name for record in records if isinstance(record, Mapping) for name in record)
+    rows = [record for record in records if isinstance(record, Mapping)]
+    names = [name for name in rows[0] if all(name in row for row in rows)]  # what some lack no reward can count on
     return Task(
         architecture=architecture,
         prompts=sorted(len(tokenizer.render_prompt(example.messages)) for example in examples),
         solutions=sorted(len(tokenizer.encode(solution)) + 1 for solution in solutions),  # and its end
         said=columns.said(config.data),
-        others=[name for name in names if name not in claimed],
+        others=[name for name in names if name not in claimed and _can_be_given(name)],
         answers=_answers(solutions),
         bad=len(records) - len(examples),
         looked_at=len(records),
     )
+
+
+def _can_be_given(column: str) -> bool:
+    """Whether a reward function can have a parameter of that name, beside those that it has in any case."""
+    is_taken = column in ("prompt", "completions", "solution") or keyword.iskeyword(column)
+    return column.isidentifier() and not is_taken
 
 
 def _examples(records: list[Any], make: Any) -> tuple[list[Example], RecordError | None]:

@@ -61,9 +61,16 @@ def owner_path(config: RunConfig) -> Path:
     In it where nothing can be written beside it: then it is there already, and cannot be renamed.
     """
     run_dir = config.run.path.resolve()
-    name = f".{run_dir.name}.owner"
+    beside, within = owner_places(run_dir)
     is_closed = run_dir.parent.exists() and not os.access(run_dir.parent, os.W_OK)
-    return run_dir / name if is_closed else run_dir.with_name(name)
+    return within if is_closed else beside
+
+
+def owner_places(run_dir: Path) -> tuple[Path, Path]:
+    """Where the file may be, for who may not write where the run's user may: beside the directory, or in it."""
+    run_dir = run_dir.resolve()
+    name = f".{run_dir.name}.owner"
+    return run_dir.with_name(name), run_dir / name
 
 
 @contextlib.contextmanager

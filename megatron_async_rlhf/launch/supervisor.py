@@ -119,8 +119,7 @@ class Supervisor:
         self._drain_events()
         self._write_last_summary(status, error, tail)
         self._display.finished(status, error, tail, self._run_dir)
-        saved = status == "failed" and RunCheckpoints(self._run_dir).versions()
-        if saved or (status == "interrupted" and self._plan.generators):
+        if status != "completed" and RunCheckpoints(self._run_dir).versions():
             self._display.note("the same command with --resume goes on from its last checkpoint")
         if status != "completed" and self._plan.on_request:
             self._display.note("the same command with --resume keeps the answers that are there, and goes on")

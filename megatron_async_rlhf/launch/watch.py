@@ -1,18 +1,18 @@
 """`async-rlhf watch`: the live view of a run, from another terminal, or from another machine that sees its directory."""
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any
 
 import typer
 
-from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.held_memory import HeldMemory
-from megatron_async_rlhf.launch.owner import owner_path
+from megatron_async_rlhf.launch.owner import owner_places
 from megatron_async_rlhf.telemetry.files import EVENTS, check_is_run
 from megatron_async_rlhf.telemetry.summary import is_unfinished, read_summary
 
@@ -29,14 +29,13 @@ def watch(
     """
     check_is_run(run)
     path = run / EVENTS
-    config = load_config(run)
     if not path.is_file():
         raise ConfigError(f"{path}: is not there; the run has not begun, or was written by a version without it")
     closed: dict[str, Any] = {}
     display = None
     try:
         with path.open(encoding="utf-8") as file:
-            for event in _followed(file, Heartbeat(owner_path(config))):
+            for event in _followed(file, Heartbeat(owner_places(run))):
                 happened = time.monotonic() - max(0.0, time.time() - event["time"])
                 display = display or Display(memory=HeldMemory(run), began=happened)
                 display.show(event, happened)
@@ -46,33 +45,43 @@ def watch(
         display = display or Display()
         display.finished("goes on", None, [], run)
         return
-    status, error = (closed["status"], closed["error"]) if closed else _how_it_ended(run)
+    status, error = _how_it_ended(run, closed)
     display.finished(status, error, [], run)
 
 
-def _how_it_ended(run: Path) -> tuple[str, str | None]:
+def _how_it_ended(run: Path, closed: dict[str, Any]) -> tuple[str, str | None]:
+    """By the last word of who supervised it, who knows more than the controller that `closed`."""
     summary = read_summary(run)
-    if not summary or is_unfinished(summary):
-        return (
-            "interrupted",
-            "the run has ended without saying how: it was killed; --resume goes on from its last checkpoint",
-        )
-    return summary["status"], summary["error"]
+    if summary and not is_unfinished(summary):
+        return summary["status"], summary["error"]
+    if closed:
+        return closed["status"], closed["error"]
+    return (
+        "interrupted",
+        "the run has ended without saying how: it was killed; --resume goes on from its last checkpoint",
+    )
 
 
 class Heartbeat:
     """Whether a run goes on: who supervises it touches a file every second, and removes it in the end."""
 
-    def __init__(self, owner: Path) -> None:
-        self._owner = owner
+    def __init__(self, places: Sequence[Path]) -> None:
+        """
+        Args:
+            places: where that file may be.
+        """
+        self._places = places
         self._touched: float | None = None
         self._seen = time.monotonic()
 
     def __call__(self) -> bool:
-        try:
-            touched = self._owner.stat().st_mtime
-        except OSError:
+        times = []
+        for place in self._places:
+            with contextlib.suppress(OSError):
+                times.append(place.stat().st_mtime)
+        if not times:
             return False
+        touched = max(times)
         if touched != self._touched:
             self._touched, self._seen = touched, time.monotonic()
         return time.monotonic() - self._seen < _SILENT_S

@@ -49,13 +49,19 @@ def _outcome(run: ReportedRun) -> Iterator[Advice]:
     if is_unfinished(run.summary):
         yield Advice(
             "The run goes on, or it was killed; this is what there was when the page was made.",
-            f"Of a killed one, async-rlhf train {run.directory} --resume goes on from the last checkpoint.",
+            f"If it was killed: {_going_on(run)}.",
         )
     elif status in ("failed", "interrupted"):
-        yield Advice(
-            f"The run is {status}: {error}.",
-            f"async-rlhf train {run.directory} --resume goes on from its last checkpoint, once the cause is gone.",
-        )
+        how, when = (f": {error}", ", once the cause is gone") if error else ("", "")
+        yield Advice(f"The run is {status}{how}.", f"{_going_on(run).capitalize()}{when}.")
+
+
+def _going_on(run: ReportedRun) -> str:
+    algorithm = run.summary.get("algorithm")
+    if algorithm == "reward_model":
+        return "the training of a reward model begins anew, with the same command"
+    command = "sft" if algorithm == "sft" else "train"
+    return f"with --resume, async-rlhf {command} {run.directory} goes on from its last checkpoint"
 
 
 def _proof(run: ReportedRun) -> Iterator[Advice]:
@@ -76,7 +82,7 @@ def _proof(run: ReportedRun) -> Iterator[Advice]:
     if run.summary.get("rewards_failed"):
         yield Advice(
             f"The reward failed on {run.summary['rewards_failed']:,} completions, which earned 0.",
-            "The first failure is a note in logs/controller.log; reward.on_error: fail would end the run there.",
+            "The first failure is a note in logs/controller.log; `on_error: fail` of the reward would end the run there.",
         )
 
 
@@ -85,12 +91,18 @@ def _balance(run: ReportedRun) -> Iterator[Advice]:
     if idle is None:
         return
     generators, learner = idle
+    both = f"Generators wait {generators:.0%} of the time and the learner {learner:.0%}"
     if run.config.schedule.staleness_bound == 0:
-        if min(generators, learner) > _IDLE:
-            yield Advice(
-                f"Generators wait {generators:.0%} of the time and the learner {learner:.0%}: each waits for the other.",
-                "schedule.mode: async lets them work at the same time.",
-            )
+        takes_turns = run.config.launch.cores == "shared" or run.config.weights.transport == "ipc"
+        if min(generators, learner) > _IDLE and not takes_turns:
+            is_async = run.config.schedule.mode == "async"
+            change = "schedule.max_staleness: 1" if is_async else "schedule.mode: async"
+            yield Advice(f"{both}: each waits for the other.", f"{change} lets them work at the same time.")
+    elif min(generators, learner) > _IDLE:
+        yield Advice(
+            f"{both}: neither is the slower side.",
+            "A larger schedule.max_staleness evens out steps that differ; a slow reward or judge holds both up.",
+        )
     elif generators > _IDLE:
         yield Advice(
             f"Generators wait {generators:.0%} of the time for the learner.",

@@ -64,6 +64,8 @@ def _steps(run: ReportedRun) -> str:
 
 def _held_out(run: ReportedRun) -> str:
     points = run.held_out.get("reward", [])
+    if len(points) == 1:
+        return f"{points[0][1]:.3g} at step {points[0][0]}"
     return " → ".join(f"{value:.3g}" for _, value in (points[0], points[-1])) if points else ""
 
 

@@ -59,7 +59,9 @@ def read_reported(directory: Path, name: str) -> ReportedRun:
     lines = read_steps(directory / METRICS)
     summary = read_summary(directory)
     if not lines:
-        how = f"the run is {summary['status']}: {summary['error']}" if summary else "no summary says how the run went"
+        how = "no summary says how the run went"
+        if summary:
+            how = ": ".join(filter(None, (f"the run is {summary['status']}", summary["error"])))
         raise ConfigError(f"{directory}: has no steps to report; {how} (logs/ in it may say more)")
     timeline = read_timeline(directory, summary.get("wall_seconds", 0.0))
     samples, notes = read_samples(directory)
@@ -89,7 +91,11 @@ def _rounded(value: float | None) -> float | None:
 def _held_out(summary: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     steps = {"before": 0, "after": summary.get("steps", 0)}
     found: dict[str, list[tuple[int, float]]] = {}
-    for when, metrics in summary.get("eval", {}).items():
+    evaluations = summary.get("eval", {})
+    known = [metrics for when, metrics in evaluations.items() if when != "after"]
+    for when, metrics in evaluations.items():
+        if when == "after" and summary.get("algorithm") == "sft" and metrics in known:
+            continue  # of an earlier step, whose policy is the one that was exported
         step = steps[when] if when in steps else int(when.removeprefix("step "))
         for metric, value in metrics.items():
             found.setdefault(metric, []).append((step, value))

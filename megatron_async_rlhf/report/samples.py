@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_async_rlhf.telemetry.files import EVALUATIONS, SAMPLES, read_lines
+from megatron_async_rlhf.telemetry.files import EVALUATIONS, SAMPLES, read_lines, read_steps
 
 _CHARACTERS = 4_000_000  # of prompts and completions, of a run's training, and as many of its evaluations
 
@@ -26,7 +26,7 @@ def read_samples(run_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
             "finished": line.get("finished"),
             "scores": line.get("scores"),
         }
-        for line in read_lines(run_dir / SAMPLES)
+        for line in read_steps(run_dir / SAMPLES)
     ]
     held_out = [
         {

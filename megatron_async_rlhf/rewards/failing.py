@@ -12,18 +12,19 @@ _log = logging.getLogger(__name__)
 OnError = Literal["fail", "zero"]
 
 
-def scores_after(failure: str, count: int, on_error: OnError, *, way_out: str) -> list[Score]:
+def scores_after(failure: str, count: int, on_error: OnError, key: str, *, way_out: str) -> list[Score]:
     """0 for each of `count` completions, which counts as failed.
 
     Args:
         failure: names the reward, what it did and the prompt.
+        key: of the reward in the configuration.
         way_out: what can be done, besides letting them earn 0.
 
     Raises:
         RewardError: failures are to end the run.
     """
     if on_error == "fail":
-        raise RewardError(f"{failure}. {way_out}, or set reward.on_error = zero") from None
+        raise RewardError(f"{failure}. {way_out}, or set {key}.on_error = zero") from None
     return [failed_score(failure)] * count
 
 

@@ -24,10 +24,10 @@ class FunctionReward:
     their names, and `reward.kwargs`, each only if it has a parameter for it. The workers start with the first prompt.
     """
 
-    def __init__(self, section: FunctionRewardSection) -> None:
-        self._section = section
+    def __init__(self, section: FunctionRewardSection, key: str = "reward") -> None:
+        self._section, self._key = section, key
         self._name = f"reward function {section.function}"
-        self._workers = Workers(section.workers, TimeLimit("reward.timeout_s", section.timeout_s))
+        self._workers = Workers(section.workers, TimeLimit(f"{key}.timeout_s", section.timeout_s))
 
     def check(self, prompt: Prompt) -> None:
         """Every prompt will do: only the function knows what it needs."""
@@ -45,7 +45,7 @@ class FunctionReward:
             scores = await self._call(given)
         except RewardError as error:
             failure = f"{self._name} {error}; the prompt is {prompt.name}"
-            return scores_after(failure, len(completions), on_error, way_out="Correct the function")
+            return scores_after(failure, len(completions), on_error, self._key, way_out="Correct the function")
         return plain_scores(scores, on_error)
 
     def sources(self) -> list[Path]:

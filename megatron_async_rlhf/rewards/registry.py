@@ -30,7 +30,8 @@ from megatron_async_rlhf.rewards.weighted_sum import Part, WeightedSum
 
 def make_reward(entries: Sequence[RewardEntry], run_dir: Path = Path(".")) -> Reward:
     """The reward that these entries describe together. In `run_dir` it may keep what it has found out."""
-    rewards = [_make(entry, run_dir) for entry in entries]
+    keys = ["reward"] if len(entries) == 1 else [f"reward.{place}" for place in range(len(entries))]
+    rewards = [_make(entry, key, run_dir) for entry, key in zip(entries, keys, strict=True)]
     if len(rewards) == 1 and entries[0].weight == 1:
         return rewards[0]
     return WeightedSum(
@@ -41,22 +42,22 @@ def make_reward(entries: Sequence[RewardEntry], run_dir: Path = Path(".")) -> Re
     )
 
 
-def _make(entry: RewardEntry, run_dir: Path) -> Reward:
+def _make(entry: RewardEntry, key: str, run_dir: Path) -> Reward:
     match entry:
         case BuiltinRewardSection():
             return BuiltinReward()
         case Gsm8kRewardSection():
             return Gsm8kReward(entry.format_reward)
         case FunctionRewardSection():
-            return FunctionReward(entry)
+            return FunctionReward(entry, key)
         case RewardModelSection():
             return ModelReward(entry)
         case LengthRewardSection():
             return LengthReward(entry)
         case JudgeRewardSection():
-            return JudgeReward(entry, run_dir)
+            return JudgeReward(entry, run_dir, key)
         case IfevalRewardSection() | MathRewardSection():
-            return WorkerVerifier(entry, verification_of(entry))
+            return WorkerVerifier(entry, verification_of(entry), key)
         case unknown:
             assert_never(unknown)
 

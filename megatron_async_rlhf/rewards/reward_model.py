@@ -103,7 +103,7 @@ class ModelReward:
             sequences = await asyncio.to_thread(self._sequences, prompt, texts)
             raw = await self._scores([ids for ids in sequences if on_error == "fail" or self._fits(ids)])
         except (RewardError, GeneratorError, DataError) as error:
-            return scores_after(failure(error), len(completions), on_error, way_out=_WAY_OUT)
+            return scores_after(failure(error), len(completions), on_error, self._key, way_out=_WAY_OUT)
         scores = iter(plain_scores([score - self.center for score in raw], on_error))
         return [next(scores) if self._fits(ids) else failed_score(failure(self._too_long(ids))) for ids in sequences]
 

@@ -42,9 +42,9 @@ class Verification(Protocol):
 class WorkerVerifier:
     """Scores each completion by itself, by what a verification in a worker says of it."""
 
-    def __init__(self, section: VerifierKeys, verification: Verification) -> None:
-        self._section, self._verification = section, verification
-        self._workers = Workers(section.workers, TimeLimit("reward.timeout_s", section.timeout_s))
+    def __init__(self, section: VerifierKeys, verification: Verification, key: str = "reward") -> None:
+        self._section, self._verification, self._key = section, verification, key
+        self._workers = Workers(section.workers, TimeLimit(f"{key}.timeout_s", section.timeout_s))
 
     def check(self, prompt: Prompt) -> None:
         """Raises DataError if it has no solution and needs one. `check_prompts` does the rest, with the libraries loaded."""
@@ -71,7 +71,7 @@ class WorkerVerifier:
         except RewardError as error:
             failure = f"reward {self._section.title} {error}; the prompt is {prompt.name}, the completion {_cut(completion.text)}"
             if not may_fail:
-                raise RewardError(f"{failure}. Set reward.on_error = zero to go on without it") from None
+                raise RewardError(f"{failure}. Set {self._key}.on_error = zero to go on without it") from None
             return failed_score(failure, self._section.metrics)
         reward, metrics = answer
         return Score(reward=reward, metrics=metrics | ({"reward_failed": 0.0} if may_fail else {}))

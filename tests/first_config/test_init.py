@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import load_config, read_tree
 from megatron_async_rlhf.data.tokenizer import make_byte_tokenizer
+from megatron_async_rlhf.errors import WriteError
 
 QUESTIONS = [f"What is {n} plus {n}?" for n in range(40)]
 SHAPE = {
@@ -73,6 +74,28 @@ def test_without_one_a_function_is_written_that_gets_all_columns():
     exec(Path("reward.py").read_text(), scope)
     better, worse = scope["score"]("?", ["Yes.", "Yes" * 100], topic="sums", difficulty=1)
     assert better > worse
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+
+
+def test_columns_that_no_function_can_take_are_left_out():
+    """Data like No Robots has the prompt twice; names may be Python's own words; some records lack a column."""
+    records = [{"messages": CHAT, "prompt": q, "class": "a", "a b": 1, "topic": "t"} for q in QUESTIONS]
+    records[3]["rare"] = "r"
+    config = written(records)
+    assert config.data.reference_fields == ["topic"]
+    scope: dict = {}
+    exec(Path("reward.py").read_text(), scope)
+    assert len(scope["score"]("?", ["Yes."], topic="t")) == 1
+
+
+def test_a_file_that_cannot_be_written_is_one_line():
+    make_model()
+    make_data(SOLVED["gsm8k"])
+    command = ["init", "nowhere/run.yaml", "--model", "base", "--data", "data.jsonl", "--gpus", "0"]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, WriteError) and "nowhere/run.yaml cannot be written" in str(result.exception)
 
 
 def test_a_function_of_ones_own_is_given_the_columns_it_asks_for():

@@ -1,6 +1,7 @@
 """`async-rlhf watch` on the files of runs that go on, have ended, or were killed."""
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import dump_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
-from megatron_async_rlhf.launch.owner import owning
+from megatron_async_rlhf.launch.owner import owner_places, owning
+from megatron_async_rlhf.launch.watch import Heartbeat
 from megatron_async_rlhf.telemetry.events import EventLog
 
 STEP = {"event": "step", "steps": 3, "reward": 0.5, "loss": 0.7, "kl": None, "staleness": 1.0, "samples_per_s": 9.0}
@@ -104,3 +106,28 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path):
         watch(run)
     with pytest.raises(ConfigError, match="is no run's directory: it has no config.yaml"):
         watch(tmp_path)
+
+
+def test_the_supervisors_account_comes_before_the_controllers(run: Path):
+    write(run, {"event": "phase", "name": "start"}, {"event": "closed", "status": "failed", "error": "another process"})
+    (run / "summary.json").write_text(json.dumps({"status": "failed", "error": "generator.0 was killed by SIGKILL"}))
+    assert "error: generator.0 was killed by SIGKILL" in watched(run)
+
+
+@pytest.mark.parametrize("may_write", [True, False])
+def test_a_run_is_found_from_another_directory_by_whoever_may_read_it(tmp_path: Path, monkeypatch, may_write: bool):
+    """Its configuration has a relative directory, or none."""
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig.model_validate({"model": {"hf": "some/model"}, "run": {"name": "x"}})
+    run = tmp_path / "runs/x"
+    (run / "logs").mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_config(config))
+    write(run, {"event": "phase", "name": "start"}, STEP | {"step": 1})
+    with owning(config):
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        monkeypatch.chdir(elsewhere)
+        if not may_write:
+            monkeypatch.setattr(os, "access", lambda *arguments: False)
+        assert Heartbeat(owner_places(run))()
+    assert not Heartbeat(owner_places(run))()

@@ -134,6 +134,8 @@ def test_samples_that_are_too_many_are_thinned_the_same_prompts_everywhere(tmp_p
         ({"generate_share": 0.4, "train_share": 0.95}, "Generators wait 60% of the time for the learner", "async-rlhf plan"),
         ({"generate_share": 0.5, "train_share": 0.5, "schedule": {"mode": "sync"}}, "each waits for the other", "schedule.mode: async"),
         ({"generate_share": 0.7, "train_share": 0.9}, "stand still for weights 30% of the time", "schedule.prompts_per_step"),
+        ({"generate_share": 0.5, "train_share": 0.5}, "neither is the slower side", "schedule.max_staleness"),
+        ({"generate_share": 0.5, "train_share": 0.5, "schedule": {"max_staleness": 0}}, "each waits for the other", "schedule.max_staleness: 1"),
         ({"finished": 0.5}, "50% of completions are cut off at 12 tokens", "generator.max_new_tokens"),
         ({"status": "failed"}, "The run is failed: learner.0: was killed by SIGKILL", "--resume"),
         ({"closed": False}, "The run goes on, or it was killed", "--resume"),
@@ -149,6 +151,48 @@ def test_a_run_without_faults_gets_no_advice(tmp_path: Path):
     assert advice_on(read_reported(run, "run")) == []
 
 
+def test_sides_that_take_turns_are_to_wait(tmp_path: Path):
+    keys = {"schedule": {"mode": "sync"}, "launch": {"cores": "shared"}}
+    run = leave_reported_run(tmp_path / "run", steps=10, generate_share=0.5, train_share=0.5, **keys)
+    assert advice_on(read_reported(run, "run")) == []
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "do"),
+    [("online_dpo", "async-rlhf train"), ("sft", "async-rlhf sft"), ("reward_model", "begins anew, with the same command")],
+)  # fmt: skip
+def test_what_was_interrupted_goes_on_with_its_own_command(tmp_path: Path, algorithm: str, do: str):
+    directory = leave_reported_run(tmp_path / "run", steps=10)
+    summary = json.loads((directory / "summary.json").read_text())
+    summary |= {"status": "interrupted", "error": None, "algorithm": algorithm}
+    (directory / "summary.json").write_text(json.dumps(summary))
+    first = advice_on(read_reported(directory, "run"))[0]
+    assert first.what == "The run is interrupted." and do in first.do
+    assert ("--resume" in first.do) == (algorithm != "reward_model")
+
+
+def test_what_is_exported_of_an_earlier_step_is_no_point_at_the_last(tmp_path: Path):
+    directory = leave_reported_run(tmp_path / "run", steps=10)
+    summary = json.loads((directory / "summary.json").read_text())
+    best = {"loss": 1.0}
+    summary |= {
+        "algorithm": "sft",
+        "eval": {"before": {"loss": 3.0}, "step 5": best, "step 10": {"loss": 2.0}, "after": best},
+    }
+    (directory / "summary.json").write_text(json.dumps(summary))
+    assert read_reported(directory, "run").held_out["loss"] == [(0, 3.0), (5, 1.0), (10, 2.0)]
+
+
+def test_samples_of_the_first_version_are_of_the_steps_that_curves_have(tmp_path: Path):
+    directory = leave_reported_run(tmp_path / "run", steps=3)
+    lines = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+    (directory / "samples.jsonl").write_text(
+        "".join(json.dumps(line | {"step": line["step"] - 1}) + "\n" for line in lines)
+    )
+    whole, _ = read_samples(directory)
+    assert [entry["when"] for entry in whole if entry["source"] == "training"] == ["step 1", "step 2", "step 3"]
+
+
 def test_only_what_is_no_default_is_a_difference(tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text(
@@ -161,6 +205,17 @@ def test_only_what_is_no_default_is_a_difference(tmp_path: Path):
         "algorithm.kl.coefficient": 0.5, "data.train": "x.jsonl", "reward.0.type": "length", "reward.0.name": "short",
         "reward.0.weight": 2, "reward.0.per_token": 0.5,
     }  # fmt: skip
+
+
+def test_a_section_that_is_there_with_its_defaults_is_a_difference(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "{model: {hf: m}, run: {device: cuda}, learner: {precision: bf16, fp8: {}}, weights: {transport: nccl}}"
+    )
+    found = differences(load_config(path))
+    assert found["learner.fp8"] == {"recipe": "tensorwise", "bf16_layers": 0}
+    path.write_text("{model: {hf: m}, learner: {}}")
+    assert set(differences(load_config(path))) == {"model.hf"}
 
 
 def test_the_quickstart_differs_in_what_its_file_says():

@@ -17,13 +17,15 @@ from megatron_async_rlhf.types import Completion, Prompt
 class JudgeReward:
     """In [0, 1]: where the rating is in its range, or the share of comparisons won, an undecided one being half a win."""
 
-    def __init__(self, section: JudgeRewardSection, directory: Path) -> None:
+    def __init__(self, section: JudgeRewardSection, directory: Path, key: str = "reward") -> None:
         """
         Args:
-            directory: of the run, for the cache.
+            directory: of the run, for answers and what was spent.
+            key: of the section in the configuration.
         """
         self._section = section
-        self._judge = Judge(section, cache=directory / "judge.sqlite", key="reward")
+        number = key.removeprefix("reward")  # of one judge among several rewards, which has a budget of its own
+        self._judge = Judge(section, cache=directory / f"judge{number}.sqlite", key=key)
 
     def check(self, prompt: Prompt) -> None:
         if self._section.reads_solution:

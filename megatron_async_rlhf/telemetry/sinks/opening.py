@@ -38,7 +38,7 @@ def open_sinks(config: RunConfig, run_dir: Path) -> list[Sink]:
     if telemetry.tensorboard:
         from megatron_async_rlhf.telemetry.sinks.tensorboard import TensorBoardSink
 
-        sinks.append(TensorBoardSink(run_dir))
+        sinks.append(TensorBoardSink(run_dir, warm_start=config.warm_start.steps))
     if telemetry.trackio is not None:
         from megatron_async_rlhf.telemetry.sinks.trackio import TrackioSink
 
