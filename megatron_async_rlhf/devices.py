@@ -12,14 +12,18 @@ class Device:
         flops: per second, by precision: matrix products in bf16 and FP8, float32 without tensor cores. What a device
             has no instructions for is not there.
         bandwidth: of its memory, bytes per second.
+        memory_gib: of its memory, as programs see it.
         link: to the other GPUs of its machine, bytes per second in one direction.
+        host_link: to its machine's memory, bytes per second in one direction.
     """
 
     name: str
     marks: str
     flops: dict[str, float]
     bandwidth: float
+    memory_gib: float
     link: float
+    host_link: float
 
 
 DEVICES = {
@@ -28,31 +32,45 @@ DEVICES = {
         marks="B200",
         flops={"bf16": 2250e12, "fp8": 4500e12, "fp32": 75e12},
         bandwidth=7.7e12,
+        memory_gib=178.0,
         link=900e9,
+        host_link=64e9,
     ),
     "h200": Device(
         name="H200 141GB",
         marks="H200",
         flops={"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12},
         bandwidth=4.8e12,
+        memory_gib=139.0,
         link=450e9,
+        host_link=64e9,
     ),
     "h100-pcie": Device(
         name="H100 PCIe",
         marks="H100 PCIe",
         flops={"bf16": 756e12, "fp8": 1513e12, "fp32": 51e12},
         bandwidth=2.0e12,
+        memory_gib=80.0,
         link=64e9,
+        host_link=64e9,
     ),
     "h100": Device(
         name="H100 80GB",
         marks="H100",
         flops={"bf16": 989e12, "fp8": 1979e12, "fp32": 67e12},
         bandwidth=3.35e12,
+        memory_gib=80.0,
         link=450e9,
+        host_link=64e9,
     ),
     "a100": Device(
-        name="A100 80GB", marks="A100", flops={"bf16": 312e12, "fp32": 19.5e12}, bandwidth=2.039e12, link=300e9
+        name="A100 80GB",
+        marks="A100",
+        flops={"bf16": 312e12, "fp32": 19.5e12},
+        bandwidth=2.039e12,
+        memory_gib=80.0,
+        link=300e9,
+        host_link=32e9,
     ),
 }
 

@@ -145,7 +145,7 @@ class CheckpointSaver:
         with self._gives_room_back(self._under_way):
             await self._learner.execute(command)
 
-    async def complete(self) -> None:
+    async def complete(self, *, deletes: bool = True) -> None:
         """As `Checkpoints.complete`.
 
         Raises:
@@ -163,7 +163,8 @@ class CheckpointSaver:
                     )
                 await asyncio.sleep(_POLL_S)
             await asyncio.to_thread(self._put_in_place, save)
-        await asyncio.to_thread(self._prune)
+        if deletes:
+            await asyncio.to_thread(self._prune)
         span = Span(
             name=f"checkpoint {save.version}",
             start=save.start,

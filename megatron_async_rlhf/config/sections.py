@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_va
 from megatron_async_rlhf.config.beats import LearnerTimeout, NodeTimeout
 from megatron_async_rlhf.config.cluster import SlurmKeys, Variables
 from megatron_async_rlhf.config.section import LocalPath, Section, synonyms
+from megatron_async_rlhf.devices import DEVICES
 
 Device = Annotated[Literal["cpu", "cuda"], synonyms(cuda=("gpu", "gpus"))]
 _FLOAT32, _BFLOAT16 = ("fp32", "float32", "f32", "float"), ("bf16", "bfloat16", "bfloat")
@@ -364,7 +365,9 @@ class LaunchSection(Section):
         "h100"  # whose data sheet the estimated speed is computed from
     )
     network_gbit_s: PositiveFloat = 400.0  # of one GPU to other machines; for the estimated speed too
-    gpu_memory_gib: PositiveFloat = 80.0  # of one GPU; the estimate of a dry run compares with it
+    gpu_memory_gib: PositiveFloat | None = (
+        None  # of one GPU, for the estimate of a dry run; default: that of launch.gpu
+    )
     memory_check: bool = True  # refuse a start if the learner clearly lacks GPU memory or a server holds no sequence
     # split: learner and servers have cores of their own; shared: all have all cores, in turn, with a synchronous schedule
     cores: Literal["split", "shared"] = "split"
@@ -375,6 +378,11 @@ class LaunchSection(Section):
     # Variables for all processes: the way to set what is otherwise ignored, as VLLM_LOGGING_LEVEL (docs/environment.md)
     environment: Variables = {}
     slurm: SlurmKeys | None = None  # what `async-rlhf launch --executor slurm` asks Slurm for; a run ignores it
+
+    @property
+    def gpu_memory(self) -> float:
+        """GiB, as programs see them."""
+        return DEVICES[self.gpu].memory_gib if self.gpu_memory_gib is None else self.gpu_memory_gib
 
     @property
     def encrypts_http(self) -> bool:

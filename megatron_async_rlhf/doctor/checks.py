@@ -76,7 +76,7 @@ def problems(config: RunConfig) -> list[str]:
         found.append(
             f"the run needs {config.gpus} GPUs (learner.ranks, generators and reward models), this machine has {count}"
         )
-    learner, memory_gib = config.learner, config.launch.gpu_memory_gib
+    learner, memory_gib = config.learner, config.launch.gpu_memory
     smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(count)) / _GIB
     # Data sheets count a little more than CUDA finds.
     if config.weights.transport == "ipc" and memory_gib > 1.05 * smallest:

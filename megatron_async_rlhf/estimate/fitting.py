@@ -137,7 +137,7 @@ def generator_budget(config: RunConfig, arch: Architecture) -> CacheBudget | Non
         return None
     worker = run_memory(config, arch).generator
     cache = max(worker.cache, worker.smallest_cache)
-    room = config.launch.gpu_memory_gib * GIB
+    room = config.launch.gpu_memory * GIB
     share = (worker.weights + worker.activations + cache) / room
     return CacheBudget(share=min(round(share, 3) or 0.001, config.generator.gpu_memory_share), cache=cache)
 

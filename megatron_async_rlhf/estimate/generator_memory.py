@@ -91,7 +91,7 @@ def generator_memory(
         if not loads_weights:
             cache = min(cache, generator.max_concurrent * smallest_cache)
     else:
-        room = round(config.launch.gpu_memory_gib * GIB)
+        room = round(config.launch.gpu_memory * GIB)
         cache = min(round(generator.gpu_memory_share * room), room - beside - push - fixed) - weights - activations
         if beside:  # what generation can never use is the learner's
             cache = min(cache, generator.max_concurrent * smallest_cache)

@@ -1,10 +1,11 @@
 """How long an optimizer step takes in the learner, of sequences of average length: matrix products, what ranks send each other,
 pipeline bubbles, and Adam.
 
-a step of one data-parallel copy:
+a step of one data-parallel copy, on its last pipeline stage, which has the output matrix beside its layers:
     micro-batches x (compute + collectives of tensor parallelism) x (1 + bubble) -> gradients between copies -> Adam
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from megatron_async_rlhf.config.root import RunConfig
@@ -17,6 +18,8 @@ from megatron_async_rlhf.models.layout import LearnerLayout
 
 _HIDDEN = 0.7  # of the gradients' way between copies, by the backward pass, with `overlap_grad_reduce`
 _ADAM_BYTES = 34  # a number: gradient twice, weights, both moments read; weights, both moments and their copy written
+_MOVED_BYTES = 8  # a number of an Adam state on the host: its gradient there, its weight back
+_SWAPPED_COPIES = 3  # of the weights over the bus, for a pass of a reference that is swapped in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,7 @@ class LearnerStep:
         tensor: collectives of tensor parallelism, which nothing hides.
         bubble: a pipeline stage waits for others.
         reduction: gradients, and with a distributed optimizer weights, on their way between copies.
-        optimizer: Adam.
+        optimizer: Adam, and what its states and a reference on the host cost.
         tokens: that are trained; a prompt is in each of its sequences.
     """
 
@@ -67,28 +70,59 @@ def learner_step(
         prompt, completion: tokens of each, on average.
     """
     learner, length = config.learner, prompt + completion
-    tokens = config.algorithm.trained_samples * config.schedule.prompts_per_step * length
+    sequences = config.algorithm.trained_samples * config.schedule.prompts_per_step
+    tokens = sequences * length
     computed = tokens * computed_share(config, prompt, completion)
-    own = computed / learner.data_parallel / learner.context_parallel  # of one rank's sequences
-    stages = learner.pipeline_parallel
-    compute = own * trained_token_flops(config, arch, length) / (machine.learner * learner.tensor_parallel * stages)
+    # What must stay together goes to one copy, and a step takes as long as that with the most.
+    units = sequences / config.algorithm.sequences_together
+    uneven = math.ceil(units / learner.data_parallel) / (units / learner.data_parallel)
+    own = uneven * computed / learner.data_parallel / learner.context_parallel  # of one rank's sequences
+    stages, output = learner.pipeline_parallel, _output_token_flops(config, arch)
+    flops = (trained_token_flops(config, arch, length) - output) / stages + output
+    compute = own * flops / (machine.learner * learner.tensor_parallel)
     tensor = own * _tensor_bytes_per_token(config, arch) / machine.link
-    micro_batches = max(1.0, computed / learner.data_parallel / learner.micro_batch_tokens)
+    micro_batches = max(1.0, uneven * computed / learner.data_parallel / learner.micro_batch_tokens)
     bubble = (stages - 1) / (micro_batches * learner.virtual_stages) * (compute + tensor)
     held = max(holding.total for holding in learner_holdings(arch, LearnerLayout.of(learner)))
     copies, divided = learner.copies, learner.distributed_optimizer
-    way = machine.network if learner.world_size > _ranks_on_a_machine(config) else machine.link
     # A ring sends (copies - 1) / copies of the gradients twice; a distributed optimizer once, and the weights once.
     sent = (4 + (ITEM_BYTES[learner.weights_dtype] if divided else 4)) * held * (copies - 1) / copies
-    reduction = sent / way * (1 - _HIDDEN * learner.overlap_grad_reduce)
+    reduction = sent / _way_between_copies(config, machine) * (1 - _HIDDEN * learner.overlap_grad_reduce)
     return LearnerStep(
         compute=compute,
         tensor=tensor,
         bubble=bubble,
         reduction=reduction,
-        optimizer=_ADAM_BYTES * held / (copies if divided else 1) / machine.bandwidth,
+        optimizer=_adam_s(config, machine, held / (copies if divided else 1)) + _swapping_s(config, machine, held),
         tokens=tokens,
     )
+
+
+def _adam_s(config: RunConfig, machine: Machine, numbers: float) -> float:
+    """Of a rank's share of the numbers, those on the host after the others."""
+    learner = config.learner
+    ranks = min(learner.world_size, _ranks_on_a_machine(config))
+    of_host = min(machine.host_bandwidth / ranks, learner.threads * machine.thread_bandwidth)
+    on_host_s = _MOVED_BYTES / machine.host_link + (_ADAM_BYTES - 2) / of_host
+    on_host = learner.optimizer_offload
+    return numbers * ((1 - on_host) * _ADAM_BYTES / machine.bandwidth + on_host * on_host_s)
+
+
+def _swapping_s(config: RunConfig, machine: Machine, held: float) -> float:
+    """A step's share of what a reference on the host takes for its pass over a rollout."""
+    if config.learner.reference != "swapped" or not config.algorithm.has_reference:
+        return 0.0
+    moved = _SWAPPED_COPIES * held * ITEM_BYTES[config.learner.weights_dtype]
+    return moved / machine.host_link / config.schedule.updates_per_rollout
+
+
+def _way_between_copies(config: RunConfig, machine: Machine) -> float:
+    """Bytes per second of a ring over all copies of a stage, which are next to each other: between machines it goes by the
+    network cards of all its ranks on a machine."""
+    learner, on_machine = config.learner, _ranks_on_a_machine(config)
+    if learner.tensor_parallel * learner.copies <= on_machine:
+        return machine.link
+    return min(machine.link, max(1, on_machine // learner.tensor_parallel) * machine.network)
 
 
 def computed_share(config: RunConfig, prompt: float, completion: float) -> float:
@@ -102,11 +136,21 @@ def trained_token_flops(config: RunConfig, arch: Architecture, length: float) ->
     before the updates, which an epoch more does not repeat. The same of a value model, which has no logits."""
     algorithm, schedule = config.algorithm, config.schedule
     training = 4 if config.learner.recompute == "full" else 3
-    before = passes_before_updates(algorithm, schedule.updates_per_rollout) / schedule.epochs
-    # Logits are computed again in blocks, see `learner/megatron/layers/logprobs.py`.
-    policy = (training + before) * token_flops(arch, length / 2) + output_flops(arch)
-    value = (training + 1 / schedule.epochs) * (token_flops(arch, length / 2) - output_flops(arch))
+    layers = token_flops(arch, length / 2) - output_flops(arch)
+    policy = (training + _passes_before(config)) * layers + _output_token_flops(config, arch)
+    value = (training + 1 / schedule.epochs) * layers
     return policy + value * algorithm.has_value_model
+
+
+def _output_token_flops(config: RunConfig, arch: Architecture) -> float:
+    """Of that, of logits: forward, computed again in blocks (`learner/megatron/layers/logprobs.py`), backward; and before."""
+    return (4 + _passes_before(config)) * output_flops(arch)
+
+
+def _passes_before(config: RunConfig) -> float:
+    """An optimizer step's share."""
+    schedule = config.schedule
+    return passes_before_updates(config.algorithm, schedule.updates_per_rollout) / schedule.epochs
 
 
 def _tensor_bytes_per_token(config: RunConfig, arch: Architecture) -> float:
@@ -116,7 +160,7 @@ def _tensor_bytes_per_token(config: RunConfig, arch: Architecture) -> float:
     if ranks == 1:
         return 0.0
     passes: float = 2 + (learner.recompute == "full")
-    passes += passes_before_updates(config.algorithm, schedule.updates_per_rollout) / schedule.epochs
+    passes += _passes_before(config)
     passes += config.algorithm.has_value_model * (passes + 1 / schedule.epochs - 1)
     size = ITEM_BYTES[learner.weights_dtype] * arch.hidden_size
     return 2 * passes * arch.layers / learner.pipeline_parallel * size * 2 * (ranks - 1) / ranks

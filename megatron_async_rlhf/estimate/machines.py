@@ -21,6 +21,8 @@ class Machine:
         bandwidth: of the memory, while a generator decodes and while Adam updates.
         computes_while_reading: a decoding step reads weights and computes at once; a core waits for what it reads.
         link, network: between two ranks on one machine, and to another one; of collectives, in one direction.
+        host_link: between a rank's device and its machine's memory, in one direction.
+        host_bandwidth: of that memory, of all ranks of the machine together; a thread reaches `thread_bandwidth`.
         collective_s: until a sum over a few ranks is under way.
         step_s, sequence_s: of a decoding step beside the model, and of each sequence in it: scheduling, sampling.
         completion_s: of each completion, from its request to its answer.
@@ -39,6 +41,9 @@ class Machine:
     computes_while_reading: bool
     link: float
     network: float
+    host_link: float
+    host_bandwidth: float
+    thread_bandwidth: float
     collective_s: float
     step_s: float
     sequence_s: float
@@ -60,6 +65,9 @@ CPU_CORE = Machine(
     computes_while_reading=False,
     link=1e9,
     network=1e9,
+    host_link=10e9,
+    host_bandwidth=20e9,
+    thread_bandwidth=10e9,
     collective_s=1e-4,
     step_s=0.004,
     sequence_s=0.00004,
@@ -89,6 +97,9 @@ def machine_of(config: RunConfig) -> Machine:
         link=_REACHED * device.link,
         collective_s=1e-5,
         network=_REACHED * config.launch.network_gbit_s * 1e9 / 8,
+        host_link=_REACHED * device.host_link,
+        host_bandwidth=300e9,
+        thread_bandwidth=10e9,
         step_s=0.002,
         sequence_s=2e-5,
         completion_s=0.0,

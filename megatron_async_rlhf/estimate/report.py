@@ -126,7 +126,7 @@ def _refuse_server(
     if worker.weights > section.gpu_memory_share * _room(config):
         raise ConfigError(
             f"{key}: its weights take {_gib(worker.weights)} GiB of each GPU, above {key}.gpu_memory_share = "
-            f"{section.gpu_memory_share:g} of launch.gpu_memory_gib = {config.launch.gpu_memory_gib:g}; raise "
+            f"{section.gpu_memory_share:g} of launch.gpu_memory_gib = {config.launch.gpu_memory:g}; raise "
             f"{key}.tensor_parallel (--dry-run shows more), or set launch.memory_check = false"
         )
 
@@ -141,7 +141,7 @@ def _refuse_learner(config: RunConfig, arch: Architecture, memory: RunMemory) ->
         who = "learner and generator on one GPU are" if shares_gpu(config) else "the learner is"
         raise ConfigError(
             f"{who} estimated to need {_gib(largest)} GiB a GPU, above launch.gpu_memory_gib = "
-            f"{config.launch.gpu_memory_gib:g}; {helps} (--dry-run shows more), or set launch.memory_check = false"
+            f"{config.launch.gpu_memory:g}; {helps} (--dry-run shows more), or set launch.memory_check = false"
         )
 
 
@@ -249,7 +249,7 @@ def _memory_key(config: RunConfig) -> str:
 
 def _room(config: RunConfig) -> int:
     """Bytes: of one GPU, or of this machine."""
-    return machine_memory() if config.run.device == "cpu" else round(config.launch.gpu_memory_gib * GIB)
+    return machine_memory() if config.run.device == "cpu" else round(config.launch.gpu_memory * GIB)
 
 
 def _gib(num_bytes: int) -> str:

@@ -57,7 +57,7 @@ def reward_memory(config: RunConfig, *, fixed: int) -> list[RewardMemory]:
         context = section.context_length or model.context_length
         weights = item * -(-classifier_size(f"{key}.model", section.model, model) // parallel)
         activations = item * max(context, PREFILL_TOKENS) * (2 * model.hidden_size + 3 * model.ffn_size // parallel)
-        room = round(section.gpu_memory_share * config.launch.gpu_memory_gib * GIB)
+        room = round(section.gpu_memory_share * config.launch.gpu_memory * GIB)
         cache = reward_cache(config, section, model) if config.run.device == "cpu" else room - weights - activations
         found.append(
             RewardMemory(

@@ -127,9 +127,17 @@ def estimate_speed(
         token_s=token_s,
         sequence_s=sequence_s,
         prompt_token_s=prompt_token_s,
-        push_s=machine.push_s + memory.weights / machine.push_bandwidth,
+        push_s=machine.push_s + _sending_s(config, machine, memory.weights),
         contention=machine.contention + machine.host_contention * host_s / (token_s / at_once + sequence_s),
     )
+
+
+def _sending_s(config: RunConfig, machine: Machine, weights: int) -> float:
+    """A worker's weights, which the workers of all replicas hand on to each other in rounds."""
+    several = config.run.device == "cuda" and config.launch.nodes > 1
+    bandwidth = min(machine.push_bandwidth, machine.network) if several else machine.push_bandwidth
+    round_bytes = min(weights, config.weights.staging_bytes)
+    return (weights + (config.generator.replicas - 1) * round_bytes) / bandwidth
 
 
 def _collectives_s(config: RunConfig, arch: Architecture, machine: Machine) -> float:

@@ -1,7 +1,7 @@
 """What lies in a checkpoint directory and in the Hugging Face files beside its weights. No torch."""
 
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,7 +100,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise CheckpointError(f"{path} exists and is not empty; choose another name")
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        # Not by the process: in containers each has the same number, and one that was killed has left its directory.
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         partial.mkdir(parents=True)
         try:
             yield partial

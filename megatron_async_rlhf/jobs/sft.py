@@ -86,14 +86,16 @@ class SFTJob:
         recorder.loop_ended()
         if self._save is not None:
             await self._save
-        if self._is_stopped:
+        last = None if self._is_stopped else await self._evaluate("after")
+        was_stopped = self._is_stopped  # from now on it comes too late to change anything
+        if was_stopped:
             await self._save_now()
         else:
-            if await self._take_best(await self._evaluate("after")):
+            if await self._take_best(last):
                 await self._evaluate("after")  # which is of the policy that is exported
             await export_policy(self._config, self._run_dir, self._learner, self._recorder)
         await self._learner.execute(Stop())
-        return self._is_stopped
+        return was_stopped
 
     async def _begin(self) -> None:
         steps = len(self._inputs.batches)
@@ -138,13 +140,15 @@ class SFTJob:
         if self._is_stopped or not self._config.checkpoint.async_save:
             await self._save
 
-    async def _evaluate(self, when: str) -> float:
-        """The loss on held-out answers; not a number if there are none."""
+    async def _evaluate(self, when: str) -> float | None:
+        """The loss on held-out answers; None if there are none, or it was given up to save and end."""
         rows, start = self._inputs.held_out, now()
         if not rows:
-            return math.nan
+            return None
         total = 0.0
         for first in range(0, len(rows), _EVALUATED_TOGETHER):
+            if self._is_stopped:
+                return None
             part = rows[first : first + _EVALUATED_TOGETHER]
             answer = await self._learner.execute(EvaluateSupervised(sequences=part))
             assert answer.metrics is not None  # which is what the command was for
@@ -155,10 +159,12 @@ class SFTJob:
         self._recorder.evaluated(when, metrics, start, now(), version=self._step, samples=len(rows), tokens=tokens)
         return loss
 
-    async def _take_best(self, last: float) -> bool:
+    async def _take_best(self, last: float | None) -> bool:
         """Load the checkpoint with the lowest held-out loss, if that is what to export and the `last` policy has a higher one."""
         best = self._saver.best
-        if self._keys.export != "best" or best is None or self._saver.is_best(last) or best == self._step:
+        if self._keys.export != "best" or last is None or best is None or best == self._step:
+            return False
+        if self._saver.is_best(last):
             return False
         self._recorder.note(f"the policy after step {best} had the lowest held-out loss: exporting that")
         await self._load(best)

@@ -276,6 +276,7 @@ def _decide_sft(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) 
     from megatron_async_rlhf.launch.resume import Resumption, find_resumption
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart
     from megatron_async_rlhf.launch.start import Start
+    from megatron_async_rlhf.launch.supervised_digests import check_same_rows, digest_supervised
 
     run_dir = config.run.path.absolute()
     template = run_dir / POLICY_TEMPLATE_DIR
@@ -290,11 +291,14 @@ def _decide_sft(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) 
     found = find_resumption(config, steps=steps, key=key, has_reference=False) if resume else Resumption()
     if _is_finished(found):
         return None
+    digests = digest_supervised(inputs)
+    if found.version is not None:
+        check_same_rows(config, digests)
     if found.version is None and template == run_dir / POLICY_TEMPLATE_DIR:  # which is set aside now
         check_inputs_apart(config)
         template = shutil.copytree(template, scratch / "model")
     plan = plan_learner_alone(config, run_dir, fleet.nodes, "sft", resume_from=found.version)
-    return Start(plan=plan, template=template, version=found.version)
+    return Start(plan=plan, template=template, version=found.version, digests=digests)
 
 
 def _find_resumption(config: RunConfig, resume: bool) -> "Resumption":

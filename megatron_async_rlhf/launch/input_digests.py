@@ -19,6 +19,7 @@ from megatron_async_rlhf.jobs.inputs import RunInputs, load_run_inputs
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.telemetry.files import INPUTS, POLICY_TEMPLATE_DIR, replace_file
 from megatron_async_rlhf.types import Prompt
+from megatron_async_rlhf.types import Sequence as Row
 
 _FORMAT = 1
 _WEIGHT_FILES = (".safetensors", ".distcp")
@@ -166,6 +167,11 @@ def digest_prompts(prompts: Sequence[Prompt]) -> PromptSet:
         solutions=_digest(_packed([prompt.reference, prompt.solution]) for prompt in prompts),
         tokens=_digest(_packed(prompt.token_ids) for prompt in prompts),
     )
+
+
+def digest_rows(rows: Iterable[Row]) -> str:
+    """Of what supervised fine-tuning trains on, in its order."""
+    return _digest(_packed([row.token_ids, row.prompt_length, row.ignored]) for row in rows)
 
 
 def digest_reward_models(config: RunConfig) -> str | None:

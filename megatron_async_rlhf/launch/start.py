@@ -17,7 +17,7 @@ from megatron_async_rlhf.launch.agent import serve
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet, gather
 from megatron_async_rlhf.launch.held_memory import HeldMemory
-from megatron_async_rlhf.launch.input_digests import InputDigests, write_input_digests
+from megatron_async_rlhf.launch.input_digests import InputDigests, check_resumed_inputs, write_input_digests
 from megatron_async_rlhf.launch.nodes import check_node_rank
 from megatron_async_rlhf.launch.owner import owning
 from megatron_async_rlhf.launch.plan import ProcessPlan
@@ -54,7 +54,7 @@ class Start(Struct, frozen=True, kw_only=True):
     version: int | None = None
     keeps: bool = False
     prepare: Callable[[Path], None] | None = None
-    digests: InputDigests | None = None
+    digests: Struct | None = None
 
 
 def prepare_machine(config: RunConfig, node_rank: int, *limits: str | None) -> None:
@@ -104,8 +104,19 @@ def run(
             outlive_readers()
         shown = display() if display is not None else Display(memory=HeldMemory(run_dir))
         shown.chosen(differences(config))
-        cut_back = None if start.keeps else partial(reopen_run_directory, config)
+        cut_back = None if start.keeps else partial(_cut_back, config, start.digests)
         return Supervisor(config, start.plan, run_dir, shown, fleet, cut_back=cut_back, taken=taken).run()
+
+
+def _cut_back(config: RunConfig, digests: Struct | None, version: int) -> None:
+    """Make the directory what it was at a checkpoint, of a run whose data are still the same.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: one line.
+    """
+    if isinstance(digests, InputDigests):
+        check_resumed_inputs(config)
+    reopen_run_directory(config, version)
 
 
 def _open_directory(config: RunConfig, start: Start) -> Path:

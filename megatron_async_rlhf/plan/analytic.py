@@ -1,6 +1,7 @@
 """The time of a step by formula, for ranking hundreds of layouts; the best of them are simulated (`simulate.prediction`)."""
 
 import math
+from statistics import NormalDist
 
 from msgspec import Struct
 
@@ -11,6 +12,9 @@ from megatron_async_rlhf.estimate.speed import Lengths as MeanLengths
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.simulate.lengths import Lengths
 from megatron_async_rlhf.simulate.prediction import SIGMA
+
+ROLLOUTS_AHEAD = 4  # of generators that are kept full, unless the task says how many
+MOST_CONCURRENT = 1024  # sequences of a generator
 
 
 class Workload(Struct, frozen=True, kw_only=True):
@@ -31,13 +35,15 @@ class StepTimes(Struct, frozen=True, kw_only=True):
     """Seconds of an optimizer step, each side alone.
 
     Attributes:
-        train, generate: with all that belongs to a step; of what generators that are kept full would need.
+        train: with all that belongs to a step.
+        generate: with the sequences of one rollout at once; `full`: of several, with caches that pushes make stale.
         tail: until the longest completion is there, when no others take the places of those that are.
         push: the generators' pause, of a step's share.
     """
 
     train: float
     generate: float
+    full: float
     tail: float
     push: float
     contention: float
@@ -50,7 +56,7 @@ class StepTimes(Struct, frozen=True, kw_only=True):
     @property
     def bounded(self) -> float:
         """Generators always full."""
-        return self._longer(self.generate + self.push)
+        return self._longer(self.full + self.push)
 
     @property
     def in_turns(self) -> float:
@@ -63,18 +69,23 @@ class StepTimes(Struct, frozen=True, kw_only=True):
 
 def step_times(config: RunConfig, arch: Architecture, workload: Workload) -> tuple[StepTimes, Speed]:
     """Of a configuration that fits."""
-    speed = estimate_speed(config, arch, generator_worker(config, arch), workload.lengths)
-    speed = corrected(speed, workload.factors)
+    worker = generator_worker(config, arch)
+    speed = corrected(estimate_speed(config, arch, worker, workload.lengths), workload.factors)
     schedule = config.schedule
     rollout = schedule.groups_per_rollout * config.algorithm.samples_per_prompt
     each = rollout / config.generator.replicas
-    decode_s = speed.token_s + speed.at_once * speed.sequence_s
-    longest = min(config.generator.max_new_tokens, speed.completion * _longest_share(each))
+    held = worker.cache_tokens / (speed.prompt + speed.completion)
+    full = max(1.0, min((ROLLOUTS_AHEAD + 1) * each, MOST_CONCURRENT, held))
+    # After a push the caches of all that are under way are made again.
+    context = speed.prompt - speed.shared_prompt * (1 - 1 / config.algorithm.samples_per_prompt) + speed.completion / 2
+    again_s = full * context * speed.prompt_token_s
+    longest = min(config.generator.max_new_tokens, speed.completion * _longest_share(rollout))
     updates = schedule.updates_per_rollout
     return (
         StepTimes(
             train=speed.learner.total,
-            generate=each * speed.completion * decode_s / speed.at_once / updates,
+            generate=_decoding_s(speed, each, speed.at_once) / updates,
+            full=(_decoding_s(speed, each, full) + again_s) / updates,
             tail=(longest - speed.completion) * speed.token_s / updates,  # with few sequences at last
             push=speed.push_s / updates,
             contention=speed.contention,
@@ -83,9 +94,14 @@ def step_times(config: RunConfig, arch: Architecture, workload: Workload) -> tup
     )
 
 
+def _decoding_s(speed: Speed, samples: float, at_once: float) -> float:
+    """Of so many completions, so many at once."""
+    return samples * speed.completion * (speed.token_s / at_once + speed.sequence_s)
+
+
 def _longest_share(samples: float) -> float:
     """The longest of so many lognormal lengths, over their mean."""
     if samples <= 1:
         return 1.0
-    deviations = math.sqrt(2 * math.log(samples))  # of a normal distribution's largest, for many
+    deviations = NormalDist().inv_cdf((samples - 0.375) / (samples + 0.25))  # Blom 1958, of a normal one's largest
     return math.exp(SIGMA * deviations - SIGMA**2 / 2)

@@ -57,6 +57,8 @@ def plan(
 
     given = {"launch.nodes": nodes, "launch.gpus_per_node": gpus_per_node, "launch.gpu": gpu}
     overrides = [*set, *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    if gpu is not None and not any("gpu_memory_gib" in override for override in set):
+        overrides.append("launch.gpu_memory_gib=null")  # of another GPU than the file's
     task = with_local_models(load_config(config, overrides), weights=False)
     if measure and from_run is not None:
         raise ConfigError("--measure and --from-run both say how fast machines are; give one of them")

@@ -23,6 +23,7 @@ from megatron_async_rlhf.models.layout_rules import (
 _TENSOR = (1, 2, 4, 8, 16)
 _CONTEXT = (1, 2, 4, 8)
 _MOST_STAGES = 16
+_ADAM_THREADS = 8  # of a rank whose Adam state is on the host; machines with GPUs have more cores for each
 _LONG = 8192  # tokens from which on dividing a sequence over ranks is worth trying
 # Tokens of a micro-batch that are tried, more first: fewer passes, and matrix products of a better shape.
 _MICRO_BATCHES = (16384, 8192, 4096, 2048, 1024)
@@ -70,7 +71,7 @@ def fitting(config: RunConfig, arch: Architecture) -> list[RunConfig]:
     """
     if not generator_worker(config, arch).sequences:
         return []
-    room = config.launch.gpu_memory_gib * GIB / (1 + ACCURACY) if config.run.device == "cuda" else None
+    room = config.launch.gpu_memory * GIB / (1 + ACCURACY) if config.run.device == "cuda" else None
     for changes, sizes in _variants(config, arch):
         variants = [with_keys(config, "learner", changes | {"micro_batch_tokens": size}) for size in sizes]
         fits = [variant for variant in variants if room is None or _fullest_rank(variant, arch) <= room]
@@ -102,10 +103,12 @@ def _variants(config: RunConfig, arch: Architecture) -> Iterator[tuple[dict[str,
     for recompute in ("none", "selective", "full"):
         yield {"recompute": recompute}, sizes
     if config.run.device == "cuda":
-        small = {"recompute": "full", "reference": "swapped"}
-        yield small, sizes
+        small: dict[str, Any] = {"recompute": "full"}
+        if config.algorithm.has_reference:
+            small |= {"reference": "swapped"}
+            yield small, sizes
         if config.learner.copies > 1:
-            yield small | {"optimizer_offload": 1.0}, sizes
+            yield small | {"optimizer_offload": 1.0, "threads": max(_ADAM_THREADS, config.learner.threads)}, sizes
 
 
 def _check_tensor(ranks: int, arch: Architecture) -> None:

@@ -56,7 +56,7 @@ def measuring_config(task: RunConfig, arch: Architecture, directory: Path) -> Ru
         raise ConfigError(
             "--measure: run.device = cuda, but nvidia-smi finds no GPU here; measure where the run will be"
         )
-    room = task.launch.gpu_memory_gib * GIB if on_gpu else machine_memory()
+    room = task.launch.gpu_memory * GIB if on_gpu else machine_memory()
     for layers in range(min(_LAYERS, arch.layers), 0, -1):
         prompts = task.schedule.groups_per_rollout
         config = _config(task, arch, directory, layers, prompts, gpus)
@@ -75,14 +75,15 @@ def measuring_config(task: RunConfig, arch: Architecture, directory: Path) -> Ru
 def _config(task: RunConfig, arch: Architecture, directory: Path, layers: int, prompts: int, gpus: int) -> RunConfig:
     completion = min(_COMPLETION, task.generator.max_new_tokens)
     learner, generator = task.learner, task.generator
+    heads = arch.hidden_size // arch.head_dim  # some families have more of them, or fewer; a fresh Llama has so many
     tree: dict[str, Any] = {
         "run": {"name": "measure", "dir": str(directory / "run"), "device": task.run.device},
         "model": {
             "layers": layers,
             "hidden_size": arch.hidden_size,
             "ffn_size": arch.ffn_size,
-            "heads": arch.hidden_size // arch.head_dim,
-            "kv_heads": arch.kv_heads,
+            "heads": heads,
+            "kv_heads": max(count for count in range(1, arch.kv_heads + 1) if heads % count == 0),
             "context_length": _PROMPT + completion,
             "tie_embeddings": arch.tie_embeddings,
         },
@@ -106,7 +107,7 @@ def _config(task: RunConfig, arch: Architecture, directory: Path, layers: int, p
         "launch": {
             "gpus_per_node": max(1, min(2, gpus)),
             "gpu": task.launch.gpu,
-            "gpu_memory_gib": task.launch.gpu_memory_gib,
+            "gpu_memory_gib": task.launch.gpu_memory,
         },
     }
     if gpus:

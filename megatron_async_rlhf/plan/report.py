@@ -68,6 +68,8 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 def limited_by(plan: Plan) -> str:
     """The side that a step waits for, and the largest part of its time."""
+    if step_seconds(plan) > plan.prediction.schedule.step_s:
+        return "scoring: reward models"
     if plan.times.train >= plan.times.generate + plan.times.tail + plan.times.push:
         step = plan.speed.learner
         parts = {

@@ -1,4 +1,4 @@
-"""How many servers of a reward model a plan needs, so that no step waits for scores."""
+"""How many servers of a reward model a plan needs, so that no step waits for scores; and how long one waits if they are fewer."""
 
 import math
 
@@ -9,7 +9,7 @@ from megatron_async_rlhf.estimate.speed import Lengths
 from megatron_async_rlhf.models.classifier import read_classifier
 
 _BUSY = 0.7  # of a step, at most: completions end unevenly
-_MOST = 0.25  # of all devices
+_MOST = 0.5  # of all devices
 
 
 def with_reward_servers(config: RunConfig, lengths: Lengths, step_s: float, devices: int) -> RunConfig:
@@ -34,6 +34,12 @@ def scoring_s(config: RunConfig, key: str, lengths: Lengths) -> float:
     numbers = classifier_size(name, section.model, read_classifier(name, section.model))
     flops = 2.0 * numbers * completions * sum(lengths)
     return flops / (machine_of(config).prefill * section.tensor_parallel)
+
+
+def longest_scoring_s(config: RunConfig, lengths: Lengths) -> float:
+    """Of all served reward models, which score at the same time: seconds of an optimizer step."""
+    scoring = (scoring_s(config, key, lengths) / each.replicas for key, each in config.served_reward_models.items())
+    return max(scoring, default=0.0)
 
 
 def _with_replicas(config: RunConfig, key: str, replicas: int) -> RunConfig:

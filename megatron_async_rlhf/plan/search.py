@@ -16,31 +16,40 @@ from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError
 from megatron_async_rlhf.estimate.fitting import run_memory
 from megatron_async_rlhf.estimate.generator_memory import GIB
 from megatron_async_rlhf.estimate.speed import Speed, typical_lengths
+from megatron_async_rlhf.launch.layout import lay_out
+from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.models.layout_rules import check_layouts
-from megatron_async_rlhf.plan.analytic import StepTimes, Workload, step_times
+from megatron_async_rlhf.plan.analytic import MOST_CONCURRENT, ROLLOUTS_AHEAD, StepTimes, Workload, step_times
 from megatron_async_rlhf.plan.layouts import Group, fitting, generator_sizes, learner_groups, least_memory, with_keys
-from megatron_async_rlhf.plan.scoring import with_reward_servers
+from megatron_async_rlhf.plan.scoring import longest_scoring_s, with_reward_servers
 from megatron_async_rlhf.simulate.prediction import IN_TURNS, Prediction, estimated_scenario, predict, sized
 from megatron_async_rlhf.simulate.scenario import Scenario
 
 Kind = Literal["one_step", "bounded", "sync"]
 KINDS: tuple[Kind, ...] = ("one_step", "bounded", "sync")
-_BOUND = 4  # rollouts that `bounded` is ahead, unless the task says how many
 _SPLITS = 24  # that are tried for each pair of sizes: all, or so many spread evenly
-_MOST_CONCURRENT = 1024  # sequences of a generator
 _LEAST_SIMULATED = 3  # layouts of each kind: the first by formula is not always the fastest
 _SIMULATED = 256  # completions of a rollout; of a larger one a part is
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
-    """A layout that fits, with its times by formula."""
+    """A layout that fits, with its times by formula.
+
+    Attributes:
+        scoring: seconds of a step in which reward models score it.
+    """
 
     config: RunConfig
     times: StepTimes
     speed: Speed
+    scoring: float
 
     def step_s(self, kind: Kind) -> float:
+        return self.alone_s(kind) + waiting_s(kind, self.alone_s(kind), self.times, self.scoring)
+
+    def alone_s(self, kind: Kind) -> float:
+        """If scores took no time."""
         times = self.times
         return {"one_step": times.one_step, "bounded": times.bounded, "sync": times.in_turns}[kind]
 
@@ -50,6 +59,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 
     Attributes:
         kind: of schedule.
+        scoring: as of a candidate.
         learner_memory, generator_memory: bytes of the fullest rank and of a worker.
     """
 
@@ -57,6 +67,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     config: RunConfig
     times: StepTimes
     speed: Speed
+    scoring: float
     prediction: Prediction
     learner_memory: int
     generator_memory: int
@@ -78,7 +89,7 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
     tried = {config.reward_workers: candidates}
     plans: list[Plan] = []
     for kind in KINDS:
-        step_s = min(candidate.step_s(kind) for candidate in candidates)
+        step_s = min(candidate.alone_s(kind) for candidate in candidates)
         served = with_reward_servers(config, lengths, step_s, devices_of(config))
         if served.reward_workers not in tried:
             tried[served.reward_workers] = list(_candidates(served, arch, workload)) or candidates
@@ -96,7 +107,13 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
 
 def step_seconds(plan: Plan) -> float:
     """Once the run is under way."""
-    return plan.prediction.schedule.step_s
+    step_s = plan.prediction.schedule.step_s
+    return step_s + waiting_s(plan.kind, step_s, plan.times, plan.scoring)
+
+
+def waiting_s(kind: Kind, step_s: float, times: StepTimes, scoring: float) -> float:
+    """What a step takes longer because reward models score while completions end, and are the slowest of all."""
+    return max(0.0, scoring - (times.generate + times.tail if kind == "sync" else step_s))
 
 
 def fastest(plans: Sequence[Plan]) -> Plan:
@@ -130,7 +147,8 @@ def devices_of(config: RunConfig) -> int:
 
 def _copies(config: RunConfig, group: Group, workers: int, free: int) -> list[int]:
     """Data-parallel copies to try: none without a sequence in a step."""
-    most = min((free - workers) // group.ranks, config.algorithm.trained_samples * config.schedule.prompts_per_step)
+    sequences = config.algorithm.trained_samples * config.schedule.prompts_per_step
+    most = min((free - workers) // group.ranks, sequences // config.algorithm.sequences_together)
     if most <= _SPLITS:
         return list(range(1, most + 1))
     return sorted({1 + round(i * (most - 1) / (_SPLITS - 1)) for i in range(_SPLITS)})
@@ -147,7 +165,7 @@ def _candidate(
 ) -> Candidate | None:
     replicas = (free - group.ranks * copies) // workers
     rollout = config.schedule.groups_per_rollout * config.algorithm.samples_per_prompt
-    replicas = min(replicas, rollout)
+    replicas = min(replicas, config.schedule.groups_per_rollout)  # the samples of a prompt are on one
     several = copies * group.context > 1
     learner = {
         "tensor_parallel": group.tensor,
@@ -165,11 +183,14 @@ def _candidate(
     generator = {
         "tensor_parallel": workers,
         "replicas": replicas,
-        "max_concurrent": max(1, min(_MOST_CONCURRENT, -(-rollout // replicas))),
+        "max_concurrent": max(1, min(MOST_CONCURRENT, -(-rollout // replicas))),
     }
     fits = fitting(with_keys(with_keys(config, "learner", learner), "generator", generator), arch)
     timed = ((changed, *step_times(changed, arch, workload)) for changed in fits)
-    candidates = [Candidate(config=changed, times=times, speed=speed) for changed, times, speed in timed]
+    scoring = longest_scoring_s(config, workload.lengths or typical_lengths(config, arch))
+    candidates = [
+        Candidate(config=changed, times=times, speed=speed, scoring=scoring) for changed, times, speed in timed
+    ]
     return min(candidates, key=lambda candidate: candidate.times.train, default=None)
 
 
@@ -177,8 +198,12 @@ def _simulated(candidate: Candidate, arch: Architecture, kind: Kind, workload: W
     """None if some rule forbids the configuration after all."""
     try:
         keys = schedule_keys(kind, candidate.config)
-        config = RunConfig.model_validate(with_keys(candidate.config, "schedule", keys).model_dump())
+        changed = with_keys(candidate.config, "schedule", keys)
+        if kind == "bounded":
+            changed = with_keys(changed, "generator", {"max_concurrent": _places(changed)})
+        config = RunConfig.model_validate(changed.model_dump())
         check_layouts(config, arch)
+        lay_out(config, planned_nodes(config), config.generator.replicas)
         scenario, speed = estimated_scenario(config, arch, workload.lengths, workload.factors, workload.completions)
         prediction = predict(*_scaled_down(sized(config), scenario))
     except (ValueError, AsyncRLHFError):
@@ -189,10 +214,19 @@ def _simulated(candidate: Candidate, arch: Architecture, kind: Kind, workload: W
         config=config,
         times=candidate.times,
         speed=speed,
+        scoring=candidate.scoring,
         prediction=prediction,
         learner_memory=memory.largest_rank,
         generator_memory=memory.generator.total,
     )
+
+
+def _places(config: RunConfig) -> int:
+    """Of a generator that is kept full with the completions of several rollouts."""
+    schedule = config.schedule
+    rollouts = (schedule.staleness_bound or ROLLOUTS_AHEAD) // schedule.updates_per_rollout + 1
+    completions = rollouts * schedule.groups_per_rollout * config.algorithm.samples_per_prompt
+    return min(MOST_CONCURRENT, -(-completions // config.generator.replicas))
 
 
 def schedule_keys(kind: Kind, config: RunConfig) -> dict[str, Any]:
@@ -209,7 +243,7 @@ def schedule_keys(kind: Kind, config: RunConfig) -> dict[str, Any]:
         "mode": "async",
         "generation": "streaming",
         "in_flight_updates": "recompute",
-        "max_staleness": max(schedule.staleness_bound or 0, _BOUND * rollout),
+        "max_staleness": max(schedule.staleness_bound or 0, ROLLOUTS_AHEAD * rollout),
     }
 
 
@@ -230,7 +264,7 @@ def _scaled_down(config: RunConfig, scenario: Scenario) -> tuple[RunConfig, Scen
 def _nothing_fits(config: RunConfig, arch: Architecture) -> str:
     """The arithmetic, and what would do."""
     devices, on_machine = devices_of(config), config.launch.gpus_per_node
-    room, billions = config.launch.gpu_memory_gib, arch.num_parameters / 1e9
+    room, billions = config.launch.gpu_memory, arch.num_parameters / 1e9
     smallest: tuple[int, Group] | None = None
     for group in learner_groups(arch, max(1, devices - config.reward_workers - 1), on_machine):
         learner = {

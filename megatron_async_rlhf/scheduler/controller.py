@@ -269,7 +269,7 @@ class Controller:
                     await self._save
                 if not self._checkpoints.is_saved(before.version):
                     await self._checkpoints.start(before)
-                    await self._checkpoints.complete()
+                    await self._checkpoints.complete(deletes=False)  # older ones, from which it may go better
                 told.append(f"async-rlhf replay {self._config.run.path} --failed makes it come again")
         except AsyncRLHFError as error:
             return [str(error)]

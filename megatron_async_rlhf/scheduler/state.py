@@ -63,5 +63,5 @@ class Checkpoints(Protocol):
     async def start(self, state: ControllerState) -> None:
         """Returns once training may go on."""
 
-    async def complete(self) -> None:
+    async def complete(self, *, deletes: bool = True) -> None:
         """Returns once the checkpoint is there, whole."""

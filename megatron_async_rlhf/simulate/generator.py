@@ -75,7 +75,8 @@ class SimulatedGenerator:
     ) -> None:
         self.name, self.version = name, version
         self._scenario, self._ledger, self._exchange = scenario, ledger, exchange
-        self._places, self._slowness = limits.max_concurrent, slowness
+        self._places = min(limits.max_concurrent, scenario.places or limits.max_concurrent)
+        self._slowness = slowness
         self._timeout_s, self._probe_timeout_s = limits.request_timeout_s, limits.probe_timeout_s
         self._silence = StallDetector(name, self._timeout_s)
         self._random = Random(f"{scenario.seed}/{name}")

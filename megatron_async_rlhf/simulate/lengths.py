@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from random import Random
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Protocol
 
 from megatron_async_rlhf.errors import ConfigError
@@ -32,12 +32,33 @@ class ConstantLength:
 class LognormalLengths:
     """A long tail: `sigma` is of the logarithm; 0.5 is mild, 1 is wild."""
 
-    def __init__(self, mean: float, sigma: float) -> None:
+    def __init__(self, mean: float, sigma: float, limit: int | None = None) -> None:
+        """
+        Args:
+            limit: at which they will be cut off; then it is the mean of what is left that is `mean`.
+        """
         self.name = f"lognormal, {mean:g} tokens on average, sigma {sigma:g}"
         self._mu, self._sigma = math.log(mean) - sigma**2 / 2, sigma
+        if limit is not None and sigma:
+            self._mu = _location(min(mean, 0.999 * limit), sigma, limit)
 
     def draw(self, random: Random) -> int:
         return max(1, round(random.lognormvariate(self._mu, self._sigma)))
+
+
+def _location(mean: float, sigma: float, limit: int) -> float:
+    """Mean of the logarithm with which lengths that are cut off at a limit have this mean."""
+
+    def cut(mu: float) -> float:
+        beyond = NormalDist(mu, sigma)
+        below = NormalDist(mu + sigma**2, sigma).cdf(math.log(limit))
+        return math.exp(mu + sigma**2 / 2) * below + limit * (1 - beyond.cdf(math.log(limit)))
+
+    low, high = math.log(mean) - sigma**2 / 2, math.log(limit) + 10 * sigma
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cut(middle) < mean else (low, middle)
+    return (low + high) / 2
 
 
 class MeasuredLengths:

@@ -168,8 +168,9 @@ def estimated_scenario(
     )
     scenario = Scenario(
         generators=config.generator.replicas,
-        lengths=completions or LognormalLengths(speed.completion, SIGMA),
+        lengths=completions or LognormalLengths(speed.completion, SIGMA, config.generator.max_new_tokens),
         speeds=speeds,
+        places=max(1, int(memory.cache_tokens / (speed.prompt + speed.completion))),
         prompt_tokens=max(1, round(speed.prompt)),
         shared_prompt_tokens=int(speed.shared_prompt),
     )

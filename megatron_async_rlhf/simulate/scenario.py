@@ -57,6 +57,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
     """A cluster that a run is simulated on.
 
     Attributes:
+        places: most sequences that a generator's cache holds; None: no fewer than `generator.max_concurrent`.
         slowness: of each generator, how often the usual time it takes; those that are not named: 1.
         faults: that are known beforehand.
         crashes_per_hour: of each generator, besides; they are back after `back_s` on average.
@@ -64,6 +65,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
     """
 
     generators: int = 1
+    places: int | None = None
     lengths: Lengths = ConstantLength(128)
     speeds: Speeds = Speeds()
     slowness: dict[int, float] = {}

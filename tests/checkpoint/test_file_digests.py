@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_async_rlhf.errors import CheckpointError
+from megatron_async_rlhf.formats.directory import new_directory
 from megatron_async_rlhf.formats.file_digests import (
     DIGESTS,
     check_digests,
@@ -81,3 +82,12 @@ def test_what_others_have_hashed_is_taken_as_it_is(written: Path):
 
 def test_without_digests_there_is_nothing_to_compare(tmp_path: Path):
     assert check_digests(tmp_path) == 0 and read_digests(tmp_path) is None
+
+
+def test_what_a_killed_conversion_has_left_stops_no_other_one(tmp_path: Path):
+    """In containers processes have the same number each time."""
+    (tmp_path / f"out.{os.getpid()}.partial").mkdir()
+    (tmp_path / f"out.{os.getpid()}.partial/weights").touch()
+    with new_directory(tmp_path / "out") as directory:
+        (directory / "weights").touch()
+    assert (tmp_path / "out/weights").is_file()

@@ -1,6 +1,7 @@
 """Which run measures a machine, and what becomes of it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,12 @@ def test_a_machine_is_measured():
     assert result.exit_code == 0, result.output
     plans = json.loads(result.stdout)
     assert {plan["schedule"] for plan in plans} == {"one_step", "bounded", "sync"}
+
+
+def test_a_family_with_heads_of_any_size_is_measured_with_heads_that_divide(tmp_path, monkeypatch):
+    """Qwen3-4B has 32 heads of 128 numbers beside a hidden size of 2,560."""
+    monkeypatch.setattr(measuring, "gpus_here", lambda: 8)
+    task = load_config(LLAMA)
+    arch = replace(shape_of(task), hidden_size=2560, heads=32, kv_heads=8, head_dim=128)
+    model = measuring_config(task, arch, tmp_path).model
+    assert (model.hidden_size, model.heads, model.kv_heads) == (2560, 20, 5)

@@ -58,7 +58,7 @@ def test_every_plan_is_one_that_a_run_takes(task, overrides: list[str]):
         check_layouts(config, arch)
         lay_out(config, planned_nodes(config), config.generator.replicas)
         assert config.gpus <= devices_of(config)
-        memory, room = run_memory(config, arch), config.launch.gpu_memory_gib * GIB
+        memory, room = run_memory(config, arch), config.launch.gpu_memory * GIB
         assert 1.15 * memory.largest_rank <= room and memory.generator.total <= room
         assert memory.generator.sequences >= 1
 

@@ -6,8 +6,9 @@ import pytest
 
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.plan.analytic import Workload
+from megatron_async_rlhf.plan.report import limited_by
 from megatron_async_rlhf.plan.scoring import scoring_s, with_reward_servers
-from megatron_async_rlhf.plan.search import devices_of, find_plans
+from megatron_async_rlhf.plan.search import devices_of, find_plans, step_seconds
 from megatron_async_rlhf.simulate.prediction import shape_of
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ def test_the_time_of_scoring_by_hand():
     assert seconds == pytest.approx(256 * 436 * 2 * 7.505e9 / (0.5 * 989e12), rel=0.01)
 
 
-@pytest.mark.parametrize(("step_s", "replicas"), [(100.0, 1), (3.0, 2), (1.0, 5), (0.1, 8)])
+@pytest.mark.parametrize(("step_s", "replicas"), [(100.0, 1), (3.0, 2), (1.0, 5), (0.1, 16)])
 def test_a_step_never_waits_for_scores_while_there_is_room(step_s, replicas):
     config = load_config(RECIPE, ["launch.nodes=4"])
     assert with_reward_servers(config, LENGTHS, step_s, devices_of(config)).reward_workers == replicas
@@ -44,3 +45,15 @@ def test_plans_have_the_servers_that_they_need():
     plans = find_plans(config, shape_of(config), best=1, workload=Workload(lengths=LENGTHS))
     assert {plan.config.reward_workers for plan in plans} != {1}
     assert all(plan.config.gpus <= 32 for plan in plans)
+
+
+def test_a_step_is_no_faster_than_its_scores():
+    """Sixteen short completions of each prompt, which a reward model reads with the prompt."""
+    keys = ["algorithm={type: grpo, samples_per_prompt: 16}", "launch.nodes=1"]
+    config = load_config(RECIPE, keys)
+    lengths = (350.0, 50.0)
+    plans = find_plans(config, shape_of(config), best=1, workload=Workload(lengths=lengths))
+    for plan in plans:
+        scoring = scoring_s(plan.config, "reward", lengths) / plan.config.reward_workers
+        assert step_seconds(plan) >= scoring - 1e-9
+        assert (limited_by(plan) == "scoring: reward models") == (step_seconds(plan) > plan.prediction.schedule.step_s)

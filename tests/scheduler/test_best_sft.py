@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from controller_rig import SHAPE
@@ -14,7 +15,14 @@ from megatron_async_rlhf.data.solutions import AnsweredRows
 from megatron_async_rlhf.jobs.inputs import make_model_template
 from megatron_async_rlhf.jobs.sft import SFTJob
 from megatron_async_rlhf.jobs.supervised_inputs import SupervisedInputs
-from megatron_async_rlhf.learner.protocol import Answer, Command, EvaluateSupervised, ResumeSupervised, TrainSupervised
+from megatron_async_rlhf.learner.protocol import (
+    Answer,
+    Command,
+    EvaluateSupervised,
+    ExportWeights,
+    ResumeSupervised,
+    TrainSupervised,
+)
 from megatron_async_rlhf.models.architecture import policy_architecture
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.recorder import Recorder
@@ -24,14 +32,20 @@ ROW = Sequence(token_ids=[1, 2, 3], prompt_length=1)
 
 
 class Learner(FakeLearner):
-    """Has these losses on held-out answers, one after the other."""
+    """Has these losses on held-out answers, one after the other.
+
+    Attributes:
+        meets: told of every command.
+    """
 
     def __init__(self, losses: list[float]) -> None:
         super().__init__(random.Random(0))
+        self.meets: Callable[[Command], None] = lambda command: None
         self.losses = iter(losses)
         self.resumed: list[Path] = []
 
     async def execute(self, command: Command) -> Answer:
+        self.meets(command)
         match command:
             case EvaluateSupervised():
                 return Answer(id=0, metrics=StepMetrics(values={"loss": next(self.losses), "tokens": 2.0}))
@@ -45,10 +59,7 @@ class Learner(FakeLearner):
             return Answer(id=0)
 
 
-def fine_tuned(
-    directory: Path, losses: list[float], *, steps: int, eval_every: int = 1, **checkpoint: object
-) -> tuple[Learner, list[int], dict[str, float]]:
-    """The learner, the checkpoints that are left, and what the summary says of the policy that is exported."""
+def job_of(directory: Path, losses: list[float], *, steps: int, eval_every: int = 1, **checkpoint: object) -> SFTJob:
     sft = {"steps": steps, "eval_every": eval_every, "export": "best"}
     config = RunConfig.model_validate(
         {"model": SHAPE, "sft": sft, "run": {"dir": str(directory)}, "checkpoint": checkpoint}
@@ -62,9 +73,16 @@ def fine_tuned(
         batches=[[0]] * steps,
         data=DataReport(),
     )
-    learner = Learner(losses)
-    recorder = Recorder(config, directory, EventStream())
-    job = SFTJob(config, directory, inputs, learner, recorder)
+    return SFTJob(config, directory, inputs, Learner(losses), Recorder(config, directory, EventStream()))
+
+
+def fine_tuned(
+    directory: Path, losses: list[float], *, steps: int, eval_every: int = 1, **checkpoint: object
+) -> tuple[Learner, list[int], dict[str, float]]:
+    """The learner, the checkpoints that are left, and what the summary says of the policy that is exported."""
+    job = job_of(directory, losses, steps=steps, eval_every=eval_every, **checkpoint)
+    learner, recorder = job._learner, job._recorder
+    assert isinstance(learner, Learner)
     asyncio.run(job.run())
     assert list(learner.losses) == []
     return learner, RunCheckpoints(directory).versions(), recorder.totals.evaluation["after"]
@@ -91,3 +109,23 @@ def test_the_last_is_exported_as_it_is_if_it_is_the_best(tmp_path):
 def test_the_last_counts_although_no_evaluation_was_due(tmp_path):
     learner, left, after = fine_tuned(tmp_path, [4.0, 2.0, 1.9], steps=3, eval_every=2)
     assert not learner.resumed and left == [2] and after["loss"] == 1.9
+
+
+def test_what_is_interrupted_in_its_last_evaluation_keeps_its_steps(tmp_path):
+    """Exported it is not; with --resume nothing is left but to evaluate and export."""
+    job, met = job_of(tmp_path, [4.0, 2.0, 2.0], steps=3, eval_every=2), []
+
+    def meets(command: Command) -> None:
+        met.append(type(command))
+        if met.count(EvaluateSupervised) == 3:
+            job.stop()
+
+    job._learner.meets = meets
+    assert asyncio.run(job.run()) is True
+    assert 3 in RunCheckpoints(tmp_path).versions() and ExportWeights not in met
+
+
+def test_an_interrupt_during_the_export_comes_too_late(tmp_path):
+    job = job_of(tmp_path, [4.0, 2.0, 1.0, 1.0], steps=2)
+    job._learner.meets = lambda command: job.stop() if isinstance(command, ExportWeights) else None
+    assert asyncio.run(job.run()) is False

@@ -114,6 +114,15 @@ def test_the_batch_of_a_non_finite_loss_is_kept_with_the_state_before_it(tmp_pat
     assert trained[0] == trained[1][2:]
 
 
+def test_what_is_kept_of_a_non_finite_loss_costs_no_older_checkpoint(tmp_path):
+    """With the newer one the same loss comes again."""
+    rig = Rig(tmp_path, mode="sync", steps=6, checkpoint={"every_steps": 2, "keep_last": 1})
+    explodes(rig, 3)
+    with pytest.raises(ExceptionGroup):
+        rig.run()
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step_*"))] == ["step_000002", "step_000003"]
+
+
 def test_of_several_updates_only_the_batch_is_kept(tmp_path):
     """The first of them has changed the state, perhaps."""
     rig = Rig(tmp_path, mode="sync", epochs=2)

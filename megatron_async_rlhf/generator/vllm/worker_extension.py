@@ -47,6 +47,7 @@ class WeightCalls:
         ranks, rank = self.parallel_config.tensor_parallel_size, self.parallel_config.rank
         arch = architecture_of_hf(Path(self.model_config.model))
         exact, boxes = model.in_place, []
+        dtype = self.model_config.dtype  # a bias may be kept as float32 beside weights in bf16
         for parameter, held in by_parameter(generator_pieces(arch, ranks, rank)).items():
             matrix = model.resident(parameter)
             for piece in held:
@@ -55,7 +56,11 @@ class WeightCalls:
                 step = max(1, _BOX_BYTES // ((right - left) * part.element_size()))
                 for i, block in enumerate(part.split(step)):
                     first = begin + i * step
-                    value = digest(block if exact else block + 0.0)
+                    value = digest(block if exact else block + 0.0, dtype)
                     boxes.append([piece.tensor, first, first + block.shape[0], left, right, value.hex()])
-        dtype = str(matrix.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "exact": exact, "shapes": list(hf_shapes(arch).items()), "boxes": boxes}
+        return {
+            "dtype": str(dtype).removeprefix("torch."),
+            "exact": exact,
+            "shapes": list(hf_shapes(arch).items()),
+            "boxes": boxes,
+        }

@@ -248,6 +248,8 @@ def _rng_state() -> ShardedObject:
 
 def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    tracker = get_cuda_rng_tracker()
+    if state["tracker"].keys() == tracker.get_states().keys():  # a CPU's, which draws nothing, has none
+        tracker.set_states(state["tracker"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,45 @@
+"""What supervised fine-tuning reads that is not in its directory, remembered there: which rows a step is of follows from it."""
+
+import msgspec
+from msgspec import Struct
+
+from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.jobs.supervised_inputs import SupervisedInputs
+from megatron_async_rlhf.launch.input_digests import digest_rows
+from megatron_async_rlhf.telemetry.files import INPUTS
+
+
+class SupervisedDigests(Struct, frozen=True, kw_only=True):
+    """Of the rows as the learner sees them, in their order."""
+
+    train: str
+    held_out: str
+
+
+def digest_supervised(inputs: SupervisedInputs) -> SupervisedDigests:
+    return SupervisedDigests(train=digest_rows(inputs.train.rows), held_out=digest_rows(inputs.held_out))
+
+
+def check_same_rows(config: RunConfig, now: SupervisedDigests) -> None:
+    """That a stage goes on with what it began with; a stage of an earlier version has not noted that.
+
+    Raises:
+        ConfigError: its rows are others.
+    """
+    path = config.run.path / INPUTS
+    try:
+        before = msgspec.json.decode(path.read_bytes(), type=SupervisedDigests)
+    except FileNotFoundError:
+        return
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); delete it to go on without comparing the data") from None
+    for key, source, differ in (
+        ("data.train", config.data.train, before.train != now.train),
+        ("data.eval", config.data.eval, before.held_out != now.held_out),
+    ):
+        if differ:
+            raise ConfigError(
+                f"{key} = {source}: its conversations, or the template that renders them, are not those that {config.run.path} "
+                "was started with; put back what was there, or start again without --resume"
+            )
