@@ -152,7 +152,7 @@ class Job:
         self.recorder.loop_started(startup_s=now() - self._began)
         try:
             await self._controller.run()
-        except RewardError:
+        except (RewardError, GeneratorError):
             await self._save()  # of what is trained nothing is lost
             raise
         self.recorder.loop_ended()

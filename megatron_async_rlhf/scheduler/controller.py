@@ -26,7 +26,7 @@ from statistics import fmean
 from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.data.prompts import PromptOrder
-from megatron_async_rlhf.errors import AsyncRLHFError, NonFiniteLossError, RewardError
+from megatron_async_rlhf.errors import AsyncRLHFError, GeneratorError, NonFiniteLossError, RewardError
 from megatron_async_rlhf.learner.protocol import Learner, TrainRollout, rollout_span
 from megatron_async_rlhf.rewards.base import Reward
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
@@ -104,13 +104,14 @@ class Controller:
         self._rewards = state.rewards
         self._save: asyncio.Task | None = None
         self._stopping = False
-        self._failure: RewardError | None = None
+        self._failure: RewardError | GeneratorError | None = None
 
     async def run(self) -> None:
         """Until the last step is trained and pushed, or `stop` was called.
 
         Raises:
-            RewardError: a reward failed. The rollout under way was finished first, so that `state` can be saved.
+            RewardError, GeneratorError: a reward failed, or no generator is left. The rollout under way was finished first, so
+                that `state` can be saved.
             ExceptionGroup: of whatever learner, generators or pacing raised first.
         """
         if self._stopping:
@@ -121,7 +122,7 @@ class Controller:
             await self._pool.resume()
             beside = [
                 tasks.create_task(self._generation.run(tasks)),
-                tasks.create_task(self._pool.watch(self._pushes.returned)),
+                tasks.create_task(self._watch()),
             ]
             if self._schedule.straggler_s is not None:
                 beside.append(tasks.create_task(self._generation.resample_stragglers(self._schedule.straggler_s)))
@@ -162,7 +163,14 @@ class Controller:
         self._stopping = True
         await self._changed.notify()
 
-    def _give_up(self, error: RewardError) -> None:
+    async def _watch(self) -> None:
+        try:
+            await self._pool.watch(self._pushes.returned)
+        except GeneratorError as error:  # the learner is well, and what it has is worth saving
+            self._give_up(error)
+            await self._changed.notify()
+
+    def _give_up(self, error: RewardError | GeneratorError) -> None:
         """End as `stop` does, and say why. Whoever calls it notifies."""
         self._stopping, self._failure = True, self._failure or error
 

@@ -76,6 +76,23 @@ def test_a_failing_generator_ends_the_run(tmp_path):
     assert caught.group_contains(GeneratorError, match="generator.0: gone")
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_when_the_last_generator_is_lost_for_good_what_is_trained_can_be_saved(tmp_path, mode):
+    rig = Rig(tmp_path, mode=mode, steps=1000)
+    controller = rig.controller
+
+    async def lost(on_return):
+        while controller.version < 3:
+            await asyncio.sleep(0.001)
+        raise GeneratorError("no generator is left")
+
+    controller._pool.watch = lost
+    with pytest.raises(GeneratorError, match="^no generator is left$"):
+        rig.run()
+    trained = [command.version for command in rig.learner.commands if isinstance(command, TrainRollout)]
+    assert trained == list(range(controller.state.version)) and controller.state.version >= 3
+
+
 def explodes(rig: Rig, version: int) -> None:
     """The learner's loss is not finite in the step that starts from this version."""
     execute = rig.learner.execute
