@@ -157,8 +157,8 @@ def verdict(soak: Soak, warm_up: float, minutes: float) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path, help="folder for the run; it must not exist yet")
-    parser.add_argument("--minutes", type=float, default=85.0)
-    parser.add_argument("--warm-up", type=float, default=25.0, help="minutes that do not count")
+    parser.add_argument("--minutes", type=float, default=105.0)
+    parser.add_argument("--warm-up", type=float, default=45.0, help="minutes that do not count")
     parser.add_argument("--limit", type=float, default=1.0, help="most growth of memory, in per cent an hour")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
