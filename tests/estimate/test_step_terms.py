@@ -81,7 +81,7 @@ def test_adam_on_the_host_moves_gradients_and_weights_and_waits_for_threads():
 def test_a_reference_on_the_host_is_moved_once_a_rollout():
     numbers, host_link = shape_of(load_config(LLAMA)).num_parameters, machine_of(load_config(LLAMA)).host_link
     for updates in (1, 4):
-        schedule = f"schedule.mini_batches={updates}", f"schedule.max_staleness={updates}"
+        schedule = f"schedule.mini_batches={updates}", f"schedule.max_staleness={updates}", "schedule.steps=8"
         resident, swapped = (
             step(f"learner.reference={where}", *schedule).optimizer for where in ("resident", "swapped")
         )
