@@ -58,16 +58,14 @@ def compare(
         if not report_only:
             code = make_runs(plan, console)
         runs, directory = completed_runs(plan), plan.directory
-        if code and not runs:
-            raise typer.Exit(code)
     try:
         comparison = compare_runs(runs)
     except ConfigError as error:
         if not code:
             raise
         console.print(f"nothing to compare yet: {error}", markup=False)  # a run failed, or was interrupted
-        raise typer.Exit(code) from None
-    paths = write_comparison(comparison, out or directory)
-    show(console, comparison)
-    console.print(f"wrote {', '.join(str(path) for path in paths)}", markup=False)
+    else:
+        written = write_comparison(comparison, out or directory)
+        show(console, comparison)
+        console.print(f"wrote {', '.join(map(str, written))}", markup=False)
     raise typer.Exit(code)

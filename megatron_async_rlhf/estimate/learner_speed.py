@@ -82,7 +82,8 @@ def learner_step(
     compute = own * flops / (machine.learner * learner.tensor_parallel)
     tensor = own * _tensor_bytes_per_token(config, arch) / machine.link
     micro_batches = max(1.0, uneven * computed / learner.data_parallel / learner.micro_batch_tokens)
-    bubble = (stages - 1) / (micro_batches * learner.virtual_stages) * (compute + tensor)
+    layers = compute * (1 - output / flops)  # the others, which the last stage waits for, have no more
+    bubble = (stages - 1) / (micro_batches * learner.virtual_stages) * (layers + tensor)
     held = max(holding.total for holding in learner_holdings(arch, LearnerLayout.of(learner)))
     copies, divided = learner.copies, learner.distributed_optimizer
     # A ring sends (copies - 1) / copies of the gradients twice; a distributed optimizer once, and the weights once.
@@ -118,11 +119,16 @@ def _swapping_s(config: RunConfig, machine: Machine, held: float) -> float:
 
 def _way_between_copies(config: RunConfig, machine: Machine) -> float:
     """Bytes per second of a ring over all copies of a stage, which are next to each other: between machines it goes by the
-    network cards of all its ranks on a machine."""
+    network cards of its ranks on that machine which has the fewest."""
     learner, on_machine = config.learner, _ranks_on_a_machine(config)
-    if learner.tensor_parallel * learner.copies <= on_machine:
-        return machine.link
-    return min(machine.link, max(1, on_machine // learner.tensor_parallel) * machine.network)
+    ranks, tensor = learner.tensor_parallel * learner.copies, learner.tensor_parallel
+    way = machine.link
+    for first in range(0, learner.world_size, ranks):  # of a stage
+        last = first + ranks - 1
+        if first // on_machine != last // on_machine:
+            fewest = min(on_machine - first % on_machine, last % on_machine + 1)
+            way = min(way, max(1, fewest // tensor) * machine.network)
+    return way
 
 
 def computed_share(config: RunConfig, prompt: float, completion: float) -> float:

@@ -38,7 +38,8 @@ class HeldMemory:
         machines = pids.get("machines", {})
         here, processes = node_name(), set[psutil.Process]()
         for name, pid in pids.items():
-            if machines.get(name) != here:  # where this number is another process, if any
+            # It was never started; or the number is that of another process here, if any.
+            if pid is None or machines.get(name) != here:
                 continue
             with contextlib.suppress(psutil.Error, TypeError):  # it has ended, or was never started
                 process = psutil.Process(pid)

@@ -29,7 +29,8 @@ def handle_interrupts(handler: Handler) -> dict[int, Any]:
         counts, came = number != signal.SIGHUP or not came, True  # at once: the next one may interrupt this
         if number == signal.SIGTERM:
             now = time.monotonic()
-            counts, terminated = now - terminated > _ECHO_S, now
+            counts = now - terminated > _ECHO_S
+            terminated = now if counts else terminated
         if counts:
             handler(number, frame)
 

@@ -73,12 +73,13 @@ def step_times(config: RunConfig, arch: Architecture, workload: Workload) -> tup
     speed = corrected(estimate_speed(config, arch, worker, workload.lengths), workload.factors)
     schedule = config.schedule
     rollout = schedule.groups_per_rollout * config.algorithm.samples_per_prompt
-    each = rollout / config.generator.replicas
+    each = samples_of_a_replica(config)
     held = worker.cache_tokens / (speed.prompt + speed.completion)
-    full = max(1.0, min((ROLLOUTS_AHEAD + 1) * each, MOST_CONCURRENT, held))
-    # After a push the caches of all that are under way are made again.
+    full = max(1.0, min(rollouts_under_way(config) * each, MOST_CONCURRENT, held))
+    # After a push the caches of all that are under way are made again, unless the task's own schedule keeps them.
     context = speed.prompt - speed.shared_prompt * (1 - 1 / config.algorithm.samples_per_prompt) + speed.completion / 2
-    again_s = full * context * speed.prompt_token_s
+    keeps = schedule.generation == "streaming" and schedule.in_flight_updates == "keep"
+    again_s = 0.0 if keeps else full * context * speed.prompt_token_s
     longest = min(config.generator.max_new_tokens, speed.completion * _longest_share(rollout))
     updates = schedule.updates_per_rollout
     return (
@@ -92,6 +93,22 @@ def step_times(config: RunConfig, arch: Architecture, workload: Workload) -> tup
         ),
         speed,
     )
+
+
+def rollouts_under_way(config: RunConfig) -> int:
+    """Of generators that are kept full: the one that comes next, and those that may be ahead of it."""
+    schedule = config.schedule
+    is_own = schedule.mode == "async" and schedule.generation == "streaming"
+    ahead = ROLLOUTS_AHEAD
+    if is_own and schedule.staleness_bound is not None:
+        ahead = schedule.staleness_bound // schedule.updates_per_rollout
+    return ahead + 1
+
+
+def samples_of_a_replica(config: RunConfig) -> float:
+    """Of a rollout."""
+    rollout = config.schedule.groups_per_rollout * config.algorithm.samples_per_prompt
+    return rollout / config.generator.replicas
 
 
 def _decoding_s(speed: Speed, samples: float, at_once: float) -> float:

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,10 +55,7 @@ def plan(
     from megatron_async_rlhf.plan.search import fastest
     from megatron_async_rlhf.telemetry.files import writing
 
-    given = {"launch.nodes": nodes, "launch.gpus_per_node": gpus_per_node, "launch.gpu": gpu}
-    overrides = [*set, *(f"{key}={value}" for key, value in given.items() if value is not None)]
-    if gpu is not None and not any("gpu_memory_gib" in override for override in set):
-        overrides.append("launch.gpu_memory_gib=null")  # of another GPU than the file's
+    overrides = _overrides(set, {"nodes": nodes, "gpus_per_node": gpus_per_node, "gpu": gpu})
     task = with_local_models(load_config(config, overrides), weights=False)
     if measure and from_run is not None:
         raise ConfigError("--measure and --from-run both say how fast machines are; give one of them")
@@ -77,6 +74,17 @@ def plan(
         typer.echo(f"wrote {out}: async-rlhf train {out} --dry-run checks it")
     if page is not None:
         typer.echo(f"wrote {page}")
+
+
+def _overrides(set: list[str], launch: dict[str, Any]) -> list[str]:
+    """With what the options say of machines; the memory is that of another GPU than the file's, unless it is given."""
+    given = {key: value for key, value in launch.items() if value is not None}
+    is_other = "gpu" in given and not any("gpu_memory_gib" in override for override in set)
+    return [
+        *set,
+        *(f"launch.{key}={value}" for key, value in given.items()),
+        *(["launch.gpu_memory_gib=null"] if is_other else []),
+    ]
 
 
 def _planned(

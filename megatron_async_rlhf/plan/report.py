@@ -17,7 +17,7 @@ _HOUR = 3600.0
 _DECIDED = {
     "learner": (
         "ranks", "tensor_parallel", "pipeline_parallel", "context_parallel", "virtual_stages", "sequence_parallel",
-        "distributed_optimizer", "overlap_grad_reduce", "recompute", "micro_batch_tokens", "reference", "optimizer_offload",
+        "distributed_optimizer", "overlap_grad_reduce", "recompute", "micro_batch_tokens", "reference", "optimizer_offload", "threads",
     ),
     "generator": ("replicas", "tensor_parallel", "max_concurrent"),
     "schedule": ("mode", "max_staleness", "generation", "in_flight_updates"),
@@ -42,7 +42,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "staleness": staleness_figures(totals.staleness) | {"bound": plan.config.schedule.staleness_bound},
         "speedup_over_sync": plan.prediction.speedup,
         "train_seconds": plan.times.train,
-        "generate_seconds": plan.times.generate + plan.times.tail,
+        "generate_seconds": generate_seconds(plan),
         "push_seconds": plan.times.push,
         "limited_by": limited_by(plan),
         "devices": {
@@ -66,11 +66,17 @@ def settings_of(config: RunConfig) -> dict[str, dict[str, Any]]:
     return decided | {key: {"replicas": model.replicas} for key, model in config.served_reward_models.items()}
 
 
+def generate_seconds(plan: Plan) -> float:
+    """Of a step, by formula and alone."""
+    return plan.times.full if plan.kind == "bounded" else plan.times.generate + plan.times.tail
+
+
 def limited_by(plan: Plan) -> str:
     """The side that a step waits for, and the largest part of its time."""
-    if step_seconds(plan) > plan.prediction.schedule.step_s:
+    generate = generate_seconds(plan)
+    if plan.scoring > max(plan.times.train, generate):
         return "scoring: reward models"
-    if plan.times.train >= plan.times.generate + plan.times.tail + plan.times.push:
+    if plan.times.train >= generate + plan.times.push:
         step = plan.speed.learner
         parts = {
             "matrix products": step.compute,

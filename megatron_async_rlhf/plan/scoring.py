@@ -20,7 +20,7 @@ def with_reward_servers(config: RunConfig, lengths: Lengths, step_s: float, devi
     """
     changed = config
     for key, section in config.served_reward_models.items():
-        most = max(1, math.floor(_MOST * devices / section.tensor_parallel))
+        most = max(1, math.floor(_MOST * devices / section.tensor_parallel / len(config.served_reward_models)))
         needed = math.ceil(scoring_s(config, key, lengths) / (_BUSY * step_s))
         changed = _with_replicas(changed, key, min(most, max(1, needed)))
     return changed

@@ -5,7 +5,9 @@ groups of learner ranks x sizes of a generator ──> the split between both �
     └──> the best few, checked as any configuration is ──> Prediction of each ──> Plan
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -13,14 +15,22 @@ from msgspec.structs import replace
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError
-from megatron_async_rlhf.estimate.fitting import run_memory
+from megatron_async_rlhf.estimate.fitting import generator_worker, run_memory
 from megatron_async_rlhf.estimate.generator_memory import GIB
-from megatron_async_rlhf.estimate.speed import Speed, typical_lengths
+from megatron_async_rlhf.estimate.speed import Lengths, Speed, typical_lengths
 from megatron_async_rlhf.launch.layout import lay_out
 from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.models.layout_rules import check_layouts
-from megatron_async_rlhf.plan.analytic import MOST_CONCURRENT, ROLLOUTS_AHEAD, StepTimes, Workload, step_times
+from megatron_async_rlhf.plan.analytic import (
+    MOST_CONCURRENT,
+    ROLLOUTS_AHEAD,
+    StepTimes,
+    Workload,
+    rollouts_under_way,
+    samples_of_a_replica,
+    step_times,
+)
 from megatron_async_rlhf.plan.layouts import Group, fitting, generator_sizes, learner_groups, least_memory, with_keys
 from megatron_async_rlhf.plan.scoring import longest_scoring_s, with_reward_servers
 from megatron_async_rlhf.simulate.prediction import IN_TURNS, Prediction, estimated_scenario, predict, sized
@@ -30,6 +40,9 @@ Kind = Literal["one_step", "bounded", "sync"]
 KINDS: tuple[Kind, ...] = ("one_step", "bounded", "sync")
 _SPLITS = 24  # that are tried for each pair of sizes: all, or so many spread evenly
 _LEAST_SIMULATED = 3  # layouts of each kind: the first by formula is not always the fastest
+_CLOSE = 0.1  # numbers of reward servers that are nearly the same
+_ROUNDS = 2  # in which the number of reward servers and the best step with them follow from each other
+_LATER = 4  # rollouts that are simulated beside those that begin together, and as many again
 _SIMULATED = 256  # completions of a rollout; of a larger one a part is
 
 
@@ -46,9 +59,13 @@ class Candidate(Struct, frozen=True, kw_only=True):
     scoring: float
 
     def step_s(self, kind: Kind) -> float:
-        return self.alone_s(kind) + waiting_s(kind, self.alone_s(kind), self.times, self.scoring)
+        return self._alone_s(kind) + waiting_s(kind, self._alone_s(kind), self.times, self.scoring)
 
-    def alone_s(self, kind: Kind) -> float:
+    def hiding_s(self, kind: Kind) -> float:
+        """Of a step, as long as scores may take without being waited for."""
+        return self.times.generate + self.times.tail if kind == "sync" else self._alone_s(kind)
+
+    def _alone_s(self, kind: Kind) -> float:
         """If scores took no time."""
         times = self.times
         return {"one_step": times.one_step, "bounded": times.bounded, "sync": times.in_turns}[kind]
@@ -89,19 +106,23 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
     tried = {config.reward_workers: candidates}
     plans: list[Plan] = []
     for kind in KINDS:
-        step_s = min(candidate.alone_s(kind) for candidate in candidates)
-        served = with_reward_servers(config, lengths, step_s, devices_of(config))
-        if served.reward_workers not in tried:
-            tried[served.reward_workers] = list(_candidates(served, arch, workload)) or candidates
-        ranked = sorted(tried[served.reward_workers], key=lambda candidate: candidate.step_s(kind))
-        found: list[Plan] = []
-        for candidate in ranked:
+        best_s = min(candidate.hiding_s(kind) for candidate in candidates)
+        for _ in range(_ROUNDS if config.served_reward_models else 0):
+            served = with_reward_servers(config, lengths, best_s, devices_of(config))
+            if any(abs(served.reward_workers - tested) <= _CLOSE * tested for tested in tried):
+                break
+            tried[served.reward_workers] = found = list(_candidates(served, arch, workload))
+            if not found:
+                break
+            best_s = min(found, key=lambda candidate: candidate.step_s(kind)).hiding_s(kind)
+        simulated: list[Plan] = []
+        for candidate in sorted(chain(*tried.values()), key=lambda candidate: candidate.step_s(kind)):
             plan = _simulated(candidate, arch, kind, workload)
             if plan is not None:
-                found.append(plan)
-            if len(found) == max(best, _LEAST_SIMULATED):
+                simulated.append(plan)
+            if len(simulated) == max(best, _LEAST_SIMULATED):
                 break
-        plans += sorted(found, key=step_seconds)[:best]
+        plans += sorted(simulated, key=step_seconds)[:best]
     return plans
 
 
@@ -125,12 +146,13 @@ def _candidates(config: RunConfig, arch: Architecture, workload: Workload) -> It
     """The best splits of each pair of sizes, one for each kind of schedule."""
     devices, on_machine = devices_of(config), config.launch.gpus_per_node
     free = devices - config.reward_workers
+    scoring = longest_scoring_s(config, workload.lengths or typical_lengths(config, arch))
     for workers in generator_sizes(arch, free, on_machine):
         for group in learner_groups(arch, free - workers, on_machine):
             splits = [
                 candidate
                 for copies in _copies(config, group, workers, free)
-                if (candidate := _candidate(config, arch, group, copies, workers, free, workload)) is not None
+                if (candidate := _candidate(config, arch, group, copies, workers, free, workload, scoring)) is not None
             ]
             chosen = {id(best): best for kind in KINDS if (best := _fastest(splits, kind)) is not None}
             yield from chosen.values()
@@ -162,10 +184,11 @@ def _candidate(
     workers: int,
     free: int,
     workload: Workload,
+    scoring: float,
 ) -> Candidate | None:
     replicas = (free - group.ranks * copies) // workers
-    rollout = config.schedule.groups_per_rollout * config.algorithm.samples_per_prompt
-    replicas = min(replicas, config.schedule.groups_per_rollout)  # the samples of a prompt are on one
+    groups = config.schedule.groups_per_rollout
+    replicas = min(replicas, groups)  # the samples of a prompt are on one
     several = copies * group.context > 1
     learner = {
         "tensor_parallel": group.tensor,
@@ -183,11 +206,10 @@ def _candidate(
     generator = {
         "tensor_parallel": workers,
         "replicas": replicas,
-        "max_concurrent": max(1, min(MOST_CONCURRENT, -(-rollout // replicas))),
+        "max_concurrent": max(1, min(MOST_CONCURRENT, -(-groups // replicas) * config.algorithm.samples_per_prompt)),
     }
     fits = fitting(with_keys(with_keys(config, "learner", learner), "generator", generator), arch)
     timed = ((changed, *step_times(changed, arch, workload)) for changed in fits)
-    scoring = longest_scoring_s(config, workload.lengths or typical_lengths(config, arch))
     candidates = [
         Candidate(config=changed, times=times, speed=speed, scoring=scoring) for changed, times, speed in timed
     ]
@@ -200,12 +222,17 @@ def _simulated(candidate: Candidate, arch: Architecture, kind: Kind, workload: W
         keys = schedule_keys(kind, candidate.config)
         changed = with_keys(candidate.config, "schedule", keys)
         if kind == "bounded":
-            changed = with_keys(changed, "generator", {"max_concurrent": _places(changed)})
+            changed = with_keys(
+                changed,
+                "generator",
+                {"max_concurrent": _places(changed, arch, workload.lengths or typical_lengths(changed, arch))},
+            )
         config = RunConfig.model_validate(changed.model_dump())
         check_layouts(config, arch)
         lay_out(config, planned_nodes(config), config.generator.replicas)
         scenario, speed = estimated_scenario(config, arch, workload.lengths, workload.factors, workload.completions)
-        prediction = predict(*_scaled_down(sized(config), scenario))
+        enough = _LATER + 2 * rollouts_under_way(config) if kind == "bounded" else 1
+        prediction = predict(*_scaled_down(sized(config, rollouts=enough), scenario))
     except (ValueError, AsyncRLHFError):
         return None
     memory = run_memory(config, arch)
@@ -221,12 +248,10 @@ def _simulated(candidate: Candidate, arch: Architecture, kind: Kind, workload: W
     )
 
 
-def _places(config: RunConfig) -> int:
-    """Of a generator that is kept full with the completions of several rollouts."""
-    schedule = config.schedule
-    rollouts = (schedule.staleness_bound or ROLLOUTS_AHEAD) // schedule.updates_per_rollout + 1
-    completions = rollouts * schedule.groups_per_rollout * config.algorithm.samples_per_prompt
-    return min(MOST_CONCURRENT, -(-completions // config.generator.replicas))
+def _places(config: RunConfig, arch: Architecture, lengths: Lengths) -> int:
+    """Of a generator that is kept full with the completions of several rollouts, as far as its cache holds them."""
+    held = int(generator_worker(config, arch).cache_tokens / sum(lengths))
+    return max(1, min(MOST_CONCURRENT, math.ceil(rollouts_under_way(config) * samples_of_a_replica(config)), held))
 
 
 def schedule_keys(kind: Kind, config: RunConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from msgspec import Struct
 
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.sections import ScheduleSection
 from megatron_async_rlhf.data.prompts import PromptOrder
 from megatron_async_rlhf.errors import GeneratorSilentError
 from megatron_async_rlhf.generator.protocol import Generator
@@ -42,7 +43,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
     Attributes:
         decoding: share of their time that engines decoded, on average; `frozen`: were kept from it by a push.
         at_once: sequences an engine decoded together.
-        step_s: from one optimizer step to the next, without the first rollout, on which nothing could overlap.
+        step_s: from one optimizer step to the next, without the first rollouts, which began together.
     """
 
     totals: RunTotals
@@ -161,7 +162,7 @@ class Simulation:
         """
         self.ledger.check_end(self.recorder.totals)
         decoding, frozen, at_once = utilisation(self.generators, self.recorder.totals.wall_s)
-        totals, step_s = self.recorder.totals, self.recorder.step_s(self.config.schedule.updates_per_rollout)
+        totals, step_s = self.recorder.totals, self.recorder.step_s(steps_under_way(self.config.schedule))
         return Outcome(totals=totals, decoding=decoding, frozen=frozen, at_once=at_once, step_s=step_s)
 
     def _evaluation(self) -> CheckedEvaluation | None:
@@ -234,6 +235,12 @@ def _prompt(number: int, tokens: int) -> Prompt:
     return Prompt(index=number, text="", token_ids=[number] + [0] * (tokens - 1), reference={})
 
 
+def steps_under_way(schedule: ScheduleSection) -> int:
+    """Of the rollouts that are sampled at once when a run begins: they end together, as no later ones do."""
+    bound = schedule.staleness_bound if schedule.generation == "streaming" else None
+    return schedule.updates_per_rollout + (bound or 0)
+
+
 class _Recorder(Recorder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -243,12 +250,13 @@ class _Recorder(Recorder):
         super().step(step, values)
         self._stepped.append(self._clock())
 
-    def step_s(self, updates: int) -> float:
-        """Mean time of a step after those of the first rollout, which had `updates`; of all, if there are no others."""
-        later = len(self._stepped) - updates
+    def step_s(self, first: int) -> float:
+        """Mean time of a step after the `first` ones, or half of them if there are so few; of all, if there is one."""
+        first = min(first, max(1, len(self._stepped) // 2))
+        later = len(self._stepped) - first
         if later <= 0:
             return self.totals.wall_s / max(1, self.totals.steps)
-        return (self._stepped[-1] - self._stepped[updates - 1]) / later
+        return (self._stepped[-1] - self._stepped[first - 1]) / later
 
     def write_summary(self, status: str, error: str | None) -> None:
         """Nobody looks at it while the simulation goes."""

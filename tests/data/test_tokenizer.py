@@ -196,7 +196,7 @@ def test_a_date_in_the_prompt_is_that_of_the_runs_start(tmp_path, monkeypatch):
             return datetime(2026, 11, day)
 
     monkeypatch.setattr(tokenizer_module, "datetime", Clock)
-    shape = dict.fromkeys(("layers", "hidden_size", "ffn_size", "heads", "context_length"), 8)
+    shape = dict.fromkeys(("layers", "hidden_size", "ffn_size", "context_length"), 8) | {"heads": 4}
     template, exported = tmp_path / "template", tmp_path / "exported"
     day = 1
     make_model_template(RunConfig.model_validate({"model": shape}), template)

@@ -113,7 +113,9 @@ class Run:
 
     @property
     def pids(self) -> dict[str, int]:
-        return json.loads((self.directory / PROCESSES).read_text())
+        written = json.loads((self.directory / PROCESSES).read_text())
+        assert written.keys() - {"machines"} == written.pop("machines").keys()
+        return written
 
     def log(self, name: str) -> str:
         path = self.directory / f"logs/{name}.log"
