@@ -175,10 +175,13 @@ def _user() -> dict[str, str]:
 
 
 def _own_place(ours: Mapping[str, str]) -> dict[str, str]:
-    """Lets a child find the copy of this package that we are of. `python -m` takes that of the working directory, which a child
-    does not look into: it would find another one, if one is installed."""
+    """Lets a child find the copy of this package that we are of. `python -m` takes that of the working directory, and a script
+    that of its own, which a child does not look into: it would find another one, if one is installed."""
     package = __name__.partition(".")[0]
-    found = next(filter(None, (finder.find_spec(package, None) for finder in sys.meta_path)), None)
+    places = sys.path if sys.flags.safe_path else sys.path[1:]
+    finders = [finder for finder in sys.meta_path if finder is not PathFinder]
+    specs = [PathFinder.find_spec(package, places), *(finder.find_spec(package, None) for finder in finders)]
+    found = next(filter(None, specs), None)
     own = Path(__file__).resolve().parent
     if found is not None and found.origin is not None and Path(found.origin).resolve().parent == own:
         return {}

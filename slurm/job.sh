@@ -69,9 +69,9 @@ else
   run=(pipeline "$config" "${settings[@]}" "${arguments[@]}")
   look=(doctor "${looked_at:?is set by the job that sources this}")
 fi
-# One task on each node, which may use all of it. What one leaves behind the others end within half a minute, each in its
+# One task on each node, which may use all of it. What one leaves behind the others end within a minute, each in its
 # own way: where Slurm kills the rest of a step (KillOnBadExit), the first node's exit code would be lost.
-step=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=30 --kill-on-bad-exit=0)
+step=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --cpu-bind=none --wait=60 --kill-on-bad-exit=0)
 step+=("${container[@]}")
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
@@ -134,7 +134,7 @@ on_term() {
 }
 requeue=0
 before=$(made)
-rm -f "$RUN_DIR/stop"
+rm -f "$RUN_DIR/stop" "$RUN_DIR/logs/exit_code"
 trap on_term TERM
 "${step[@]}" "${program[@]}" "${run[@]}" &
 running=$!
@@ -144,6 +144,8 @@ until # the wait was ended by the run, not by a signal
   wait "$running" || code=$?
   [ "$signalled" = 0 ]
 do :; done
+# Where a node's task was killed, srun has that to say and not what the first one said.
+if [ "$command" = train ] && [ -s "$RUN_DIR/logs/exit_code" ]; then code=$(<"$RUN_DIR/logs/exit_code"); fi
 # Preempted with a time of grace, the run was told by Slurm itself.
 if [ "$code" = 130 ] && [ "$requeue" = 0 ]; then
   preempted=$(told PreemptTime)
@@ -159,12 +161,13 @@ if [ "$requeue" = 1 ] && [ "$code" = 130 ]; then
 fi
 # A machine was lost. When Slurm finds that out too (SlurmdTimeout) it ends the job and queues it again, without that machine.
 if [ "$code" = 75 ] && { [ "$(made)" != "$before" ] || [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; }; then
-  trap - TERM
-  limit=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
+  # The time limit may come near meanwhile.
+  trap '[ "$(told State)" != RUNNING ] || put_back; exit 75' TERM
+  limit=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p') || true
   limit=$((${limit:-300} + 60))
   echo "a machine was lost; waiting for Slurm to take the job back, at most $limit s"
   sleep "$limit" &
-  wait $!
+  wait $! || true
   put_back
 fi
 exit "$code"

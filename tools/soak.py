@@ -104,6 +104,7 @@ class Soak:
 
     def _roots(self) -> dict[str, psutil.Process]:
         pids = json.loads((self.run / "logs/processes.json").read_text()) | {"supervisor": self.process.pid}
+        pids.pop("machines", None)
         roots = {}
         for name, pid in pids.items():
             try:

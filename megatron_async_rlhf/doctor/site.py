@@ -1,5 +1,6 @@
 """What of a machine's surroundings gets in a run's way, tried out: shared memory, ports, file systems, clocks."""
 
+import errno
 import fcntl
 import os
 import resource
@@ -69,6 +70,8 @@ def file_locks(directories: Sequence[Path]) -> Finding:
             with tempfile.TemporaryFile(dir=directory) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in (errno.EACCES, errno.EROFS):  # nobody takes locks where nothing is written
+                continue
             remedy = "put caches (HF_HOME, VLLM_CACHE_ROOT, TRITON_CACHE_DIR) and runs on a file system with locks, or mount this one with them"
             return Finding(
                 what="file locks", state="missing", detail=f"{directory}: {error.strerror or error}", remedy=remedy
@@ -86,12 +89,12 @@ def locked_memory(devices: Path = _INFINIBAND) -> Iterator[Finding]:
         return
     remedy = "ulimit -l unlimited; under Slurm LimitMEMLOCK=infinity for slurmd, in a container --ulimit memlock=-1"
     detail = f"the limit is {soft} bytes, too few for NCCL over InfiniBand"
-    yield Finding(what="locked memory", state="broken", detail=detail, remedy=remedy)
+    yield Finding(what="locked memory", state="missing", detail=detail, remedy=remedy)
 
 
 def _caches() -> list[Path]:
     """Directories of caches, or the nearest above that exist; each once."""
-    home = Path.home()
+    home = Path(os.path.expanduser("~"))
     named = {
         "HF_HOME": home / ".cache/huggingface",
         "VLLM_CACHE_ROOT": home / ".cache/vllm",

@@ -92,7 +92,7 @@ class SFTJob:
             await self._save_now()
         else:
             if await self._take_best(last):
-                await self._evaluate("after")  # which is of the policy that is exported
+                await self._evaluate("after", gives_up=False)  # which is of the policy that is exported
             await export_policy(self._config, self._run_dir, self._learner, self._recorder)
         await self._learner.execute(Stop())
         return was_stopped
@@ -140,14 +140,14 @@ class SFTJob:
         if self._is_stopped or not self._config.checkpoint.async_save:
             await self._save
 
-    async def _evaluate(self, when: str) -> float | None:
+    async def _evaluate(self, when: str, *, gives_up: bool = True) -> float | None:
         """The loss on held-out answers; None if there are none, or it was given up to save and end."""
         rows, start = self._inputs.held_out, now()
         if not rows:
             return None
         total = 0.0
         for first in range(0, len(rows), _EVALUATED_TOGETHER):
-            if self._is_stopped:
+            if self._is_stopped and gives_up:
                 return None
             part = rows[first : first + _EVALUATED_TOGETHER]
             answer = await self._learner.execute(EvaluateSupervised(sequences=part))

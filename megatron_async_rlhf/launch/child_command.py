@@ -134,8 +134,9 @@ class Commands:
         while process.returncode is None:
             self._look_for_stop()
             if self._interrupts > passed_on:
+                for number in range(passed_on, self._interrupts):  # of SIGTERMs in quick succession one counts
+                    process.signal(signal.SIGINT if number else signal.SIGTERM)
                 passed_on = self._interrupts
-                process.signal(signal.SIGTERM)
                 # It ends itself within this; another interrupt would make it end at once.
                 grace = config.launch.interrupt_grace_s + 2 * config.launch.shutdown_grace_s
                 deadline = min(deadline, self._clock() + grace)

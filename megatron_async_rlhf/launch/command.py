@@ -291,7 +291,7 @@ def _decide_sft(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) 
     found = find_resumption(config, steps=steps, key=key, has_reference=False) if resume else Resumption()
     if _is_finished(found):
         return None
-    digests = digest_supervised(inputs)
+    digests = digest_supervised(config, inputs)
     if found.version is not None:
         check_same_rows(config, digests)
     if found.version is None and template == run_dir / POLICY_TEMPLATE_DIR:  # which is set aside now

@@ -35,8 +35,8 @@ class HeldMemory:
             pids = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        machines = pids.get("machines", {})
         here, processes = node_name(), set[psutil.Process]()
+        machines = pids.get("machines") or dict.fromkeys(pids, here)  # of an earlier version
         for name, pid in pids.items():
             # It was never started; or the number is that of another process here, if any.
             if pid is None or machines.get(name) != here:

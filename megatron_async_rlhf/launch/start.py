@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.differences import differences
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.jobs.supervised_inputs import load_supervised_inputs
 from megatron_async_rlhf.launch.agent import serve
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet, gather
@@ -28,13 +29,14 @@ from megatron_async_rlhf.launch.run_directory import (
     reopen_run_directory,
     writing_run_directory,
 )
+from megatron_async_rlhf.launch.supervised_digests import SupervisedDigests, check_same_rows, digest_supervised
 from megatron_async_rlhf.launch.supervisor import Supervisor
 from megatron_async_rlhf.launch.surroundings import check_surroundings
 from megatron_async_rlhf.launch.terminal import outlive_readers
 from megatron_async_rlhf.options import warn
 from megatron_async_rlhf.run_secret import write_secret
 from megatron_async_rlhf.run_tls import write_certificate
-from megatron_async_rlhf.telemetry.files import INPUTS
+from megatron_async_rlhf.telemetry.files import INPUTS, POLICY_TEMPLATE_DIR
 from megatron_async_rlhf.telemetry.sinks.opening import check_sinks
 
 
@@ -116,6 +118,9 @@ def _cut_back(config: RunConfig, digests: Struct | None, version: int) -> None:
     """
     if isinstance(digests, InputDigests):
         check_resumed_inputs(config)
+    elif isinstance(digests, SupervisedDigests):
+        inputs = load_supervised_inputs(config, config.run.path.absolute() / POLICY_TEMPLATE_DIR)
+        check_same_rows(config, digest_supervised(config, inputs))
     reopen_run_directory(config, version)
 
 

@@ -6,19 +6,32 @@ from msgspec import Struct
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.jobs.supervised_inputs import SupervisedInputs
-from megatron_async_rlhf.launch.input_digests import digest_rows
+from megatron_async_rlhf.launch.input_digests import digest_rows, digest_weights
 from megatron_async_rlhf.telemetry.files import INPUTS
 
 
 class SupervisedDigests(Struct, frozen=True, kw_only=True):
-    """Of the rows as the learner sees them, in their order."""
+    """Of the rows as the learner sees them, in their order.
+
+    Attributes:
+        weights: of `model.hf`; None without it.
+    """
 
     train: str
     held_out: str
+    weights: str | None = None
 
 
-def digest_supervised(inputs: SupervisedInputs) -> SupervisedDigests:
-    return SupervisedDigests(train=digest_rows(inputs.train.rows), held_out=digest_rows(inputs.held_out))
+def digest_supervised(config: RunConfig, inputs: SupervisedInputs) -> SupervisedDigests:
+    """
+    Raises:
+        ConfigError: the weights of `model.hf` cannot be read.
+    """
+    return SupervisedDigests(
+        train=digest_rows(inputs.train.rows),
+        held_out=digest_rows(inputs.held_out),
+        weights=None if config.model.hf is None else digest_weights(config.model.hf),
+    )
 
 
 def check_same_rows(config: RunConfig, now: SupervisedDigests) -> None:
@@ -43,3 +56,8 @@ def check_same_rows(config: RunConfig, now: SupervisedDigests) -> None:
                 f"{key} = {source}: its conversations, or the template that renders them, are not those that {config.run.path} "
                 "was started with; put back what was there, or start again without --resume"
             )
+    if before.weights != now.weights:
+        raise ConfigError(
+            f"model.hf = {config.model.hf}: its weights are not those that {config.run.path} was started with; put back what was "
+            "there, or start again without --resume"
+        )

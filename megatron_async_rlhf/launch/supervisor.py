@@ -18,6 +18,7 @@ The supervisor never talks to learner or servers; it owns only their lives. The 
 through its standard output.
 """
 
+import contextlib
 import json
 import queue
 import signal
@@ -42,6 +43,7 @@ from megatron_async_rlhf.launch.terminal import handle_interrupts
 from megatron_async_rlhf.telemetry.events import EventLog, parse_event
 from megatron_async_rlhf.telemetry.files import (
     EVENTS,
+    EXIT_CODE,
     LOG_DIR,
     PROCESSES,
     RESERVE,
@@ -123,7 +125,10 @@ class Supervisor:
             self._display.note("the same command with --resume goes on from its last checkpoint")
         if status != "completed" and self._plan.on_request:
             self._display.note("the same command with --resume keeps the answers that are there, and goes on")
-        return EXIT_MACHINE_LOST if self._is_machine_lost else _EXIT_CODES[status]
+        code = EXIT_MACHINE_LOST if self._is_machine_lost and status == "failed" else _EXIT_CODES[status]
+        with contextlib.suppress(OSError):  # what starts it on several machines may lose it, as srun does
+            (self._run_dir / EXIT_CODE).write_text(f"{code}\n", encoding="utf-8")
+        return code
 
     def _start(self) -> None:
         remove_abandoned()
@@ -192,8 +197,9 @@ class Supervisor:
                 self._display.note("interrupted: finishing the step under way (interrupt again to stop immediately)")
                 self._controller.signal(signal.SIGTERM)
                 deadline = time.monotonic() + self._config.launch.interrupt_grace_s
-            if lost := self._fleet.lost() or self._taken():
-                self._is_machine_lost = self._fleet.lost() is not None
+            gone = self._fleet.lost()
+            if lost := gone or self._taken():
+                self._is_machine_lost = gone is not None
                 return "failed", lost, []
             if self._controller.returncode == EXIT_INTERRUPTED:  # it was asked to, or knew when to stop
                 return "interrupted", None, []

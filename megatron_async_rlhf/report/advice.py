@@ -53,7 +53,8 @@ def _outcome(run: ReportedRun) -> Iterator[Advice]:
         )
     elif status in ("failed", "interrupted"):
         how, when = (f": {error}", ", once the cause is gone") if error else ("", "")
-        yield Advice(f"The run is {status}{how}.", f"{_going_on(run).capitalize()}{when}.")
+        what = _going_on(run)
+        yield Advice(f"The run is {status}{how}.", f"{what[0].upper()}{what[1:]}{when}.")
 
 
 def _going_on(run: ReportedRun) -> str:

@@ -25,6 +25,7 @@ TENSORBOARD_DIR = "tensorboard"
 RESERVE = ".reserve"  # while a run goes on: room for its last words on a disk that is full
 STOP = "stop"  # whoever makes it asks the run to save and end
 LOG_DIR = "logs"
+EXIT_CODE = "logs/exit_code"  # of the command, once it has ended
 PROCESSES = "logs/processes.json"  # name -> process id; `machines`: name -> machine
 EVENTS = "logs/events.jsonl"  # the controller's events, for `async-rlhf watch`
 POLICY_TEMPLATE_DIR = "model"  # Hugging Face config and tokenizer of the policy, without weights

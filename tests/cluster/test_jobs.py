@@ -282,6 +282,7 @@ until [ -e "$NOTES/end" ]; do
     if [ -e "$RUN_DIR/stop" ]; then rm "$RUN_DIR/stop" && echo >>"$NOTES/stops"; fi
     sleep 0.02
 done
+if [ -n "$OWN_CODE" ]; then mkdir -p "$RUN_DIR/logs" && echo "$OWN_CODE" >"$RUN_DIR/logs/exit_code"; fi
 exit "${CODE:-3}"
 """,
     "squeue": """
@@ -331,6 +332,7 @@ class Script:
             "SLURM_JOB_NODELIST": "n[1-2]",
             "ENDS_MEANWHILE": "",
             "BUSY": "",
+            "OWN_CODE": "",
         } | environment
         self.process = subprocess.Popen(
             ["bash", f"slurm/{script}.sh", *arguments],
@@ -364,7 +366,7 @@ def test_a_job_asks_its_run_once_to_save(tmp_path: Path):
     doctor, train = (script.notes / "srun").read_text().splitlines()
     assert " doctor " in doctor and " train " in train
     assert [word for word in doctor.split() if word.startswith("--wait=")][-1] == "--wait=0"
-    assert [word for word in train.split() if word.startswith("--wait=")] == ["--wait=30"]
+    assert [word for word in train.split() if word.startswith("--wait=")] == ["--wait=60"]
     assert all(" --kill-on-bad-exit=0 " in step for step in (doctor, train))
 
 
@@ -404,8 +406,10 @@ def test_a_run_that_slurm_preempts_with_a_time_of_grace_comes_back(tmp_path: Pat
 @pytest.mark.parametrize(
     ("restarts", "has_made", "requeues"), [("0", False, True), ("3", True, True), ("3", False, False)]
 )
-def test_a_job_that_lost_a_machine_comes_back(tmp_path: Path, restarts: str, has_made: bool, requeues: bool):
-    script = Script(tmp_path, CODE="75", SLURM_RESTART_COUNT=restarts)
+@pytest.mark.parametrize("code", [{"CODE": "75"}, {"CODE": "137", "OWN_CODE": "75"}])
+def test_a_job_that_lost_a_machine_comes_back(tmp_path: Path, restarts: str, has_made: bool, requeues: bool, code):
+    """Of a task that was killed srun says so, whatever the first one said."""
+    script = Script(tmp_path, SLURM_RESTART_COUNT=restarts, **code)
     script.wait_for("pid")
     if has_made:
         made_a_step(tmp_path)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from small_config import small_config
 
 from megatron_async_rlhf.errors import ConfigError
@@ -27,5 +28,7 @@ def test_other_rows_or_another_order_are_refused(tmp_path: Path):
         check_same_rows(config, digests(ROWS[::-1], ROWS[:1]))
     with pytest.raises(ConfigError, match="^data.eval = "):
         check_same_rows(config, digests(ROWS, ROWS[1:]))
+    with pytest.raises(ConfigError, match="^model.hf = "):
+        check_same_rows(config, replace(begun, weights="other"))
     targets = [Sequence(token_ids=[1, 2, 3], prompt_length=2), ROWS[1]]
     assert digest_rows(targets) != digest_rows(ROWS)

@@ -293,8 +293,8 @@ class ChaosRun:
         for start in self._starts:
             if start.poll() is not None:
                 continue
-            for _ in range(2):
-                os.killpg(start.pid, signal.SIGTERM)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.killpg(start.pid, number)
                 time.sleep(0.2)
             try:
                 start.wait(60)

@@ -62,7 +62,7 @@ def run_here(title: str, jobs: Sequence[Job], note: Note) -> int:
     def on_interrupt(number: int, frame: object) -> None:
         interrupts.append(number)
         for file in running:
-            _pass_on(file)
+            _pass_on(file, signal.SIGTERM if len(interrupts) == 1 else signal.SIGINT)
 
     previous = handle_interrupts(on_interrupt)
     try:
@@ -165,9 +165,9 @@ def _show(job: Any, before: Job | None, show: Note) -> None:
     show((scripts / f"{job.id}.sh").read_text(encoding="utf-8"))
 
 
-def _pass_on(pid_file: Path) -> None:
+def _pass_on(pid_file: Path, number: int) -> None:
     try:
-        os.kill(int(pid_file.read_text(encoding="utf-8")), signal.SIGTERM)
+        os.kill(int(pid_file.read_text(encoding="utf-8")), number)
     except (OSError, ValueError):
         pass  # not started yet, or gone
 
