@@ -95,11 +95,9 @@ class Supervisor:
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._interrupts = 0
         self._stop_file = run_dir / STOP
-        self._training = False
+        self._training = self._learner_is_silent = self._is_machine_lost = False
         self._restarts = {spec.name: 0 for spec in plan.servers if spec.restarts}
         self._started: dict[str, float] = {}  # by the monotonic clock, which all processes of a machine share
-        self._learner_is_silent = False
-        self._is_machine_lost = False
         self._killed: dict[str, str] = {}  # processes that did nothing, and how that was found
         self._failure: str | None = None  # the controller's own account, if it gave one
         self._explained = False  # it says all there is to know
