@@ -23,7 +23,7 @@ def schedule_of(config: RunConfig) -> Schedule:
     """Which of them a run of `config` has."""
     if config.schedule.staleness_bound != 0:
         return "async"
-    return "alternating" if shares_gpu(config) or config.launch.cores == "shared" else "same_split"
+    return "alternating" if config.takes_turns else "same_split"
 
 
 def settings_of(schedule: Schedule, config: RunConfig) -> dict[str, Any]:

@@ -62,6 +62,15 @@ class RunConfig(Section):
         return self.learner.world_size + own + self.reward_workers
 
     @property
+    def takes_turns(self) -> bool:
+        """Whether learner and generators have the same devices, so that one idles while the other works."""
+        return self.launch.cores == "shared" or self.weights.transport == "ipc"
+
+    @property
+    def completions_per_rollout(self) -> int:
+        return self.schedule.groups_per_rollout * self.algorithm.samples_per_prompt
+
+    @property
     def _is_of_stage(self) -> bool:
         """Whether a stage before RL is described here, which has a learner alone."""
         return self.sft is not None or self.reward_model is not None
@@ -82,13 +91,16 @@ class RunConfig(Section):
         return self.reward if isinstance(self.reward, list) else [self.reward]
 
     @property
+    def rewards_by_key(self) -> dict[str, RewardEntry]:
+        """The same by their keys in the configuration."""
+        if not isinstance(self.reward, list):
+            return {"reward": self.reward}
+        return {f"reward.{place}": entry for place, entry in enumerate(self.reward)}
+
+    @property
     def reward_models(self) -> dict[str, RewardModelSection]:
-        """Those of `rewards`, by their keys in the configuration."""
-        keys = (
-            [f"reward.{place}" for place in range(len(self.rewards))] if isinstance(self.reward, list) else ["reward"]
-        )
-        entries = zip(keys, self.rewards, strict=True)
-        return {key: entry for key, entry in entries if isinstance(entry, RewardModelSection)}
+        """Those of them that are models."""
+        return {key: entry for key, entry in self.rewards_by_key.items() if isinstance(entry, RewardModelSection)}
 
     @property
     def served_reward_models(self) -> dict[str, RewardModelSection]:

@@ -105,13 +105,11 @@ def answered_row(
     """
     asked = tokenizer.render_prompt(messages) if rendered is None else rendered
     token_ids = tokenizer.render_answered([*messages, Message("assistant", answer)], asked)
-    asked_at = next((place for place, message in enumerate(messages) if message.role == "user"), len(messages))
-    turns = [  # what the assistant said before it was asked is part of the prompt
-        place for place, message in enumerate(messages) if message.role == "assistant" and place > asked_at
-    ]
-    turns = turns if answers == "all" else []
+    roles = [message.role for message in messages]
     begins, ends = [], []
-    for place in turns:
+    for place in range(len(roles)) if answers == "all" else ():
+        if roles[place] != "assistant" or "user" not in roles[:place]:  # what it says unasked is part of the prompt
+            continue
         prompt, after = tokenizer.render_prompt(messages[:place]), tokenizer.render_prompt(messages[: place + 2])
         begin = len(prompt)
         end = begin + token_ids[begin:].index(tokenizer.eos_token_id) + 1

@@ -121,7 +121,7 @@ def _refuse_server(
     if config.run.device == "cpu":
         raise ConfigError(
             f"{key}: its cache holds {worker.cache_tokens} tokens, and no sequence of the longest length with them; raise "
-            f"{key}.{_memory_key(config)} = {section.kv_cache_gib} or {key}.tensor_parallel (--dry-run shows more)"
+            f"{key}.kv_cache_gib = {section.kv_cache_gib} or {key}.tensor_parallel (--dry-run shows more)"
         )
     if worker.weights > section.gpu_memory_share * _room(config):
         raise ConfigError(

@@ -97,7 +97,7 @@ def estimate_speed(
     machine, generator = machine_of(config), config.generator
     prompt, completion = lengths or typical_lengths(config, arch)
     length = prompt + completion
-    samples = config.schedule.groups_per_rollout * config.algorithm.samples_per_prompt / generator.replicas
+    samples = config.completions_per_rollout / generator.replicas
     at_once = max(1.0, min(samples, generator.max_concurrent, memory.cache_tokens / length))
     compute = machine.prefill * generator.tensor_parallel
     # A decoding step reads the weights once and the cache of every sequence, on average half grown, and computes.

@@ -133,9 +133,8 @@ def check_compared_rewards(config: RunConfig) -> None:
     Raises:
         ConfigError: a reward compares the answers of one policy with each other, which says nothing of the policy.
     """
-    for place, entry in enumerate(config.rewards):
+    for key, entry in config.rewards_by_key.items():
         if isinstance(entry, JudgeRewardSection) and entry.form == "pairwise" and entry.against == "group":
-            key = f"reward.{place}" if isinstance(config.reward, list) else "reward"
             raise ConfigError(
                 f"{key}.against = group: the judge compares the answers of one policy with each other, so their mean is 0.5 "
                 f"whatever they are; set {key}.against = solution, or {key}.form = pointwise"

@@ -169,8 +169,8 @@ def check_rewards(config: RunConfig, prompts: Seq[Prompt]) -> None:
     Raises:
         ConfigError, DataError: a reward lacks a package, or cannot score a prompt.
     """
-    for place, entry in enumerate(config.rewards):
-        check_entry(f"reward.{place}" if isinstance(config.reward, list) else "reward", entry, prompts)
+    for key, entry in config.rewards_by_key.items():
+        check_entry(key, entry, prompts)
 
 
 def check_description(config: RunConfig, template: Path) -> tuple[Architecture, TransferPlan]:

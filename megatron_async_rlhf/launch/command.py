@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -265,13 +266,14 @@ def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: P
     warn(warnings)
     budget, context = generator_budget(config, run_inputs.architecture), run_inputs.architecture.context_length
     plan = plan_processes(config, run_dir, context, fleet.nodes, version, budget=budget)
-    return Start(plan=plan, template=template, version=version, digests=digests)
+    check_again = partial(check_resumed_inputs, config)
+    return Start(plan=plan, template=template, version=version, digests=digests, check_again=check_again)
 
 
 def _decide_sft(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "Start | None":
     """How many steps there are the data says, so that is read first."""
     from megatron_async_rlhf.jobs.inputs import make_model_template
-    from megatron_async_rlhf.jobs.supervised_inputs import check_supervised_inputs
+    from megatron_async_rlhf.jobs.supervised_inputs import check_supervised_inputs, load_supervised_inputs
     from megatron_async_rlhf.launch.plan import plan_learner_alone
     from megatron_async_rlhf.launch.resume import Resumption, find_resumption
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart
@@ -298,7 +300,12 @@ def _decide_sft(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) 
         check_inputs_apart(config)
         template = shutil.copytree(template, scratch / "model")
     plan = plan_learner_alone(config, run_dir, fleet.nodes, "sft", resume_from=found.version)
-    return Start(plan=plan, template=template, version=found.version, digests=digests)
+
+    def check_again() -> None:
+        now = load_supervised_inputs(config, run_dir / POLICY_TEMPLATE_DIR)
+        check_same_rows(config, digest_supervised(config, now))
+
+    return Start(plan=plan, template=template, version=found.version, digests=digests, check_again=check_again)
 
 
 def _find_resumption(config: RunConfig, resume: bool) -> "Resumption":

@@ -41,7 +41,7 @@ class HeldMemory:
             # It was never started; or the number is that of another process here, if any.
             if pid is None or machines.get(name) != here:
                 continue
-            with contextlib.suppress(psutil.Error, TypeError):  # it has ended, or was never started
+            with contextlib.suppress(psutil.Error):  # it has ended
                 process = psutil.Process(pid)
                 processes |= {process, *process.children(recursive=True)}
         held = []

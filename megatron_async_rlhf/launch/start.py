@@ -13,12 +13,11 @@ from msgspec import Struct
 
 from megatron_async_rlhf.config.differences import differences
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.jobs.supervised_inputs import load_supervised_inputs
 from megatron_async_rlhf.launch.agent import serve
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet, gather
 from megatron_async_rlhf.launch.held_memory import HeldMemory
-from megatron_async_rlhf.launch.input_digests import InputDigests, check_resumed_inputs, write_input_digests
+from megatron_async_rlhf.launch.input_digests import write_input_digests
 from megatron_async_rlhf.launch.nodes import check_node_rank
 from megatron_async_rlhf.launch.owner import owning
 from megatron_async_rlhf.launch.plan import ProcessPlan
@@ -29,14 +28,13 @@ from megatron_async_rlhf.launch.run_directory import (
     reopen_run_directory,
     writing_run_directory,
 )
-from megatron_async_rlhf.launch.supervised_digests import SupervisedDigests, check_same_rows, digest_supervised
 from megatron_async_rlhf.launch.supervisor import Supervisor
 from megatron_async_rlhf.launch.surroundings import check_surroundings
 from megatron_async_rlhf.launch.terminal import outlive_readers
 from megatron_async_rlhf.options import warn
 from megatron_async_rlhf.run_secret import write_secret
 from megatron_async_rlhf.run_tls import write_certificate
-from megatron_async_rlhf.telemetry.files import INPUTS, POLICY_TEMPLATE_DIR
+from megatron_async_rlhf.telemetry.files import INPUTS
 from megatron_async_rlhf.telemetry.sinks.opening import check_sinks
 
 
@@ -49,6 +47,7 @@ class Start(Struct, frozen=True, kw_only=True):
         keeps: what is in the directory already, and is gone on with as it is.
         prepare: makes what else belongs into the directory, before anything is started.
         digests: of what the run reads, to be remembered if they are not yet.
+        check_again: raises where what it reads is something else by now.
     """
 
     plan: ProcessPlan
@@ -57,6 +56,7 @@ class Start(Struct, frozen=True, kw_only=True):
     keeps: bool = False
     prepare: Callable[[Path], None] | None = None
     digests: Struct | None = None
+    check_again: Callable[[], object] | None = None
 
 
 def prepare_machine(config: RunConfig, node_rank: int, *limits: str | None) -> None:
@@ -106,21 +106,18 @@ def run(
             outlive_readers()
         shown = display() if display is not None else Display(memory=HeldMemory(run_dir))
         shown.chosen(differences(config))
-        cut_back = None if start.keeps else partial(_cut_back, config, start.digests)
+        cut_back = None if start.keeps else partial(_cut_back, config, start.check_again)
         return Supervisor(config, start.plan, run_dir, shown, fleet, cut_back=cut_back, taken=taken).run()
 
 
-def _cut_back(config: RunConfig, digests: Struct | None, version: int) -> None:
+def _cut_back(config: RunConfig, check_again: Callable[[], object] | None, version: int) -> None:
     """Make the directory what it was at a checkpoint, of a run whose data are still the same.
 
     Raises:
         ConfigError, DataError, CheckpointError: one line.
     """
-    if isinstance(digests, InputDigests):
-        check_resumed_inputs(config)
-    elif isinstance(digests, SupervisedDigests):
-        inputs = load_supervised_inputs(config, config.run.path.absolute() / POLICY_TEMPLATE_DIR)
-        check_same_rows(config, digest_supervised(config, inputs))
+    if check_again is not None:
+        check_again()
     reopen_run_directory(config, version)
 
 

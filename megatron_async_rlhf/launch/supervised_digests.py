@@ -47,17 +47,14 @@ def check_same_rows(config: RunConfig, now: SupervisedDigests) -> None:
         return
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); delete it to go on without comparing the data") from None
-    for key, source, differ in (
-        ("data.train", config.data.train, before.train != now.train),
-        ("data.eval", config.data.eval, before.held_out != now.held_out),
+    rows = "conversations, or the template that renders them,"
+    for read, what, was, found in (
+        (f"data.train = {config.data.train}", rows, before.train, now.train),
+        (f"data.eval = {config.data.eval}", rows, before.held_out, now.held_out),
+        (f"model.hf = {config.model.hf}", "weights", before.weights, now.weights),
     ):
-        if differ:
+        if was != found:
             raise ConfigError(
-                f"{key} = {source}: its conversations, or the template that renders them, are not those that {config.run.path} "
-                "was started with; put back what was there, or start again without --resume"
+                f"{read}: its {what} are not those that {config.run.path} was started with; put back what was there, or start "
+                "again without --resume"
             )
-    if before.weights != now.weights:
-        raise ConfigError(
-            f"model.hf = {config.model.hf}: its weights are not those that {config.run.path} was started with; put back what was "
-            "there, or start again without --resume"
-        )

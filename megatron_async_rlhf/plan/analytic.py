@@ -72,7 +72,7 @@ def step_times(config: RunConfig, arch: Architecture, workload: Workload) -> tup
     worker = generator_worker(config, arch)
     speed = corrected(estimate_speed(config, arch, worker, workload.lengths), workload.factors)
     schedule = config.schedule
-    rollout = schedule.groups_per_rollout * config.algorithm.samples_per_prompt
+    rollout = config.completions_per_rollout
     each = samples_of_a_replica(config)
     held = worker.cache_tokens / (speed.prompt + speed.completion)
     full = max(1.0, min(rollouts_under_way(config) * each, MOST_CONCURRENT, held))
@@ -107,8 +107,7 @@ def rollouts_under_way(config: RunConfig) -> int:
 
 def samples_of_a_replica(config: RunConfig) -> float:
     """Of a rollout."""
-    rollout = config.schedule.groups_per_rollout * config.algorithm.samples_per_prompt
-    return rollout / config.generator.replicas
+    return config.completions_per_rollout / config.generator.replicas
 
 
 def _decoding_s(speed: Speed, samples: float, at_once: float) -> float:

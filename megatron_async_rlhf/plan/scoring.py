@@ -29,7 +29,7 @@ def with_reward_servers(config: RunConfig, lengths: Lengths, step_s: float, devi
 def scoring_s(config: RunConfig, key: str, lengths: Lengths) -> float:
     """Seconds in which one replica scores all completions of an optimizer step: a pass over each with its prompt."""
     section, schedule = config.served_reward_models[key], config.schedule
-    completions = schedule.groups_per_rollout * config.algorithm.samples_per_prompt / schedule.updates_per_rollout
+    completions = config.completions_per_rollout / schedule.updates_per_rollout
     name = f"{key}.model"
     numbers = classifier_size(name, section.model, read_classifier(name, section.model))
     flops = 2.0 * numbers * completions * sum(lengths)

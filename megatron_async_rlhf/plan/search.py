@@ -59,11 +59,11 @@ class Candidate(Struct, frozen=True, kw_only=True):
     scoring: float
 
     def step_s(self, kind: Kind) -> float:
-        return self._alone_s(kind) + waiting_s(kind, self._alone_s(kind), self.times, self.scoring)
+        return _scored_s(kind, self._alone_s(kind), self.times, self.scoring)
 
     def hiding_s(self, kind: Kind) -> float:
         """Of a step, as long as scores may take without being waited for."""
-        return self.times.generate + self.times.tail if kind == "sync" else self._alone_s(kind)
+        return _hiding_s(kind, self._alone_s(kind), self.times)
 
     def _alone_s(self, kind: Kind) -> float:
         """If scores took no time."""
@@ -128,13 +128,16 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
 
 def step_seconds(plan: Plan) -> float:
     """Once the run is under way."""
-    step_s = plan.prediction.schedule.step_s
-    return step_s + waiting_s(plan.kind, step_s, plan.times, plan.scoring)
+    return _scored_s(plan.kind, plan.prediction.schedule.step_s, plan.times, plan.scoring)
 
 
-def waiting_s(kind: Kind, step_s: float, times: StepTimes, scoring: float) -> float:
-    """What a step takes longer because reward models score while completions end, and are the slowest of all."""
-    return max(0.0, scoring - (times.generate + times.tail if kind == "sync" else step_s))
+def _scored_s(kind: Kind, step_s: float, times: StepTimes, scoring: float) -> float:
+    """A step that also waits for reward models, which score while completions end, where they are the slowest of all."""
+    return step_s + max(0.0, scoring - _hiding_s(kind, step_s, times))
+
+
+def _hiding_s(kind: Kind, step_s: float, times: StepTimes) -> float:
+    return times.generate + times.tail if kind == "sync" else step_s
 
 
 def fastest(plans: Sequence[Plan]) -> Plan:
@@ -222,11 +225,8 @@ def _simulated(candidate: Candidate, arch: Architecture, kind: Kind, workload: W
         keys = schedule_keys(kind, candidate.config)
         changed = with_keys(candidate.config, "schedule", keys)
         if kind == "bounded":
-            changed = with_keys(
-                changed,
-                "generator",
-                {"max_concurrent": _places(changed, arch, workload.lengths or typical_lengths(changed, arch))},
-            )
+            places = _places(changed, arch, workload.lengths or typical_lengths(changed, arch))
+            changed = with_keys(changed, "generator", {"max_concurrent": places})
         config = RunConfig.model_validate(changed.model_dump())
         check_layouts(config, arch)
         lay_out(config, planned_nodes(config), config.generator.replicas)
@@ -276,7 +276,7 @@ def _scaled_down(config: RunConfig, scenario: Scenario) -> tuple[RunConfig, Scen
     """A part of the generators with its part of every rollout, where a whole one takes long to simulate: each generator has as
     much to do, and a step of the learner takes as long."""
     prompts, replicas = config.schedule.prompts_per_step, config.generator.replicas
-    rollout = config.schedule.groups_per_rollout * config.algorithm.samples_per_prompt
+    rollout = config.completions_per_rollout
     kept = max(1, round(replicas * _SIMULATED / rollout))
     if rollout <= _SIMULATED or kept >= replicas:
         return config, scenario

@@ -94,8 +94,7 @@ def _balance(run: ReportedRun) -> Iterator[Advice]:
     generators, learner = idle
     both = f"Generators wait {generators:.0%} of the time and the learner {learner:.0%}"
     if run.config.schedule.staleness_bound == 0:
-        takes_turns = run.config.launch.cores == "shared" or run.config.weights.transport == "ipc"
-        if min(generators, learner) > _IDLE and not takes_turns:
+        if min(generators, learner) > _IDLE and not run.config.takes_turns:
             is_async = run.config.schedule.mode == "async"
             change = "schedule.max_staleness: 1" if is_async else "schedule.mode: async"
             yield Advice(f"{both}: each waits for the other.", f"{change} lets them work at the same time.")

@@ -89,7 +89,7 @@ def _sized(file: Path, overrides: list[str], config: RunConfig, samples: int | N
     schedule = config.schedule
     steps = first_steps(config)
     if samples is not None:
-        rollouts = -(-samples // (schedule.groups_per_rollout * config.algorithm.samples_per_prompt))
+        rollouts = -(-samples // config.completions_per_rollout)
         steps = rollouts * schedule.updates_per_rollout
     return with_local_models(load_config(file, [*overrides, f"schedule.steps={steps}"]), weights=False)
 

@@ -117,7 +117,7 @@ def _scaled(speeds: Speeds, *, generate: float, train: float) -> Speeds:
 def first_steps(config: RunConfig) -> int:
     """How many of the run's steps a prediction simulates, unless it is told."""
     schedule = config.schedule
-    rollout = schedule.groups_per_rollout * config.algorithm.samples_per_prompt
+    rollout = config.completions_per_rollout
     enough = max(_SAMPLES // rollout, min(_ROLLOUTS, max(3, _MOST_SAMPLES // rollout)))
     return min(schedule.rollouts, enough) * schedule.updates_per_rollout
 
@@ -190,7 +190,7 @@ def describe(config: RunConfig, arch: Architecture) -> list[str]:
         scenario, speed = estimated_scenario(config, arch)
     except ConfigError:
         return []  # the estimate of memory has said so
-    rollout = config.schedule.groups_per_rollout * config.algorithm.samples_per_prompt
+    rollout = config.completions_per_rollout
     if rollout > _MOST_IN_A_ROLLOUT:
         return [
             f"speed: not predicted here, for a rollout has {rollout:,} completions; async-rlhf simulate takes the time"
