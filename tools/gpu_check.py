@@ -313,39 +313,21 @@ def part_speed(device: str, found: Findings) -> None:
     import torch
 
     from megatron_async_rlhf.devices import known_peak
-    from megatron_async_rlhf.learner.protocol import TrainSupervised
     from megatron_async_rlhf.models.architecture import Architecture
-    from megatron_async_rlhf.models.flops import forward_flops
-    from megatron_async_rlhf.types import Sequence
 
     placement = join(device)
     # LLaMA 3.1 8B with so many of its 32 layers, whose optimizer state fits beside them.
-    layers, scale, length, count, steps = (4, 1, 2048, 32, 5) if on_gpu(device) else (2, 32, 64, 8, 2)
+    layers, scale, length, tokens, steps = (4, 1, 2048, 65536, 5) if on_gpu(device) else (2, 32, 64, 512, 2)
     arch = Architecture(
         vocab_size=128256 // scale, layers=layers, hidden_size=4096 // scale, ffn_size=14336 // scale, heads=32 // (4 if scale > 1 else 1),
-        kv_heads=8 // (4 if scale > 1 else 1), head_dim=128 if scale == 1 else 16, context_length=4096, rope_theta=5e5,
+        kv_heads=8 // (4 if scale > 1 else 1), head_dim=128 if scale == 1 else 16, context_length=8192, rope_theta=5e5,
         norm_eps=1e-5, tie_embeddings=False,
     )  # fmt: skip
-    dice = Random(0)
-    sequences = [
-        Sequence(token_ids=[dice.randrange(arch.vocab_size) for _ in range(length + 1)], prompt_length=length // 4)
-        for _ in range(count)
-    ]
-    outputs = count * (length + 1 - length // 4)
-    flops = 3 * forward_flops(arch, [length] * count, outputs)
     speeds = {}
     for precision in precisions(device):
         learner = make_learner(device, placement, arch, micro_batch_tokens=4 * length, **precision)
-        seconds = []
-        for step in range(2 + steps):
-            started = time.perf_counter()
-            learner.train_supervised(TrainSupervised(step=step, sequences=sequences))
-            if on_gpu(device):
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-        median = statistics.median(seconds[2:])
-        speeds[name_of(precision)] = count * length / median
-        told = {"tokens_per_s": round(count * length / median), "tflops": flops / median / 1e12}
+        told = training_speed(learner, device, length, tokens, steps)
+        speeds[name_of(precision)] = told["tokens_per_s"]
         if on_gpu(device):
             measured, estimated = torch.cuda.max_memory_allocated(), estimated_bytes(learner)
             told |= {"memory_gib": measured / 2**30, "estimated_gib": estimated / 2**30}
@@ -354,6 +336,10 @@ def part_speed(device: str, found: Findings) -> None:
             peak = known_peak(torch.cuda.get_device_name(), "bf16")
             if peak:
                 told["mfu_of_bf16_peak"] = told["tflops"] * 1e12 / peak
+        told |= {
+            f"sequences of {other}": training_speed(learner, device, other, tokens, steps)
+            for other in (length // 4, 4 * length)
+        }
         found.figures[name_of(precision)] = told
         del learner
         free_learner()
@@ -364,6 +350,31 @@ def part_speed(device: str, found: Findings) -> None:
         best = max(faster, key=faster.get)
         found.at_least(f"FP8 ({best}) over bf16", faster[best], TARGETS["FP8 over bf16"])
         found.figures["speed over bf16"] = faster
+
+
+def training_speed(learner, device: str, length: int, tokens: int, steps: int) -> dict[str, float]:
+    """Of supervised steps over as many sequences of one length as give so many tokens; a quarter of each is prompt."""
+    import torch
+
+    from megatron_async_rlhf.learner.protocol import TrainSupervised
+    from megatron_async_rlhf.models.flops import forward_flops
+    from megatron_async_rlhf.types import Sequence
+
+    dice, count, prompt = Random(0), tokens // length, length // 4
+    sequences = [
+        Sequence(token_ids=[dice.randrange(learner.arch.vocab_size) for _ in range(length + 1)], prompt_length=prompt)
+        for _ in range(count)
+    ]
+    seconds = []
+    for step in range(2 + steps):
+        started = time.perf_counter()
+        learner.train_supervised(TrainSupervised(step=step, sequences=sequences))
+        if on_gpu(device):
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds[2:])
+    flops = 3 * forward_flops(learner.arch, [length] * count, count * (length + 1 - prompt))
+    return {"tokens_per_s": round(count * length / median), "tflops": flops / median / 1e12}
 
 
 def estimated_bytes(learner) -> int:
@@ -451,21 +462,34 @@ def part_generate(device: str, found: Findings) -> None:
         raise Skip(f"vLLM cannot be imported: {error}") from None
     llm = LLM(
         model=str(ROOT / "examples" / "llama8b"), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
-        max_model_len=2048, gpu_memory_utilization=0.8, max_num_seqs=256, seed=0,
+        max_model_len=2048, gpu_memory_utilization=0.8, max_num_seqs=256, seed=0, enable_prefix_caching=False,
     )  # fmt: skip
     dice = Random(0)
-    prompts = [{"prompt_token_ids": [dice.randrange(5, 128000) for _ in range(256)]} for _ in range(256)]
-    # Generators sample with a seed for each request, one of which vLLM's first model runner samples after the other.
-    for figure, seeds in (("tokens_per_s", range(len(prompts))), ("tokens_per_s_without_seeds", [None] * len(prompts))):
+
+    def seconds(count: int, prompt: int, completion: int, seeded: bool) -> float:
+        prompts = [{"prompt_token_ids": [dice.randrange(5, 128000) for _ in range(prompt)]} for _ in range(count)]
         sampling = [
-            SamplingParams(temperature=0.7, max_tokens=256, ignore_eos=True, detokenize=False, seed=seed)
-            for seed in seeds
+            SamplingParams(
+                temperature=0.7, max_tokens=completion, ignore_eos=True, detokenize=False, seed=i if seeded else None
+            )
+            for i in range(count)
         ]
-        llm.generate(prompts[:32], sampling[:32], use_tqdm=False)
         started = time.perf_counter()
         answers = llm.generate(prompts, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - started
-        found.figures[figure] = round(sum(len(a.outputs[0].token_ids) for a in answers) / seconds)
+        assert sum(len(a.outputs[0].token_ids) for a in answers) == count * completion
+        return time.perf_counter() - started
+
+    seconds(32, 256, 64, True)
+    # Generators sample with a seed for each request, one of which vLLM's first model runner samples after the other.
+    found.figures["tokens_per_s"] = round(256 * 256 / seconds(256, 256, 256, True))
+    found.figures["tokens_per_s_without_seeds"] = round(256 * 256 / seconds(256, 256, 256, False))
+    found.figures["prompt_tokens_per_s"] = round(64 * 2000 / seconds(64, 2000, 1, False))
+    # Difference of two lengths: what a decoding step costs, without the prompts.
+    for seeded in (True, False):
+        found.figures[f"decoding_step_ms{'' if seeded else '_without_seeds'}"] = {
+            count: round((seconds(count, 64, 192, seeded) - seconds(count, 64, 64, seeded)) / 128 * 1e3, 2)
+            for count in (1, 16, 64, 128, 256)
+        }
 
 
 def part_run(device: str, found: Findings) -> None:
