@@ -12,9 +12,8 @@ from megatron_async_rlhf.types import PushReport
 from megatron_async_rlhf.weights.messages import receive_message, send_message
 from megatron_async_rlhf.weights.plan import TransferPlan
 from megatron_async_rlhf.weights.roster import Roster
+from megatron_async_rlhf.weights.slice_digests import DIGEST_BYTES
 from megatron_async_rlhf.weights.transports.transport import Transport
-
-DIGEST_BYTES = 16
 
 
 def conclude(

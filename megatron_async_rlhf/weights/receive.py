@@ -16,12 +16,12 @@ from typing import Protocol
 import torch
 
 from megatron_async_rlhf.errors import TransferError
-from megatron_async_rlhf.formats.digest import digest
 from megatron_async_rlhf.types import PushReport
 from megatron_async_rlhf.weights.plan import Slice, TransferPlan
 from megatron_async_rlhf.weights.proof import conclude
 from megatron_async_rlhf.weights.roster import Roster
 from megatron_async_rlhf.weights.send import as_matrix, describe, num_elements
+from megatron_async_rlhf.weights.slice_digests import SliceDigests
 from megatron_async_rlhf.weights.transports.transport import Parcel, Pending, Transport
 
 # Hashes what a parameter really holds, if the push is verified.
@@ -77,7 +77,7 @@ class Receiver:
         depth = len(self._buffers)
         arriving = {k: self._start(k) for k in range(min(depth, len(self._rounds)))}
         missing = {parameter: len(slices) for parameter, slices in self._slices_of.items()}
-        digests: dict[Slice, bytes] | None = {} if verify else None
+        digests = SliceDigests(self._dtype) if verify else None
         for k in range(len(self._rounds)):
             arrived = arriving.pop(k)
             arrived.wait()
@@ -88,9 +88,9 @@ class Receiver:
             arrived.finish()
             if k + depth < len(self._rounds):
                 arriving[k + depth] = self._start(k + depth)
-        ordered = None if digests is None else b"".join(digests[s] for s in self._plan.received_by(self._worker))
+        joined = None if digests is None else digests.joined(self._plan.received_by(self._worker))
         num_bytes = sum(self._sizes) * self._dtype.itemsize
-        return conclude(self._transport, self._roster, self._plan, received_bytes=num_bytes, digests=ordered)
+        return conclude(self._transport, self._roster, self._plan, received_bytes=num_bytes, digests=joined)
 
     def _start(self, k: int) -> Pending:
         sizes = [num_elements(message) * self._dtype.itemsize for _, message in self._rounds[k]]
@@ -116,7 +116,7 @@ class Receiver:
         received: Sequence[torch.Tensor],
         target: Target,
         missing: dict[str, int],
-        digests: dict[Slice, bytes] | None,
+        digests: SliceDigests | None,
     ) -> None:
         for (_, message), buffer in zip(self._rounds[k], received, strict=True):
             values, begin = buffer.view(self._dtype), 0
@@ -126,12 +126,13 @@ class Receiver:
                 begin += moved.size
                 missing[moved.target] -= 1
                 if not missing[moved.target]:
-                    target.complete(moved.target, partial(self._hash, self._slices_of[moved.target], digests))
+                    target.complete(moved.target, partial(_digest, self._slices_of[moved.target], digests))
 
-    def _hash(self, slices: list[Slice], digests: dict[Slice, bytes] | None, parameter: torch.Tensor) -> None:
-        """As the sender does, in the type that was sent: an engine may keep a vector in a wider one."""
-        if digests is not None:
-            digests.update((s, digest(place(parameter, s), self._dtype)) for s in slices)
+
+def _digest(slices: list[Slice], digests: SliceDigests | None, parameter: torch.Tensor) -> None:
+    if digests is not None:
+        for moved in slices:
+            digests.add(moved, place(parameter, moved))
 
 
 def place(parameter: torch.Tensor, moved: Slice) -> torch.Tensor:

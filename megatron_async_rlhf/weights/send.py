@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 
 from megatron_async_rlhf.errors import TransferError
-from megatron_async_rlhf.formats.digest import digest
 from megatron_async_rlhf.types import PushReport
 from megatron_async_rlhf.weights.plan import Message, Slice, TransferPlan
 from megatron_async_rlhf.weights.proof import conclude
 from megatron_async_rlhf.weights.roster import Roster
+from megatron_async_rlhf.weights.slice_digests import SliceDigests
 from megatron_async_rlhf.weights.transports.transport import Parcel, Pending, Transport
 
 ParameterReader = Callable[[str], torch.Tensor]
@@ -54,7 +54,7 @@ class Sender:
             raise
 
     def _push(self, packed: deque[list[Parcel]], read: ParameterReader, verify: bool) -> PushReport:
-        digests: dict[Slice, bytes] = {}
+        digests = SliceDigests(self._dtype) if verify else None
         under_way: deque[Pending] = deque()
         for k, outgoing in enumerate(self._rounds):
             if not packed:
@@ -67,15 +67,15 @@ class Sender:
             if under_way:
                 under_way[-1].wait()
             under_way.append(self._transport.start(sends=packed.popleft()))
-            if verify:
-                for _, message in outgoing:
-                    digests |= {s: digest(cut(read, s), self._dtype) for s in message}
+            if digests is not None:
+                for moved in (moved for _, message in outgoing for moved in message):
+                    digests.add(moved, cut(read, moved))
         if under_way:
             under_way[-1].wait()
         for sent in under_way:
             sent.finish()
-        ordered = b"".join(digests[s] for s in self._plan.sent_by(self._transport.rank)) if verify else None
-        return conclude(self._transport, self._roster, self._plan, received_bytes=0, digests=ordered)
+        joined = None if digests is None else digests.joined(self._plan.sent_by(self._transport.rank))
+        return conclude(self._transport, self._roster, self._plan, received_bytes=0, digests=joined)
 
     def _pack(self, k: int, read: ParameterReader) -> list[Parcel]:
         """Round k, into a buffer that nobody reads any more."""

@@ -55,6 +55,26 @@ def test_equal_log_softmax_and_its_gradients(vocab_size: int, block_elements: in
         torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 factors with float32 sums need a GPU")
+def test_bf16_on_a_gpu_sums_blocks_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, 64, generator=generator).bfloat16() for size in (96, 512))
+    targets, upstream = torch.randint(512, (96,), generator=generator), torch.randn(96, generator=generator)
+    exact_hidden, exact_weight = (matrix.double().requires_grad_() for matrix in (hidden, weight))
+    exact = (exact_hidden @ exact_weight.t()).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    exact.backward(upstream.double())
+    here, own = (matrix.cuda().requires_grad_() for matrix in (hidden, weight))
+    logprobs = vocab_parallel_logprobs(
+        here, own, targets.cuda(), vocab_size=512, temperature=1.0,
+        placement=SimpleNamespace(tensor_rank=0, tensor_parallel=1), block_elements=512 * 7,
+    )  # fmt: skip
+    logprobs.backward(upstream.cuda())
+    for ours, theirs in ((logprobs, exact), (here.grad, exact_hidden.grad), (own.grad, exact_weight.grad)):
+        error = (ours.detach().cpu().double() - theirs.detach()).norm() / theirs.detach().norm()
+        assert error < 0.01, error
+
+
 def run_rank(rank: int, ranks: int, port: int, sizes: list[int], results) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from megatron_async_rlhf.formats.stored import DTYPES
 from megatron_async_rlhf.learner.megatron.layers.fp8 import fp8_keys
 from megatron_async_rlhf.learner.megatron.layers.output import defer_output
 from megatron_async_rlhf.learner.megatron.layers.score_head import ScoreHead
-from megatron_async_rlhf.learner.megatron.layers.spec import device_keys, stage_spec
+from megatron_async_rlhf.learner.megatron.layers.spec import device_keys, fuse_gradient_accumulation, stage_spec
 from megatron_async_rlhf.learner.megatron.parallel import Placement
 from megatron_async_rlhf.models.architecture import Architecture, RopeScaling
 
@@ -101,6 +101,7 @@ def _build_chunk(arch: Architecture, placement: Placement, config: TransformerCo
         model.output_layer = ScoreHead(config)
     else:
         defer_output(model)
+    fuse_gradient_accumulation(model, placement.device)
     model = model.to(placement.device)
     if arch.rope_scaling is not None:
         scale_rotary_frequencies(model.rotary_pos_emb, arch.rope_scaling)

@@ -7,9 +7,6 @@ tensor-parallel ranks.
 Shape legend: N tokens, H hidden, V vocabulary entries of this rank.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -91,10 +88,10 @@ class _LinearLogprobs(torch.autograd.Function):
             if ctx.own:
                 safe_B = targets_N[block].clamp(0, ctx.own - 1).unsqueeze(-1)
                 grad_BV.scatter_add_(-1, safe_B, (here_B * scaled_B).to(grad_BV.dtype).unsqueeze(-1))
-            grad_hidden_NH[block] = grad_BV.to(own_VH.dtype) @ own_VH
-            with _tensor_cores(weight_VH):
-                grad_weight_VH[: ctx.own].addmm_(grad_BV.t(), hidden_NH[block].to(grad_BV.dtype))
-            del grad_BV
+            rounded_BV = grad_BV.to(own_VH.dtype)
+            grad_hidden_NH[block] = rounded_BV @ own_VH
+            _add_product(grad_weight_VH[: ctx.own], rounded_BV if weight_VH.is_cuda else grad_BV, hidden_NH[block])
+            del grad_BV, rounded_BV
         # Here and not by Megatron's `copy_to_tensor_model_parallel_region`, which sums a copy of a gradient that is not
         # contiguous, and returns the gradient itself.
         _all_reduce(grad_hidden_NH, dist.ReduceOp.SUM, ctx.group)
@@ -107,17 +104,12 @@ def _logits(hidden_BH: torch.Tensor, weight_VH: torch.Tensor, own: int, scale: f
     return logits_BV if scale == 1.0 else logits_BV.mul_(scale)
 
 
-@contextmanager
-def _tensor_cores(weight_VH: torch.Tensor) -> Iterator[None]:
-    """Let float32 products of a bf16 model on a GPU round their factors to 10 bits: more than bf16 has, and without it
-    they run at a tenth of the speed."""
-    before = torch.get_float32_matmul_precision()
-    if weight_VH.is_cuda and weight_VH.dtype != torch.float32:
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _add_product(sum_VH: torch.Tensor, grad_BV: torch.Tensor, hidden_BH: torch.Tensor) -> None:
+    """sum += grad^T @ hidden, summed in float32 whatever the type of the factors."""
+    if grad_BV.dtype == torch.float32:
+        sum_VH.addmm_(grad_BV.t(), hidden_BH.float())
+    else:  # which torch does on GPUs only
+        torch.addmm(sum_VH, grad_BV.t(), hidden_BH, out_dtype=torch.float32, out=sum_VH)
 
 
 def _of_targets(logits_BV: torch.Tensor, targets_B: torch.Tensor, own: int) -> tuple[torch.Tensor, torch.Tensor]:

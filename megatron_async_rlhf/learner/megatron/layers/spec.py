@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer import MegatronModule, ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_async_rlhf.learner.megatron.layers.attention import PackedAttention
@@ -47,8 +47,19 @@ def device_keys(device: torch.device) -> dict[str, Any]:
         "bias_activation_fusion": fused,  # SwiGLU in one kernel
         "bias_dropout_fusion": on_gpu,  # the residual sum
         "apply_rope_fusion": fused or not on_gpu,  # on a CPU `rotary` takes its place
-        "gradient_accumulation_fusion": on_gpu and has_apex_accumulation(),
+        "gradient_accumulation_fusion": on_gpu and has_apex_accumulation(),  # see also `fuse_gradient_accumulation`
     }
+
+
+def fuse_gradient_accumulation(model: MegatronModule, device: torch.device) -> None:
+    """Let Transformer Engine's layers add a weight's gradient to the buffer in the product that computes it.
+
+    Megatron has a key for it, which also asks for NVIDIA apex, because of linear layers of its own that use apex's kernel.
+    """
+    if has_transformer_engine(device):
+        for module in model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
 
 
 def has_transformer_engine(device: torch.device) -> bool:
@@ -65,8 +76,12 @@ def fused_parts(device: torch.device) -> dict[str, str]:
     """What a run on this device uses, in words, for the log and for `async-rlhf doctor`."""
     from megatron.core.optimizer import Adam
 
+    fused = has_transformer_engine(device)
+    accumulates = "Transformer Engine" if fused else "torch"
+    if not fused and device.type == "cuda" and has_apex_accumulation():
+        accumulates = "apex"
     return {
-        "layers": "Transformer Engine" if has_transformer_engine(device) else "local (Megatron-core and torch)",
+        "layers": "Transformer Engine" if fused else "local (Megatron-core and torch)",
         "Adam": f"{Adam.__module__.partition('.')[0]} {Adam.__name__}",
-        "gradient accumulation": "apex" if device.type == "cuda" and has_apex_accumulation() else "torch",
+        "gradient accumulation": accumulates,
     }
