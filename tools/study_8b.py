@@ -3,7 +3,8 @@
     .venv/bin/python tools/study_8b.py --json docs/results/simulated_8b.json
 
 1. The paper's split (arXiv 2410.18252, table 1): one of eight H100s generates, seven train with ZeRO-3 and one sequence at a time,
-   synchronous and asynchronous. The learner's time is arithmetic on `Zero3`; the generator's is what the planner has for every run.
+   synchronous and asynchronous. The learner's time is arithmetic on `Zero3`; the generator's is what the planner has for every run,
+   and once more both with what this project's learner and vLLM reached on one H200.
 2. What this project's planner takes for the same eight GPUs and the same work, one of them for the reward model.
 3. More completions of a prompt (K) and more updates on a rollout (T), on the planned split: bound by generation, or by training.
 4. 8 to 1,024 GPUs with a batch that grows as they do: the best asynchronous plan beside the best synchronous one.
@@ -11,8 +12,10 @@
 All of it is steps of a run under way. Prints the tables of docs/studies.md.
 """
 
+import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +25,8 @@ from msgspec.structs import asdict, replace
 
 from megatron_async_rlhf.config.load import check_tree
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.estimate.machines import Machine
+from megatron_async_rlhf.devices import DEVICES
+from megatron_async_rlhf.estimate.machines import Machine, machine_of
 from megatron_async_rlhf.estimate.speed import Speed
 from megatron_async_rlhf.models.architecture import Architecture
 from megatron_async_rlhf.models.flops import token_flops
@@ -66,10 +70,21 @@ class Zero3(Struct, frozen=True, kw_only=True):
         return before + sequences / 2 * max(2 * 4 * forward_s, 4 * gather_s)
 
 
-def paper_split(inputs: Zero3) -> dict[str, Any]:
+def reached_on_gpu(config: RunConfig) -> Machine:
+    """The shares of peak and bandwidth that were measured with the shape of the 8B, docs/gpu_results.md: training 52 %,
+    prompts 67 %, and decoding steps that are 75 % of the bandwidth, 0.5 ms, and 20 microseconds a sequence beside its cache."""
+    device = DEVICES[config.launch.gpu]
+    peak, bandwidth = device.flops["bf16"], device.bandwidth
+    return dataclasses.replace(
+        machine_of(config), learner=0.52 * peak, prefill=0.67 * peak, bandwidth=0.75 * bandwidth, step_s=0.0005
+    )
+
+
+def paper_split(inputs: Zero3, machine: Callable[[RunConfig], Machine] = machine_of) -> dict[str, Any]:
     config = _task(inputs.prompts, inputs.ranks, inputs.max_new_tokens)
     arch = shape_of(config)
-    scenario, speed = estimated_scenario(config, arch, (inputs.prompt_tokens, inputs.completion_tokens))
+    lengths = (inputs.prompt_tokens, inputs.completion_tokens)
+    scenario, speed = estimated_scenario(config, arch, lengths, machine=machine(config))
     step_s = inputs.step_s(arch, speed.machine)
     speeds = replace(scenario.speeds, train_s=step_s, train_token_s=0.0)
     prediction = predict(sized(config), replace(scenario, speeds=speeds))
@@ -155,12 +170,13 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
 ) -> None:
     inputs = Zero3()
-    paper = paper_split(inputs)
-    print(
-        f"7 + 1: training {paper['train_seconds']:.1f} s, generation {paper['generate_seconds']:.1f} s, in turns "
-        f"{paper['sync_seconds']:.1f} s, asynchronous {paper['async_seconds']:.1f} s: {paper['saving']:.0%} less "
-        f"(published {PAPER_SAVING:.0%})"
-    )
+    paper, reached = paper_split(inputs), paper_split(inputs, reached_on_gpu)
+    for speeds, found in (("as assumed", paper), ("as reached on an H200", reached)):
+        print(
+            f"7 + 1, {speeds}: training {found['train_seconds']:.1f} s, generation {found['generate_seconds']:.1f} s, in turns "
+            f"{found['sync_seconds']:.1f} s, asynchronous {found['async_seconds']:.1f} s: {found['saving']:.0%} less "
+            f"(published {PAPER_SAVING:.0%})"
+        )
     workloads = [
         planned(8, inputs.prompts, inputs, samples=samples, epochs=epochs)
         for samples, epochs in ((2, 1), (4, 1), (8, 1), (2, 2), (2, 4))
@@ -169,7 +185,7 @@ def main(
     print_table(("K", "T"), [((row["samples"], row["epochs"]), row) for row in workloads])
     print_table(("GPUs", "prompts"), [((row["gpus"], row["prompts"]), row) for row in scales])
     if json_file:
-        content = {"paper": paper, "workloads": workloads, "scales": scales}
+        content = {"paper": paper, "paper_as_reached": reached, "workloads": workloads, "scales": scales}
         json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

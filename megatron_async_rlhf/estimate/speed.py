@@ -86,15 +86,19 @@ def corrected(speed: Speed, factors: Factors) -> Speed:
 
 
 def estimate_speed(
-    config: RunConfig, arch: Architecture, memory: GeneratorMemory, lengths: Lengths | None = None
+    config: RunConfig,
+    arch: Architecture,
+    memory: GeneratorMemory,
+    lengths: Lengths | None = None,
+    machine: Machine | None = None,
 ) -> Speed:
-    """Of a run on what `machine_of` says.
-
+    """
     Args:
         memory: of a generator's worker.
         lengths: default: `typical_lengths`.
+        machine: default: `machine_of`.
     """
-    machine, generator = machine_of(config), config.generator
+    machine, generator = machine or machine_of(config), config.generator
     prompt, completion = lengths or typical_lengths(config, arch)
     length = prompt + completion
     samples = config.completions_per_rollout / generator.replicas

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError
 from megatron_async_rlhf.estimate.fitting import run_memory
+from megatron_async_rlhf.estimate.machines import Machine
 from megatron_async_rlhf.estimate.speed import Factors, Speed, corrected, estimate_speed
 from megatron_async_rlhf.estimate.speed import Lengths as MeanLengths
 from megatron_async_rlhf.jobs.inputs import make_model_template, resolve_architecture
@@ -138,6 +139,7 @@ def estimated_scenario(
     lengths: MeanLengths | None = None,
     factors: Factors = Factors(),
     completions: Lengths | None = None,
+    machine: Machine | None = None,
 ) -> tuple[Scenario, Speed]:
     """What the machines that `config` names are estimated to do with it.
 
@@ -145,6 +147,7 @@ def estimated_scenario(
         lengths: on average; default: half of what they may be.
         factors: that correct the estimated speeds.
         completions: how long they are, not only on average; default: lognormal.
+        machine: what else they are; default: `machine_of`.
 
     Raises:
         ConfigError: a generator has no room for a single sequence.
@@ -155,7 +158,7 @@ def estimated_scenario(
             "generator: its cache holds no sequence of the whole context, so no speed can be predicted; see the estimate "
             "of train --dry-run"
         )
-    speed = corrected(estimate_speed(config, arch, memory, lengths), factors)
+    speed = corrected(estimate_speed(config, arch, memory, lengths, machine), factors)
     speeds = Speeds(
         token_s=speed.token_s,
         sequence_s=speed.sequence_s,
@@ -217,7 +220,7 @@ def known_error(config: RunConfig) -> str:
     compared = f"{where}: predicted {PREDICTED:.2f} times, measured {measured:.2f}"
     if config.run.device == "cpu":
         return f"known error: {compared}; seconds may be off by a factor of 2, --from-run takes them from a run"
-    return f"known error: none is known for GPUs, which were never measured; {compared}"
+    return f"known error: no run on GPUs has been compared yet, only their speeds (docs/gpu_results.md); {compared}"
 
 
 def _s(seconds: float) -> str:
