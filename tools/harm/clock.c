@@ -65,6 +65,18 @@ int sem_timedwait(sem_t *restrict semaphore, const struct timespec *restrict unt
     return wait(semaphore, &real);
 }
 
+/* PyTorch's wheels wait by it, for libstdc++ did not know pthread_cond_clockwait where they were built. A deadline that has
+   passed long since would make them ask for it again and again, and keep who could end the wait from the mutex. */
+int pthread_cond_timedwait(
+    pthread_cond_t *restrict condition, pthread_mutex_t *restrict mutex, const struct timespec *restrict until) {
+    static int (*wait)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *);
+    if (!wait) wait = dlvsym(RTLD_NEXT, "pthread_cond_timedwait", "GLIBC_2.3.2"); /* dlsym finds an older one */
+    if (!wait) wait = dlsym(RTLD_NEXT, "pthread_cond_timedwait");
+    int monotonic = condition->__data.__wrefs & 2; /* as pthread_condattr_setclock left it */
+    struct timespec real = monotonic ? *until : real_time(until);
+    return wait(condition, mutex, &real);
+}
+
 int pthread_mutex_timedlock(pthread_mutex_t *restrict mutex, const struct timespec *restrict until) {
     static int (*lock)(pthread_mutex_t *, const struct timespec *);
     if (!lock) lock = dlsym(RTLD_NEXT, "pthread_mutex_timedlock");
