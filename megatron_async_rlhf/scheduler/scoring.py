@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from statistics import fmean
 
+import numpy
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -91,10 +92,9 @@ def mean_entropy(scored: Iterable[ScoredGroup]) -> float | None:
 
 def logprob_gaps(completions: Seq[Completion], logprobs: Seq[list[float]], version: int) -> list[float]:
     """|learner - sampler| for each token that `version` sampled, given the learner's values under `version`."""
-    return [
-        abs(ours - theirs)
-        for completion, row in zip(completions, logprobs, strict=True)
-        if version in completion.versions  # most are older as a whole
-        for ours, theirs, sampled_by in zip(row, completion.logprobs, completion.versions, strict=True)
-        if sampled_by == version
-    ]
+    gaps: list[float] = []
+    for completion, row in zip(completions, logprobs, strict=True):
+        if version in completion.versions:  # most are older as a whole
+            between = numpy.abs(numpy.array(row) - numpy.array(completion.logprobs))
+            gaps += between[numpy.array(completion.versions) == version].tolist()
+    return gaps

@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -130,8 +130,26 @@ RULES: list[tuple[str, Callable[[list[str]], list[str]] | Elsewhere]] = [
 ]  # fmt: skip
 
 
+# Runs of a minute whose parts other commands show.
+THOROUGH = (
+    r"async-rlhf eval runs/quickstart -s eval\.against=runs/sft .*",
+    r"async-rlhf train .* -s warm_start\.steps=0 .*",
+)
+
+
 def every_command() -> list[tuple[str, list[str]]]:
     return [(page, words) for page in PAGES if page not in OWN_TESTS for words in commands(page)]
+
+
+def every_command_once() -> Iterator[pytest.param]:
+    """Some are on several pages."""
+    met: set[str] = set()
+    for page, words in every_command():
+        text = " ".join(words).removeprefix(".venv/bin/")
+        if text not in met:
+            met.add(text)
+            thorough = any(re.fullmatch(pattern, text) for pattern in THOROUGH)
+            yield pytest.param(page, words, marks=[pytest.mark.thorough] if thorough else [])
 
 
 def rule_of(words: list[str]) -> Callable[[list[str]], list[str]] | Elsewhere | None:
@@ -202,7 +220,9 @@ def stood_in(word: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S + 60)
 @pytest.mark.parametrize(
-    ("page", "words"), every_command(), ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60]
+    ("page", "words"),
+    list(every_command_once()),
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60],
 )
 def test_a_command(place: Path, page: str, words: list[str]):
     rule = rule_of(words)

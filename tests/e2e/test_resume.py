@@ -121,7 +121,7 @@ def test_half_and_half_is_the_whole_bit_for_bit(start, tmp_path):
         assert equal.returncode == 0, equal.stdout + equal.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.thorough  # the next one does it more often, tests/launch/test_supervisor.py without servers
 @pytest.mark.timeout(600)
 def test_a_learner_that_is_killed_costs_nothing_but_time(start):
     whole = start(*SYNC)

@@ -76,7 +76,9 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 FAMILIES = [
-    pytest.param("qwen2", {"tie_word_embeddings": True}, (1, 1, 1), (1, 1), id="qwen2-tied"),
+    pytest.param(
+        "qwen2", {"tie_word_embeddings": True}, (1, 1, 1), (1, 1), id="qwen2-tied", marks=pytest.mark.thorough
+    ),
     pytest.param(
         "qwen2", {"tie_word_embeddings": True}, (2, 1, 2), (2, 1), id="qwen2-tied-tp2", marks=pytest.mark.thorough
     ),
@@ -122,9 +124,9 @@ def test_every_family_arrives_in_vllm(tmp_path, family, changes, learner, genera
     asyncio.run(run())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough  # the digests of every asynchronous run would tell
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("snapshot", [False, pytest.param(True, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("snapshot", [False, True])
 def test_training_during_a_push_does_not_change_what_arrives(tmp_path, snapshot):
     """The generator is stopped in the middle of the push, long enough for an optimizer step to spoil the rest of it."""
     shape = ["model.layers=4", "model.hidden_size=256", "model.ffn_size=512", "model.heads=4", "model.kv_heads=2"]

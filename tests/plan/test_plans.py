@@ -28,11 +28,11 @@ LLAMA = ROOT / "examples" / "llama8b_async.yaml"
 
 @pytest.fixture
 def task(monkeypatch: pytest.MonkeyPatch):
-    """The paper's task with overrides, and the model's shape."""
+    """The paper's task with a quarter of its prompts and with overrides, and the model's shape."""
     monkeypatch.chdir(ROOT)
 
     def task(*overrides: str):
-        config = load_config(LLAMA, overrides)
+        config = load_config(LLAMA, ["schedule.prompts_per_step=32", *overrides])
         return config, shape_of(config)
 
     return task

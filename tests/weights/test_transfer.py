@@ -211,7 +211,7 @@ def test_every_flipped_bit_is_caught_and_named(connect):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flips", [60, pytest.param(250, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("flips", [20, pytest.param(250, marks=pytest.mark.thorough)])
 def test_flipped_bits_are_caught_and_named(connect, flips: int):
     """In each of four layouts."""
     for seed, (layout, tensor_parallel, replicas) in enumerate(
