@@ -134,6 +134,7 @@ RULES: list[tuple[str, Callable[[list[str]], list[str]] | Elsewhere]] = [
 THOROUGH = (
     r"async-rlhf eval runs/quickstart -s eval\.against=runs/sft .*",
     r"async-rlhf train .* -s warm_start\.steps=0 .*",
+    r"async-rlhf train config\.yaml .*",
 )
 
 
