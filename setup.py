@@ -108,7 +108,7 @@ setup(
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={
-        "console_scripts": ["async-rlhf = megatron_async_rlhf.cli:main"],
+        "console_scripts": ["async-rlhf = megatron_async_rlhf.entry:main"],
         # Every vLLM process loads this group: it registers our weight-transfer backend.
         "vllm.general_plugins": ["megatron_async_rlhf = megatron_async_rlhf.generator.vllm.plugin:register"],
         # The `nemo` command of NeMo-Run loads this group: `nemo async-rlhf train config=...`.

@@ -6,6 +6,6 @@ import sys
 if not sys.flags.safe_path:
     del sys.path[0]
 
-from megatron_async_rlhf.cli import main  # noqa: E402
+from megatron_async_rlhf.entry import main  # noqa: E402
 
 main()

@@ -44,6 +44,7 @@ ORDER = [
     ["plan", "sweep", "pipeline", "report", "api"],
     ["compare", "first_config"],
     ["cli"],
+    ["entry"],
     ["__main__"],
 ]
 ROW_OF = {name: row for row, names in enumerate(ORDER) for name in names}
