@@ -49,6 +49,7 @@ class Pushes:
         self._recorder = recorder
         self._changed = changed
         self._under_way: asyncio.Task | None = None
+        self._lost_one = False  # the last push failed, and nobody was to blame
 
     def may_start(self) -> bool:
         """Newer weights exist, and there are generators that can take them."""
@@ -127,6 +128,7 @@ class Pushes:
         except PushError as error:
             await self._push_failed(error)
             return
+        self._lost_one = False
         await self._pool.mark_updated(receivers)
         self._pacer.push_arrived(version)
         self._generation.weights_arrived()
@@ -145,14 +147,15 @@ class Pushes:
         await self._changed.notify()
 
     async def _push_failed(self, error: PushError) -> None:
-        """Go on without the generators that caused it; if none did, there is no way on.
+        """Go on without the generators that caused it; if none did, try once more with all.
 
         The others serve on, unless weights were under way.
         """
-        if not error.gone:
+        if not error.gone and self._lost_one:
             raise error
+        self._lost_one = not error.gone
         names = ", ".join(receiver.name for receiver in error.gone)
-        self._recorder.note(f"push failed, going on without {names}: {error}")
+        self._recorder.note(f"push failed, {f'going on without {names}' if names else 'trying once more'}: {error}")
         for receiver, why in error.gone.items():
             await self._pool.mark_lost(receiver, why)
         if error.moved:

@@ -42,10 +42,10 @@ _GRACE_S = 5.0
 
 
 class PushError(TransferError):
-    """A push that failed because of generators that have to be left out of the next.
+    """A push that failed, mostly because of generators that have to be left out of the next.
 
     Attributes:
-        gone: what each of them said last.
+        gone: what each of them said last; nobody if all are alive, as after a network that was gone for too long.
         moved: whether weights were under way, so that no generator holds a whole version.
     """
 
@@ -175,7 +175,15 @@ class WeightSync:
         return report, [span, *spans]
 
     async def push(self, version: int, receivers: Sequence[Receiver]) -> tuple[PushReport, list[Span]]:
-        """All four in one."""
+        """All four in one; once more if nobody is to blame: a push can be lost in the network, or a wait with it."""
+        try:
+            return await self._push(version, receivers)
+        except PushError as error:
+            if error.gone:
+                raise
+            return await self._push(version, receivers)
+
+    async def _push(self, version: int, receivers: Sequence[Receiver]) -> tuple[PushReport, list[Span]]:
         await self.connect(receivers)
         await self.start(version, receivers)
         await self.arrived()

@@ -12,6 +12,7 @@ from megatron_async_rlhf.errors import GeneratorError, NonFiniteLossError, Stale
 from megatron_async_rlhf.learner.protocol import TrainRollout
 from megatron_async_rlhf.scheduler.pacing import Pacer
 from megatron_async_rlhf.scheduler.recording import RecordedRollout
+from megatron_async_rlhf.scheduler.weight_sync import PushError
 
 
 def lines(directory):
@@ -189,3 +190,47 @@ def test_an_evaluation_sees_one_version_while_training_goes_on(tmp_path, generat
         assert metrics["reward"] == pytest.approx(fmean(line["reward"] for line in lines if line["when"] == when))
     assert rig.recorder.totals.samples_generated == 8 * 3 * 2
     assert max(rig.recorder.totals.staleness) <= seed
+
+
+def lose_pushes(rig: Rig, version: int, times: int) -> None:
+    """Of this version so many pushes to the last generator fail although everybody is alive."""
+    generator, left = rig.generators[-1], [times]
+    receive = generator.receive_weights
+
+    async def receive_weights(*, version: int, **others) -> None:
+        if version >= first and left[0]:
+            left[0] -= 1
+            raise GeneratorError(f"{generator.name}: /async_rlhf/weights answered 500: nothing moved for 15 s")
+        await receive(version=version, **others)
+
+    first, generator.receive_weights = version, receive_weights
+
+
+SCHEDULES = [
+    {"mode": "sync"},
+    {"max_staleness": 1},
+    {"max_staleness": 2, "generation": "streaming"},
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: " ".join(map(str, schedule.values())))
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_push_that_is_lost_is_made_once_more(tmp_path, schedule, replicas):
+    rig = Rig(tmp_path, replicas=replicas, steps=6, **schedule)
+    lose_pushes(rig, version=2, times=1)
+    rig.run()
+    totals = rig.recorder.totals
+    assert totals.steps == 6 == rig.learner.version
+    assert {generator.version for generator in rig.generators} == {6}
+    assert max(totals.staleness) <= schedule.get("max_staleness", 0)
+    assert totals.samples_generated == 6 * 3 * 2 == totals.samples_trained + totals.samples_not_selected
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: " ".join(map(str, schedule.values())))
+def test_two_pushes_lost_in_a_row_end_the_run(tmp_path, schedule):
+    rig = Rig(tmp_path, replicas=2, steps=6, **schedule)
+    lose_pushes(rig, version=2, times=2)
+    with pytest.raises((PushError, ExceptionGroup)) as error:
+        rig.run()
+    (lost,) = error.value.exceptions if isinstance(error.value, ExceptionGroup) else [error.value]
+    assert isinstance(lost, PushError) and "nothing moved for 15 s" in str(lost)

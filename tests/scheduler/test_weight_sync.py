@@ -153,14 +153,22 @@ def test_first_means_first_over_each_connection():
 
 
 def test_after_a_push_that_failed_the_next_one_is_a_first_one():
+    """It is made once more, over a new connection, for nobody was to blame."""
     learner = Learner(REPORT, TransferError("send failed on learner rank 0"), REPORT, REPORT)
     receiver = Receiver("generator.0", None, GeneratorError("generator.0: answered 500"))
     sync = make(learner, verify="first")
-    push(sync, [receiver], 0)
-    with pytest.raises(TransferError):
-        push(sync, [receiver], 1)
-    push(sync, [receiver], 2, 3)
+    push(sync, [receiver], 0, 1, 2)
     assert receiver.verified == [True, False, True, False]
+    assert [command.version for command in learner.sent(PushWeights)] == [0, 1, 1, 2]
+    assert len({join.session for join in learner.sent(JoinTransfer)}) == 2
+
+
+def test_a_push_that_fails_twice_is_an_error():
+    lost = TransferError("send failed on learner rank 0")
+    receiver = Receiver("generator.0", *[GeneratorError("generator.0: answered 500")] * 2)
+    with pytest.raises(PushError, match="push of version 4 failed") as error:
+        push(make(Learner(lost, lost)), [receiver], 4)
+    assert not error.value.gone and error.value.moved
 
 
 def test_a_mismatch_is_an_error_that_carries_its_counts():
