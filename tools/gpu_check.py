@@ -335,13 +335,14 @@ def part_speed(device: str, found: Findings) -> None:
 
     placement = join(device)
     scale, length, tokens, steps = (1, 2048, 65536, 3) if on_gpu(device) else (32, 64, 512, 2)
-    layers = layers_that_fit(torch.cuda.get_device_properties(0).total_memory) if on_gpu(device) else 2
-    found.figures["layers"] = layers
     arch = Architecture(
-        vocab_size=128256 // scale, layers=layers, hidden_size=4096 // scale, ffn_size=14336 // scale, heads=32 // (4 if scale > 1 else 1),
+        vocab_size=128256 // scale, layers=2, hidden_size=4096 // scale, ffn_size=14336 // scale, heads=32 // (4 if scale > 1 else 1),
         kv_heads=8 // (4 if scale > 1 else 1), head_dim=128 if scale == 1 else 16, context_length=8192, rope_theta=5e5,
         norm_eps=1e-5, tie_embeddings=False,
     )  # fmt: skip
+    if on_gpu(device):
+        arch = as_deep_as_fits(arch, torch.cuda.get_device_properties(0).total_memory)
+    found.figures["layers"] = arch.layers
     speeds = {}
     for precision in precisions(device):
         learner = make_learner(device, placement, arch, micro_batch_tokens=4 * length, **precision)
@@ -371,10 +372,10 @@ def part_speed(device: str, found: Findings) -> None:
         found.figures["speed over bf16"] = faster
 
 
-def layers_that_fit(memory: int) -> int:
-    """Of the 32 of LLaMA 3.1 8B: those with whose weights, gradients and Adam 45 % of a GPU's bytes are taken."""
-    of_layer, of_embeddings, bytes_each = 218_112_000, 1_050_673_152, 18
-    return max(1, min(32, int((0.45 * memory / bytes_each - of_embeddings) / of_layer)))
+def as_deep_as_fits(arch, memory: int):
+    """With as many of 32 layers as leave weights, gradients and Adam, 18 bytes a number, in 45 % of a GPU's memory."""
+    depths = (replace(arch, layers=layers) for layers in range(32, 1, -1))
+    return next((deep for deep in depths if 18 * deep.num_parameters <= 0.45 * memory), replace(arch, layers=1))
 
 
 def training_speed(learner, device: str, length: int, tokens: int, steps: int) -> dict[str, float]:

@@ -95,6 +95,6 @@ def logprob_gaps(completions: Seq[Completion], logprobs: Seq[list[float]], versi
     gaps: list[float] = []
     for completion, row in zip(completions, logprobs, strict=True):
         if version in completion.versions:  # most are older as a whole
-            between = numpy.abs(numpy.array(row) - numpy.array(completion.logprobs))
-            gaps += between[numpy.array(completion.versions) == version].tolist()
+            ours, theirs = numpy.array([row, completion.logprobs])  # ValueError unless both have as many
+            gaps += numpy.abs(ours - theirs)[numpy.array(completion.versions) == version].tolist()
     return gaps

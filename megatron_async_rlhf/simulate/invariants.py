@@ -5,9 +5,9 @@ tokens are the number of its sample; which weights sampled what is known from th
 and at which version from the learner's commands.
 """
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 
 from msgspec import Struct
 
@@ -84,9 +84,9 @@ class Ledger:
     def stamped(self, sample: int, versions: list[int]) -> None:
         """Which weights sampled each of its tokens."""
         record = self.samples[sample]
-        if versions != sorted(versions):
-            raise InvariantError(f"versions decrease within sample {sample} of group {record.group}: {versions}")
-        runs = _runs(versions)
+        runs = [(version, len(list(same))) for version, same in groupby(versions)]
+        if runs != sorted(runs):
+            raise InvariantError(f"versions decrease within sample {sample} of group {record.group}: {runs}")
         if len(runs) > 1 and self._schedule.in_flight_updates == "none":
             raise InvariantError(f"sample {sample} of group {record.group} met versions {runs}")
         if runs and runs[0][0] < 0:
@@ -161,16 +161,6 @@ class Ledger:
             )
         if totals.samples_trained + totals.samples_not_selected != groups * self._samples_per_group:
             raise InvariantError(f"{totals.samples_trained + totals.samples_not_selected} samples of {groups} groups")
-
-
-def _runs(versions: list[int]) -> list[tuple[int, int]]:
-    """Versions that do not decrease, each with the number of its tokens."""
-    runs, begin = [], 0
-    while begin < len(versions):
-        end = bisect_right(versions, versions[begin], begin)
-        runs.append((versions[begin], end - begin))
-        begin = end
-    return runs
 
 
 class CheckedEvaluation(Evaluation):

@@ -83,6 +83,8 @@ def test_gaps_are_taken_over_tokens_of_the_same_version_only():
     gaps = logprob_gaps([completion(1, 2), completion()], [[-0.25, -0.75], []], version=1)
     assert gaps == [0.25]
     assert logprob_gaps([completion(1)], [[-0.5]], version=3) == []
+    with pytest.raises(ValueError):
+        logprob_gaps([completion(1, 1)], [[-0.5]], version=1)
 
 
 @pytest.mark.parametrize("fails", [False, True])
