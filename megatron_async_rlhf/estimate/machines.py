@@ -60,7 +60,7 @@ class Machine:
 CPU_CORE = Machine(
     name="CPU cores",
     learner=50e9,
-    prefill=90e9,
+    prefill=145e9,
     bandwidth=10e9,
     computes_while_reading=False,
     link=1e9,
@@ -77,7 +77,7 @@ CPU_CORE = Machine(
     contention=1.0,
     host_contention=0.20,
     jitter=0.15,
-    assumed="50 GFLOP/s in training, 90 in generation and 10 GB/s a core; 4 ms a decoding step, 0.04 ms a token and 1.2 ms a "
+    assumed="50 GFLOP/s in training, 145 in generation and 10 GB/s a core; 4 ms a decoding step, 0.04 ms a token and 1.2 ms a "
     "completion beside the model, and either side slower by 20% of the share of that while both work",
 )
 
