@@ -45,6 +45,10 @@ def fewer(*keys: str) -> Callable[[list[str]], list[str]]:
     return lambda words: [*words, *(part for key in (*FEWER, *keys) for part in ("-s", key))]
 
 
+def with_fewer_prompts(words: list[str]) -> list[str]:
+    return [*words, "-s", "schedule.prompts_per_step=32"]
+
+
 def dry(words: list[str]) -> list[str]:
     """What it would do."""
     words = ["bash", *(word for word in words[1:] if not word.startswith("--nodes"))] if words[0] == "sbatch" else words
@@ -101,7 +105,7 @@ RULES: list[tuple[str, Callable[[list[str]], list[str]] | Elsewhere]] = [
     (r".*verify-weights .*", of_the_export),
     (r"async-rlhf verify-checkpoint runs/quickstart", as_printed),
     # Plans and comparisons
-    (r"async-rlhf plan examples/llama8b_async\.yaml.*", as_printed),
+    (r"async-rlhf plan examples/llama8b_async\.yaml.*", with_fewer_prompts),
     (r"async-rlhf plan examples/quickstart\.yaml --measure .*", help_of),
     (r".*compare examples/.*", dry),
     (r"async-rlhf compare runs/a .*", Elsewhere("tests/compare/test_compare_command.py")),
@@ -135,6 +139,7 @@ THOROUGH = (
     r"async-rlhf eval runs/quickstart( -s eval\.against=runs/sft .*)?",
     r"async-rlhf train examples/quickstart\.yaml -s run\.name=(sync|tp2) .*",
     r"async-rlhf train .* -s warm_start\.steps=0 .*",
+    r"async-rlhf train examples/gsm8k_tiny\.yaml .*",
     r"async-rlhf train config\.yaml .*",
 )
 

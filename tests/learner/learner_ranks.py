@@ -126,6 +126,7 @@ THOROUGH = [
     Layout(data=2),
     Layout(recompute="full"),
     Layout(data=2, distributed_optimizer=True),
+    Layout(reference="swapped"),
 ]
 
 

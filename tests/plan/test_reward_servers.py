@@ -40,7 +40,7 @@ def test_each_of_several_models_has_its_own():
 
 
 def test_plans_have_the_servers_that_they_need():
-    config = load_config(RECIPE, ["launch.nodes=4", "schedule.prompts_per_step=1024"])
+    config = load_config(RECIPE, ["launch.nodes=4", "schedule.prompts_per_step=512"])
     plans = find_plans(config, shape_of(config), best=1, workload=Workload(lengths=LENGTHS))
     assert {plan.config.reward_workers for plan in plans} != {1}
     assert all(plan.config.gpus <= 32 for plan in plans)
