@@ -1,4 +1,4 @@
-"""The time of day that goes on steadily: a clock that is set while a run goes on changes no duration, deadline or order in it."""
+"""The time of day that advances steadily: a clock that is set during a run changes no duration, deadline or order in it."""
 
 import time
 

@@ -111,7 +111,7 @@ class JudgeError(RewardError):
 
 
 class JudgeBudgetError(JudgeError):
-    """A judge that may not be asked any more: names the limit and how to go on."""
+    """A judge that may not be asked any more: names the limit and how to continue."""
 
 
 class StaleSampleError(AsyncRLHFError, AssertionError):

@@ -14,7 +14,7 @@ SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override one 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")]
 ResumeOption = Annotated[
     bool,
-    typer.Option("--resume", help="Go on from the last checkpoint in run.dir; from the beginning if there is none."),
+    typer.Option("--resume", help="Continue from the last checkpoint in run.dir; from the beginning if there is none."),
 ]
 NodeRankOption = Annotated[
     int,

@@ -10,7 +10,7 @@ _ALIKE = 0.65  # difflib's ratio: `learning_rat` and `learning_rate` have 0.96, 
 def closest(given: str, names: Iterable[str]) -> str | None:
     """The name that `given` most likely stands for, None if none is near.
 
-    Case, hyphens and underscores do not matter. The only name that goes on after `given` comes first. A name's initials (`lr` for `learning_rate`) and one of its words, if no
+    Case, hyphens and underscores do not matter. The only name that continues after `given` comes first. A name's initials (`lr` for `learning_rate`) and one of its words, if no
     other name has it, stand for it too.
     """
     plain = {_plain(name): name for name in names}

@@ -131,7 +131,7 @@ class Span(Struct, frozen=True, kw_only=True):
     """A stretch of work on one process for the timeline; `start` and `end` are Unix seconds.
 
     Attributes:
-        lane: what of the process did it, where several things go on at once: spans of one lane follow each other or nest.
+        lane: what of the process did it, where several things happen at once: spans of one lane follow each other or nest.
         args: what it was about: `version`, `samples`, `tokens`, `bytes` and the like.
     """
 

@@ -61,7 +61,7 @@ fi
 
 RUN_DIR=${RUN_DIR:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID} # the same after a requeue
 settings+=(-s "$directory_key=$RUN_DIR")
-# A pipeline goes on by itself with what is left to do; what it is looked at with knows nothing of stages.
+# A pipeline continues by itself with what is left to do; what it is looked at with knows nothing of stages.
 if [ "$command" = train ]; then
   run=(train "$config" --resume "${settings[@]}" "${arguments[@]}")
   look=(doctor "$config" "${settings[@]}" "${arguments[@]}")
@@ -107,7 +107,7 @@ put_back() {
     ! scontrol requeue "$SLURM_JOB_ID" || return 0
     sleep 10
   done
-  echo "error: Slurm does not take the job back; go on with: RUN_DIR=$RUN_DIR sbatch ..." >&2
+  echo "error: Slurm does not take the job back; continue with: RUN_DIR=$RUN_DIR sbatch ..." >&2
   exit 1
 }
 

@@ -5,7 +5,7 @@
 #     -s reward_model.data.train=/data/pairs.jsonl -s rlhf.data.train=/data/no_robots.jsonl -s eval.data.train=/data/no_robots.jsonl
 #   bash slurm/llama8b_pipeline.sh --dry-run                  the plan of every stage, without Slurm
 # Near its time limit the stage under way saves, and the job goes back into the queue and on from there: stages that are done
-# are not done again. RUN_DIR=runs/... sbatch slurm/llama8b_pipeline.sh goes on with an earlier job's by hand.
+# are not done again. RUN_DIR=runs/... sbatch slurm/llama8b_pipeline.sh continues with an earlier job's by hand.
 #SBATCH --job-name=llama8b_pipeline
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

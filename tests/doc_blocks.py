@@ -46,7 +46,7 @@ def commands(page: str) -> list[list[str]]:
         try:
             words = shlex.split(pending, comments=True)
         except ValueError:
-            continue  # a quoted text goes on in the next line
+            continue  # a quoted text continues in the next line
         if words:
             found.append(words)
         pending = ""

@@ -7,8 +7,8 @@ number of requests; their lengths have a long tail (log-normal). All ways do the
 by turn; medians over the rounds, and the ratio to `wait`, which lets everything end before each push.
 
     wait       the engine drains before the push
-    keep       completions freeze, and go on with the old cache
-    recompute  completions freeze, and go on with a new cache
+    keep       completions freeze, and continue with the old cache
+    recompute  completions freeze, and continue with a new cache
     resubmit   completions are cut off, and are asked for again with what they had
 """
 

@@ -10,7 +10,7 @@ resumed, as an operator would.
 The ledger (`harm.ledger`) is written for this alone:
 
 - every optimizer step is there once; every group of prompts is trained once; no token is older than the bound;
-- a run that goes on makes a step, or ends, within `--bound` seconds of a fault;
+- a run that is still running makes a step, or ends, within `--bound` seconds of a fault;
 - a run that ends says why: by the name of the process, machine or file that was harmed;
 - a synchronous run has the metrics of an undisturbed one, bit for bit.
 

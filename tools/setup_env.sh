@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv hold tools/cpu.lock and this project (editable). Call it before anything else: once it has
-# succeeded, the next call only compares a hash; after an interruption it goes on where it was.
+# succeeded, the next call only compares a hash; after an interruption it continues where it was.
 #   PYTHON            interpreter to use (3.11 or 3.12)
 #   ASYNC_RLHF_VENV   where, instead of .venv (relative to the project)
 set -euo pipefail
@@ -27,7 +27,7 @@ version_of() {  # prints 3.11; nothing if it does not run (a pyenv shim may exis
 
 supported() { [[ $1 == 3.11 || $1 == 3.12 ]]; }
 
-# The paths are part of the stamp: a copied tree must not go on importing from the old one.
+# The paths are part of the stamp: a copied tree must not continue importing from the old one.
 want="$(cat "$lock" setup.py | sha256sum | cut -d' ' -f1) $root $venv"
 ready() {
     [[ -f $stamp && $(<"$stamp") == "$want" && -x $venv/bin/python ]] || return 1
@@ -65,7 +65,7 @@ else
 fi
 
 children=()
-trap 'kill "${children[@]}" 2>/dev/null || true; echo "set-up: interrupted; the next call goes on from here" >&2; exit 130' INT TERM HUP
+trap 'kill "${children[@]}" 2>/dev/null || true; echo "set-up: interrupted; the next call continues from here" >&2; exit 130' INT TERM HUP
 
 begin() {
     step=$((step + 1))

@@ -22,7 +22,7 @@ die() {
 
 supported() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-# The paths are part of the stamp: a copied tree must not go on importing from the old one.
+# The paths are part of the stamp: a copied tree must not continue importing from the old one.
 want="$(sha256sum setup.py | cut -d' ' -f1) $root $venv"
 if [[ -f $stamp && $(<"$stamp") == "$want" && -x $venv/bin/python ]]; then
     echo "set-up: $venv/bin/async-rlhf launch works"

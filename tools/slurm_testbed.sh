@@ -167,7 +167,7 @@ start() {
     # Unix sockets below it have names of up to 107 characters.
     ((${#dir} <= 75)) || die "directory $dir: longer than 75 characters; give a shorter one"
     [[ -e $marker || -z $(ls -A "$dir" 2>/dev/null) ]] || die "directory $dir: is not empty; give another one"
-    # With one daemon left, the others join it and jobs go on; with none, it is a crash long ago or the first start.
+    # With one daemon left, the others join it and jobs continue; with none, it is a crash long ago or the first start.
     alive munge || alive slurmctld || alive n1 || alive n2 || { stop && configure; }
     local end=$((SECONDS + 60)) states
     if daemons; then

@@ -1,4 +1,4 @@
-"""Lets a run go on for an hour or longer, with all that a long one meets, and measures whether anything grows.
+"""Lets a run continue for an hour or longer, with all that a long one meets, and measures whether anything grows.
 
     python tools/soak.py /tmp/soak --json docs/results/soak.json
 

@@ -22,7 +22,7 @@ def generalised_advantages(
     """Advantages and returns (`A + V`), 0 off completion tokens, [T] each.
 
     A completion ends with its last token: the state after it is worth 0, and its score belongs on that token
-    (`Segments.place_last`). The paper's code lets the episode of a completion shorter than the longest allowed go on
+    (`Segments.place_last`). The paper's code lets the episode of a completion shorter than the longest allowed continue
     for one more step, after its last token, and scores it there; ours does not.
 
     Args:

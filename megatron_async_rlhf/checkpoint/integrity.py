@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint, found out before any process starts: all is there and as it was written."""
+"""Whether a run can continue from a checkpoint, found out before any process starts: all is there and as it was written."""
 
 from pathlib import Path
 

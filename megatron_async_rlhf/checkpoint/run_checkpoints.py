@@ -84,7 +84,7 @@ class RunCheckpoints:
                 _discard(self.path(version))
 
     def discard_newer(self, version: int) -> None:
-        """Delete those of later versions: the run goes on from this one, and saves them again."""
+        """Delete those of later versions: the run continues from this one, and saves them again."""
         for later in self.versions():
             if later > version:
                 _discard(self.path(later))

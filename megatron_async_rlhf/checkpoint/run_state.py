@@ -1,4 +1,4 @@
-"""The controller's part of a checkpoint: what it goes on from beside the learner's state. No torch."""
+"""The controller's part of a checkpoint: what it continues from beside the learner's state. No torch."""
 
 from collections import Counter
 from pathlib import Path

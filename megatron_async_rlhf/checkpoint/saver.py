@@ -1,6 +1,6 @@
 """Saves a run: the learner writes its state, the controller adds its own, then the directory gets its name.
 
-start:    freeze the controller's state -> tell the learner to copy and write   (training goes on after it)
+start:    freeze the controller's state -> tell the learner to copy and write   (training continues after it)
 complete: ask the learner until all its files are there -> add ours, flush, rename -> delete what is not kept
 """
 

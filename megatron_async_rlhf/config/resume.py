@@ -1,4 +1,4 @@
-"""Which keys a resumed run must share with the run it goes on with."""
+"""Which keys a resumed run must share with the run it continues with."""
 
 import re
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ FIXED_OF_EVALUATION = (
 def check_same_run(
     earlier: RunConfig, now: RunConfig, *, contents_are_compared: bool = False, fixed: Sequence[str] = _FIXED
 ) -> None:
-    """Refuse to go on under another configuration.
+    """Refuse to continue under another configuration.
 
     Args:
         fixed: keys that must not change.

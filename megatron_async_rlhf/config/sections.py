@@ -36,7 +36,7 @@ class RunSection(Section):
     dir: LocalPath | None = None  # default: runs/<name>; an earlier run found there is set aside, never overwritten
     seed: int = Field(0, ge=0)
     device: Device = "cpu"  # what learner and generators compute on
-    # Of the learner, when a rank of it dies or hangs: the run goes on by itself from its last checkpoint, if it has one.
+    # Of the learner, when a rank of it dies or hangs: the run continues by itself from its last checkpoint, if it has one.
     max_restarts: int = Field(3, ge=0)
 
     @property
@@ -144,8 +144,8 @@ class LearnerSection(OptimizerKeys):
     sequence_parallel: bool = False  # between layers, divide the tokens over the tensor-parallel ranks
     recompute: Recompute = "none"  # in backward, instead of keeping it: selective = attention, full = layers
     distributed_optimizer: bool = False  # each data-parallel rank keeps and updates its share of the Adam state
-    overlap_grad_reduce: bool = False  # reduce gradients over data-parallel ranks while backward goes on
-    overlap_param_gather: bool = False  # gather updated parameters while the next forward pass goes on
+    overlap_grad_reduce: bool = False  # reduce gradients over data-parallel ranks while backward continues
+    overlap_param_gather: bool = False  # gather updated parameters while the next forward pass continues
     optimizer_offload: float = Field(0.0, ge=0, le=1)  # share of the Adam state kept and updated on the host; cuda only
     reference: Literal["resident", "swapped"] = "resident"  # its copy on the device, or swapped in from host memory
     precision: Precision = "fp32"  # of weights and activations; with bf16 Adam keeps float32 weights of its own
@@ -238,8 +238,8 @@ class ScheduleSection(Section):
     # batch: a rollout's prompts run together and leave together, bit for bit the same every time | streaming: each
     # prompt on its own, to the generator with the least to do
     generation: Literal["batch", "streaming"] = "batch"
-    # What a push does to completions under way. none: it waits for their end | keep: they go on with the new weights
-    # and the old cache | recompute: with a new cache | resubmit: they are cut off and go on wherever there is room
+    # What a push does to completions under way. none: it waits for their end | keep: they continue with the new weights
+    # and the old cache | recompute: with a new cache | resubmit: they are cut off and continue wherever there is room
     in_flight_updates: Literal["none", "keep", "recompute", "resubmit"] = "none"
     # Which complete groups are trained first: in the order of prompts | any of the oldest `window` groups | of the
     # newest policy. Groups that would be too old in the next step are always trained first.
@@ -248,7 +248,7 @@ class ScheduleSection(Section):
     max_groups: PositiveInt | None = None  # under way or waiting for the learner; null: what max_staleness allows
     # How long the learner waits for a group that must be in the next step before it is cancelled and sampled anew.
     straggler_s: PositiveFloat | None = None
-    # Steps: the first version that generators get after so many is evaluated on held-out prompts, while training goes on.
+    # Steps: the first version that generators get after so many is evaluated on held-out prompts, while training continues.
     eval_every: PositiveInt | None = None
     record: bool = False  # keep what was trained on, for `async-rlhf replay`
 
@@ -328,14 +328,14 @@ class WeightsSection(Section):
 
 
 class CheckpointSection(Section):
-    """What is saved on the way, for `train --resume`. A run that is cut short saves where it is, whatever is set here."""
+    """What is saved on the way, for `train --resume`. A run that is interrupted saves where it is, whatever is set here."""
 
-    every_steps: PositiveInt | None = None  # default: only when the run is cut short
+    every_steps: PositiveInt | None = None  # default: only when the run is interrupted
     keep_last: PositiveInt | None = 2  # so many of the newest; null keeps all
     # A metric of metrics.jsonl: also keep the checkpoint whose steps, since the one before, had the best mean of it.
     keep_best: str | None = None
     best: Literal["highest", "lowest"] = "highest"  # whether the highest or the lowest value counts as best
-    async_save: bool = True  # write from a copy in host memory while training goes on
+    async_save: bool = True  # write from a copy in host memory while training continues
     max_run_seconds: PositiveFloat | None = None  # of wall clock: then finish the step, save and end as interrupted
     timeout_s: PositiveFloat = 600.0  # from the copy to the last file
 

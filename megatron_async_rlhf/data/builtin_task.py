@@ -1,4 +1,4 @@
-"""The built-in task: small instructions on random words whose answers a program can check.
+"""The built-in task: short tasks on random words with automatic checks.
 
 The words are random letters, so nothing can be answered from memory and a byte-level model of a few million
 parameters can learn every kind. A hash of its text decides which split an instruction belongs to; the splits are

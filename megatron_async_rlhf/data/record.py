@@ -36,7 +36,7 @@ def example_of(record: Mapping[str, Any], where: str, columns: ExampleColumns, r
 
 
 def prompt_of(record: Mapping[str, Any], where: str, columns: PromptColumns) -> tuple[list[Message], str | None]:
-    """The messages of the prompt, and the assistant's answer to them if the conversation goes on to it.
+    """The messages of the prompt, and the assistant's answer to them if the conversation continues to it.
 
     Raises:
         RecordError: there is nothing to answer.

@@ -11,7 +11,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_transcript(text: str) -> bool:
-    """Whether a text begins with a turn of the human and goes on to one of the assistant."""
+    """Whether a text begins with a turn of the human and continues to one of the assistant."""
     return text.lstrip().startswith("Human:") and ASSISTANT in text
 
 

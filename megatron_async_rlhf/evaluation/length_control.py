@@ -7,7 +7,7 @@ win rate is sigmoid(quality), what the fitted model says at d = 0. A tie enters 
 
 Reference: Dubois, Galambosi, Liang & Hashimoto, Length-Controlled AlpacaEval: A Simple Way to Debias Automatic Evaluators
 (2024), arXiv:2404.04475, equation 2. Its third term, how hard each instruction is, is fitted over a leaderboard of many
-models; of a single pair it cannot be told from the other two, and is left out. A weak ridge keeps the fit finite where the
+models; of a single pair it cannot be distinguished from the other two, and is left out. A weak ridge keeps the fit finite where the
 sign of `d` decides every win.
 """
 

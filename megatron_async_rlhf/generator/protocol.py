@@ -14,7 +14,7 @@ class SamplingRequest(Struct, frozen=True, kw_only=True):
         seed: of the sampler; with it a request's noise does not depend on what else is running.
         temperature: 0 is greedy.
         order: position among the requests submitted together; the engine schedules lower first.
-        begun: what an interrupted completion had so far, to go on from; `samples` is 1 then.
+        begun: what an interrupted completion had so far, to continue from; `samples` is 1 then.
         held_out: for an evaluation; no sample of the run.
     """
 
@@ -46,7 +46,7 @@ class Receiver(Protocol):
         ...
 
     async def pause(self, how: Pause = "keep", *, clear_cache: bool = True) -> None:
-        """From now on requests queue until it is told to go on.
+        """From now on requests queue until it is told to continue.
 
         Args:
             clear_cache: empty the cache if no request is left to use it. `receive_weights` does so itself.

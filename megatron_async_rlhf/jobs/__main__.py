@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--generator", action="append", default=[], help="URL of a generator; repeat for more")
     parser.add_argument("--reward-server", action="append", default=[], help="URL of a reward model's server; repeat")
     parser.add_argument("--transfer", help="host:port learner rank 0 meets the generators on")
-    parser.add_argument("--resume-from", type=int, help="policy version of the checkpoint to go on from")
+    parser.add_argument("--resume-from", type=int, help="policy version of the checkpoint to continue from")
     parser.add_argument("--servers-stayed", action="store_true", help="they have served another controller before")
     parser.add_argument("--recorded", type=Path, help="the run to do again")
     parser.add_argument("--failed", action="store_true", help="only its rollout whose loss was not finite")

@@ -6,7 +6,7 @@
 The same learner as in a run, without generators. With a `sft` section it is a stage of its own; without one it makes the
 warm start of a run, alone, so that many runs can start from one policy: `model.hf: <run>/checkpoints/final`.
 
-An interrupted stage saves a checkpoint, exports nothing, and goes on with `--resume`.
+An interrupted stage saves a checkpoint, exports nothing, and continues with `--resume`.
 """
 
 import asyncio
@@ -129,7 +129,7 @@ class SFTJob:
             await self._save_now()
 
     async def _save_now(self) -> None:
-        """Freeze the state; its files are written while training goes on."""
+        """Freeze the state; its files are written while training continues."""
         if self._save is not None:
             await self._save
             self._save = None

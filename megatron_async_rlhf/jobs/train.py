@@ -4,7 +4,7 @@
                                               ├─> push version 0 ─> evaluate ─> RL loop ─> export ─> evaluate
     start generators, reward models ──────────┘
 
-A run that goes on from a checkpoint loads it instead of the warm start, pushes its version and is not evaluated before.
+A run that continues from a checkpoint loads it instead of the warm start, pushes its version and is not evaluated before.
 If its servers have stayed while the learner was started again, those that do not answer are waited for in the loop, as any
 that is lost there, and get their weights with its first push.
 An interrupted run saves a checkpoint, and gives up an evaluation that is not over. In the warm start there is nothing to
@@ -173,7 +173,7 @@ class Job:
         await self._rewards.close()
 
     async def out_of_time(self) -> None:
-        """As `interrupt`, because `checkpoint.max_run_seconds` are over; but a warm start goes on to its end, and is saved."""
+        """As `interrupt`, because `checkpoint.max_run_seconds` are over; but a warm start continues to its end, and is saved."""
         self.recorder.note(f"checkpoint.max_run_seconds = {self._config.checkpoint.max_run_seconds:g} are over")
         await self._end_early()
 

@@ -135,7 +135,7 @@ class Agent:
         elif isinstance(message, Signal):
             process = self._processes[message.id]
             process.kill_group(message.number) if message.group else process.signal(message.number)
-            if message.group and message.number == signal.SIGKILL:  # while the first machine goes on hearing from us
+            if message.group and message.number == signal.SIGKILL:  # while the first machine continues hearing from us
                 threading.Thread(target=process.clean_up).start()
 
     def _start(self, message: Start) -> None:

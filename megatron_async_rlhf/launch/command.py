@@ -309,7 +309,7 @@ def _decide_sft(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) 
 
 
 def _find_resumption(config: RunConfig, resume: bool) -> "Resumption":
-    """What a run goes on from, told to the user; a new one must not take the place of what it reads."""
+    """What a run continues from, told to the user; a new one must not take the place of what it reads."""
     from megatron_async_rlhf.checkpoint.run_checkpoints import has_own_reference
     from megatron_async_rlhf.launch.resume import Resumption, find_resumption
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart

@@ -183,7 +183,7 @@ def _decide(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "
 
 
 def goes_on_with_answers(config: RunConfig, resume: bool) -> bool:
-    """Whether there is an evaluation to go on with, and it was to be; else nothing that is read may be in its place."""
+    """Whether there is an evaluation to continue with, and it was to be; else nothing that is read may be in its place."""
     from megatron_async_rlhf.launch.run_directory import check_inputs_apart
 
     run_dir = config.run.path

@@ -1,4 +1,4 @@
-"""What an evaluation reads that is not in its directory, remembered there, so that a resumed one goes on with the same."""
+"""What an evaluation reads that is not in its directory, remembered there, so that a resumed one continues with the same."""
 
 import msgspec
 from msgspec import Struct

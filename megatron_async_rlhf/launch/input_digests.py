@@ -1,4 +1,4 @@
-"""What a run reads that is not in its directory, remembered there, so that a resumed one goes on with the same.
+"""What a run reads that is not in its directory, remembered there, so that a resumed one continues with the same.
 
 Prompts are compared as the run sees them, so that data, tokenizer, template and the code that makes prompts all count, and
 nothing else does. Weights are compared by samples of their files.
@@ -122,7 +122,9 @@ def check_same_inputs(run_dir: Path, config: RunConfig, now: InputDigests, *, st
             "same cannot be checked"
         ]
     except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); delete it to go on without comparing the data") from None
+        raise ConfigError(
+            f"{path} cannot be read ({error}); delete it to continue without comparing the data"
+        ) from None
     way_out = "; put back what was there, or start another run" + ("" if starts_over else " without --resume")
     for key, source, was, found in (
         ("data.train", config.data.train, before.train, now.train),

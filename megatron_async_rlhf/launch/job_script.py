@@ -32,7 +32,7 @@ def job_script(
         lines.append('echo $$ >"$0.pid"')
     command = f"exec {shlex.join([python, '-m', 'megatron_async_rlhf', *stage.arguments])}"
     if stage.resumes:
-        command += " ${SLURM_RESTART_COUNT:+--resume}"  # set if the job was put back into the queue
+        command += " ${SLURM_RESTART_COUNT:+--resume}"  # set if the job was requeued
     if stage.config:
         lines += [f"{command} <<'{_END}'", stage.config.rstrip("\n"), _END]
     else:

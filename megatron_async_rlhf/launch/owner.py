@@ -1,10 +1,10 @@
 """One run in one directory: a file beside it says whose the directory is.
 
-    .NAME.owner    machine, process, and when that started; touched every second while the run goes on
+    .NAME.owner    machine, process, and when that started; touched every second during the run
 
 A start that finds the file looks whether that run is still alive: on the same machine by its process, from another one by
 whether the file is touched while it looks, so that clocks are never compared. What a dead run has left is taken over:
-a job that is put back into the queue after its node was lost goes on elsewhere. A file that somebody deletes is written
+a job that is requeued after its node was lost continues elsewhere. A file that somebody deletes is written
 again; should another start have been faster, that one has the directory.
 """
 
@@ -43,7 +43,7 @@ class Owner(Struct, frozen=True, kw_only=True):
 
 
 class Taken:
-    """Whether another run has the directory, although this one still goes on."""
+    """Whether another run has the directory, although this one still continues."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config

@@ -77,7 +77,7 @@ class ProcessPlan(Struct, frozen=True, kw_only=True):
 
     @property
     def servers(self) -> list[ProcessSpec]:
-        """Those without which a run can go on for a while."""
+        """Those without which a run can continue for a while."""
         return [*self.generators, *self.rewards]
 
     @property
@@ -97,7 +97,7 @@ def plan_processes(
     """Learner ranks, generators, servers of reward models, and the controller, which is on the first machine.
 
     Args:
-        resume_from: policy version of the checkpoint to go on from.
+        resume_from: policy version of the checkpoint to continue from.
         budget: of a generator, as `generator_budget` gives it.
 
     Raises:

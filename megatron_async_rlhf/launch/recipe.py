@@ -27,7 +27,7 @@ from megatron_async_rlhf.telemetry.files import LOG_DIR
 RECIPE = "pipeline.yaml"  # of a folder
 Command = Literal["sft", "reward-model", "train", "eval"]
 _NAME = r"^[A-Za-z][A-Za-z0-9_-]*$"
-RESUMABLE = ("sft", "train", "eval")  # commands that go on with --resume
+RESUMABLE = ("sft", "train", "eval")  # commands that continue with --resume
 _TAKEN = {CONFIG_DIR, LOG_DIR, "name", "status", "seconds"}
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
@@ -122,7 +122,7 @@ def is_recipe(path: Path) -> bool:
 
 
 def stages_of(recipe: Recipe, seconds: float | None = None) -> list[Submitted]:
-    """The recipe's stages as jobs that depend on each other. What an earlier launch has begun goes on.
+    """The recipe's stages as jobs that depend on each other. What an earlier launch has begun continues.
 
     Args:
         seconds: after which each is killed; those that save checkpoints do so in time.

@@ -1,4 +1,4 @@
-"""What `train --resume` goes on from: looked up and checked before any process starts, nothing changed."""
+"""What `train --resume` continues from: looked up and checked before any process starts, nothing changed."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from megatron_async_rlhf.telemetry.summary import read_summary
 
 
 class Resumption(Struct, frozen=True, kw_only=True):
-    """What there is to go on from.
+    """What there is to continue from.
 
     Attributes:
         note: one line for who asked; empty if nobody did.
@@ -48,7 +48,7 @@ def _load(config: Path, overrides: Sequence[str], resume: bool) -> RunConfig:
         return load_config(config, overrides)
     if not resume:
         raise ConfigError(
-            f"{config} is the directory of a run: add --resume to train to go on with it, or give "
+            f"{config} is the directory of a run: add --resume to train to continue with it, or give "
             f"{config / RESOLVED_CONFIG} and another -s run.name=... for a new run like it"
         )
     resolved = load_config(config, overrides)
@@ -76,7 +76,7 @@ def find_resumption(config: RunConfig, *, steps: int, key: str, has_reference: b
     finished, versions = completed and made >= steps, checkpoints.versions()
     if completed and not (finished or versions):
         raise ConfigError(
-            f"{key} = {steps}: {run_dir} is completed after {made} steps and has no checkpoint to go on from, "
+            f"{key} = {steps}: {run_dir} is completed after {made} steps and has no checkpoint to continue from, "
             "which takes checkpoint.every_steps from its start; run without --resume to start over"
         )
     if not (finished or versions):
@@ -89,7 +89,7 @@ def find_resumption(config: RunConfig, *, steps: int, key: str, has_reference: b
     if version > steps:
         raise ConfigError(f"{key} = {steps} is below the {version} steps of {checkpoints.path(version)}; raise it")
     _check(checkpoints, has_reference)
-    return Resumption(note=f"going on from {checkpoints.path(version)}", version=version)
+    return Resumption(note=f"continuing from {checkpoints.path(version)}", version=version)
 
 
 def _check(checkpoints: RunCheckpoints, has_reference: bool) -> None:
@@ -106,5 +106,7 @@ def _check(checkpoints: RunCheckpoints, has_reference: bool) -> None:
         raise CheckpointError(f"{error}; {start_over}") from None
     whole, broken = checkpoints.newest(check_run_checkpoint)
     if broken:
-        way_out = start_over if whole is None else f"delete {' and '.join(map(str, broken))} to go on from step {whole}"
+        way_out = (
+            start_over if whole is None else f"delete {' and '.join(map(str, broken))} to continue from step {whole}"
+        )
         raise CheckpointError(f"{next(iter(broken.values()))}; {way_out}")

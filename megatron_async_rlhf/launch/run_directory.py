@@ -1,4 +1,4 @@
-"""Makes the directory of a run; an earlier run found there is set aside, never overwritten, or gone on with."""
+"""Makes the directory of a run; an earlier run found there is set aside, never overwritten, or continued with."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def create_run_directory(config: RunConfig, template: Path) -> tuple[Path, Path 
 
 
 def reopen_run_directory(config: RunConfig, version: int) -> Path:
-    """The directory of a run that goes on from the checkpoint of `version`: what came after that is cut off.
+    """The directory of a run that continues from the checkpoint of `version`: what came after that is cut off.
 
     Raises:
         ConfigError: the directory cannot be written.

@@ -31,7 +31,7 @@ class Stage(Struct, frozen=True, kw_only=True):
         arguments: of `async-rlhf`.
         config: YAML, on the standard input; empty if the command takes none.
         gpus_per_node: of its machines; None: as the launch's configuration says.
-        resumes: put back into the queue, it goes on with `--resume`.
+        resumes: requeued, it continues with `--resume`.
         result: where what it makes lies.
     """
 
@@ -72,7 +72,7 @@ def expand_stages(
         names: of `STAGES`, in their order.
         directory: where relative paths begin; it may be on another machine.
         seconds: after which each stage is killed; sft and train save a checkpoint and end in time.
-        resume: an sft that is completed is left out; sft and train go on from the last checkpoint in their directories.
+        resume: an sft that is completed is left out; sft and train continue from the last checkpoint in their directories.
 
     Raises:
         ConfigError: a line for each problem of the configuration.

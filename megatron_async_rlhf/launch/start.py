@@ -43,8 +43,8 @@ class Start(Struct, frozen=True, kw_only=True):
 
     Attributes:
         template: the policy without its weights; a new run's directory gets a copy.
-        version: of the checkpoint that a run goes on from.
-        keeps: what is in the directory already, and is gone on with as it is.
+        version: of the checkpoint that a run continues from.
+        keeps: what is in the directory already, and is continued with as it is.
         prepare: makes what else belongs into the directory, before anything is started.
         digests: of what the run reads, to be remembered if they are not yet.
         check_again: raises where what it reads is something else by now.

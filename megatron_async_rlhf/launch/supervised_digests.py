@@ -35,7 +35,7 @@ def digest_supervised(config: RunConfig, inputs: SupervisedInputs) -> Supervised
 
 
 def check_same_rows(config: RunConfig, now: SupervisedDigests) -> None:
-    """That a stage goes on with what it began with; a stage of an earlier version has not noted that.
+    """That a stage continues with what it began with; a stage of an earlier version has not noted that.
 
     Raises:
         ConfigError: its rows are others.
@@ -46,7 +46,9 @@ def check_same_rows(config: RunConfig, now: SupervisedDigests) -> None:
     except FileNotFoundError:
         return
     except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); delete it to go on without comparing the data") from None
+        raise ConfigError(
+            f"{path} cannot be read ({error}); delete it to continue without comparing the data"
+        ) from None
     rows = "conversations, or the template that renders them,"
     for read, what, was, found in (
         (f"data.train = {config.data.train}", rows, before.train, now.train),

@@ -10,9 +10,9 @@
                                 └──> controller finishes its step, saves and exports ──> interrupted
 
 A server, a generator's or a reward model's, that has been started again `restarts` times stays down when it dies once
-more: the controller goes on with the others, and ends the run when none is left. Before training begins a death is more
+more: the controller continues with the others, and ends the run when none is left. Before training begins a death is more
 likely a setting that cannot work, and ends the run. The learner is started again `run.max_restarts` times, with the
-controller; servers go on meanwhile, and get their weights anew (`going_back`).
+controller; servers continue meanwhile, and get their weights anew (`going_back`).
 
 The supervisor never talks to learner or servers; it owns only their lives. The controller's events come
 through its standard output.
@@ -80,7 +80,7 @@ class Supervisor:
     ) -> None:
         """
         Args:
-            cut_back: None: the job cannot go on from a checkpoint.
+            cut_back: None: the job cannot continue from a checkpoint.
             taken: who else runs in the directory by now; nothing is written there any more then.
         """
         self._cut_back, self._times_back = cut_back, 0
@@ -120,9 +120,9 @@ class Supervisor:
         self._write_last_summary(status, error, tail)
         self._display.finished(status, error, tail, self._run_dir)
         if status != "completed" and RunCheckpoints(self._run_dir).versions():
-            self._display.note("the same command with --resume goes on from its last checkpoint")
+            self._display.note("the same command with --resume continues from its last checkpoint")
         if status != "completed" and self._plan.on_request:
-            self._display.note("the same command with --resume keeps the answers that are there, and goes on")
+            self._display.note("the same command with --resume keeps the answers that are there, and continues")
         code = EXIT_MACHINE_LOST if self._is_machine_lost and status == "failed" else _EXIT_CODES[status]
         with contextlib.suppress(OSError):  # what starts it on several machines may lose it, as srun does
             (self._run_dir / EXIT_CODE).write_text(f"{code}\n", encoding="utf-8")
@@ -185,7 +185,7 @@ class Supervisor:
             if self._stop_file.exists():
                 self._interrupts += 1
                 try:
-                    self._stop_file.unlink()  # a run that goes on from here was not asked
+                    self._stop_file.unlink()  # a run that continues from here was not asked
                 except OSError:  # somebody else's, perhaps: it has been seen, and asks no second time
                     self._stop_file = self._run_dir / f"{STOP}.again"
             if self._interrupts > asked:
@@ -274,7 +274,7 @@ class Supervisor:
             return False
         self._times_back += 1
         _, error, _ = self._blame()
-        self._display.note(f"{error}; going on from step {version} (run.max_restarts: {self._times_back} of {limit})")
+        self._display.note(f"{error}; continuing from step {version} (run.max_restarts: {self._times_back} of {limit})")
         self._end(ours)
         self._listener.join(self._config.launch.shutdown_grace_s)
         self._drain_events()

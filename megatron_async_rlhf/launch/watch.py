@@ -21,7 +21,9 @@ _SILENT_S = 30.0  # without a touch of its file, a run is dead; a shared file sy
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="Directory of a run that goes on; one that has ended is told at once.")],
+    run: Annotated[
+        Path, typer.Argument(help="Directory of a run that is still running; one that has ended is told at once.")
+    ],
 ) -> None:
     """Follow a run: phase, time left, reward, staleness, what each side is doing. Interrupting this leaves the run alone.
 
@@ -43,7 +45,7 @@ def watch(
         display = display or Display()
     except KeyboardInterrupt:
         display = display or Display()
-        display.finished("goes on", None, [], run)
+        display.finished("continues", None, [], run)
         return
     status, error = _how_it_ended(run, closed)
     display.finished(status, error, [], run)
@@ -58,12 +60,12 @@ def _how_it_ended(run: Path, closed: dict[str, Any]) -> tuple[str, str | None]:
         return closed["status"], closed["error"]
     return (
         "interrupted",
-        "the run has ended without saying how: it was killed; --resume goes on from its last checkpoint",
+        "the run has ended without saying how: it was killed; --resume continues from its last checkpoint",
     )
 
 
 class Heartbeat:
-    """Whether a run goes on: who supervises it touches a file every second, and removes it in the end."""
+    """Whether a run is still running: who supervises it touches a file every second, and removes it in the end."""
 
     def __init__(self, places: Sequence[Path]) -> None:
         """

@@ -33,7 +33,7 @@ class StartSupervised(Command, frozen=True, kw_only=True, tag=True):
 
 
 class ResumeSupervised(Command, frozen=True, kw_only=True, tag=True):
-    """Instead of StartSupervised: goes on from a checkpoint, after the steps that it has made."""
+    """Instead of StartSupervised: continues from a checkpoint, after the steps that it has made."""
 
     checkpoint: str
     steps: int
@@ -77,7 +77,7 @@ class StartReinforcement(Command, frozen=True, kw_only=True, tag=True):
 
 
 class ResumeReinforcement(Command, frozen=True, kw_only=True, tag=True):
-    """Instead of StartReinforcement: goes on from a checkpoint, at its policy version.
+    """Instead of StartReinforcement: continues from a checkpoint, at its policy version.
 
     Attributes:
         checkpoint: directory that SaveCheckpoint wrote, in whatever layout.
@@ -141,7 +141,7 @@ class JoinTransfer(Command, frozen=True, kw_only=True, tag=True):
 
 
 class PushWeights(Command, frozen=True, kw_only=True, tag=True):
-    """Start sending the policy to every generator; answered at once. Training may go on until it changes weights.
+    """Start sending the policy to every generator; answered at once. Training may continue until it changes weights.
 
     Attributes:
         offered: send only when BeginPush comes; if none has come before weights change, the push is dropped.
@@ -166,7 +166,7 @@ class FinishPush(Command, frozen=True, kw_only=True, tag=True):
 
 
 class SaveCheckpoint(Command, frozen=True, kw_only=True, tag=True):
-    """Start writing all that training needs to go on; answered as soon as training may go on.
+    """Start writing all that training needs to continue; answered as soon as training may continue.
 
     Attributes:
         checkpoint: directory to write into, made if need be.

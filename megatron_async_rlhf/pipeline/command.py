@@ -21,7 +21,7 @@ def pipeline(
 ) -> None:
     """Run the stages of a recipe one after the other: SFT, reward model, RLHF, evaluation.
 
-    Stages that are done are skipped, one that was cut off goes on. Exit code 0 if all are completed, 1 if one failed, 130 if
+    Stages that are done are skipped, one that was cut off continues. Exit code 0 if all are completed, 1 if one failed, 130 if
     it was interrupted.
 
     Example: async-rlhf pipeline examples/mini

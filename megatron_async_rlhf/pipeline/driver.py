@@ -1,7 +1,7 @@
 """Runs the stages of a recipe, each as a command of `async-rlhf` in a process of its own.
 
 stage ─> stage ─> ... ─> pipeline.json, written anew after each
-  └── what is done is skipped, what was cut off goes on, and what read from a stage that was done again is done again
+  └── what is done is skipped, what was cut off continues, and what read from a stage that was done again is done again
 """
 
 import time
@@ -50,7 +50,7 @@ class Driver:
                     self._note(f"{len(stages) - number} stages after {stage.name} are left to do")
                     return code
                 if self._commands.is_interrupted and number < len(stages):
-                    self._note(f"{len(stages) - number} stages are left to do: the same command goes on with them")
+                    self._note(f"{len(stages) - number} stages are left to do: the same command continues with them")
                     return EXIT_INTERRUPTED
         return EXIT_COMPLETED
 

@@ -48,7 +48,7 @@ def _outcome(run: ReportedRun) -> Iterator[Advice]:
     status, error = run.summary.get("status"), run.summary.get("error")
     if is_unfinished(run.summary):
         yield Advice(
-            "The run goes on, or it was killed; this is what there was when the page was made.",
+            "The run is still running, or it was killed; this is what there was when the page was made.",
             f"If it was killed: {_going_on(run)}.",
         )
     elif status in ("failed", "interrupted"):
@@ -62,7 +62,7 @@ def _going_on(run: ReportedRun) -> str:
     if algorithm == "reward_model":
         return "the training of a reward model begins anew, with the same command"
     command = "sft" if algorithm == "sft" else "train"
-    return f"with --resume, async-rlhf {command} {run.directory} goes on from its last checkpoint"
+    return f"with --resume, async-rlhf {command} {run.directory} continues from its last checkpoint"
 
 
 def _proof(run: ReportedRun) -> Iterator[Advice]:

@@ -26,7 +26,7 @@ def report(
 ) -> None:
     """Write a page about runs that opens from disk: figures, advice, curves, timeline, samples, configuration.
 
-    Of a run that goes on, it shows what there is so far.
+    Of a run that is still running, it shows what there is so far.
 
     Example: async-rlhf report runs/quickstart
     """

@@ -46,7 +46,7 @@ def _headline(runs: Sequence[ReportedRun]) -> Rows:
 
 def _outcome(run: ReportedRun) -> str:
     if is_unfinished(run.summary):
-        return "going on, or killed"
+        return "running, or killed"
     return str(run.summary.get("status", "no summary"))
 
 

@@ -18,7 +18,7 @@ Column = list[float | None]
 
 
 class ReportedRun(Struct, frozen=True, kw_only=True):
-    """A run, also one that goes on, failed or was killed.
+    """A run, also one that is still running, has failed or was killed.
 
     Attributes:
         name: told apart from those of the other runs on the page.

@@ -15,7 +15,7 @@ _NUMBERED = re.compile(r"^(\D+?) (\d.*)$")  # `push 7`, `steps 5 to 8`
 
 
 def read_timeline(run_dir: Path, loop_s: float) -> dict[str, Any] | None:
-    """None of a run that goes on, or was killed: it is written when a run ends.
+    """None of a run that is still running, or was killed: it is written when a run ends.
 
     Args:
         loop_s: how long the RL loop took, or other training.

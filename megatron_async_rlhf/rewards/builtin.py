@@ -65,7 +65,7 @@ def _judge_end(answer: str, first_line: str, word: str) -> tuple[bool, float]:
 
 
 def _judge_start(answer: str, first_line: str, start: str) -> tuple[bool, float]:
-    """One word of letters that begins as given and goes on; a closing full stop is fine."""
+    """One word of letters that begins as given and continues; a closing full stop is fine."""
     exact = re.fullmatch(rf"{start}[a-z]{{1,{_MAX_LETTERS - len(start)}}}\.?", answer) is not None
     return exact, resemblance(first_line[: len(start)], start)
 

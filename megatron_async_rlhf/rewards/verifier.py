@@ -71,7 +71,7 @@ class WorkerVerifier:
         except RewardError as error:
             failure = f"reward {self._section.title} {error}; the prompt is {prompt.name}, the completion {_cut(completion.text)}"
             if not may_fail:
-                raise RewardError(f"{failure}. Set {self._key}.on_error = zero to go on without it") from None
+                raise RewardError(f"{failure}. Set {self._key}.on_error = zero to continue without it") from None
             return failed_score(failure, self._section.metrics)
         reward, metrics = answer
         return Score(reward=reward, metrics=metrics | ({"reward_failed": 0.0} if may_fail else {}))

@@ -13,7 +13,7 @@
 - beside them: lost generators are watched for, stragglers are cancelled and sampled anew.
 
 Between two rollouts the state is small: the version, the groups that are ready, the numbers of those under way. When a
-checkpoint is due the learning loop freezes it there and goes on; writing it ends in the background.
+checkpoint is due the learning loop freezes it there and continues; writing it ends in the background.
 
 Synchronous training is the same loop with a staleness bound of 0, which leaves the two sides no room to overlap.
 """
@@ -180,7 +180,7 @@ class Controller:
 
     @property
     def state(self) -> ControllerState:
-        """What another controller can go on from; between rollouts, or after `run`."""
+        """What another controller can continue from; between rollouts, or after `run`."""
         return ControllerState(
             version=self._pacer.trained_version,
             admitted=self._pacer.admitted,
@@ -211,7 +211,7 @@ class Controller:
             await self._changed.notify()
 
     async def _evaluation_scored(self) -> None:
-        """Unless the run is to stop: what is evaluated then is evaluated when it goes on."""
+        """Unless the run is to stop: what is evaluated then is evaluated when it continues."""
         await self._changed.wait_until(lambda: self._stopping or not self._generation.is_scoring_evaluation)
 
     def _is_over(self) -> bool:
@@ -310,9 +310,9 @@ class Controller:
         return batch
 
     async def _start_save(self) -> None:
-        """Freeze the state after a rollout; its files are written while the loop goes on."""
+        """Freeze the state after a rollout; its files are written while the loop continues."""
         await self._pushes.ended()  # the totals should have it in them
-        await self._evaluation_scored()  # or who goes on from there would make it again, of other weights
+        await self._evaluation_scored()  # or who continues from there would make it again, of other weights
         if self._save is not None:
             await self._save
         await self._checkpoints.start(self.state)

@@ -4,7 +4,7 @@
 
 `generation: batch` samples a rollout together, and the held-out prompts with it when an evaluation is due;
 `streaming` starts each group as soon as it is admitted and a generator has room. An evaluation holds pushes back until its
-prompts are answered, so that it sees one policy version, while training prompts go on being sampled. Nothing but a checkpoint
+prompts are answered, so that it sees one policy version, while training prompts continue being sampled. Nothing but a checkpoint
 and the end of the run waits until the answers are scored.
 """
 

@@ -47,7 +47,7 @@ class Pacer:
     Attributes:
         trained_version: policy version the learner is at.
         pushed_version: policy version the generators hold.
-        pushing: from the pause of the engines until they have been told to go on.
+        pushing: from the pause of the engines until they have been told to continue.
         learner_busy: a rollout is being trained on, or saved.
         offering: the version that is being trained from can still be pushed.
         evaluating: pushes wait, so that an evaluation sees one version.
@@ -184,7 +184,7 @@ class Pacer:
         self.pushed_version = version
 
     def end_push(self) -> None:
-        """Engines have been told to go on, or the push has failed."""
+        """Engines have been told to continue, or the push has failed."""
         self.pushing = False
 
     def begin_evaluation(self) -> None:
@@ -194,7 +194,7 @@ class Pacer:
         self.evaluating = False
 
     def stragglers(self) -> set[int]:
-        """Running groups without which the learner cannot go on, although enough others are complete."""
+        """Running groups without which the learner cannot continue, although enough others are complete."""
         if self.learner_busy or len(self.ready) < self._groups or self.next_rollout() is not None:
             return set()
         return {ticket.index for ticket in self._awaited() if ticket.index in self.running}

@@ -162,7 +162,7 @@ class GeneratorPool:
         await self._changed.notify()
 
     async def resume(self) -> None:
-        """The push is over, and the engines go on."""
+        """The push is over, and the engines continue."""
         await self._everywhere(lambda generator: generator.resume())
         self._held = self._paused = False
         await self._changed.notify()
@@ -218,7 +218,7 @@ class GeneratorPool:
     async def rejoin(self, on_return: Callable[[Generator], object]) -> None:
         """Find out who of generators that another controller has left is still there; none of them holds its weights.
 
-        One that does not answer is lost: `watch` waits for it, while the others go on.
+        One that does not answer is lost: `watch` waits for it, while the others continue.
         """
 
         async def ask(member: Member) -> None:
@@ -276,7 +276,7 @@ class GeneratorPool:
         return list(await asyncio.gather(*(self._complete(c, i, request) for i, c in enumerate(completions))))
 
     async def _complete(self, completion: Completion, index: int, request: SamplingRequest) -> Completion:
-        """Go on with one of a request's completions that was cut off, until it is whole."""
+        """Continue with one of a request's completions that was cut off, until it is whole."""
         if not completion.interrupted:
             return completion
         rest = SamplingRequest(

@@ -1,7 +1,7 @@
 """When weights change hands: pushes are started, or offered to the generators for as long as the learner trains.
 
     learning loop, between two steps ──> start ─┐
-    before a step: offer ──> generators ready ──┴─> pause, send, receive ──> engines go on with the new version
+    before a step: offer ──> generators ready ──┴─> pause, send, receive ──> engines continue with the new version
                         └──> the step is over: nothing happens
 
 A generator that fails a push is left out of the next; `weight_sync` has one push, and what each side does in it.
@@ -26,7 +26,7 @@ class Pushes:
     """One after the other.
 
     Attributes:
-        tasks: where a push goes on once it has begun; set before the first.
+        tasks: where a push continues once it has begun; set before the first.
     """
 
     tasks: asyncio.TaskGroup
@@ -142,12 +142,12 @@ class Pushes:
             await self._pool.resume()
         else:
             await self._pool.release()
-        self._pacer.end_push()  # not before: nobody may pause engines that are about to be told to go on
+        self._pacer.end_push()  # not before: nobody may pause engines that are about to be told to continue
         self._generation.busy.thaw()
         await self._changed.notify()
 
     async def _push_failed(self, error: PushError) -> None:
-        """Go on without the generators that caused it; if none did, try once more with all.
+        """Continue without the generators that caused it; if none did, try once more with all.
 
         The others serve on, unless weights were under way.
         """
@@ -155,7 +155,7 @@ class Pushes:
             raise error
         self._lost_one = not error.gone
         names = ", ".join(receiver.name for receiver in error.gone)
-        self._recorder.note(f"push failed, {f'going on without {names}' if names else 'trying once more'}: {error}")
+        self._recorder.note(f"push failed, {f'continuing without {names}' if names else 'trying once more'}: {error}")
         for receiver, why in error.gone.items():
             await self._pool.mark_lost(receiver, why)
         if error.moved:

@@ -87,7 +87,7 @@ class RolloutLog:
             path.write_bytes(msgspec.msgpack.encode(record))
 
     def cut(self, version: int) -> None:
-        """Forget what was trained at this version or later: the run goes on from there."""
+        """Forget what was trained at this version or later: the run continues from there."""
         for path in self._directory.glob("step_*.msgpack"):
             if path >= self._path(version):
                 path.unlink()

@@ -1,4 +1,4 @@
-"""What the controller has to know to go on where another one stopped, and how it asks for that to be saved."""
+"""What the controller has to know to continue where another one stopped, and how it asks for that to be saved."""
 
 from typing import Protocol
 
@@ -61,7 +61,7 @@ class Checkpoints(Protocol):
         """Whether it is there already."""
 
     async def start(self, state: ControllerState) -> None:
-        """Returns once training may go on."""
+        """Returns once training may continue."""
 
     async def complete(self, *, deletes: bool = True) -> None:
         """Returns once the checkpoint is there, whole."""

@@ -3,7 +3,7 @@
     connect: learner and generators meet, unless they have met already; engines may be at work
     offer:   the learner is about to train and the generators cannot take weights yet: they may until it changes them
     start:   pause the engines -> tell the learner to send, the generators to receive
-    arrived: every generator holds the version, verified; generation may go on
+    arrived: every generator holds the version, verified; generation may continue
     report:  the learner's account of it, when it has time to give one
 
 Until the learner is told to send nothing has moved, and a failure costs only the generators that caused it. One that
@@ -293,7 +293,7 @@ class WeightSync:
         self._met, self._is_verified = list(receivers), False
 
     def _check(self, results: Mapping[Receiver, object], learner: object = None) -> None:
-        """Go on only if nobody raised anything.
+        """Continue only if nobody raised anything.
 
         Raises:
             PushError: somebody is gone.

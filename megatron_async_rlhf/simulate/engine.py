@@ -109,7 +109,7 @@ class Engine:
         self._versions.append(version)
 
     def recompute(self, tokens: int) -> None:
-        """So many tokens of cache are made again before anything goes on."""
+        """So many tokens of cache are made again before anything continues."""
         self._free_at = self._loop.time() + self._prefill_s(tokens)
 
     def done(self, sequence: EngineSequence) -> int:

@@ -19,7 +19,7 @@ def sweep(
         list[str], typer.Option(help="Only these points: axis=label or axis=label,label. Repeatable.")
     ] = [],
     max_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Start no more runs after so long; the same command goes on later.")
+        float | None, typer.Option(min=0, help="Start no more runs after so long; the same command continues later.")
     ] = None,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Results, table and plot of what there is; start nothing.")

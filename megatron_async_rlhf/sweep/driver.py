@@ -1,7 +1,7 @@
 """Runs the points of a sweep one after the other, each as `async-rlhf train` in a process of its own.
 
     warm start (`async-rlhf sft`) ─> point ─> point ─> ... ─> exit code
-                                       └── completed ones are skipped, interrupted ones go on from their checkpoint
+                                       └── completed ones are skipped, interrupted ones continue from their checkpoint
 
 A point that fails does not end the sweep: the sweep's exit code tells. Ctrl-C is passed on to the run under way, which
 finishes its step and saves; a second one ends it at once.
@@ -73,7 +73,7 @@ class Driver:
         codes = set()
         for number, point in enumerate(todo):
             if self._commands.is_interrupted or is_late():
-                self._note(f"{len(todo) - number} points are left to do: the same command goes on with them")
+                self._note(f"{len(todo) - number} points are left to do: the same command continues with them")
                 codes.add(EXIT_INTERRUPTED)
                 break
             self._note(f"[{number + 1}/{len(todo)}] {point.name}")

@@ -19,10 +19,10 @@ SAMPLES = "samples.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 TRACE = "trace.json"
-SPANS = ".spans"  # while a run goes on: what its timeline will be made of
+SPANS = ".spans"  # during a run: what its timeline will be made of
 WANDB_ID = "wandb_id"
 TENSORBOARD_DIR = "tensorboard"
-RESERVE = ".reserve"  # while a run goes on: room for its last words on a disk that is full
+RESERVE = ".reserve"  # during a run: room for its last words on a disk that is full
 STOP = "stop"  # whoever makes it asks the run to save and end
 LOG_DIR = "logs"
 EXIT_CODE = "logs/exit_code"  # of the command, once it has ended
@@ -35,7 +35,7 @@ RUN_STATE = "run_state.msgpack"  # in a checkpoint: the controller's part
 EXPORT_DIR = "checkpoints/final"  # the finished policy as a Hugging Face directory
 ROLLOUT_DIR = "rollouts"  # what was trained on, with schedule.record
 SERVED_DIR = "served"  # of an evaluation: each model as its servers load it
-ANSWERS_DIR = "progress"  # of an evaluation: what it has so far, to go on from
+ANSWERS_DIR = "progress"  # of an evaluation: what it has so far, to continue from
 ANSWERS = "answers.jsonl"
 PAIRS = "pairs.jsonl"  # of an evaluation: preference pairs made of its answers
 EVALUATION = "eval.json"
@@ -124,5 +124,5 @@ def unwritten(path: Path, error: OSError) -> str:
     if isinstance(error.filename, str) and not error.filename.startswith(str(path)):
         path = Path(error.filename)  # another one was in the way, such as a temporary directory
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    way_out = "; make room there, then go on with --resume" if full else ""
+    way_out = "; make room there, then continue with --resume" if full else ""
     return f"{path} cannot be written ({error.strerror or error}){way_out}"

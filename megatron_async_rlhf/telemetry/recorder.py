@@ -50,7 +50,7 @@ class Recorder:
         """
         Args:
             generator_bytes: of the weights that the workers of one generator hold together.
-            totals: of the run so far, if this one goes on with it.
+            totals: of the run so far, if this one continues with it.
             clock: seconds; a simulation has its own.
         """
         self._clock = clock
@@ -116,7 +116,7 @@ class Recorder:
         self.write_summary(*UNFINISHED)
 
     def loop_started(self, startup_s: float) -> None:
-        """The RL loop begins: its wall clock starts, or goes on."""
+        """The RL loop begins: its wall clock starts, or continues."""
         self.totals.startup_s += startup_s
         self._loop_start = self._clock() - self.totals.wall_s
 

@@ -46,7 +46,7 @@ class Mean(Struct):
 
 
 # Of a run that has not said how it ended. Killed with SIGKILL it never will, so this is written from the first moment on.
-UNFINISHED = "interrupted", "it is still going on, or was killed before it could say how it ended"
+UNFINISHED = "interrupted", "it is still running, or was killed before it could say how it ended"
 
 
 def is_unfinished(summary: dict[str, Any]) -> bool:

@@ -33,7 +33,7 @@ class _Statement(Struct, frozen=True):
 
 
 def agree(transport: Transport, roster: Roster, fingerprint: str, error: str | None = None) -> None:
-    """Every rank says which plan it made and whether it can take part; all go on, or all raise the same error.
+    """Every rank says which plan it made and whether it can take part; all continue, or all raise the same error.
 
     Raises:
         TransferError: names the rank that cannot, or that planned something else than learner rank 0.

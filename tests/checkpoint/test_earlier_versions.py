@@ -67,7 +67,7 @@ def interrupted(run: Path, steps: int) -> Path:
 
 
 def test_it_can_be_planned_to_go_on(run: Path):
-    assert "going on from" in command("train", interrupted(run, 5), "--resume", "--dry-run")
+    assert "continuing from" in command("train", interrupted(run, 5), "--resume", "--dry-run")
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Found:
-    """A copy of that run, and the config it is to go on with."""
+    """A copy of that run, and the config it is to continue with."""
 
     def __init__(self, directory: Path, saved: Path) -> None:
         self.run = directory / "run"
@@ -114,7 +114,7 @@ def found(tmp_path: Path, saved: Path) -> Found:
 def test_the_newest_checkpoint_is_found(found: Found):
     resumption = found.resume()
     assert (resumption.version, resumption.finished) == (4, False)
-    assert resumption.note == f"going on from {found.places.path(4)}"
+    assert resumption.note == f"continuing from {found.places.path(4)}"
 
 
 def test_what_is_incomplete_is_no_checkpoint(found: Found):
@@ -246,7 +246,7 @@ def test_a_broken_checkpoint_of_an_earlier_version_is_refused_in_one_line(found:
         found.resume()
     (line,) = str(refused.value).splitlines()
     assert message in line
-    assert line.endswith(f"; delete {found.places.path(4)} to go on from step 2")
+    assert line.endswith(f"; delete {found.places.path(4)} to continue from step 2")
     shutil.rmtree(found.places.path(2))
     with pytest.raises(CheckpointError, match="; run without --resume$"):
         found.resume()
@@ -275,7 +275,7 @@ def test_an_older_checkpoint_is_named_only_if_it_is_whole(found: Found):
     flip(found.places.path(4) / "__0_0.distcp", 1000)
     with pytest.raises(
         CheckpointError,
-        match=f"step_000004/__0_0.distcp is not what was written: its digest differs; delete {found.places.path(4)} to go on from step 2$",
+        match=f"step_000004/__0_0.distcp is not what was written: its digest differs; delete {found.places.path(4)} to continue from step 2$",
     ):
         found.resume()
     flip(found.places.path(2) / "common.pt", 10)
@@ -357,7 +357,7 @@ def test_a_dry_run_shows_what_it_would_go_on_from_and_changes_nothing(found: Fou
     before = contents(found.run)
     result = train(found, "--resume", "--dry-run")
     assert result.returncode == 0, result.stderr
-    assert f"going on from {found.places.path(4)}" in result.stdout
+    assert f"continuing from {found.places.path(4)}" in result.stdout
     assert "learner.0" in result.stdout
     assert contents(found.run) == before
     assert found.places.partial(found.places.path(6)).is_dir()

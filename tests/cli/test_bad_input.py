@@ -212,7 +212,7 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path):
     [("model.hf", []), ("model.hf", ["--resume"]), ("model.hf", ["--dry-run"]), ("data.train", [])],
 )
 def test_a_new_run_that_would_rename_what_it_reads(tmp_path, key, flags):
-    """With --resume too, where there is no checkpoint to go on from."""
+    """With --resume too, where there is no checkpoint to continue from."""
     final = tmp_path / "run/checkpoints/final"
     final.mkdir(parents=True)
     (tmp_path / "run/config.yaml").write_text("{}")

@@ -82,7 +82,7 @@ def test_a_job_over_two_nodes(slurm):
     job.wait("PENDING")
     made = len(job.lines())
     job.wait_for_step(made + 3)
-    assert "back into the queue" in job.log() and "start 2" in job.log() and "going on from" in job.log()
+    assert "back into the queue" in job.log() and "start 2" in job.log() and "continuing from" in job.log()
     server = job.generator_processes()
     assert len(server) == 2 and all(blocks_terminate(pid) for pid in server)
     slurm.run("scancel", str(job.id))
@@ -118,7 +118,7 @@ def test_jobs_at_once(slurm):
     assert_interrupted_and_saved(cancelled)
     whole.wait("COMPLETED")
     cut.wait("COMPLETED")
-    assert "back into the queue" in cut.log() and "start 2" in cut.log() and "going on from" in cut.log()
+    assert "back into the queue" in cut.log() and "start 2" in cut.log() and "continuing from" in cut.log()
     summaries = [job.summary() for job in (whole, cut)]
     for job, summary in zip((whole, cut), summaries, strict=True):
         assert (summary["status"], summary["steps"]) == ("completed", 40), job.log()
@@ -150,7 +150,7 @@ def test_a_lost_node_ends_the_job_and_its_return_goes_on_with_it(slurm):
     slurm.start()
     job.wait("RUNNING")
     job.wait_for_step(made + 1)
-    assert "going on from" in job.log()
+    assert "continuing from" in job.log()
     slurm.run("scancel", str(job.id))
     assert job.seconds_until_gone() < 30
 

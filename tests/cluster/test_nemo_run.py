@@ -27,7 +27,7 @@ from megatron_async_rlhf.launch.stages import Stage, expand_stages
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests/e2e/tiny.yaml"
-# Notes node, arguments and standard input; $FAILS names commands that fail, unless they go on with an earlier start.
+# Notes node, arguments and standard input; $FAILS names commands that fail, unless they continue with an earlier start.
 STAND_IN = """#!/usr/bin/env bash
 echo "node ${SLURM_NODEID:-none}: $*" >>"$NOTES/calls"
 [[ $4 != /dev/stdin ]] || cat >"$NOTES/$3.${SLURM_NODEID:-none}.yaml"

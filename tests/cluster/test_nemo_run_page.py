@@ -83,7 +83,7 @@ def test_nemo_submits_a_job(nemo_run: NemoRun):
 
 
 def test_the_python_blocks(nemo_run: NemoRun):
-    """The second one goes on from the imports of the first, with a configuration of one's own."""
+    """The second one continues from the imports of the first, with a configuration of one's own."""
     submitting = ("experiment.run(detach=True)", "experiment.run()")
     assert [PYTHON.count(each) for each in submitting] == [1, 1]
     program = PYTHON

@@ -1,4 +1,4 @@
-"""A stage of supervised fine-tuning goes on with the rows that it began with."""
+"""A stage of supervised fine-tuning continues with the rows that it began with."""
 
 from pathlib import Path
 

@@ -84,7 +84,7 @@ def start(tmp_path: Path):
     runs: list[Run] = []
 
     def start(*overrides: str, resume: Path | None = None) -> Run:
-        """`resume`: the run directory to go on in."""
+        """`resume`: the run directory to continue in."""
         if resume is not None:
             runs.append(Run(resume, *overrides, flags=("--resume",)))
         else:

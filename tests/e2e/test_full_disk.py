@@ -1,4 +1,4 @@
-"""Real runs on a disk that fills up, in each phase, and that go on once there is room."""
+"""Real runs on a disk that fills up, in each phase, and that continue once there is room."""
 
 import shutil
 import subprocess
@@ -33,7 +33,7 @@ def test_a_disk_that_is_full_in_mid_checkpoint(small_disk, start):
     places = run.directory / "checkpoints"
     error = (
         f"checkpoint {places / 'step_000002.partial'} could not be written (learner.0: OSError: [Errno 28] No space left on "
-        "device); make room there, then go on with --resume"
+        "device); make room there, then continue with --resume"
     )
     assert sum("No space left" in line for line in output.splitlines()) == 1
     assert f"error: {error}\n" in output and "Traceback" not in output
@@ -47,7 +47,7 @@ def test_a_disk_that_is_full_in_mid_checkpoint(small_disk, start):
     rest = start(*settings, "schedule.steps=3", resume=run.directory)
     output = rest.wait()
     assert rest.process.returncode == 0, output
-    assert f"going on from {places / 'step_000001'}" in output
+    assert f"continuing from {places / 'step_000001'}" in output
     assert [line["step"] for line in rest.lines("metrics.jsonl")] == [1, 2, 3]
     assert rest.summary()["status"] == "completed"
 

@@ -1,4 +1,4 @@
-"""A part of a running job is stopped (SIGSTOP), alone: it neither ends nor answers. The run goes on, or says who it was."""
+"""A part of a running job is stopped (SIGSTOP), alone: it neither ends nor answers. The run continues, or says who it was."""
 
 import json
 import os
@@ -15,7 +15,7 @@ LIMITS = (
     "learner.timeout_s=25",
     "launch.pin_cores=false",
 )
-# To notice, to start a server again, whose first answer takes long, and to go on.
+# To notice, to start a server again, whose first answer takes long, and to continue.
 RECOVERY_S = 200
 
 
@@ -93,5 +93,5 @@ def test_a_learner_that_dies_beside_a_stopped_generator_is_not_kept_waiting(star
     output = run.wait()
     assert run.process.returncode == 0, output
     assert time.monotonic() - stopped < RECOVERY_S, output
-    assert "going on from step 2 (run.max_restarts: 1 of 3)" in output
+    assert "continuing from step 2 (run.max_restarts: 1 of 3)" in output
     assert run.summary()["steps"] == 40

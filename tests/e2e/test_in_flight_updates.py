@@ -174,7 +174,7 @@ def test_cut_off_completions_go_on_elsewhere(rig: InFlightRig):
         await rig.push_to_both("abort")
         begun = await asyncio.wait_for(task, LIMIT_S)  # they come back while the engine is paused
         await asyncio.gather(rig.other.resume(), rig.keeping.resume())
-        # Both servers have the new weights: it does not matter which one goes on.
+        # Both servers have the new weights: it does not matter which one continues.
         tasks = [
             rig.begin((rig.keeping, rig.other)[i % 2], seed=3 + i, samples=1, begun=c) for i, c in enumerate(begun)
         ]

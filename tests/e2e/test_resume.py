@@ -1,4 +1,4 @@
-"""Real runs that are cut short in every way and go on; the fewest starts of vLLM that show it."""
+"""Real runs that are interrupted in every way and continue; the fewest starts of vLLM that show it."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def test_half_and_half_is_the_whole_bit_for_bit(start, tmp_path):
         rest = start(*overrides, resume=directory)
         output = rest.wait()
         assert rest.process.returncode == 0, output
-        assert f"going on from {directory / 'checkpoints/step_000002'}" in output
+        assert f"continuing from {directory / 'checkpoints/step_000002'}" in output
         assert_same_run(rest, whole)
         equal = command("verify-weights", directory, whole.directory)
         assert equal.returncode == 0, equal.stdout + equal.stderr
@@ -135,7 +135,7 @@ def test_a_learner_that_is_killed_costs_nothing_but_time(start):
     output = killed.wait()
     assert killed.process.returncode == 0, output
     assert re.search(
-        r"learner\.0 was killed by SIGKILL.*; going on from step [24] \(run\.max_restarts: 1 of 3\)", output
+        r"learner\.0 was killed by SIGKILL.*; continuing from step [24] \(run\.max_restarts: 1 of 3\)", output
     )
     assert killed.pid("generator.0") == generator
     assert_same_run(killed, whole)
@@ -195,7 +195,7 @@ def argument_of(pid: int, option: str) -> str:
 
 
 def assert_every_damage_is_found(run: Path) -> None:
-    """1,000 flipped bits and lost ends, over all files of the newest checkpoint; none is gone on from."""
+    """1,000 flipped bits and lost ends, over all files of the newest checkpoint; none is continued from."""
     dice, newest = random.Random(0), run / "checkpoints/step_000004"
     files = [path for path in sorted(newest.rglob("*")) if path.is_file() and path.stat().st_size]
     assert {"__0_0.distcp", "run_state.msgpack", "digests.json", "config.json"} <= {path.name for path in files}
@@ -214,7 +214,9 @@ def assert_every_damage_is_found(run: Path) -> None:
             assert newest_whole(run) == 2, path
         if number == 0:
             refused = command("train", run, "--resume", "-s", f"run.dir={run}", "-s", "schedule.steps=6")
-            assert refused.returncode == 2 and f"delete {newest} to go on from step 2" in refused.stderr, refused.stderr
+            assert refused.returncode == 2 and f"delete {newest} to continue from step 2" in refused.stderr, (
+                refused.stderr
+            )
         path.write_bytes(content)
     check_digests(newest)
 
@@ -245,7 +247,7 @@ def test_killed_during_a_save_then_interrupted_then_completed(start):
     )
     run = start("schedule.steps=500", *settings)
     block_the_file_of(run, version=4)
-    run.wait_for_step(5)  # training goes on although the files of step 4 cannot be written
+    run.wait_for_step(5)  # training continues although the files of step 4 cannot be written
     run.kill("learner.0")
     output = run.wait()
     assert run.process.returncode == 1, output

@@ -31,7 +31,7 @@ TEXTS = ("yes", "no <eos> no", "", "a longer answer, of several words.")
 @pytest.mark.thorough
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_server_whose_engine_stops_is_replaced_and_every_group_scored_once(tmp_path, workers):
-    """Its HTTP front goes on to answer, and `/health` to say 200."""
+    """Its HTTP front continues to answer, and `/health` to say 200."""
     directory = make_reward_model(tmp_path / "rm")
     section = {"type": "reward_model", "model": str(directory), "request_timeout_s": 6, "tensor_parallel": workers}
     config = RunConfig.model_validate({"model": SHAPE, "reward": section})

@@ -252,7 +252,7 @@ def test_a_generator_with_another_config_is_refused_by_name(tmp_path):
             assert time.monotonic() - began < 10
             assert [generator.version for generator in rig.generators] == [-1, -1]
 
-            # The learner and the other generator go on as if nothing had been.
+            # The learner and the other generator continue as if nothing had been.
             assert list(error.value.gone) == rig.generators[1:]
             await rig.generators.pop().close()
             report, _ = await rig.push(0)

@@ -1,4 +1,4 @@
-"""Time that goes on steadily whatever becomes of the machine's clock."""
+"""Time that advances steadily whatever becomes of the machine's clock."""
 
 import time
 

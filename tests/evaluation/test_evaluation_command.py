@@ -1,4 +1,4 @@
-"""`async-rlhf eval` before anything is started: what its paths stand for, what it refuses, its plan, what it goes on with."""
+"""`async-rlhf eval` before anything is started: what its paths stand for, what it refuses, its plan, what it continues with."""
 
 import json
 import shutil

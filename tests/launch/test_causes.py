@@ -135,7 +135,7 @@ def test_a_process_that_was_killed_says_what_often_does_it(tmp_path: Path):
     code, said = supervised(tmp_path, learner=program)
     assert code == 1 and "Apex" not in said
     assert "error: learner.0 was killed by SIGKILL, which often means out of memory" in said
-    assert "the same command with --resume goes on from its last checkpoint" in said
+    assert "the same command with --resume continues from its last checkpoint" in said
 
 
 def test_the_log_of_an_earlier_start_is_not_looked_at(tmp_path: Path):

@@ -35,7 +35,7 @@ def write(path: str, records: list[dict]) -> None:
 
 
 class Run:
-    """A run that has begun, and the config it is to go on with."""
+    """A run that has begun, and the config it is to continue with."""
 
     def __init__(self) -> None:
         write("t.jsonl", rows(0, 6))
@@ -103,7 +103,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_warning(run: Run):
     (line,) = run.check()
     assert line.startswith(f"{run.directory} has no inputs.json") and "cannot be checked" in line
     (run.directory / "inputs.json").write_text("{")
-    with pytest.raises(ConfigError, match="inputs.json cannot be read .*; delete it to go on without comparing"):
+    with pytest.raises(ConfigError, match="inputs.json cannot be read .*; delete it to continue without comparing"):
         run.check()
 
 

@@ -148,7 +148,7 @@ def test_where_nothing_can_be_written_beside_it_the_file_is_in_the_directory(con
 
 
 def test_a_directory_is_the_same_under_each_of_its_names(config, tmp_path):
-    """When its run is set aside, too: a link goes on to lead to what is new."""
+    """When its run is set aside, too: a link continues to lead to what is new."""
     target = tmp_path / "target"
     target.mkdir()
     (target / "config.yaml").touch()

@@ -161,7 +161,7 @@ def test_a_generator_is_started_again_until_its_restarts_are_used_up(tmp_path, m
     last = run.kill("generator.1")
     run.wait(lambda: "generator.restarts = 2 are used up" in run.output.getvalue())
     assert run.pids == untouched | {"generator.1": last}
-    assert run.thread.is_alive()  # the others go on; the controller says when that makes no sense any more
+    assert run.thread.is_alive()  # the others continue; the controller says when that makes no sense any more
     assert run.end() == 0
 
 
@@ -219,7 +219,7 @@ def test_a_learner_goes_back_to_the_last_whole_checkpoint(tmp_path, monkeypatch,
             os.kill(before["learner.1"], signal.SIGSTOP)
             run.report_silent("learner", since=time.monotonic())
             (tmp_path / "fail").touch()
-            run.wait(lambda: "going on" in run.output.getvalue())
+            run.wait(lambda: "continuing" in run.output.getvalue())
             (tmp_path / "fail").unlink()
         else:
             run.kill("learner.1")
@@ -229,7 +229,7 @@ def test_a_learner_goes_back_to_the_last_whole_checkpoint(tmp_path, monkeypatch,
         assert {name: run.pids[name] for name in ("generator.0", "generator.1", "reward.0")}.items() <= before.items()
         assert not any(lives(before[name]) for name in ours)
         assert cut == [20] * attempt
-        told = f"going on from step 20 (run.max_restarts: {attempt} of 3)"
+        told = f"continuing from step 20 (run.max_restarts: {attempt} of 3)"
         run.wait(lambda told=told: told in run.output.getvalue())
         arguments = Path(f"/proc/{run.pids['controller']}/cmdline").read_bytes().split(b"\0")
         assert (
@@ -376,7 +376,7 @@ def test_a_supervisor_that_finds_the_disk_full_says_so_in_one_line(small_disk, m
             pass
     run.kill("generator.1")
     assert run.join() == 1
-    error = f"{small_disk / PROCESSES} cannot be written (No space left on device); make room there, then go on with --resume"
+    error = f"{small_disk / PROCESSES} cannot be written (No space left on device); make room there, then continue with --resume"
     summary = json.loads((small_disk / "summary.json").read_text())
     assert (summary["status"], summary["error"]) == ("failed", error)
     assert f"error: {error}" in run.output.getvalue() and "Traceback" not in run.output.getvalue()
@@ -403,10 +403,10 @@ from megatron_async_rlhf.launch.display import Display
 display = Display()
 display.note("step 1")
 display.finished("failed", "no room", ["last words"], pathlib.Path("run"))
-print("went on", file=sys.stderr)
+print("continued", file=sys.stderr)
 """
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
             [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S
         )
-    assert "went on" in ended.stderr
+    assert "continued" in ended.stderr

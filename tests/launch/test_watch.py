@@ -1,4 +1,4 @@
-"""`async-rlhf watch` on the files of runs that go on, have ended, or were killed."""
+"""`async-rlhf watch` on the files of runs that are still running, have ended, or were killed."""
 
 import json
 import os

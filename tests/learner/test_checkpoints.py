@@ -1,4 +1,4 @@
-"""What a learner saved, a learner of the same layout goes on from bit for bit, one of another layout closely."""
+"""What a learner saved, a learner of the same layout continues from bit for bit, one of another layout closely."""
 
 import json
 from pathlib import Path
@@ -232,9 +232,9 @@ def test_a_full_disk_fails_every_rank_alike_whichever_file_it_meets(ranks: Ranks
         for name in ("common.pt", "__0_0.distcp", ".metadata.tmp", "metadata.json"):
             told = result["full"].pop(name)
             assert told.startswith(f"checkpoint {root / name}/checkpoint could not be written (learner.0: "), told
-            assert told.endswith("No space left on device); make room there, then go on with --resume"), told
+            assert told.endswith("No space left on device); make room there, then continue with --resume"), told
         place = root / "shard-0.partial/checkpoint"
-        told = "cannot be written (No space left on device); make room there, then go on with --resume"
+        told = "cannot be written (No space left on device); make room there, then continue with --resume"
         assert result["full"] == {"shard-0.partial": f"{place} {told}"}
         assert not list(place.iterdir())
 

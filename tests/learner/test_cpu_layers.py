@@ -20,7 +20,7 @@ LENGTHS = [7, 4, 4, 4, 1, 1, 3]
 ENDS = [0, *accumulate(LENGTHS)]
 TOKENS = sum(LENGTHS)
 PLACES = torch.cat([torch.arange(length) for length in LENGTHS])
-# The same row with parts that go on from others: the second and fourth from the first, the last from the third.
+# The same row with parts that continue from others: the second and fourth from the first, the last from the third.
 BEFORE = [None, (0, 7), None, (0, 7), None, None, (11, 15)]
 
 

@@ -66,7 +66,7 @@ def test_runs_are_laid_over_each_other_and_their_differences_come_first(tmp_path
 
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path: Path):
     page = page_of(leave_reported_run(tmp_path / "run", steps=2, closed=False))
-    assert "going on, or killed" in page and "has no timeline" in page
+    assert "running, or killed" in page and "has no timeline" in page
     assert data_of(page)["runs"][0]["timeline"] is None
 
 
@@ -138,7 +138,7 @@ def test_samples_that_are_too_many_are_thinned_the_same_prompts_everywhere(tmp_p
         ({"generate_share": 0.5, "train_share": 0.5, "schedule": {"max_staleness": 0}}, "each waits for the other", "schedule.max_staleness: 1"),
         ({"finished": 0.5}, "50% of completions are cut off at 12 tokens", "generator.max_new_tokens"),
         ({"status": "failed"}, "The run is failed: learner.0: was killed by SIGKILL", "--resume"),
-        ({"closed": False}, "The run goes on, or it was killed", "--resume"),
+        ({"closed": False}, "The run is still running, or it was killed", "--resume"),
     ],
 )  # fmt: skip
 def test_what_stands_out_comes_with_what_to_do(tmp_path: Path, run, what, key):

@@ -212,7 +212,7 @@ def test_the_budget_holds_to_the_call_and_over_restarts(tmp_path: Path):
         assert results.count(7.0) == len(server.requests) == 5
         errors = [result for result in results if result != 7.0]
         assert all(isinstance(error, JudgeBudgetError) for error in errors)
-        assert "the budget is spent: 5 calls, judge.budget.max_calls = 5. Raise it and go on" in str(errors[0])
+        assert "the budget is spent: 5 calls, judge.budget.max_calls = 5. Raise it and continue" in str(errors[0])
         assert str(tmp_path / "judge.sqlite") in str(errors[0]) and "\n" not in str(errors[0])
         assert (await rate_ten(server, max_calls=7)).count(7.0) == len(server.requests) == 7
         with_tokens = await rate_ten(server, max_tokens=70)  # an answer costs 10

@@ -85,7 +85,7 @@ def test_what_fails_ends_the_run_or_earns_nothing(tmp_path: Path):
 
 
 def test_a_spent_budget_ends_the_run_whatever_on_error_says(tmp_path: Path):
-    with pytest.raises(JudgeBudgetError, match="reward.budget.max_calls = 3. Raise it and go on .--resume of a run"):
+    with pytest.raises(JudgeBudgetError, match="reward.budget.max_calls = 3. Raise it and continue .--resume of a run"):
         scores(longer_is_better, tmp_path, "a", "bb", "ccc", on_error="zero", budget={"max_calls": 3})
     found, requests = scores(longer_is_better, tmp_path, "a", "bb", "ccc")
     assert [score.reward for score in found] == [0.0, 0.5, 1.0] and requests == 3  # those that were not paid for

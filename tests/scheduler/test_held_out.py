@@ -50,7 +50,7 @@ def test_training_goes_on_and_the_end_waits_while_answers_are_scored(tmp_path, s
 
 @pytest.mark.parametrize("schedule", [each for each in SCHEDULES if each["mode"] == "sync"], ids=str)
 def test_a_checkpoint_has_the_evaluation_that_was_due_before_it(tmp_path, schedule):
-    """Else a run that goes on from there would evaluate other weights."""
+    """Else a run that continues from there would evaluate other weights."""
     reward = WaitsWithHeldOut(version=5)
     rig = reward.rig = Rig(tmp_path, reward=reward, checkpoint={"every_steps": 5}, **EVALUATED, **schedule)
     rig.run()

@@ -340,7 +340,7 @@ def test_a_generator_that_never_gets_ready_again_is_reported_although_others_ser
 
 
 def test_a_push_keeps_a_batch_from_its_engines(monkeypatch):
-    """All die while a batch is being queued; the one that comes back is paused again once the push has let it go on."""
+    """All die while a batch is being queued; the one that comes back is paused again once the push has let it continue."""
 
     async def test():
         (engine,), pool = make(1)

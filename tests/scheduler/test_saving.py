@@ -1,4 +1,4 @@
-"""The loop saves itself and goes on from what it saved; the fake learner's files are empty directories."""
+"""The loop saves itself and continues from what it saved; the fake learner's files are empty directories."""
 
 import asyncio
 import errno
@@ -211,7 +211,7 @@ def test_a_controller_that_finds_the_disk_full_gives_the_room_back(tmp_path):
     rig.learner.execute = fill
     with pytest.raises(ExceptionGroup) as caught:
         rig.run()
-    told = "step_000002 cannot be written .No space left on device.; make room there, then go on with --resume"
+    told = "step_000002 cannot be written .No space left on device.; make room there, then continue with --resume"
     assert caught.group_contains(CheckpointError, match=told)
     assert not list((tmp_path / "checkpoints").iterdir())
 

@@ -58,7 +58,7 @@ class Run:
 
 
 def line_of(path: Path) -> str:
-    return f"{path} cannot be written (No space left on device); make room there, then go on with --resume"
+    return f"{path} cannot be written (No space left on device); make room there, then continue with --resume"
 
 
 @pytest.mark.parametrize("name", WRITES)

@@ -258,7 +258,7 @@ class ChaosRun:
         while True:
             summary = json.loads((self.run / "summary.json").read_text())
             status, error = summary["status"], str(summary.get("error"))
-            if "it is still going on" not in error or time.monotonic() > deadline:
+            if "it is still running" not in error or time.monotonic() > deadline:
                 return status, error
             time.sleep(0.2)
 
@@ -268,12 +268,12 @@ class ChaosRun:
             try:
                 other.wait(60)
             except subprocess.TimeoutExpired:
-                raise Violation("the second machine goes on 60 s after the first has ended") from None
+                raise Violation("the second machine continues 60 s after the first has ended") from None
 
     def _follow_advice(self) -> None:
         """Delete the checkpoints that it says are in the way."""
         error = (self.directory / "output").read_text().strip().splitlines()[-1]
-        advice = re.search(r"; delete (.+) to go on from step \d+$", error)
+        advice = re.search(r"; delete (.+) to continue from step \d+$", error)
         if advice is None:
             raise Violation(f"it cannot be resumed: {error}")
         for checkpoint in advice[1].split(" and "):

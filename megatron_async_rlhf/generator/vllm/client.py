@@ -1,7 +1,7 @@
 """Talks to one vLLM server: sampling, pausing, and the generator's half of a weight push. No vllm import.
 
     sample ──> /async_rlhf/sample (routes) ────────────────────────> completions, interrupted or not
-                     ▲ begun: goes on after these tokens ──────────────────────┘
+                     ▲ begun: continues after these tokens ──────────────────────┘
     pause(keep | wait | abort) ──> receive_weights(recompute | not) ──> resume
 
 What each token was sampled with is vLLM's own record (`weight_versions`), so it is right for a completion that lives
@@ -88,7 +88,9 @@ class VLLMGenerator:
         begun = request.begun or _NOTHING
         left = request.max_new_tokens - len(begun.token_ids)
         if request.begun is not None and request.samples != 1:
-            raise GeneratorError(f"{self.name}: only one sample can go on from what was begun, not {request.samples}")
+            raise GeneratorError(
+                f"{self.name}: only one sample can continue from what was begun, not {request.samples}"
+            )
         if begun.finished or left <= 0:
             return [structs.replace(begun, interrupted=False)]
         packed = PackedRequest(
@@ -228,8 +230,8 @@ class VLLMGenerator:
         may take as long as weights keep moving: the workers themselves give up when nothing moves any more.
 
         Args:
-            recompute: empty the cache: frozen requests compute theirs anew when they go on, and nobody finds a block
-                that older weights made. Otherwise frozen requests, if there are any, go on with the old one; the server
+            recompute: empty the cache: frozen requests compute theirs anew when they continue, and nobody finds a block
+                that older weights made. Otherwise frozen requests, if there are any, continue with the old one; the server
                 must have been started without a prefix cache then (`server_command` does, for in-flight updates that
                 keep).
 
@@ -298,7 +300,7 @@ def _text(value: bool) -> str:
 
 
 def continued_seed(seed: int, tokens: int) -> int:
-    """Of the sampler that goes on after `tokens` tokens: the same for the same two numbers, its noise unlike the first part's.
+    """Of the sampler that continues after `tokens` tokens: the same for the same two numbers, its noise unlike the first part's.
 
     vLLM draws a request's noise from a generator of its own that starts at the seed; with the seed as it was the second
     part would meet the first part's noise again.

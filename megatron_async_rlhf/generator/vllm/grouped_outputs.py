@@ -6,7 +6,7 @@ request has ended, so there a token may wait for those after it.
 
     engine loop ──> its output queue ──> GroupedOutputs ──> vLLM's sending thread ──> HTTP front
 
-A request's first token, what ends it and what is told beside its tokens go on at once, with those that have waited. All go on
+A request's first token, what ends it and what is told beside its tokens continue at once, with those that have waited. All continue
 before the first token of other weights: vLLM records the version of a whole message.
 """
 

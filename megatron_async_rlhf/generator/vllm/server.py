@@ -62,7 +62,7 @@ def server_command(
         *guard_arguments(config),
         *(["--enable-scale-out"] if _scale_out_is_optional() else []),  # tokens in, tokens out
         # Requests that keep their cache through an update hold blocks of older weights, and vLLM cannot empty its
-        # prefix cache while they do: the next request with the same prompt would go on from those.
+        # prefix cache while they do: the next request with the same prompt would continue from those.
         *(["--no-enable-prefix-caching"] if config.schedule.in_flight_updates == "keep" else []),
         *(_PUSHED if serves is None else _LOADED),
         *_device_arguments(config, budget),

@@ -42,7 +42,7 @@ def launch(
         typer.Option(help="Comma-separated stages to run: sft, train, export. Default: train; of a recipe all."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the experiment; default: run.name.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an earlier launch has left.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue with what an earlier launch has left.")] = False,
     export_to: Annotated[Path | None, typer.Option(help="What export writes; default: <run.dir>-hf.")] = None,
     python: Annotated[
         str | None, typer.Option(help="Python of the environment that trains; default: that of .venv.")

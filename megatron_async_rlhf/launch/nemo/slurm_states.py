@@ -38,7 +38,7 @@ def follow(jobs: Sequence[QueuedJob], note: Callable[[str], None]) -> bool:
     """Wait until all have ended, telling every change; whether all completed. How long a job waits is Slurm's affair.
 
     Raises:
-        SubmissionError: the cluster has given no answer for `_SILENCE_TIMEOUT_S`. The jobs go on.
+        SubmissionError: the cluster has given no answer for `_SILENCE_TIMEOUT_S`. The jobs continue.
     """
     states: dict[str, str] = {}
     heard = time.monotonic()

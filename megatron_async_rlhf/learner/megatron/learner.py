@@ -92,7 +92,7 @@ class MegatronLearner:
         self.version = 0
 
     def resume_supervised(self, command: ResumeSupervised) -> Answer:
-        """Go on from a checkpoint: weights, optimizer, and the steps that were made."""
+        """Continue from a checkpoint: weights, optimizer, and the steps that were made."""
         self._restart_supervised(command.steps)
         self.version = load_training_state(Path(command.checkpoint), [self.policy], self.placement.control)
         return self._answer(command.id)
@@ -135,7 +135,7 @@ class MegatronLearner:
         self.version = 0
 
     def resume_reinforcement(self, command: ResumeReinforcement) -> Answer:
-        """Go on from a checkpoint: its version, weights and optimizer state, the reference it was trained against."""
+        """Continue from a checkpoint: its version, weights and optimizer state, the reference it was trained against."""
         if command.reference is not None:
             reader = CheckpointWeights(Path(command.reference), self.arch)
             load_weights(self.chunks, self.arch, self.placement, reader)
@@ -235,7 +235,7 @@ class MegatronLearner:
         self.policy.restart(self.config.supervised.optimizer_keys(steps), steps)
 
     def _state(self, *, snapshot: bool) -> dict[str, Any]:
-        """What training goes on from. Collective."""
+        """What training continues from. Collective."""
         if self.reinforcement is not None:
             return self.reinforcement.state(self.version, snapshot=snapshot)
         self.gather_parameters()
@@ -250,7 +250,7 @@ class MegatronLearner:
 
     def _started(self, what: str) -> Reinforcement:
         if self.reinforcement is None:
-            raise LearnerError(f"{what} came before StartReinforcement: there is nothing to go on from yet")
+            raise LearnerError(f"{what} came before StartReinforcement: there is nothing to continue from yet")
         return self.reinforcement
 
     def _passes_at(self, temperature: float) -> Passes:

@@ -86,7 +86,7 @@ class AnswerStore:
         if (over := await self._run(spend)) is not None:
             what, number = over
             raise JudgeBudgetError(
-                f"the budget is spent: {number} {what}, {key}.max_{what} = {limits[what]}. Raise it and go on (--resume of "
+                f"the budget is spent: {number} {what}, {key}.max_{what} = {limits[what]}. Raise it and continue (--resume of "
                 f"a run): what has been judged is in {self.path} and is not asked again"
             )
 

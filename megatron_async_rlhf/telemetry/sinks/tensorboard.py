@@ -15,7 +15,7 @@ class TensorBoardSink:
     def __init__(self, run_dir: Path, *, warm_start: int) -> None:
         self._warm_start = warm_start
         made = len(read_steps(run_dir / METRICS))
-        # What was written after the checkpoint that a run goes on from is not shown any more.
+        # What was written after the checkpoint that a run continues from is not shown any more.
         self._writer = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=made + 1 if made else None)
 
     def warm_start(self, step: int, values: dict[str, Any]) -> None:

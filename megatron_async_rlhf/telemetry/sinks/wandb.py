@@ -1,6 +1,6 @@
 """Weights & Biases.
 
-A run that goes on from a checkpoint goes on in W&B too: its id is kept in the run directory. Its charts are over `step`,
+A run that continues from a checkpoint continues in W&B too: its id is kept in the run directory. Its charts are over `step`,
 the run's own; the warm start's steps end at 0. Rows, which W&B numbers itself, are in the order of the steps, with one
 after each step for an evaluation. What W&B has of a step that is made again, it keeps; what it has not, because a crash
 lost the last moments or because W&B is offline and looks at nothing, it is told again.

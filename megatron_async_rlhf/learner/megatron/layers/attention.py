@@ -1,7 +1,7 @@
 """Causal attention within each packed sequence, without Transformer Engine: torch's own kernels, on any device.
 
 Takes what Transformer Engine's attention takes (`PackedSeqParams` in THD form), so a micro-batch looks the same to
-the model everywhere. Scores are never materialised, and nothing is computed between sequences. A part of the row that goes on
+the model everywhere. Scores are never materialised, and nothing is computed between sequences. A part of the row that continues
 from a shared prompt attends to that too: its keys are copied in front of the part's own.
 Shape legend: T tokens of all sequences, A attention heads, K key-value heads, D numbers of a head.
 """

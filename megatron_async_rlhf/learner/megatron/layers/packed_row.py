@@ -1,6 +1,6 @@
 """Where the parts of a row lie, in the form that Megatron hands to its layers.
 
-A part is a sequence, a piece of one, or padding. Attention stays within a part and, where a part goes on from another one,
+A part is a sequence, a piece of one, or padding. Attention stays within a part and, where a part continues from another one,
 within the two together. Shape legend: T positions of the row that this rank computes, K keys of all parts together.
 """
 
@@ -36,7 +36,7 @@ class PackedRow(PackedSeqParams):
         """
         Args:
             ends: where each part ends, with a 0 before.
-            before: where the part lies that each of the first parts goes on from; None if it begins a sequence.
+            before: where the part lies that each of the first parts continues from; None if it begins a sequence.
             places_T: each position's place in its sequence; only needed on a CPU.
         """
         ends_q = ends_kv = torch.tensor(ends, dtype=torch.int32)

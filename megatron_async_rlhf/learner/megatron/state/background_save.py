@@ -1,6 +1,6 @@
-"""Writes Megatron checkpoints while training goes on: the plan at once, files from a thread, then one last word.
+"""Writes Megatron checkpoints while training continues: the plan at once, files from a thread, then one last word.
 
-    start:  every rank plans and starts its thread                           (collective; training goes on after it)
+    start:  every rank plans and starts its thread                           (collective; training continues after it)
     thread: write, flush and hash this rank's files                          (no collectives)
     finish: if all threads are done, rank 0 writes what makes the files a checkpoint   (collective)
 
@@ -163,7 +163,7 @@ class BackgroundSave:
         mine = error and f"learner.{self._placement.rank}: {_line(error)}"
         if failed := [line for line in of_all_ranks(mine, str | None, self._placement.control) if line]:
             full = any(os.strerror(errno.ENOSPC) in line for line in failed)
-            way_out = "; make room there, then go on with --resume" if full else ""
+            way_out = "; make room there, then continue with --resume" if full else ""
             raise WriteError(f"checkpoint {self._names} could not be written ({'; '.join(failed)}){way_out}")
 
     def _write(self, plans: list[_PlannedSave]) -> Span:

@@ -1,4 +1,4 @@
-"""Copies a sharded state dict to host memory, so that training can go on while the copy is written."""
+"""Copies a sharded state dict to host memory, so that training can continue while the copy is written."""
 
 from dataclasses import replace
 from typing import Any

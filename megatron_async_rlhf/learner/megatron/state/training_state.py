@@ -57,11 +57,11 @@ def weights_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
 
 def training_state(models: Sequence[TrainedModel], version: int, *, snapshot: bool) -> dict[str, Any]:
-    """Sharded state dict of everything training goes on from. Collective: a divided optimizer is gathered.
+    """Sharded state dict of everything training continues from. Collective: a divided optimizer is gathered.
 
     Args:
         models: the policy, and the value model if there is one, which has made as many steps.
-        snapshot: what this rank writes of it is a copy in host memory, which stays as it is while training goes on.
+        snapshot: what this rank writes of it is a copy in host memory, which stays as it is while training continues.
     """
     policy, *others = models
     steps = policy.schedule.num_steps
@@ -87,7 +87,7 @@ def load_training_state(directory: Path, models: Sequence[TrainedModel], control
     """
     common = dist_checkpointing.load_common_state_dict(str(directory)).get("common")
     if common is None:
-        raise LearnerError(f"{directory} holds weights, but no training state to go on from")
+        raise LearnerError(f"{directory} holds weights, but no training state to continue from")
     steps = common["steps"]
     policy, *others = models
     request, kept = _request(policy, steps)

@@ -130,7 +130,7 @@ class Reinforcement:
         return training_state(self._models, version, snapshot=snapshot)
 
     def load(self, checkpoint: Path) -> int:
-        """Go on from what `state` became; returns its version. Collective."""
+        """Continue from what `state` became; returns its version. Collective."""
         return load_training_state(checkpoint, self._models, self._placement.control)
 
     @property

@@ -1,4 +1,4 @@
-"""Whether a push that was offered begins: decided once, for all learner ranks, while training goes on.
+"""Whether a push that was offered begins: decided once, for all learner ranks, while training continues.
 
 controller ── BeginPush ──> a thread on rank 0 ──┐ whichever comes first
 training: weights are about to change ───────────┴─> verdict ── broadcast ──> the sending thread of every rank

@@ -2,7 +2,7 @@
 
 PushWeights: start a thread that sends, from a copy if there is to be a snapshot       (the answer comes at once)
              the push is offered: it packs what it can, waits for BeginPush, and gives up if the weights change before
-training:    forward and backward go on; the optimizer's step waits until the thread has read the weights
+training:    forward and backward continue; the optimizer's step waits until the thread has read the weights
 FinishPush:  wait for the thread; all ranks learn whether any failed
 """
 
@@ -75,7 +75,7 @@ class WeightPush:
         self._thread = ThreadPoolExecutor(1, "weight-push", _take_device, (placement.device,))
         self._offers = PushOffers(placement, config.learner.timeout_s)
         self._under_way: _Sending | None = None
-        # Beside the training's stream, so that both go on at once.
+        # Beside the training's stream, so that both run at once.
         self._stream = torch.cuda.Stream(placement.device) if placement.device.type == "cuda" else None
 
     def join(self, command: JoinTransfer) -> None:
