@@ -44,7 +44,7 @@ def server_command(
         # What is in the cache decides which rows a matrix product has, and that on the last bits.
         *(["--no-enable-prefix-caching"] if together == 1 else []),
         *(
-            cpu_arguments(cache, section.tensor_parallel)
+            cpu_arguments(config, cache, section.tensor_parallel)
             if on_cpu
             else ["--gpu-memory-utilization", str(section.gpu_memory_share)]
         ),

@@ -87,15 +87,16 @@ def common_environment(device: Device, devices: Sequence[str]) -> dict[str, str]
     }
 
 
-def cpu_arguments(cache: int, tensor_parallel: int) -> list[str]:
+def cpu_arguments(config: RunConfig, cache: int, tensor_parallel: int) -> list[str]:
     """
     Args:
         cache: bytes of a worker's key-value cache, which vLLM fills with zeros when it starts.
     """
+    one_core = tensor_parallel == 1 and config.launch.cores == "split"
     return [
         # In one go, without graphs: in vLLM 0.32 a seeded request whose prefill is cut in two crashes the worker.
         *("--enforce-eager", "--no-enable-chunked-prefill"),
         *("--kv-cache-memory-bytes", str(cache)),
         *("--block-size", str(CPU_BLOCK_TOKENS)),
-        *(["--distributed-executor-backend", _WORKER_IN_ENGINE] if tensor_parallel == 1 else []),
+        *(["--distributed-executor-backend", _WORKER_IN_ENGINE] if one_core else []),
     ]

@@ -123,6 +123,14 @@ def test_async_without_staleness_is_sync_bit_for_bit(start, name: str):
 
 
 @pytest.mark.slow
+def test_both_sides_take_turns_on_all_cores(start):
+    """What `async-rlhf compare` calls alternating."""
+    run = start("schedule.mode=sync", "launch.cores=shared", "warm_start.steps=0", "schedule.steps=2")
+    summary = completed(run)
+    assert (summary["steps"], summary["weight_sync"]["mismatches"]) == (2, 0)
+
+
+@pytest.mark.slow
 @pytest.mark.thorough  # test_hangs.py has one that is killed and comes back
 def test_a_killed_generator_comes_back_and_nothing_is_lost(start):
     """Synchronous, with seeds per request: but for float noise between batches, what is learned is the same."""

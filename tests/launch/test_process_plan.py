@@ -162,9 +162,12 @@ def test_kernels_start_in_order_where_ranks_share_layers(layout: dict, in_order:
         assert "CUDA_DEVICE_MAX_CONNECTIONS" not in learner.environment
 
 
-@pytest.mark.parametrize(("tensor_parallel", "is_in_engine"), [(1, True), (2, False)])
-def test_a_cpus_only_worker_is_in_the_engine(tensor_parallel: int, is_in_engine: bool):
-    (generator,) = plan(generator={"tensor_parallel": tensor_parallel}).generators
+@pytest.mark.parametrize(
+    ("tensor_parallel", "cores", "is_in_engine"), [(1, "split", True), (2, "split", False), (1, "shared", False)]
+)
+def test_an_only_worker_on_one_core_is_in_the_engine(tensor_parallel: int, cores: str, is_in_engine: bool):
+    keys = {"launch": {"cores": cores}, "schedule": {"mode": "sync"}}
+    (generator,) = plan(generator={"tensor_parallel": tensor_parallel}, **keys).generators
     assert ("--distributed-executor-backend" in generator.arguments) == is_in_engine
 
 

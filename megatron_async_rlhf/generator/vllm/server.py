@@ -100,7 +100,7 @@ def _vllm_mentions(files: str, word: str) -> bool:
 def _device_arguments(config: RunConfig, budget: CacheBudget | None) -> list[str]:
     if config.run.device == "cpu":
         cache = budget.cache if budget else config.generator.kv_cache_gib * GIB
-        return cpu_arguments(cache, config.generator.tensor_parallel)
+        return cpu_arguments(config, cache, config.generator.tensor_parallel)
     memory = ["--gpu-memory-utilization", str(budget.share if budget else config.generator.gpu_memory_share)]
     if budget:
         # vLLM would take what the learner allocates meanwhile for its own, and give up where the learner frees some.

@@ -1,4 +1,4 @@
-"""A CPU's only worker in the process of vLLM's engine, as vLLM has it on a GPU.
+"""A server's only worker, on a core of its own, in the process of vLLM's engine, as vLLM has it on a GPU.
 
 On a CPU vLLM starts a process for it, whose threads it can then bind to cores, and sends every step there and its tokens
 back. For a model of 6 M parameters that took 7 % of all the server's processor time.
