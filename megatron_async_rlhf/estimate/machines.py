@@ -121,11 +121,13 @@ def _cpu(config: RunConfig) -> Machine:
     cores = range(launch.nodes * launch.gpus_per_node)
     if launch.cores == "shared":
         ranks, workers = divide_cores(learner.world_size, cores), divide_cores(config.generator.workers, cores)
+        of_rank = _cores_each(ranks)
     else:
         servers = config.generator.workers + config.reward_workers
         ranks, own = place_on_cores(learner.world_size, learner.threads, servers, cores)
         workers = [(core,) for core in own]
-    of_rank, of_worker = min(learner.threads, _cores_each(ranks)), _cores_each(workers)
+        of_rank = min(learner.threads, _cores_each(ranks))
+    of_worker = _cores_each(workers)
     of_thread = min(1.0, of_worker)  # what is done beside the model is done by one
     return replace(
         CPU_CORE,

@@ -231,7 +231,7 @@ def test_a_pipeline_waits_at_its_ends(llama8b):
         (["learner.ranks=2"], 0.5, 1),
         (["learner.threads=4", "launch.gpus_per_node=8"], 4, 1),
         (["generator.replicas=4", "launch.gpus_per_node=4"], 1, 0.75),
-        (["launch.cores=shared", "schedule.mode=sync", "learner.threads=2"], 2, 2),
+        (["launch.cores=shared", "schedule.mode=sync"], 2, 2),
     ],
 )
 def test_ranks_and_workers_compute_with_the_cores_that_they_are_given(request, overrides, of_rank, of_worker):

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.sections import LearnerSection
 from megatron_async_rlhf.errors import TransferError
 from megatron_async_rlhf.learner.megatron import worker
+from megatron_async_rlhf.learner.megatron.parallel import join_learner
 from megatron_async_rlhf.learner.megatron.transfer.weight_push import WeightPush
 from megatron_async_rlhf.learner.protocol import Stop
 
@@ -76,3 +78,17 @@ def test_a_closed_push_has_left_its_group_and_ended_its_thread(monkeypatch):
     assert ending.result(0).error == "the group was left"
     with pytest.raises(RuntimeError, match="shutdown"):
         push._thread.submit(print)
+
+
+@pytest.mark.parametrize(("given", "threads"), [({}, 3), ({"OMP_NUM_THREADS": "2"}, 2)])
+def test_a_rank_has_the_threads_that_it_was_started_with(monkeypatch: pytest.MonkeyPatch, given: dict, threads: int):
+    """With `launch.cores: shared` more than the configuration says."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(KeyError):
+        join_learner(LearnerSection(threads=3), "cpu")
+    assert set_to == [threads]

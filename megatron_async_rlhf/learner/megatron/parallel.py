@@ -91,7 +91,8 @@ class Placement:
 
 def join_learner(config: LearnerSection, device: Device) -> Placement:
     """Join the learner's process groups; reads the environment `torchrun` sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*)."""
-    torch.set_num_threads(config.threads)
+    # With `launch.cores: shared` a rank has more of them than the configuration says.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", config.threads)))
     timeout = timedelta(seconds=config.timeout_s)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cpu":
