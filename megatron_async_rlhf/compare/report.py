@@ -107,7 +107,7 @@ def _page(comparison: Comparison, verdict: str, picture: str) -> str:
     against, against_cells = _against(comparison)
     return render(
         "compare/page.html.jinja",
-        title=f"{first.run.name}: asynchronous against synchronous",
+        title="Asynchronous against synchronous training",
         verdict=verdict,
         picture=picture[picture.index("<svg") :],
         schedules=(list(comparison.schedules), _lines(schedule_rows(comparison))),
