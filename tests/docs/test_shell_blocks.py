@@ -137,7 +137,7 @@ RULES: list[tuple[str, Callable[[list[str]], list[str]] | Elsewhere]] = [
 # Runs of a minute whose parts other commands show.
 THOROUGH = (
     r"async-rlhf eval runs/quickstart( -s eval\.against=runs/sft .*)?",
-    r"async-rlhf train examples/quickstart\.yaml -s run\.name=(sync|tp2) .*",
+    r"async-rlhf train examples/quickstart\.yaml -s run\.name=tp2 .*",
     r"async-rlhf train .* -s warm_start\.steps=0 .*",
     r"async-rlhf train examples/gsm8k_tiny\.yaml .*",
     r"async-rlhf train config\.yaml .*",
