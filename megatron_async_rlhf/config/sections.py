@@ -155,7 +155,8 @@ class LearnerSection(OptimizerKeys):
     # TFLOP/s one rank's device could do, dense, at this precision: model_flops_utilisation is a share of it. Default: of
     # known GPUs, none for a CPU
     peak_tflops: PositiveFloat | None = None
-    threads: PositiveInt = 1  # OpenMP threads per rank, each with a core of its own if there are enough; with launch.cores = shared one per core
+    # OpenMP threads per rank, each with a core of its own if there are enough; with launch.cores = shared one per core
+    threads: PositiveInt = 1
     timeout_s: LearnerTimeout = 600.0  # any collective, and any one command of the controller
 
     @property

@@ -45,7 +45,7 @@ def watch(
         display = display or Display()
     except KeyboardInterrupt:
         display = display or Display()
-        display.finished("continues", None, [], run)
+        display.finished("still running", None, [], run)
         return
     status, error = _how_it_ended(run, closed)
     display.finished(status, error, [], run)

@@ -1,4 +1,4 @@
-"""The spans of a run that is still running, in a file: those of many hours are too many to keep in memory until the timeline is written."""
+"""The spans of an unfinished run, in a file: those of many hours are too many to keep in memory until the timeline is written."""
 
 from collections.abc import Iterable
 from pathlib import Path

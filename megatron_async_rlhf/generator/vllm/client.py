@@ -1,7 +1,7 @@
 """Talks to one vLLM server: sampling, pausing, and the generator's half of a weight push. No vllm import.
 
     sample ──> /async_rlhf/sample (routes) ────────────────────────> completions, interrupted or not
-                     ▲ begun: continues after these tokens ──────────────────────┘
+                     ▲ begun: continues after these tokens ────────────────────┘
     pause(keep | wait | abort) ──> receive_weights(recompute | not) ──> resume
 
 What each token was sampled with is vLLM's own record (`weight_versions`), so it is right for a completion that lives
