@@ -67,6 +67,8 @@ def _reason(name: str, ours: ScheduleFigures, theirs: ScheduleFigures) -> str:
     )
     if slower == longer_name:
         text += f" and takes {alone:.2f} times as long as in a synchronous one"
+        if name == "alternating":
+            text += ", where it has all devices"
     return text + "."
 
 

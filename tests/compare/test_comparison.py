@@ -65,6 +65,8 @@ def test_either_baseline_can_say_no(tmp_path: Path):
     assert verdict.startswith("Asynchronous training does not pay. It has 1.80x the speed")
     assert "1.01x" in verdict and "take turns on all devices" in verdict
     assert verdict.count("hiding") == 1 and "each of them has all devices" in verdict
+    assert verdict.count("times as long as in a synchronous one.") == 1
+    assert verdict.count("times as long as in a synchronous one, where it has all devices.") == 1
 
 
 @pytest.mark.parametrize(
