@@ -80,7 +80,7 @@ class KLKeys(Section):
 
     coefficient: float = Field(0.05, ge=0)  # the paper: 0.05; 0 needs no reference policy
     place: Literal["reward", "loss"] = "reward"  # the paper: reward
-    estimator: Literal["k1", "k2", "k3"] = "k1"
+    estimator: Literal["k1", "k2", "k3"] = "k1"  # of x = log(policy / reference): x | x^2 / 2 | exp(-x) - 1 + x
     # Of a loss term: `policy` is the KL's own gradient, `estimator` differentiates the estimator (GRPO's k3 term).
     gradient: Literal["policy", "estimator"] = "policy"
 
@@ -110,8 +110,8 @@ class KLKeys(Section):
 class GRPOKLKeys(KLKeys):
     """As GRPO has it: a term of the loss."""
 
-    coefficient: float = Field(0.04, ge=0)
-    place: Literal["loss"] = "loss"
+    coefficient: float = Field(0.04, ge=0)  # 0 needs no reference policy
+    place: Literal["loss"] = "loss"  # GRPO has no other
     estimator: Literal["k1", "k2", "k3"] = "k3"
     gradient: Literal["policy", "estimator"] = "estimator"
 
@@ -125,7 +125,9 @@ class CorrectionKeys(Section):
     Where the loss is of whole completions (rloo, proximal_rloo) so is rho: the product over the tokens.
     """
 
-    type: Literal["none", "truncate", "mask", "mask_sequences", "decoupled"] = "none"
+    type: Literal["none", "truncate", "mask", "mask_sequences", "decoupled"] = (
+        "none"  # docs/algorithms.md has the weights
+    )
     low: float | None = Field(None, ge=0)  # default 0.5 for mask, else 0
     high: PositiveFloat | None = None  # default 2 for truncate and mask_sequences, 5 for mask; decoupled has none
 
@@ -212,7 +214,7 @@ class RatioKeys(PolicyGradientKeys):
     # What the ratio is taken against: `proximal`, the policy before the update (the paper's code), which staleness does
     # not show in unless a correction puts it there; or `sampler`, the policy that generated the token.
     ratio_base: Literal["proximal", "sampler"] = "proximal"
-    clip_low: float = Field(0.2, ge=0, le=1)
+    clip_low: float = Field(0.2, ge=0, le=1)  # the ratio counts between 1 - clip_low and 1 + clip_high
     clip_high: PositiveFloat = 0.2  # DAPO: 0.28
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ class OnlineDPOSection(AlgorithmKeys):
     type: Literal["online_dpo"] = "online_dpo"
     samples_per_prompt: int = Field(2, ge=2)  # K; the paper also trains with 4
     beta: PositiveFloat = 0.1  # the paper: 0.1 (TL;DR, GSM8K), 0.03 (8B chatbot)
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO | IPO
 
     def chosen_samples(self, rewards: Sequence[float]) -> list[int]:
         """The best and the worst; none where all are equal."""
@@ -87,7 +87,7 @@ class PPOSection(RatioKeys):
     samples_per_prompt: PositiveInt = 1
     gamma: float = Field(1.0, gt=0, le=1)
     gae_lambda: float = Field(0.95, ge=0, le=1)
-    whiten_advantages: bool = True
+    whiten_advantages: bool = True  # to mean 0 and variance 1 over a mini-batch
     value_coefficient: PositiveFloat = 0.1  # of the value loss; the paper: 0.1
     value_clip: PositiveFloat | None = 0.2  # null: no clip
     value_learning_rate: PositiveFloat | None = None  # default: the learner's
@@ -154,9 +154,9 @@ class GRPOSection(RatioKeys):
     scale_advantages: bool = True  # divide by the group's standard deviation; Dr. GRPO: false
     normalisation: Literal["token", "sequence", "constant"] = "sequence"  # DAPO, CISPO: token; Dr. GRPO: constant
     ratio: Literal["token", "sequence", "sequence_token"] = "token"  # GSPO: sequence
-    loss: Literal["clip", "cispo"] = "clip"
+    loss: Literal["clip", "cispo"] = "clip"  # clipped surrogate | CISPO: clipped ratios as weights
     cispo_high: PositiveFloat = 5.0  # most that CISPO lets a token's ratio count
-    dual_clip: float | None = Field(None, gt=1)
+    dual_clip: float | None = Field(None, gt=1)  # bounds the loss of bad tokens that became likelier; INTELLECT-2: 4
     loss_function: FunctionName | None = None  # FILE.py:NAME of a loss of one's own, in place of `loss`
     loss_kwargs: dict[str, Any] = Field(default_factory=dict)  # its further keyword arguments
 

@@ -18,7 +18,7 @@ class DataSection(Section):
         None  # same forms; a relative path is tried beside data.train first. Default: split off train
     )
     train_prompts: PositiveInt | None = None  # use the first N; the built-in task makes as many as this (default 4096)
-    eval_prompts: PositiveInt = 256
+    eval_prompts: PositiveInt = 256  # held out, at most
     prompt_field: str | None = None  # column with a text, or with a list of messages, whose last answer is the solution
     solution_field: str | None = None  # column with a good answer: warm start and verifier read it
     chosen_field: str | None = None  # of preference pairs: column with the better answer, or the whole conversation

@@ -53,7 +53,7 @@ class JudgeKeys(Section):
     """Whom to ask, what to ask, and how to read the answer."""
 
     url: Annotated[str, AfterValidator(_check_url)]  # as https://api.openai.com/v1
-    model: str = Field(min_length=1)
+    model: str = Field(min_length=1)  # its name at the endpoint
     api_key_env: str | None = None  # variable with the key; never the key itself
     form: Literal["pairwise", "pointwise"] = "pairwise"  # which of two answers is better | how good one is
     template: LocalPath | None = None  # Jinja file of the question; default: the package's own of that form
@@ -63,9 +63,9 @@ class JudgeKeys(Section):
     json_key: str | None = None  # the number, or A, B, C, is this key of a JSON object in the answer
     range: Annotated[tuple[float, float], BeforeValidator(_check_range)] = (1.0, 10.0)  # of the numbers (`pointwise`)
     swap: bool = True  # ask each pair in both orders; only what both say counts (`pairwise`)
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0)  # 0 is greedy
     max_tokens: PositiveInt = 1024  # of one answer
-    seed: int = 0
+    seed: int = 0  # sent with each request
     extra: dict[str, Any] = Field(default_factory=dict)  # further keys of each request; null takes one away
     concurrency: PositiveInt = 16  # requests under way at once
     timeout_s: PositiveFloat = 120.0  # of one request

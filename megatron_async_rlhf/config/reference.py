@@ -73,7 +73,7 @@ def markdown() -> str:
         ]
         for key in section.keys:
             default = f"`{key.default}`" if key.default else "must be set"
-            parts.append(f"| `{key.key}` | {key.kind} | {default} | {_cell(key.meaning)} | {key.since} |")
+            parts.append(f"| `{key.key}` | {key.kind} | {default} | {in_cell(key.meaning)} | {key.since} |")
         parts.append("")
     return "\n".join(parts)
 
@@ -199,8 +199,11 @@ def _is_list(annotation: Any) -> bool:
     return any(get_origin(kind) is list for kind in alternatives(annotation))
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "\\<")
+def in_cell(text: str) -> str:
+    """As a cell of a Markdown table. A `<` in code stays as it is: a backslash before it would be shown there."""
+    parts = text.split("`")
+    parts[::2] = [plain.replace("<", "\\<") for plain in parts[::2]]
+    return "`".join(parts).replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ class RewardModelSection(FallibleKeys):
     model: LocalPath  # Hugging Face directory of a ...ForSequenceClassification with its tokenizer
     # Servers that somebody else runs (http://host:port), one or a list; `model` then needs no weights.
     url: Annotated[list[_Url], BeforeValidator(_as_list), Field(min_length=1)] | None = None
-    replicas: PositiveInt = 1
-    tensor_parallel: PositiveInt = 1
+    replicas: PositiveInt = 1  # vLLM servers of it
+    tensor_parallel: PositiveInt = 1  # GPUs of each
     dtype: Dtype = "float32"  # of the weights that it computes with; the score itself is always float32
     context_length: PositiveInt | None = None  # tokens of conversation and completion together; default: the model's
     chat_template: LocalPath | None = None  # Jinja file, instead of the model's own
@@ -50,7 +50,7 @@ class RewardModelSection(FallibleKeys):
     kv_cache_gib: PositiveInt = 1  # per replica; cpu only
     gpu_memory_share: float = Field(0.85, gt=0, lt=1)  # of each GPU for weights, activations and cache; cuda only
     center_on_solutions: int = Field(0, ge=0)  # subtract the mean score of so many solutions of the data; 0: nothing
-    start_timeout_s: PositiveFloat = 300.0
+    start_timeout_s: PositiveFloat = 300.0  # until a server is ready
     request_timeout_s: PositiveFloat = 300.0  # a server that has requests and answers none for so long is lost
     restarts: int = Field(3, ge=0)  # of each replica that dies or hangs once training has begun; 0: it ends the run
 

@@ -136,8 +136,8 @@ class LearnerSection(OptimizerKeys):
     """The Megatron-core learner: parallelism, precision, optimizer of the RL stage."""
 
     learning_rate: PositiveFloat = 3e-6
-    tensor_parallel: PositiveInt = 1
-    pipeline_parallel: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1  # ranks that share each layer
+    pipeline_parallel: PositiveInt = 1  # stages that the layers are divided over
     virtual_stages: PositiveInt = 1  # chunks of layers per pipeline rank, interleaved: shorter pipeline bubbles
     context_parallel: PositiveInt = 1  # ranks that divide each sequence
     ranks: PositiveInt | None = None  # default: the product of the parallel sizes; more ranks are data parallel
@@ -186,28 +186,28 @@ class LearnerSection(OptimizerKeys):
 class WarmStartSection(OptimizerKeys):
     """Supervised steps on the data's own solutions before RL, on the same learner; 0 steps turns it off."""
 
-    steps: int = Field(0, ge=0)
+    steps: int = Field(0, ge=0)  # optimizer steps; 0 turns it off
     batch_size: PositiveInt = 64  # sequences per optimizer step
     learning_rate: PositiveFloat = 1e-3
-    lr_decay: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_decay: Literal["constant", "linear", "cosine"] = "cosine"  # to min_learning_rate at the last step
     adam_beta2: float = Field(0.95, ge=0, lt=1)
 
 
 class GeneratorSection(Section):
     """The vLLM servers and how they sample."""
 
-    replicas: PositiveInt = 1
-    tensor_parallel: PositiveInt = 1
-    temperature: PositiveFloat = 0.7
+    replicas: PositiveInt = 1  # vLLM servers
+    tensor_parallel: PositiveInt = 1  # GPUs of each; on CPUs workers
+    temperature: PositiveFloat = 0.7  # of the samples that are trained on
     eval_temperature: float | None = Field(None, ge=0)  # of the held-out evaluation; default temperature, 0 is greedy
-    max_new_tokens: PositiveInt = 128
+    max_new_tokens: PositiveInt = 128  # of a completion; one that is longer is cut off
     dtype: Dtype = "float32"  # of the weights it holds; the learner converts while packing
     max_concurrent: PositiveInt = 128  # sequences a replica decodes at once
     kv_cache_gib: PositiveInt = 1  # per replica; cpu only
     gpu_memory_share: float = Field(0.85, gt=0, lt=1)  # of each GPU for weights, activations and cache; cuda only
     cuda_graphs: bool = True  # capture decoding steps; cuda only
     port: int = Field(0, ge=0, le=65535)  # of the first replica, the next ones follow; 0 picks free ports
-    start_timeout_s: PositiveFloat = 300.0
+    start_timeout_s: PositiveFloat = 300.0  # until a server is ready: load, compile, capture
     request_timeout_s: PositiveFloat = 300.0  # a generator that has requests and answers none for so long is lost
     # A server whose engine and workers do not answer a call that takes no time within this is not ready. They answer
     # between two engine steps, so it must be longer than the longest one.
@@ -225,11 +225,11 @@ class GeneratorSection(Section):
 class ScheduleSection(Section):
     """How far generation may run ahead of learning, and what becomes of a rollout.
 
-    A rollout is what is learned from between two exchanges of weights: `mini_batches` times `prompts_per_step` prompts,
+    A rollout is the set of groups trained on between two weight pushes: `mini_batches` times `prompts_per_step` prompts,
     in `mini_batches` times `epochs` optimizer steps.
     """
 
-    mode: Literal["sync", "async"] = "async"
+    mode: Literal["sync", "async"] = "async"  # generation and training take turns | run at the same time
     # Optimizer steps between sampling a token and the first step on its rollout; sync is 0, null has no bound.
     max_staleness: int | None = Field(1, ge=0)
     steps: PositiveInt = 64  # optimizer steps of the RL stage
@@ -319,7 +319,7 @@ class WeightsSection(Section):
 
     transport: Literal["gloo", "nccl", "ipc"] = "gloo"  # memory or sockets | a GPU per rank | sides share GPUs
     verify: Literal["every", "first", "off"] = "every"  # pushes with both sides' digests compared
-    staging_mib: PositiveInt = 64  # a staging buffer; a rank has two (generators on CPU: one, see docs/weights.md)
+    staging_mib: PositiveInt = 64  # a staging buffer; a rank has two, generators on the learner's machine map its
     snapshot: bool = False  # send from a copy: the optimizer's step waits for that only; costs the copy's memory
     timeout_s: PositiveFloat = 120.0  # abort when no data arrives for this long (rendezvous, message, digest check)
 
@@ -356,7 +356,7 @@ class LaunchSection(Section):
     """How the processes of a run are placed on machines, and watched."""
 
     nodes: PositiveInt = 1  # machines; `async-rlhf train` is started once on each of them
-    gpus_per_node: PositiveInt = 8
+    gpus_per_node: PositiveInt = 8  # without GPUs: cores, for planning
     tensor_parallel_across_nodes: bool = False  # let a learner's tensor-parallel group span machines: slow links
     interface: str | None = None  # between machines, as ib0, for NCCL too; unset: the one they find each other by
     port: int = Field(0, ge=0, le=65535)  # the other machines meet the first one here; 0 picks a free one

@@ -15,7 +15,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.formats.hub_snapshot import local_model
 from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
-from megatron_async_rlhf.options import ConfigArgument, DryRunOption, NodeRankOption, SetOption, warn
+from megatron_async_rlhf.options import DryRunOption, NodeRankOption, SetOption, warn
 from megatron_async_rlhf.telemetry.files import ANSWERS_DIR, EVALUATION, RESOLVED_CONFIG, SERVED_DIR
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _SUFFIX = "-eval"  # of the directory, behind the name of the run
 
 
 def evaluate(
-    config: ConfigArgument,
+    config: Annotated[Path, typer.Argument(help="YAML configuration, or a run's directory: its policy is asked.")],
     set: SetOption = [],
     dry_run: DryRunOption = False,
     resume: Annotated[

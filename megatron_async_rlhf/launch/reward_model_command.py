@@ -1,14 +1,14 @@
 """`async-rlhf reward-model`: from the command line to what is started; `launch.start` does that."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.installed import check_installed
-from megatron_async_rlhf.options import ConfigArgument, DryRunOption, NodeRankOption, SetOption, note
+from megatron_async_rlhf.options import DryRunOption, NodeRankOption, SetOption, note
 
 if TYPE_CHECKING:
     from megatron_async_rlhf.launch.fleet import Fleet
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def reward_model(
-    config: ConfigArgument,
+    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
     set: SetOption = [],
     dry_run: DryRunOption = False,
     node_rank: NodeRankOption = 0,

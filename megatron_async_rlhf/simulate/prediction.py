@@ -26,7 +26,7 @@ SIGMA = 0.6  # of the logarithm of completion lengths
 _SAMPLES, _ROLLOUTS, _MOST_SAMPLES = 2000, 9, 16000
 _MOST_IN_A_ROLLOUT = 20000  # completions for which a dry run waits
 
-# The run whose prediction was compared, on two cores: sync 153 s, async 93 s of 110 steps each, means of three seeds.
+# The run whose prediction was compared, on two cores: sync 130 s, async 82 s of 110 steps each, means of three seeds.
 # Predicted is what comes out for it here (tests/simulate/test_prediction.py).
 MEASURED = ("examples/quickstart.yaml on two CPU cores", 1.59)
 PREDICTED = 1.71

@@ -34,7 +34,7 @@ def test_meanings_are_the_comments_of_keys():
     )
     above = meanings(LearnerSection)["peak_tflops"]
     assert above.startswith("TFLOP/s one rank's device could do") and above.endswith("none for a CPU")
-    assert "tensor_parallel" not in meanings(LearnerSection)
+    assert "weight_decay" not in meanings(LearnerSection)
     assert meanings(WarmStartSection)["clip_grad"] == meanings(LearnerSection)["clip_grad"]  # of their base
 
 

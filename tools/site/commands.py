@@ -8,6 +8,7 @@ import inspect
 import typer
 
 from megatron_async_rlhf.cli import app
+from megatron_async_rlhf.config.reference import in_cell
 
 HEAD = """\
 # Commands
@@ -38,8 +39,10 @@ def main() -> None:
 def about(command) -> str:
     """The help; the example as code."""
     text, _, example = inspect.cleandoc(command.help or "").partition("Example: ")
-    lines = [text.strip(), *([f"`{' '.join(example.split())}`"] if example else [])]
-    return "\n\n".join(lines)
+    text = "\n".join(
+        f"`{line}`" if line.startswith("# ") else line.replace("<", "\\<") for line in text.strip().splitlines()
+    )
+    return "\n\n".join([text, *([f"`{' '.join(example.split())}`"] if example else [])])
 
 
 def default(option) -> str:
@@ -51,7 +54,7 @@ def default(option) -> str:
 
 
 def cell(text: str | None) -> str:
-    return " ".join((text or "").split()).replace("|", "\\|").replace("<", "\\<")
+    return in_cell(" ".join((text or "").split()))
 
 
 if __name__ == "__main__":
