@@ -80,6 +80,9 @@ def test_nemo_submits_a_job(nemo_run: NemoRun):
     job = nemo_run.noted.read_text().splitlines()
     for option in ("account=team", "nodes=2", "gpus-per-node=8", "time=12:00:00", "ntasks-per-node=1", "exclusive"):
         assert f"#SBATCH --{option}" in job
+    assert "export ASYNC_RLHF_STARTED=$(date +%s)" in job
+    (step,) = [line for line in job if line.startswith("srun --output ")]
+    assert step.index("--kill-on-bad-exit=1") < step.index("--kill-on-bad-exit=0")  # NeMo-Run's, and ours, which counts
 
 
 def test_the_python_blocks(nemo_run: NemoRun):

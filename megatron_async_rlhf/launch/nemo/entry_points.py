@@ -7,9 +7,11 @@ not installed.
 import nemo_run as run
 
 from megatron_async_rlhf.launch.nemo import recipes
-from megatron_async_rlhf.launch.nemo.executors import local_executor
+from megatron_async_rlhf.launch.nemo.executors import SETUP, TASK_ARGUMENTS, local_executor
 
 NAMESPACE = "async-rlhf"
+# Outside of the factory, each call in which becomes part of a configuration.
+_TASK_ARGUMENTS, _SETUP_LINES = list(TASK_ARGUMENTS), "\n".join(SETUP)
 
 
 @run.cli.entrypoint(namespace=NAMESPACE, type="experiment")
@@ -47,8 +49,8 @@ def slurm() -> run.SlurmExecutor:
         mem="0",
         ntasks_per_node=1,
         packager=run.Packager(),
-        srun_args=["--cpu-bind=none"],
-        setup_lines="unset SLURM_UNBUFFEREDIO",
+        srun_args=_TASK_ARGUMENTS,
+        setup_lines=_SETUP_LINES,
         tunnel=run.LocalTunnel(job_dir=""),
     )
 

@@ -7,12 +7,14 @@ import nemo_run as run
 from megatron_async_rlhf.config.cluster import SlurmKeys
 from megatron_async_rlhf.environment import STARTED
 
-_SETUP = (
+SETUP = (
     "unset SLURM_UNBUFFEREDIO",  # of NeMo-Run: srun would give the command a terminal for its output
     # Of a job that this one was submitted from: srun refuses them beside what this one asks for.
     '[ -z "$SLURM_MEM_PER_NODE" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU',
     f"export {STARTED}=$(date +%s)",  # what comes before the run, as the import of an image, is of its time limit too
 )
+# A run places its processes itself, and ends its tasks in its own order, one with an exit code after the other.
+TASK_ARGUMENTS = ("--kill-on-bad-exit=0", "--cpu-bind=none")
 
 
 def local_executor() -> run.LocalExecutor:
@@ -23,8 +25,7 @@ def slurm_executor(
     keys: SlurmKeys, *, title: str, nodes: int = 1, gpus_per_node: int | None = None
 ) -> run.SlurmExecutor:
     """For one job: a task on each of so many machines. The project must be on the cluster already: no code is sent there."""
-    # A run places its processes itself, and ends its tasks in its own order, one with an exit code after the other.
-    task_arguments = ["--kill-on-bad-exit=0", "--cpu-bind=none", *keys.srun]
+    task_arguments = [*TASK_ARGUMENTS, *keys.srun]
     if keys.cpus_per_node is not None:  # srun does not ask for what sbatch was given
         task_arguments.append(f"--cpus-per-task={keys.cpus_per_node}")
     project = str(project_dir(keys))
@@ -48,7 +49,7 @@ def slurm_executor(
         packager=run.Packager(),
         poll_estimated_start_time=False,
         job_name_prefix=f"{title}.",
-        setup_lines="\n".join(_SETUP),
+        setup_lines="\n".join(SETUP),
     )
 
 
