@@ -69,7 +69,7 @@ ALONE = {"ppo_alone": "ppo", "ppo_value_hf_once_alone": "ppo_value_hf_once", "rl
 SHARED = {"online_dpo_shared": "online_dpo", "ppo_shared": "ppo", "grpo_shared": "grpo"}
 # The same loss from outside the package.
 OWN = {"grpo_own_loss": "grpo"}
-IN_LAYOUTS = ["grpo_own_loss", "rloo", "rloo_alone", "proximal_rloo", "ppo", "ppo_value_hf_once", "grpo", *SHARED]
+IN_LAYOUTS = ["grpo_own_loss", "rloo", "rloo_alone", "proximal_rloo", "ppo", "ppo_value_hf_once", "grpo"]
 SAVED = ["rloo", "ppo", "ppo_value_hf_once"]  # a checkpoint of these is resumed from
 ONE = Layout()
 LAYOUTS = [
@@ -80,6 +80,11 @@ LAYOUTS = [
 ]
 if os.environ.get("ASYNC_RLHF_TEST_THOROUGH") != "1":
     LAYOUTS = LAYOUTS[:2]  # what differs for an algorithm is which rank holds which samples, and who reduces what
+
+
+def cases_in(layout: Layout) -> list[str]:
+    """A shared prompt needs whole sequences on a rank."""
+    return [*IN_LAYOUTS, *(SHARED if layout.context == 1 else [])]
 
 
 def write_models(root: Path) -> dict[str, str]:

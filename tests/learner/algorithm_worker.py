@@ -124,7 +124,22 @@ def refusals(job: dict, placement: Placement) -> dict:
     result["value model"] = [error_of(two.train_rollout, command_of(two, rollout[:1], 2)), two.version]
     # The first of the two updates was made, of the second nothing.
     result["same"] = (digests_of(one), value_digests(one)) == (digests_of(two), value_digests(two))
+    for name in ("raises_on_the_last_rank", "other_metrics"):
+        result[name] = refused_loss(job, placement, name)
     return result
+
+
+def refused_loss(job: dict, placement: Placement, name: str) -> dict | None:
+    """Of a loss of one's own that fails on one rank only; the others must not wait for it."""
+    case = job["cases"]["grpo_own_loss"]
+    function = str(Path(__file__).with_name("own_losses.py")) + f":{name}"
+    algorithm = case["config"]["algorithm"] | {"loss_function": function, "loss_kwargs": {}}
+    each_alone = case["config"].get("learner", {}) | {"micro_batch_tokens": 1}
+    config = case["config"] | {"algorithm": algorithm, "learner": each_alone}
+    learner = make_learner(job, {"section": {"hf": job["policy"]}, "config": config}, placement)
+    learner.start_reinforcement()
+    (rollout, _), *_ = case["commands"]
+    return error_of(learner.train_rollout, command_of(learner, rollout[:1], 1))
 
 
 def run_rank(rank: int, job: dict, layout: dict, path: Path) -> None:

@@ -1,9 +1,13 @@
 """Losses as a user brings them: `algorithm.loss_function`."""
 
+import os
+
 import torch
 
 from megatron_async_rlhf.algorithms.ppo import clipped_policy_loss
 from megatron_async_rlhf.algorithms.reductions import Reduced
+
+_micro_batches: list[torch.Tensor] = []
 
 
 def clipped(logprobs_T, base_T, advantages_T, token_weights_T, segments, weight_T, num_tokens, clip=0.0):
@@ -23,6 +27,18 @@ def clipped(logprobs_T, base_T, advantages_T, token_weights_T, segments, weight_
 
 def raises(**given):
     raise IndexError("no such thing")
+
+
+def raises_on_the_last_rank(logprobs_T, **given):
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        raise IndexError("no such thing")
+    return logprobs_T.sum(), {}
+
+
+def other_metrics(logprobs_T, **given):
+    """In a rank's first micro-batch than in the others."""
+    _micro_batches.append(logprobs_T)
+    return logprobs_T.sum(), {} if len(_micro_batches) > 1 else {"own": torch.tensor(1.0)}
 
 
 def no_pair(logprobs_T, **given):

@@ -8,7 +8,6 @@ import torch
 from algorithm_cases import (
     ALONE,
     CASES,
-    IN_LAYOUTS,
     LAYOUTS,
     LEARNER,
     LONGEST,
@@ -17,6 +16,7 @@ from algorithm_cases import (
     SAVED,
     SHARED,
     STEPS,
+    cases_in,
     make_rollouts,
     own_loss,
     rollouts_of,
@@ -67,7 +67,7 @@ class Trained:
                 {
                     "name": str(layout),
                     "before": str(names[i - 1]) if i else None,
-                    "cases": list(self.configs) if layout == ONE else IN_LAYOUTS,
+                    "cases": list(self.configs) if layout == ONE else cases_in(layout),
                     "learner": layout.keys
                     | {"tensor_parallel": layout.tensor, "pipeline_parallel": layout.pipeline, "ranks": layout.ranks},
                 }
@@ -199,8 +199,9 @@ def test_the_cases_reach_what_they_are_about(trained: Trained):
         assert most(name, "kl_to_reference") > 0.01, name
 
 
-@pytest.mark.parametrize("name", IN_LAYOUTS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "name"), [(layout, name) for layout in LAYOUTS for name in cases_in(layout)], ids=str
+)
 def test_a_layout_trains_as_one_rank_does(trained: Trained, layout: Layout, name: str):
     ours, theirs = trained.result(layout, name), trained.result(ONE, name)
     assert [set(step) for step in ours["steps"]] == [set(step) for step in theirs["steps"]]
@@ -212,7 +213,7 @@ def test_a_layout_trains_as_one_rank_does(trained: Trained, layout: Layout, name
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_rank_reports_the_same(trained: Trained, layout: Layout):
-    for name in IN_LAYOUTS:
+    for name in cases_in(layout):
         first, *others = trained.ranks(layout, name)
         assert all(other["steps"] == first["steps"] for other in others)
 
@@ -254,6 +255,15 @@ def test_a_loss_of_ones_own_trains_as_the_same_in_the_package_and_its_metrics_ar
             for name in ("own/tokens", "own/highest", "own/lowest"):
                 assert step[name] == pytest.approx(alone[name], rel=1e-4), name
     assert max(step.get("ratio/max", 0.0) for step in theirs) > 1.0
+
+
+@pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=str)
+def test_a_loss_of_ones_own_that_fails_on_one_rank_is_an_error_of_all(trained: Trained, layout: Layout):
+    for rank in trained.refusals(layout):
+        raised, other = rank["raises_on_the_last_rank"], rank["other_metrics"]
+        assert raised["kind"] == other["kind"] == "LearnerError"
+        assert "raises_on_the_last_rank raised IndexError: no such thing" in raised["message"]
+        assert other["message"].startswith("the loss has other metrics in one micro-batch than in another: {")
 
 
 @pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=str)

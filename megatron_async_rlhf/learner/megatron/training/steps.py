@@ -15,11 +15,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_async_rlhf.algorithms.reductions import Metrics, joined, reductions
+from megatron_async_rlhf.errors import LearnerError
 from megatron_async_rlhf.learner.megatron.context import sum_over_context
 from megatron_async_rlhf.learner.megatron.layers.logprobs import vocab_parallel_logprobs
 from megatron_async_rlhf.learner.megatron.layers.output import output_matrix
 from megatron_async_rlhf.learner.megatron.parallel import Placement
-from megatron_async_rlhf.learner.megatron.plain_values import at_first_rank, from_rank
+from megatron_async_rlhf.learner.megatron.plain_values import at_first_rank, from_rank, of_all_ranks
 from megatron_async_rlhf.learner.megatron.training.batching import MicroBatch
 
 # (micro-batch, what was read of each token [T]) -> (its share of the step's loss, its share of each metric)
@@ -66,10 +67,19 @@ class Passes:
         """Gradients of the summed micro-losses, and the metrics of all micro-batches and ranks together.
 
         Metrics are those of `loss`, `tokens`, and `padding`: the share of computed positions that held no token.
+
+        Raises:
+            LearnerError: on every rank alike: what `loss` raised on any of them, or metrics that not every micro-batch has.
         """
+        failures: list[str] = []
 
         def megatron_loss(batch: MicroBatch, model: torch.nn.Module, output: torch.Tensor):
-            share, metrics = loss(batch, self._per_token(batch, model, output))
+            per_token_T = self._per_token(batch, model, output)
+            try:
+                share, metrics = loss(batch, per_token_T)
+            except LearnerError as error:  # the other ranks wait for this one in the schedule, so that goes on
+                failures.append(str(error))
+                share, metrics = per_token_T.sum() * 0.0, {}
             # Megatron divides by micro-batches and averages gradients over data-parallel ranks; our losses come
             # with the whole step's denominator in them already, so undo both.
             counts = {
@@ -79,7 +89,7 @@ class Passes:
             return share * len(batches) * self._placement.data_parallel, metrics | counts
 
         reports = self._run(chunks, batches, megatron_loss, forward_only=False)
-        metrics = self._join_over_ranks(reports)
+        metrics = self._join_over_ranks(reports, failures)
         positions = metrics.pop("positions")
         return metrics | {"padding": 1 - metrics["tokens"] / positions}
 
@@ -118,13 +128,24 @@ class Passes:
             collect_non_loss_data=forward_only,
         )
 
-    def _join_over_ranks(self, reports: list[Metrics]) -> dict[str, float]:
-        """Metrics of all micro-batches and replicas, on every rank; which there are a reporting rank says."""
+    def _join_over_ranks(self, reports: list[Metrics], failures: list[str]) -> dict[str, float]:
+        """Metrics of all micro-batches and replicas, on every rank; which there are a reporting rank says.
+
+        Raises:
+            LearnerError: on every rank alike: the first failure of any.
+        """
         placement, layout = self._placement, self._placement.layout
         mine = reports if placement.reports_loss else []
         last_stage = (layout.pipeline_parallel - 1) * layout.data_parallel * layout.tensor_parallel
         declared = reductions(mine[0]) if mine else None  # there is a report on `last_stage`
         how_of = from_rank(last_stage, declared, dict[str, str], placement.control)
+        others = next((names for report in mine if (names := reductions(report)) != how_of), None)
+        if others is not None:
+            failures = [
+                *failures,
+                f"the loss has other metrics in one micro-batch than in another: {how_of} and {others}",
+            ]
+        _raise_together(failures, placement)
         metrics: dict[str, float] = {}
         for how in sorted(set(how_of.values())):
             names = [name for name, its in how_of.items() if its == how]
@@ -136,6 +157,14 @@ class Passes:
                 totals = totals[:-1] / totals[-1]
             metrics |= dict(zip(names, totals.tolist(), strict=True))
         return metrics
+
+
+def _raise_together(failures: list[str], placement: Placement) -> None:
+    count = torch.tensor([len(failures)])
+    dist.all_reduce(count, group=placement.control)
+    if count.item():
+        everyone = of_all_ranks(failures[:1], list[str], placement.control)
+        raise LearnerError(next(messages[0] for messages in everyone if messages))
 
 
 @contextmanager
