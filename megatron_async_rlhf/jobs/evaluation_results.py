@@ -20,6 +20,7 @@ from megatron_async_rlhf.types import Completion, Prompt
 
 SCHEMA = 1
 _EXACT = "exact"  # metric of a reward that knows right from wrong
+_FAILED = "reward_failed"  # metric of a reward with `on_error: zero`
 
 
 class Answers(Struct, frozen=True, kw_only=True):
@@ -60,7 +61,7 @@ def evaluation_of(config: RunConfig, prompts: Sequence[EvaluatedPrompt]) -> dict
         "confidence": section.confidence,
         "bootstrap": section.bootstrap,
         "seed": section.seed,
-        "metrics": _means([_facts(config, one.ours) for one in prompts], resampling)
+        "metrics": _means(_facts(config, [one.ours for one in prompts]), resampling)
         | _passes([one.ours for one in prompts], section.k, resampling),
     }
     if section.against is not None:
@@ -138,8 +139,18 @@ def _parts(config: RunConfig, score: Score) -> dict[str, float]:
     return own | score.metrics
 
 
-def _facts(config: RunConfig, answers: Answers) -> dict[str, float]:
-    """Means over the answers to one prompt."""
+def _facts(config: RunConfig, answers: Sequence[Answers]) -> list[dict[str, float]]:
+    """Means over the answers to each prompt.
+
+    Answers that were scored before `reward.on_error` was set to `zero`, and the evaluation resumed, have no
+    `reward_failed`: of these the reward had not failed.
+    """
+    facts = [_facts_of_prompt(config, one) for one in answers]
+    failed = {name for fact in facts for name in fact if name.rpartition("/")[2] == _FAILED}
+    return [fact | dict.fromkeys(sorted(failed - fact.keys()), 0.0) for fact in facts]
+
+
+def _facts_of_prompt(config: RunConfig, answers: Answers) -> dict[str, float]:
     facts = [
         {
             "reward": score.reward,
@@ -171,7 +182,8 @@ def _comparison(
 ) -> dict[str, dict[str, Any]]:
     """The n-th answer of one side meets the n-th of the other; a reference meets all."""
     pairs = [(one.ours, one.theirs) for one in prompts if one.theirs is not None]
-    ours, theirs = [_facts(config, left) for left, _ in pairs], [_facts(config, right) for _, right in pairs]
+    facts = _facts(config, [*(left for left, _ in pairs), *(right for _, right in pairs)])
+    ours, theirs = facts[: len(pairs)], facts[len(pairs) :]
     scores = np.array([_deciding(config, left) for left, _ in pairs])
     their_scores = np.broadcast_to(np.array([_deciding(config, right) for _, right in pairs]), scores.shape)
     outcomes = wins(scores, their_scores)

@@ -44,8 +44,13 @@ from megatron_async_rlhf.telemetry.files import (
 )
 from megatron_async_rlhf.telemetry.recorder import Recorder
 
-# Of an optimizer step, what must come out again to the last bit.
-_SAME = ("loss", "grad_norm")
+_SAME_MACHINE = "layout, precision, threads, versions of packages and the kind of processor must be those of the run"
+# Of an optimizer step, what must come out again to the last bit, and why it may not.
+_SAME = {
+    "learning_rate": "the run was resumed with other schedule.steps or rates, which a replay from the start does not follow",
+    "loss": _SAME_MACHINE,
+    "grad_norm": _SAME_MACHINE,
+}
 
 
 async def run_phases(
@@ -92,8 +97,7 @@ async def run_failed(config: RunConfig, recorded: Path, learner: Learner, record
         await learner.execute(Stop())
         return
     raise ReplayError(
-        f"step {rollout.command.version + 1}: the loss was not finite and is {answer.steps[0].values['loss']} now; layout, precision, "
-        "threads, versions of packages and the kind of processor must be those of the run"
+        f"step {rollout.command.version + 1}: the loss was not finite and is {answer.steps[0].values['loss']} now; {_SAME_MACHINE}"
     )
 
 
@@ -114,13 +118,10 @@ def _report(rollout: RecordedRollout, answer: Answer, recorder: Recorder, before
         staleness = version - fmean(versions) if versions else 0.0
         values = {"reward": fmean(rewards) if rewards else 0.0, "staleness/mean": staleness, **step.values}
         recorder.step(number, values)
-        for name in _SAME:
+        for name, reason in _SAME.items():
             then, this = before.get(number, {}).get(name), step.values.get(name)
             if then != this:
-                raise ReplayError(
-                    f"step {number}: {name} was {then} and is {this}; layout, precision, threads, versions of packages "
-                    "and the kind of processor must be those of the run"
-                )
+                raise ReplayError(f"step {number}: {name} was {then} and is {this}; {reason}")
 
 
 async def run_job(run_dir: Path, addresses: Addresses, recorded: Path, *, failed: bool) -> int:

@@ -73,6 +73,19 @@ def evaluated() -> list[EvaluatedPrompt]:
     ]
 
 
+def test_answers_scored_before_failures_were_allowed_count_as_not_failed(tmp_path, evaluated):
+    """The advice after a failure is `reward.on_error=zero` and `--resume`; what was scored before has no such metric."""
+    failed = Score(reward=0.0, metrics={"exact": 0.0, "reward_failed": 1.0})
+    late = structs.replace(evaluated[1].ours, scores=[failed, failed])
+    content = evaluation_of(config_of(tmp_path, *SETTINGS), [evaluated[0], structs.replace(evaluated[1], ours=late)])
+    assert content["metrics"]["reward_failed"]["mean"] == content["difference"]["reward_failed"]["mean"] == 0.5
+    assert content["against_metrics"]["reward_failed"]["mean"] == 0.0
+    first = structs.replace(evaluated[0], ours=structs.replace(evaluated[0].ours, scores=[failed, failed]))
+    assert (
+        evaluation_of(config_of(tmp_path, *SETTINGS), [first, evaluated[1]])["metrics"]["reward_failed"]["mean"] == 0.5
+    )
+
+
 SETTINGS = ("eval.against=references", "eval.kl_to=sft", "eval.samples=2", "eval.temperature=1", "eval.k=[1, 2]")
 
 
