@@ -77,6 +77,7 @@ class Generation:
         self._on_failure = on_failure
         self._clock = clock
         self._samplers: dict[int, asyncio.Task] = {}  # by group index; those of a rollout share one
+        self._sampled: set[int] = set()  # groups that only wait for their rewards
         self.ready = {group.index: group for group in ready}
         self.busy = ServersBusy(clock, on_any=recorder.generators_were_busy, on_one=recorder.server_was_busy)
 
@@ -160,6 +161,7 @@ class Generation:
             with self.busy.any:
                 completions = await self._pool.sample(self._request(ticket))
             took = self._clock() - start
+            self._sampled.add(ticket.index)
             self._arrived(ticket, await self._score(ticket, completions), took)
 
     async def _evaluate(self) -> None:
@@ -227,6 +229,7 @@ class Generation:
     def _arrived(self, ticket: Ticket, scored: ScoredGroup, generate_s: float) -> None:
         self._pacer.arrived(ticket.index)
         del self._samplers[ticket.index]
+        self._sampled.discard(ticket.index)
         self.ready[ticket.index] = ReadyGroup(
             index=ticket.index, version=ticket.version, scored=scored, generate_s=generate_s
         )
@@ -236,19 +239,23 @@ class Generation:
     async def resample_stragglers(self, limit_s: float) -> None:
         """Cancels groups the learner has waited for in vain, and has them sampled anew."""
         while True:
-            await self._changed.wait_until(self._pacer.stragglers)
-            late = self._pacer.stragglers()
+            await self._changed.wait_until(self._stragglers)
+            late = self._stragglers()
             with suppress(TimeoutError):
                 async with asyncio.timeout(limit_s):
                     await self._waited_for_no_more(late)
                 continue
-            for index in late & self._pacer.stragglers():
+            for index in late & self._stragglers():
                 self._samplers.pop(index).cancel()
                 self._pacer.sample_anew(index)
             await self._changed.notify()
 
     async def _waited_for_no_more(self, late: set[int]) -> None:
-        await self._changed.wait_until(lambda: not late & self._pacer.stragglers())
+        await self._changed.wait_until(lambda: not late & self._stragglers())
+
+    def _stragglers(self) -> set[int]:
+        """Not those that are being scored: sampled anew they would be later still, and may have cost a judge already."""
+        return self._pacer.stragglers() - self._sampled
 
 
 @asynccontextmanager

@@ -108,11 +108,14 @@ class Pacer:
         return tickets
 
     def restore(self, ready: Iterable[tuple[int, int]], unfinished: Iterable[int]) -> None:
-        """What an earlier run left: complete groups with their versions, and groups it had started."""
-        for index, version in sorted(ready, key=lambda group: group[1]):
-            ticket = self.ready[index] = Ticket(index=index, number=self._numbers, version=version)
+        """What an earlier run left: complete groups with their versions, in order of arrival, and groups it had started."""
+        arrived = list(ready)
+        tickets: dict[int, Ticket] = {}
+        for version, index in sorted((version, index) for index, version in arrived):  # as they were started
+            ticket = tickets[index] = Ticket(index=index, number=self._numbers, version=version)
             self._begin(ticket)
             self._numbers += 1
+        self.ready = {index: tickets[index] for index, _ in arrived}
         self._again.extend((index, 0) for index in unfinished)
 
     @property

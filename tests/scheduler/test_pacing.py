@@ -244,6 +244,14 @@ def test_restored_groups_keep_their_deadlines_and_unfinished_ones_start_first():
     assert train(pacer) == [8, 12], "8 would be too old in the next step"
 
 
+def test_restored_groups_are_first_in_first_out_whichever_came_first():
+    """And a window has those that arrived first, as it had before."""
+    for order, expected in (("fifo", [2, 3]), ("windowed", [4, 5])):
+        pacer = Pacer(ScheduleSection(generation="streaming", prompts_per_step=2, max_staleness=4, order=order), 2, 6)
+        pacer.restore([(5, 0), (4, 0), (3, 0), (2, 0)], [])
+        assert [ticket.index for ticket in pacer.next_rollout()] == expected, order
+
+
 def test_pushes_wait_for_what_must_not_meet_two_versions():
     pacer = make(max_staleness=2)
     admit(pacer)

@@ -14,7 +14,7 @@ from megatron_async_rlhf.scheduler.pool import GeneratorPool, Standing
 from megatron_async_rlhf.simulate.invariants import Ledger
 from megatron_async_rlhf.simulate.lengths import ConstantLength, LognormalLengths
 from megatron_async_rlhf.simulate.scenario import Fault, Scenario, Speeds
-from megatron_async_rlhf.simulate.simulation import Simulation, simulate
+from megatron_async_rlhf.simulate.simulation import HashReward, Simulation, simulate
 from megatron_async_rlhf.simulate.virtual_time import run_in_virtual_time
 
 
@@ -138,6 +138,24 @@ def test_a_straggler_is_sampled_anew_and_does_not_hold_up_the_learner(tmp_path):
         walls.append(simulation.recorder.totals.wall_s)
         assert bool(simulation.recorder.totals.samples_cancelled) == (limit is not None)
     assert walls[1] < walls[0] / 2
+
+
+def test_a_group_that_waits_for_its_rewards_is_no_straggler(tmp_path, monkeypatch):
+    """It would only be later if it were sampled anew."""
+
+    class SlowForSome(HashReward):
+        async def score(self, prompt, completions):
+            await asyncio.sleep(20.0 if prompt.index % 5 == 0 else 0.0)
+            return await super().score(prompt, completions)
+
+    monkeypatch.setattr("megatron_async_rlhf.simulate.simulation.HashReward", SlowForSome)
+    config = make_config(
+        {"generation": "streaming", "max_staleness": 2, "straggler_s": 2.0, "steps": 10, "prompts_per_step": 4},
+        generator={"max_concurrent": 4},
+    )
+    scenario = Scenario(generators=3, lengths=ConstantLength(20), speeds=Speeds(train_s=1.0))
+    totals = run(config, scenario, tmp_path).recorder.totals
+    assert totals.samples_cancelled == 0 and totals.wall_s > 40.0
 
 
 @pytest.mark.parametrize("generation", ["batch", "streaming"])
