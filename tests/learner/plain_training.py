@@ -92,6 +92,7 @@ class PlainLearner:
         for _ in range(epochs):
             for batch in batches:
                 self.history.append(self.update(batch) if batch else {"num_sequences": 0.0})
+                self.steps_made += 1  # the rate follows the version
 
     def samples_of(self, groups: list[dict]) -> list[Sample]:
         return [
@@ -153,7 +154,6 @@ class PlainLearner:
 
     def update(self, batch: list[Sample]) -> dict:
         progress = self.steps_made / self.total_steps
-        self.steps_made += 1
         rows = [self.logprobs(self.policy, sample.row) for sample in batch]
         loss, parts = self.policy_loss(batch, rows)
         metrics = step(self.policy, self.optimizer, loss, self.keys, progress) | parts

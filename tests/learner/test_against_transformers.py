@@ -139,7 +139,9 @@ def test_preference_steps(single: LayoutRun, name: str):
         ]
         h_P = torch.stack(ratios[0::2]) - torch.stack(ratios[1::2])
         losses_P = (h_P - 1 / (2 * BETA)) ** 2 if name.startswith("tied") else -F.logsigmoid(BETA * h_P)
-        theirs.append(step(model, optimizer, losses_P.mean(), REINFORCEMENT, index / RL_STEPS))
+        theirs.append(
+            step(model, optimizer, losses_P.mean(), REINFORCEMENT, (index + 1) / RL_STEPS)
+        )  # after one without pairs
     assert_same_training(single.result(name)["preferences"], theirs, single.weights(name, "final"), model)
 
 

@@ -4,14 +4,14 @@
     optimizer        Adam's state and, below float32, its main parameters, one entry per model parameter
     value            the same two of a value model, whose tensors' names begin with `value.`
     rng              each rank's generators; read back only by the same number of ranks
-    common           policy version, optimizer steps, number of ranks: the same on all
+    common           policy version, steps that the optimizer made (less those without sequences), number of ranks: the same on all
 
 Layers of Transformer Engine have an extra state beside their weights (scales of FP8). Where a checkpoint has none, of
 layers from elsewhere, they begin with fresh ones; other layers pass over it.
 
 The optimizer's entries have the same keys and shapes whether data-parallel ranks divide it or not, so that either kind
 reads what the other wrote. What lies beside the tensors (groups, rates, step counts) is not saved: it follows from the
-config and the step.
+config, and for the rates from the version.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,7 +64,7 @@ def training_state(models: Sequence[TrainedModel], version: int, *, snapshot: bo
         snapshot: what this rank writes of it is a copy in host memory, which stays as it is while training continues.
     """
     policy, *others = models
-    steps = policy.schedule.num_steps
+    steps = policy.steps
     state = _model_state(policy, steps, snapshot=snapshot)
     for value_model in others:
         state[_VALUE] = _model_state(value_model, steps, _VALUE, snapshot=snapshot)
@@ -101,6 +101,9 @@ def load_training_state(directory: Path, models: Sequence[TrainedModel], control
     _load_model(policy, loaded, kept, steps)
     for value_model in others:
         _load_model(value_model, loaded[_VALUE], kept[_VALUE], steps)
+    for model in models:
+        model.steps = steps
+        model.schedule.step(increment=common["version"])
     pairs = (pair for model in models for pair in _main_parameters(model))
     differing = torch.tensor(sum(not torch.equal(main.to(own.dtype), own) for main, own in pairs))
     dist.all_reduce(differing, group=control)
@@ -172,7 +175,6 @@ def _load_model(model: TrainedModel, loaded: dict[str, Any], kept: dict[str, Any
     if isinstance(adam, HybridDeviceOptimizer):
         for parameter, offloaded in adam.gpu_params_map_cpu_copy.items():
             offloaded.data.copy_(parameter)
-    model.schedule.step(increment=steps)
 
 
 def _main_parameters(model: TrainedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

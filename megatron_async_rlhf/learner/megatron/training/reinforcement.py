@@ -74,7 +74,9 @@ class Reinforcement:
     def updates(
         self, mini_batches: Sequence[Samples], epochs: int, version: int
     ) -> Iterator[tuple[dict[str, float], list[list[float]]]]:
-        """Make the rollout's updates, one each time the next is asked for. A mini-batch without sequences changes nothing.
+        """Make the rollout's updates, one each time the next is asked for.
+
+        A mini-batch without sequences changes nothing but the learning rates, which follow the policy's version.
 
         Yields each update's metrics and, of the first one and on rank 0, its sequences' log-probabilities before it.
 
@@ -103,6 +105,8 @@ class Reinforcement:
             if algorithm.sequences_together == 2:
                 counts["num_pairs"] = mini_batch.num_sequences / 2
             if not mini_batch.num_sequences:
+                for model in self._models:
+                    model.pass_over()
                 yield counts, []
                 continue
             step, about = version + number + 1, {"samples": mini_batch.num_sequences, "tokens": mini_batch.num_tokens}

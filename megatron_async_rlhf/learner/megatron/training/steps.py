@@ -139,7 +139,7 @@ class Passes:
         last_stage = (layout.pipeline_parallel - 1) * layout.data_parallel * layout.tensor_parallel
         declared = reductions(mine[0]) if mine else None  # there is a report on `last_stage`
         how_of = from_rank(last_stage, declared, dict[str, str], placement.control)
-        others = next((names for report in mine if (names := reductions(report)) != how_of), None)
+        others = next((other for report in mine if (other := reductions(report)) != how_of), None)
         if others is not None:
             failures = [
                 *failures,

@@ -26,6 +26,7 @@ class TrainedModel:
 
     Attributes:
         chunks: one per virtual stage, without the wrapper that reduces gradients.
+        steps: that the optimizer has made.
     """
 
     optimizer: MegatronOptimizer
@@ -36,10 +37,12 @@ class TrainedModel:
         self._learner = learner
         self._meter = meter
         self._replicated = ReplicatedChunks(chunks, learner, meter)
+        self.steps = 0
 
     def restart(self, keys: OptimizerKeys, steps: int) -> None:
         """A fresh optimizer and schedule. The old ones go first: together they would need memory that a step does not."""
         self._drop_optimizer()
+        self.steps = 0
         self.optimizer, self.schedule = build_optimizer(self._replicated, self._learner, keys, steps)
 
     def gather_parameters(self) -> None:
@@ -69,7 +72,12 @@ class TrainedModel:
         with self._meter.span("optimizer"):
             self.optimizer.step()
             self._replicated.parameters_changed()
+            self.steps += 1
             self.schedule.step(increment=1)
+
+    def pass_over(self) -> None:
+        """A step with nothing to learn from: weights and Adam's state stay, the schedule advances."""
+        self.schedule.step(increment=1)
 
 
 @dataclass(frozen=True, kw_only=True)
