@@ -243,9 +243,10 @@ class GeneratorPool:
         await self._stand(Standing.LOST, *lost)
 
     async def mark_updated(self, generators: Sequence[Receiver]) -> None:
-        """These hold the newest weights."""
+        """These hold the newest weights; one that was lost meanwhile serves no more."""
         names = {generator.name for generator in generators}
-        await self._stand(Standing.SERVING, *(m for m in self.members if m.generator.name in names))
+        alive = [member for member in self.members if member.standing is not Standing.LOST]
+        await self._stand(Standing.SERVING, *(member for member in alive if member.generator.name in names))
 
     async def mark_stale(self) -> None:
         """A push failed on its way: those that served until now hold parts of two versions."""

@@ -350,6 +350,9 @@ def test_a_push_keeps_a_batch_from_its_engines(monkeypatch):
         assert pool.serving == [] and engine.asked == []
         pool.hold()
         engine.alive = True
+        await pool.mark_updated([engine])  # a push that it was lost in
+        assert pool.serving == []
+        await pool.rejoin(lambda generator: None)
         await pool.mark_updated([engine])
         await settle()
         assert engine.asked == [] and engine.calls[-1] == "give up"
