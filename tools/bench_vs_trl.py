@@ -217,7 +217,7 @@ def _tree(options: Options, mode: str, model: Path, limit: int, directory: Path)
         "algorithm": {
             "type": options.algorithm,
             "samples_per_prompt": options.samples,
-            "beta": BETA,
+            **({"beta": BETA} if options.algorithm == "online_dpo" else {"kl": {"coefficient": BETA}}),
             "missing_eos_reward": None,  # or pairs of two that were cut off would be ties
         },
         "reward": {"type": "function", "function": f"{__file__}:score"},

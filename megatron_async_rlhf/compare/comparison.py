@@ -71,10 +71,16 @@ class Against(Struct, frozen=True, kw_only=True):
 
     @property
     def pays(self) -> bool | None:
-        """Whether asynchronous training is faster by enough and no worse; None if more seeds would have to tell."""
-        if self.held_out_reward is not None and self.held_out_reward.is_above(0) is False and len(self.seeds) > 1:
-            return False
-        return self.speedup.is_above(WORTHWHILE)
+        """Whether asynchronous training is faster by enough and no worse; None if more seeds would have to tell.
+
+        One seed tells how much faster it is, within a few per cent, but not whether a lower reward is more than chance.
+        """
+        faster, reward = self.speedup.is_above(WORTHWHILE), self.held_out_reward
+        if reward is None or faster is False:
+            return faster
+        if len(self.seeds) == 1:
+            return None if reward.mean < 0 else faster
+        return False if reward.is_above(0) is False else faster
 
 
 class Comparison(Struct, frozen=True, kw_only=True):

@@ -123,6 +123,8 @@ def _in_order(record: Mapping[str, Any], where: str, columns: PairColumns) -> Pa
     if columns.choice is None:
         return columns
     choice = value_of(record, where, "data.chosen_field", columns.choice)
+    if choice in ("0", "1"):  # of a CSV file it is text
+        choice = int(choice)
     if choice not in (0, 1):
         raise RecordError(f"{where}: field {columns.choice!r} is neither 0 nor 1", reason=WRONG_TYPE)
     return replace(columns, chosen=columns.rejected, rejected=columns.chosen) if choice else columns

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.estimate.holdings import learner_holdings
+from megatron_async_rlhf.estimate.holdings import learner_holdings, value_holdings
 from megatron_async_rlhf.estimate.machines import Machine
 from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
 from megatron_async_rlhf.models.architecture import Architecture
@@ -84,17 +84,22 @@ def learner_step(
     micro_batches = max(1.0, uneven * computed / learner.data_parallel / learner.micro_batch_tokens)
     layers = compute * (1 - output / flops)  # the others, which the last stage waits for, have no more
     bubble = (stages - 1) / (micro_batches * learner.virtual_stages) * (layers + tensor)
-    held = max(holding.total for holding in learner_holdings(arch, LearnerLayout.of(learner)))
+    layout = LearnerLayout.of(learner)
+    of_stages = [holding.total for holding in learner_holdings(arch, layout)]
+    held = updated = max(of_stages)
+    if config.algorithm.has_value_model:
+        values = [holding.total for holding in value_holdings(arch, layout)]
+        updated = max(map(sum, zip(of_stages, values, strict=True)))
     copies, divided = learner.copies, learner.distributed_optimizer
     # A ring sends (copies - 1) / copies of the gradients twice; a distributed optimizer once, and the weights once.
-    sent = (4 + (ITEM_BYTES[learner.weights_dtype] if divided else 4)) * held * (copies - 1) / copies
+    sent = (4 + (ITEM_BYTES[learner.weights_dtype] if divided else 4)) * updated * (copies - 1) / copies
     reduction = sent / _way_between_copies(config, machine) * (1 - _HIDDEN * learner.overlap_grad_reduce)
     return LearnerStep(
         compute=compute,
         tensor=tensor,
         bubble=bubble,
         reduction=reduction,
-        optimizer=_adam_s(config, machine, held / (copies if divided else 1)) + _swapping_s(config, machine, held),
+        optimizer=_adam_s(config, machine, updated / (copies if divided else 1)) + _swapping_s(config, machine, held),
         tokens=tokens,
     )
 

@@ -95,4 +95,7 @@ def classifier_size(key: str, directory: Path, model: Classifier) -> int:
 
 
 def _cache_bytes_per_token(section: RewardModelSection, model: Classifier) -> int:
-    return ITEM_BYTES[section.dtype] * max(model.cache_numbers // section.tensor_parallel, 1)
+    heads = max(
+        1, model.kv_heads // section.tensor_parallel
+    )  # of a worker: with fewer than workers several have the same
+    return ITEM_BYTES[section.dtype] * model.cache_numbers // model.kv_heads * heads

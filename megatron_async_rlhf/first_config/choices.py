@@ -82,6 +82,8 @@ def choose(
     if gpus:
         tree["learner"]["precision"], tree["generator"]["dtype"] = "bf16", "bfloat16"
         tree["weights"] = {"transport": "nccl" if gpus > 1 else "ipc"}
+        if gpus == 1:
+            why["weights.transport"] = "learner and generator share the one GPU; nccl if each has its own"
         tree["launch"] = {"gpus_per_node": gpus}
     return Choices(tree=tree, why=why, writes_reward=own)
 

@@ -77,7 +77,7 @@ def init(
         tree["data"] |= _columns_of(section["function"], task.others)
     checked = with_local_models(check_tree(tree), weights=False)
     why = dict(choices.why)
-    if count:
+    if count > 1:
         why |= _planned(checked, tree)
     header = _HEADER.format(model=model, data=data, file=config)
     with writing(config):

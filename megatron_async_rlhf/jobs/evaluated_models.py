@@ -121,7 +121,9 @@ def load_evaluation(config: RunConfig, directories: Mapping[str, Path]) -> Evalu
         reward.check(prompt)
     train = []
     if any(section.center_on_solutions for section in config.reward_models.values()):
-        limit, tokenizer = models[POLICY].context_length, models[POLICY].tokenizer
+        # Of the prompts that a run of this configuration trains on, so that both subtract the same.
+        limit = config.data.max_prompt_tokens or models[POLICY].context_length - config.generator.max_new_tokens
+        tokenizer = models[POLICY].tokenizer
         train = build_prompts(
             load_examples(config.data_read, "train", config.run.seed), tokenizer, limit, drop_long=True
         )

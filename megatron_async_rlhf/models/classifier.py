@@ -18,7 +18,7 @@ class Classifier(Struct, frozen=True, kw_only=True):
         context_length: tokens that it reads at most.
         vocab_size: rows of its embedding.
         pad_token_id: a sequence is scored at its last token that is another one; None: at its last.
-        cache_numbers: keys and values of one token in all layers.
+        cache_numbers: keys and values of one token in all layers, of all `kv_heads`.
     """
 
     context_length: int
@@ -27,6 +27,7 @@ class Classifier(Struct, frozen=True, kw_only=True):
     ffn_size: int
     heads: int
     pad_token_id: int | None
+    kv_heads: int
     cache_numbers: int
 
 
@@ -76,5 +77,6 @@ def _numbers(config: dict[str, Any]) -> Classifier:
         ffn_size=int(config.get("intermediate_size") or 4 * hidden),
         heads=heads,
         pad_token_id=config.get("pad_token_id"),
+        kv_heads=kv_heads,
         cache_numbers=2 * layers * kv_heads * head_size,
     )

@@ -6,7 +6,10 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.estimate.machines import machine_of
 from megatron_async_rlhf.estimate.reward_memory import classifier_size
 from megatron_async_rlhf.estimate.speed import Lengths
+from megatron_async_rlhf.formats.tensor_spec import ITEM_BYTES
 from megatron_async_rlhf.models.classifier import read_classifier
+from megatron_async_rlhf.plan.layouts import with_keys
+from megatron_async_rlhf.serving.reward_model_command import max_concurrent
 
 _BUSY = 0.7  # of a step, at most: completions end unevenly
 _MOST = 0.5  # of all devices
@@ -32,8 +35,12 @@ def scoring_s(config: RunConfig, key: str, lengths: Lengths) -> float:
     completions = config.completions_per_rollout / schedule.updates_per_rollout
     name = f"{key}.model"
     numbers = classifier_size(name, section.model, read_classifier(name, section.model))
-    flops = 2.0 * numbers * completions * sum(lengths)
-    return flops / (machine_of(config).prefill * section.tensor_parallel)
+    machine = machine_of(with_keys(config, "generator", {"dtype": section.dtype}))  # at whose precision it computes
+    passes = completions / max_concurrent(section, config)
+    computing = 2.0 * numbers * completions * sum(lengths) / (machine.prefill * section.tensor_parallel)
+    reading = passes * numbers * ITEM_BYTES[section.dtype] / (machine.bandwidth * section.tensor_parallel)
+    in_model = max(computing, reading) if machine.computes_while_reading else computing + reading
+    return in_model + passes * machine.step_s + completions * machine.completion_s
 
 
 def longest_scoring_s(config: RunConfig, lengths: Lengths) -> float:

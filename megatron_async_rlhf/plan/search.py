@@ -12,11 +12,14 @@ from typing import Any, Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
+from pydantic import ValidationError
 
+from megatron_async_rlhf.config.messages import lines_of
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import AsyncRLHFError, ConfigError
 from megatron_async_rlhf.estimate.fitting import generator_worker, run_memory
 from megatron_async_rlhf.estimate.generator_memory import GIB
+from megatron_async_rlhf.estimate.report import refuse_too_large
 from megatron_async_rlhf.estimate.speed import Lengths, Speed, typical_lengths
 from megatron_async_rlhf.launch.layout import lay_out
 from megatron_async_rlhf.launch.nodes import planned_nodes
@@ -97,14 +100,20 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
         config: the task, and `launch`: how many machines with how many devices.
 
     Raises:
-        ConfigError: nothing fits; one line with the arithmetic and the smallest change that would.
+        ConfigError: nothing fits, with the arithmetic and the smallest change that would; or what fits is refused, and why.
     """
+    if config.weights.transport == "ipc":
+        raise ConfigError(
+            "weights.transport = ipc: learner and generator share one GPU, so that there is nothing to divide; to plan for "
+            "several GPUs set weights.transport = nccl"
+        )
     candidates = list(_candidates(config, arch, workload))
     if not candidates:
         raise ConfigError(_nothing_fits(config, arch))
     lengths = workload.lengths or typical_lengths(config, arch)
     tried = {config.reward_workers: candidates}
     plans: list[Plan] = []
+    refused: ValueError | AsyncRLHFError | None = None
     for kind in KINDS:
         best_s = min(candidate.hiding_s(kind) for candidate in candidates)
         for _ in range(_ROUNDS if config.served_reward_models else 0):
@@ -117,12 +126,16 @@ def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Wo
             best_s = min(found, key=lambda candidate: candidate.step_s(kind)).hiding_s(kind)
         simulated: list[Plan] = []
         for candidate in sorted(chain(*tried.values()), key=lambda candidate: candidate.step_s(kind)):
-            plan = _simulated(candidate, arch, kind, workload)
-            if plan is not None:
-                simulated.append(plan)
+            try:
+                simulated.append(_simulated(candidate, arch, kind, workload))
+            except (ValueError, AsyncRLHFError) as error:
+                refused = error
             if len(simulated) == max(best, _LEAST_SIMULATED):
                 break
         plans += sorted(simulated, key=step_seconds)[:best]
+    if not plans:
+        reason = lines_of(refused)[0] if isinstance(refused, ValidationError) else refused
+        raise ConfigError(f"no layout that fits is allowed; of the last one: {reason}")
     return plans
 
 
@@ -219,22 +232,22 @@ def _candidate(
     return min(candidates, key=lambda candidate: candidate.times.train, default=None)
 
 
-def _simulated(candidate: Candidate, arch: Architecture, kind: Kind, workload: Workload) -> Plan | None:
-    """None if some rule forbids the configuration after all."""
-    try:
-        keys = schedule_keys(kind, candidate.config)
-        changed = with_keys(candidate.config, "schedule", keys)
-        if kind == "bounded":
-            places = _places(changed, arch, workload.lengths or typical_lengths(changed, arch))
-            changed = with_keys(changed, "generator", {"max_concurrent": places})
-        config = RunConfig.model_validate(changed.model_dump())
-        check_layouts(config, arch)
-        lay_out(config, planned_nodes(config), config.generator.replicas)
-        scenario, speed = estimated_scenario(config, arch, workload.lengths, workload.factors, workload.completions)
-        enough = _LATER + 2 * rollouts_under_way(config) if kind == "bounded" else 1
-        prediction = predict(*_scaled_down(sized(config, rollouts=enough), scenario))
-    except (ValueError, AsyncRLHFError):
-        return None
+def _simulated(candidate: Candidate, arch: Architecture, kind: Kind, workload: Workload) -> Plan:
+    """
+    Raises:
+        ValueError, AsyncRLHFError: some rule forbids the configuration after all.
+    """
+    changed = with_keys(candidate.config, "schedule", schedule_keys(kind, candidate.config))
+    if kind == "bounded":
+        places = _places(changed, arch, workload.lengths or typical_lengths(changed, arch))
+        changed = with_keys(changed, "generator", {"max_concurrent": places})
+    config = RunConfig.model_validate(changed.model_dump())
+    check_layouts(config, arch)
+    lay_out(config, planned_nodes(config), config.generator.replicas)
+    refuse_too_large(config, arch)
+    scenario, speed = estimated_scenario(config, arch, workload.lengths, workload.factors, workload.completions)
+    enough = _LATER + 2 * rollouts_under_way(config) if kind == "bounded" else 1
+    prediction = predict(*_scaled_down(sized(config, rollouts=enough), scenario))
     memory = run_memory(config, arch)
     return Plan(
         kind=kind,

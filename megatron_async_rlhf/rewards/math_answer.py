@@ -10,7 +10,8 @@ from megatron_async_rlhf.rewards.verifier import Task
 _MARKER = re.compile(
     r"^[ \t]*####(?!#)[ \t]*(?:(?:the )?(?:final )?answer(?: is)?[ :]+(?=\S))?(.*)$", re.MULTILINE | re.IGNORECASE
 )
-_HEADING = re.compile(r"(\d+[.):]\s+)?[A-Za-z]{3}")  # of a part of the text, as Markdown has it
+# Of a part of the text, as Markdown has it: a word, in any script, perhaps behind a number or a letter of its own.
+_HEADING = re.compile(r"(?:\(?(?:\d+|[A-Za-z])[.):]\)?\s+)?(?:[^\W\d_]{3}|[^\W\d_A-Za-z]{2})")
 _MATHS = re.compile(r"\\boxed|\\\(|\\\[|\$")  # what is mathematics is marked as such
 _MARKS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _BOX = r"\boxed"

@@ -86,6 +86,13 @@ def test_it_pays_if_it_is_faster_and_no_worse(tmp_path: Path, walls, afters, pay
     assert compare_runs(runs_of(tmp_path, *rows)).pays is pays
 
 
+def test_of_one_seed_a_lower_reward_decides_nothing(tmp_path: Path):
+    for name, wall_s, after, pays in (("a", 90.0, 0.4, None), ("b", 90.0, 0.45, True), ("c", 51.0, 0.4, False)):
+        rows = [("async", 0, {"wall_s": 50.0, "after": after}), ("same_split", 0, {"wall_s": wall_s, "after": 0.45})]
+        (tmp_path / name).mkdir()
+        assert compare_runs(runs_of(tmp_path / name, *rows)).pays is pays
+
+
 def test_the_reason_is_in_the_sides_times(tmp_path: Path):
     short = {"wall_s": 104.0, "generate_s": 2.0, "train_s": 100.0}
     ours = {"wall_s": 103.0, "generate_s": 2.5, "train_s": 101.0}

@@ -97,6 +97,9 @@ PUBLISHED = {
         },
         [("user", "POST: a\n\nTL;DR:")], (" c", " b"), None, ["query", "choice"],
     ),
+    "a choice in text, as CSV has it": (
+        {"query": "a", "response0": "b", "response1": "c", "choice": "1"}, [("user", "a")], ("c", "b"), None, ["choice"],
+    ),
     "a system column beside conversations": (
         {
             "system": "Be kind.",

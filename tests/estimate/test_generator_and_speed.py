@@ -211,6 +211,16 @@ def test_copies_divide_the_tokens_and_send_their_gradients(llama8b):
     )
 
 
+def test_a_value_model_is_updated_too(llama8b):
+    """It has all of the policy's weights but the output matrix: 525 million of 8.03 billion."""
+    (without, arch), (ppo, _) = (
+        llama8b(f"algorithm={{type: {kind}}}", "learner.ranks=8", "launch.nodes=2") for kind in ("grpo", "ppo")
+    )
+    alone, both = (learner_step(config, arch, machine_of(config), 512.0, 256.0) for config in (without, ppo))
+    assert both.optimizer == pytest.approx(alone.optimizer * (2 - 0.525 / 8.03), rel=0.01)
+    assert both.reduction == pytest.approx(alone.reduction * (2 - 0.525 / 8.03), rel=0.01)
+
+
 def test_a_pipeline_waits_at_its_ends(llama8b):
     config, arch = llama8b(
         "learner.tensor_parallel=1", "learner.pipeline_parallel=4", "learner.sequence_parallel=false"

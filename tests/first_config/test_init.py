@@ -128,6 +128,16 @@ def test_every_key_has_a_comment_or_a_name_that_says_it_all():
     assert list(read_tree(Path("run.yaml")))[:3] == ["run", "model", "data"]
 
 
+def test_one_gpu_is_shared():
+    make_model()
+    make_data([{"prompt": q} for q in QUESTIONS])
+    code, said = run_init("--gpus", "1")
+    assert code == 0, said
+    config = load_config(Path("run.yaml"))
+    assert (config.weights.transport, config.gpus) == ("ipc", 1)
+    assert "share the one GPU" in Path("run.yaml").read_text()
+
+
 def test_on_gpus_the_planner_divides_them():
     make_model(**LARGE)
     make_data(SOLVED["gsm8k"])

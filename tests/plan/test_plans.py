@@ -150,6 +150,18 @@ def test_what_fits_nowhere_is_refused_with_the_least_change(task):
     assert "it fits launch.nodes = " in message and "\n" not in message
 
 
+def test_one_shared_gpu_leaves_nothing_to_plan(task):
+    one = (
+        "learner.tensor_parallel=1",
+        "learner.sequence_parallel=false",
+        "generator.replicas=1",
+        "launch.gpus_per_node=1",
+    )
+    config, arch = task("weights.transport=ipc", *one)
+    with pytest.raises(ConfigError, match="weights.transport = ipc: learner and generator share one GPU"):
+        find_plans(config, arch, best=1)
+
+
 def test_programs_read_json(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(ROOT)
     result = CliRunner().invoke(

@@ -1,10 +1,12 @@
 """How many reward servers a plan has."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from megatron_async_rlhf.config.load import load_config
+from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.plan.analytic import Workload
 from megatron_async_rlhf.plan.scoring import scoring_s, with_reward_servers
 from megatron_async_rlhf.plan.search import _candidates, devices_of, find_plans, step_seconds
@@ -21,12 +23,34 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_time_of_scoring_by_hand():
-    """256 completions of 436 tokens, two operations for each of 7.5 billion numbers, at half of 989 TFLOP/s."""
+    """256 completions of 436 tokens, two operations for each of 7.5 billion numbers, at half of 989 TFLOP/s; 2 ms a pass."""
+    operations = 256 * 436 * 2 * 7.505e9
     seconds = scoring_s(load_config(RECIPE), "reward", LENGTHS)
-    assert seconds == pytest.approx(256 * 436 * 2 * 7.505e9 / (0.5 * 989e12), rel=0.01)
+    assert seconds == pytest.approx(operations / (0.5 * 989e12) + 256 * 0.002, rel=0.01)
+    eight = scoring_s(load_config(RECIPE, ["reward.max_concurrent=8"]), "reward", LENGTHS)
+    assert eight == pytest.approx(operations / (0.5 * 989e12) + 32 * 0.002, rel=0.01)
+    in_float32 = scoring_s(load_config(RECIPE, ["reward.dtype=float32"]), "reward", LENGTHS)
+    assert in_float32 == pytest.approx(operations / (0.5 * 67e12) + 256 * 0.002, rel=0.01)
 
 
-@pytest.mark.parametrize(("step_s", "replicas"), [(100.0, 1), (3.0, 2), (1.0, 5), (0.1, 16)])
+def test_short_texts_wait_for_the_weights():
+    """A pass over one of 20 tokens computes for less time than it reads 15 GB."""
+    seconds = scoring_s(load_config(RECIPE), "reward", (10.0, 10.0))
+    assert seconds == pytest.approx(256 * (7.505e9 * 2 / (0.6 * 3.35e12) + 0.002), rel=0.01)
+
+
+def test_a_reward_model_that_fits_no_gpu_is_no_plan(tmp_path):
+    large = json.loads((ROOT / "examples/llama8b_reward_model/config.json").read_text())
+    large |= {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    (tmp_path / "config.json").write_text(json.dumps(large))
+    config = load_config(RECIPE, [f"reward.model={tmp_path}", "launch.nodes=2"])
+    with pytest.raises(
+        ConfigError, match="no layout that fits is allowed; of the last one: reward: its weights take .* GiB"
+    ):
+        find_plans(config, shape_of(config), best=1, workload=Workload(lengths=LENGTHS))
+
+
+@pytest.mark.parametrize(("step_s", "replicas"), [(100.0, 1), (3.0, 2), (1.0, 6), (0.1, 16)])
 def test_a_step_never_waits_for_scores_while_there_is_room(step_s, replicas):
     config = load_config(RECIPE, ["launch.nodes=4"])
     assert with_reward_servers(config, LENGTHS, step_s, devices_of(config)).reward_workers == replicas
