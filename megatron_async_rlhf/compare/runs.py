@@ -140,7 +140,7 @@ def read_run(directory: Path) -> ComparedRun:
         config=config,
         schedule=schedule_of(config),
         steps=summary.steps,
-        samples=summary.samples_generated,
+        samples=summary.samples_generated - summary.samples_cancelled,
         startup_s=summary.startup_seconds,
         wall_s=summary.wall_seconds,
         generate_s=summary.generate_busy_seconds,

@@ -49,9 +49,14 @@ _PROBE_S = 5.0
 
 
 class Fleet:
-    """The machines of a run, this one first."""
+    """The machines of a run, this one first.
+
+    Attributes:
+        exit_code: that the commands on the others end with, when this one has nothing more for them to do.
+    """
 
     def __init__(self, look: Callable[[], list[Node]], switchboard: "Switchboard | None" = None) -> None:
+        self.exit_code = 0
         self._look = look
         self._switchboard = switchboard
 
@@ -125,13 +130,12 @@ def gather(config: RunConfig) -> Iterator[Fleet]:
         nodes = [this_node(config, gpus, _one_address(joins)), *(join.node for join in joins)]
         for node in nodes[1:]:
             _check_reachable(node)
-        yield Fleet(lambda: nodes, switchboard)
-    except BaseException as error:
-        code = getattr(error, "exit_code", 1)  # of typer.Exit, which is how a run ends
-        switchboard.leave(code, f"the first machine, {node_name()}, has ended; see what it says" if code else "")
+        fleet = Fleet(lambda: nodes, switchboard)
+        yield fleet
+        switchboard.leave(fleet.exit_code)
+    except BaseException:
+        switchboard.leave(1)
         raise
-    else:
-        switchboard.leave(0, "")
     finally:
         with contextlib.suppress(OSError):  # it expires
             path.unlink()
@@ -260,7 +264,8 @@ class Switchboard:
         reasons = (member.gone(self._config.launch.node_timeout_s) for member in self._members.values())
         return next((reason for reason in reasons if reason is not None), None)
 
-    def leave(self, code: int, reason: str) -> None:
+    def leave(self, code: int) -> None:
+        reason = f"the first machine, {node_name()}, has ended; see what it says" if code else ""
         for rank in list(self._members):
             self.send(rank, Leave(code=code, reason=reason))
 

@@ -107,7 +107,8 @@ def run(
         shown = display() if display is not None else Display(memory=HeldMemory(run_dir))
         shown.chosen(differences(config))
         cut_back = None if start.keeps else partial(_cut_back, config, start.check_again)
-        return Supervisor(config, start.plan, run_dir, shown, fleet, cut_back=cut_back, taken=taken).run()
+        fleet.exit_code = Supervisor(config, start.plan, run_dir, shown, fleet, cut_back=cut_back, taken=taken).run()
+        return fleet.exit_code
 
 
 def _cut_back(config: RunConfig, check_again: Callable[[], object] | None, version: int) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import dump_config, load_config
 from megatron_async_rlhf.errors import ConfigError
+from megatron_async_rlhf.launch import start
 from megatron_async_rlhf.launch.agent import Link, serve
 from megatron_async_rlhf.launch.fleet import Switchboard, gather
 from megatron_async_rlhf.launch.nodes import check_node_rank, free_ports, this_node
@@ -212,6 +214,16 @@ def test_machines_that_do_not_come_together(cluster, mine, theirs, first_says, o
         assert code == 2 and other_says in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("code", [0, 75, 130])
+def test_the_others_end_with_the_code_of_the_first_machine(cluster, monkeypatch, code: int):
+    """What a run comes to is known on every machine, where a scheduler may look at each."""
+    monkeypatch.setattr(start, "Supervisor", lambda *arguments, **more: SimpleNamespace(run=lambda: code))
+    monkeypatch.setattr(start, "_open_directory", lambda config, decided: config.run.path)
+    agent, decided = cluster.agent(), start.Start(plan=SimpleNamespace(), template=Path("."))
+    assert start.run(cluster.config(), lambda fleet, scratch: decided) == code
+    assert ended(agent)[0] == code
+
+
 @pytest.mark.parametrize(
     ("override", "first_says", "codes"),
     [("schedule.steps=4", None, (0, 0)), ("model={hf: nowhere}", "nowhere", (2, 1))],
@@ -258,7 +270,7 @@ def test_a_machine_that_goes_while_others_are_awaited_may_come_again(cluster, ho
         again = cluster.agent(*settings)
         assert [join.rank for join in all_here.result(LIMIT_S)] == [1, 2]
         assert ended(cluster.agent(*settings))[1].endswith("node rank 1 is taken by m1\n")
-        switchboard.leave(0, "")
+        switchboard.leave(0)
         switchboard.close()
         assert [ended(agent)[0] for agent in (again, second)] == [0, 0]
 
