@@ -42,6 +42,7 @@ class Driver:
         with self._commands:
             for number, stage in enumerate(map(with_models_here, stages), start=1):
                 if self._records.is_done(stage):
+                    self._records.note_done(stage)
                     self._note(f"[{number}/{len(stages)}] {stage.name}: is done")
                     continue
                 self._note(f"[{number}/{len(stages)}] {stage.name}: async-rlhf {stage.command}")
@@ -55,12 +56,10 @@ class Driver:
         return EXIT_COMPLETED
 
     def _make(self, stage: Stage) -> int:
-        goes_on, record = self._records.was_cut_off(stage), self._records.begin(stage)
-        began = time.monotonic()
-        code = self._commands.run(
-            stage.command, stage.name, stage.config, resume=goes_on and stage.command in RESUMABLE
-        )
-        record.seconds = round(time.monotonic() - began + (record.seconds if goes_on else 0.0), 1)
+        continues = stage.command in RESUMABLE and self._records.was_cut_off(stage)
+        record, began = self._records.begin(stage, continues=continues), time.monotonic()
+        code = self._commands.run(stage.command, stage.name, stage.config, resume=continues)
+        record.seconds = round(time.monotonic() - began + (record.seconds if continues else 0.0), 1)
         record.status = _STATUS.get(code, "failed")
         self._records.write()
         return code

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from msgspec import Struct, convert, to_builtins
 
+from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
 from megatron_async_rlhf.launch.progress import progress_of
 from megatron_async_rlhf.launch.recipe import Recipe, Stage
 from megatron_async_rlhf.pipeline.figures import figures_of
@@ -22,12 +23,14 @@ class StageRecord(Struct, kw_only=True):
         dir: its run's directory.
         seconds: that its commands took, of all starts.
         made_from: the stages whose directories it read, and which making of them.
+        instead_of: the making that was in its directory when this one began. As long as it is there this one has made nothing.
     """
 
     status: str = "to do"
     dir: str = ""
     seconds: float = 0.0
     made_from: dict[str, str] = {}
+    instead_of: str = ""
 
 
 class Records:
@@ -42,15 +45,25 @@ class Records:
         return progress_of(stage.config).status == "completed" and self._is_of_these(stage)
 
     def was_cut_off(self, stage: Stage) -> bool:
-        """It was interrupted, and what it read is still there."""
-        return progress_of(stage.config).status == "interrupted" and self._is_of_these(stage)
+        """It was interrupted, or failed and has saved what it had by then, and what it read is still there."""
+        status, directory = progress_of(stage.config).status, stage.config.run.path
+        has_saved = status == "failed" and bool(RunCheckpoints(directory).versions())
+        return (status == "interrupted" or has_saved) and self._is_of_these(stage)
 
-    def begin(self, stage: Stage) -> StageRecord:
-        """The record of a stage that is made now."""
+    def begin(self, stage: Stage, *, continues: bool) -> StageRecord:
+        """The record of a stage that is made now, or continues being made."""
         record = self._by_stage[stage.name]
         record.dir, record.made_from, record.status = str(stage.config.run.path), self._made_from(stage), "running"
+        record.instead_of = "" if continues else _making(stage.config.run.path)
         self.write()
         return record
+
+    def note_done(self, stage: Stage) -> None:
+        """Record one that is done, whatever was known of it when its pipeline ended."""
+        record = self._by_stage[stage.name]
+        if record.status != "completed":
+            record.status = "completed"
+            self.write()
 
     def write(self) -> None:
         path = self._recipe.directory / PIPELINE
@@ -63,7 +76,9 @@ class Records:
             replace_file(path, json.dumps(whole, indent=1) + "\n")
 
     def _is_of_these(self, stage: Stage) -> bool:
-        return self._by_stage[stage.name].made_from == self._made_from(stage)
+        record = self._by_stage[stage.name]
+        is_earlier = record.instead_of and _making(stage.config.run.path) == record.instead_of
+        return record.made_from == self._made_from(stage) and not is_earlier
 
     def _made_from(self, stage: Stage) -> dict[str, str]:
         return {name: _making(self._recipe.directory / name) for name in stage.needs}

@@ -116,6 +116,35 @@ def test_what_read_from_a_stage_that_changed_is_made_again(rig: Rig):
     assert rig.drive("rl.schedule.steps=5", "sft.run.seed=3")[1][:1] == ["sft sft"]
 
 
+def test_what_an_earlier_making_left_is_not_taken_for_this_one(rig: Rig):
+    """A check refuses the stage before it makes its directory anew."""
+    rig.drive()
+    (rig.folder / "runs/small/proxy/summary.json").write_text(json.dumps({"status": "completed", "other": 1}))
+    rig.behave(rl="refuse")
+    assert rig.drive() == (1, ["train rl"])
+    rig.behave()
+    assert rig.drive() == (0, ["train rl"])
+    assert rig.drive() == (0, [])
+
+
+def test_a_failure_that_has_saved_continues(rig: Rig):
+    rig.behave(rl="fail")
+    assert rig.drive() == (1, ALL)
+    (rig.folder / "runs/small/rl/checkpoints/step_000004").mkdir(parents=True)
+    rig.behave()
+    assert rig.drive() == (0, ["train rl --resume"])
+
+
+def test_a_record_that_was_not_finished_is(rig: Rig):
+    rig.drive()
+    path = rig.folder / "runs/small/pipeline.json"
+    record = rig.record
+    record["rl"]["status"] = record["status"] = "running"
+    path.write_text(json.dumps(record))
+    assert rig.drive() == (0, [])
+    assert (rig.record["rl"]["status"], rig.record["status"]) == ("completed", "completed")
+
+
 def test_figures_of_stages_are_repeated(rig: Rig):
     rig.write([*STAGES, {"name": "eval", "command": "eval", "config": "rest.yaml", "set": {"model.hf": "{rl}/final"}}])
     rig.drive()

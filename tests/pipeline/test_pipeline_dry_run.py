@@ -145,7 +145,7 @@ def complete(folder: Path, name: str, *overrides: str) -> None:
     (directory / "config.yaml").write_text(dump_config(stage.config))
     (directory / "summary.json").write_text(json.dumps({"status": "completed", "stage": name}))
     records = Records(load_recipe(folder, overrides))
-    records.begin(stage).status = "completed"
+    records.begin(stage, continues=True).status = "completed"
     records.write()
 
 
