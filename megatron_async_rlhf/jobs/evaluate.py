@@ -228,11 +228,12 @@ class Evaluator:
         content = evaluation_of(self._config, prompts)
         self._recorder.totals.evaluation = means(content)
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answer_lines(self._config, prompts))
-        files = [(ANSWERS, lines), (EVALUATION, json.dumps(content, indent=1) + "\n")]
+        files = [(ANSWERS, lines)]
         if self._section.pairs:
             pairs = pair_lines(self._config, prompts)
             files.append((PAIRS, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)))
             self._recorder.note(f"{len(pairs)} preference pairs from {len(prompts)} prompts: {self._run_dir / PAIRS}")
+        files.append((EVALUATION, json.dumps(content, indent=1) + "\n"))  # last, as it says that the others are there
         for name, text in files:
             with writing(self._run_dir / name):
                 replace_file(self._run_dir / name, text)

@@ -18,8 +18,10 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.formats.open_weights import open_weights
 from megatron_async_rlhf.jobs.evaluated_models import load_evaluation
 from megatron_async_rlhf.jobs.inputs import make_model_template
+from megatron_async_rlhf.launch import evaluation
 from megatron_async_rlhf.launch.evaluation import check_evaluation, load_for_evaluation, make_servable
 from megatron_async_rlhf.launch.evaluation_inputs import check_same_evaluation, digest_evaluation
+from megatron_async_rlhf.launch.fleet import gather
 from megatron_async_rlhf.launch.input_digests import write_input_digests
 from megatron_async_rlhf.models.architecture import architecture_of_hf
 from megatron_async_rlhf.models.hf_mapping import hf_shapes
@@ -242,6 +244,16 @@ def test_it_goes_on_with_the_same_weights_and_prompts_only(config):
         check_same_evaluation(resolved, now())
 
 
+def test_one_that_failed_at_its_last_file_goes_on(config, tmp_path):
+    """The disk was full at pairs.jsonl, or it was killed before its summary was written."""
+    resolved = as_interrupted(config)
+    (resolved.run.path / "eval.json").write_text("{}")
+    (resolved.run.path / "summary.json").write_text(json.dumps({"status": "failed"}))
+    with gather(resolved) as fleet:
+        start = evaluation._decide(resolved, True, fleet, tmp_path / "scratch")
+    assert start is not None and start.keeps
+
+
 def test_a_completed_one_is_shown_again(config, capsys):
     resolved = as_interrupted(config)
     one = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 8}
@@ -255,6 +267,7 @@ def test_a_completed_one_is_shown_again(config, capsys):
     }
     content |= dict.fromkeys(("policy", "against", "judged_by", "kl_to"))
     (resolved.run.path / "eval.json").write_text(json.dumps(content))
+    (resolved.run.path / "summary.json").write_text(json.dumps({"status": "completed"}))
     assert run_command_line(app, ["eval", str(config), "--resume"]) == 0
     output = capsys.readouterr().out
     assert "runs/run-eval is completed" in output
