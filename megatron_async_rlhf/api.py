@@ -78,6 +78,7 @@ def train(
     """Run the whole RLHF job and wait for its end, as `async-rlhf train` does; Ctrl-C ends it in the same way.
 
     Args:
+        config: a configuration, the file of one, or its sections; with `resume` also a run's directory.
         reward: in the place of `config.reward`: a function of the completions (docs/rewards.md), which works in processes of
             its own. One of a script or a notebook is copied by its source, so it must import what it needs inside itself.
         on_step: called after every optimizer step with its metrics.
@@ -86,7 +87,9 @@ def train(
         ConfigError, DataError, CheckpointError: one line; nothing was started.
         RunError: the run failed; the message says why and where.
     """
+    from megatron_async_rlhf.formats.hub_snapshot import with_local_models
     from megatron_async_rlhf.launch.command import run_training
+    from megatron_async_rlhf.launch.resume import load_for_run
 
     if multiprocessing.parent_process() is not None:
         raise ConfigError(
@@ -94,7 +97,14 @@ def train(
         )
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError("train: must be called from the main thread, which Ctrl-C and other signals reach")
-    resolved = config if isinstance(config, RunConfig) else load_config(config)
+    if isinstance(config, str | Path):
+        resolved = load_for_run(Path(config), [], resume)
+    else:
+        resolved = with_local_models(config if isinstance(config, RunConfig) else load_config(config))
+    if resolved.launch.nodes > 1:
+        raise ConfigError(
+            f"train: launch.nodes = {resolved.launch.nodes}: from Python a run has one machine; start `async-rlhf train` on each"
+        )
     if reward is not None:
         resolved = _with_reward(resolved, reward)
     directory = resolved.run.path.absolute()
@@ -167,9 +177,16 @@ def _named(config: RunConfig, function: Callable[..., list[float]]) -> str:
             f"reward: {name} uses {', '.join(needed)} from outside of it, which its processes do not have: import or define "
             f"that inside the function, or put both into a file and set reward.function to FILE.py:{name}"
         )
+    try:
+        source = dedent(inspect.getsource(function))
+    except OSError:
+        raise ConfigError(
+            f"reward: Python does not know the source of {name}, as of what is typed at its prompt: write it to a file and set "
+            f"reward.function to FILE.py:{name}"
+        ) from None
     path = config.run.path.absolute().with_name(f"{config.run.path.name}.reward.py")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dedent(inspect.getsource(function)), encoding="utf-8")
+    path.write_text(source, encoding="utf-8")
     return f"{path}:{name}"
 
 

@@ -205,7 +205,10 @@ def _fused_parts() -> Iterator[Finding]:
 def _program(what: str, program: str, argument: str, remedy: str) -> Finding:
     if shutil.which(program) is None:
         return Finding(what=what, state="missing", detail=f"{program} is not on the PATH", remedy=remedy)
-    told = subprocess.run([program, argument], capture_output=True, encoding="utf-8", timeout=10, check=False)
+    try:
+        told = subprocess.run([program, argument], capture_output=True, encoding="utf-8", timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding(what=what, state="missing", detail=f"{program} does not work here: {error}", remedy=remedy)
     said = " ".join((told.stdout or told.stderr).split())
     if told.returncode:
         return Finding(what=what, state="missing", detail=f"{program} does not work here: {said[:120]}", remedy=remedy)

@@ -34,6 +34,7 @@ from megatron_async_rlhf.telemetry.files import (
     check_is_run,
     read_lines,
 )
+from megatron_async_rlhf.telemetry.summary import read_summary
 
 if TYPE_CHECKING:
     from megatron_async_rlhf.launch.display import Display
@@ -272,6 +273,7 @@ def _decide_training(config: RunConfig, resume: bool, fleet: "Fleet", scratch: P
 
 def _decide_sft(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "Start | None":
     """How many steps there are the data says, so that is read first."""
+    from megatron_async_rlhf.checkpoint.run_checkpoints import RunCheckpoints
     from megatron_async_rlhf.jobs.inputs import make_model_template
     from megatron_async_rlhf.jobs.supervised_inputs import check_supervised_inputs, load_supervised_inputs
     from megatron_async_rlhf.launch.plan import plan_learner_alone
@@ -282,7 +284,8 @@ def _decide_sft(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) 
 
     run_dir = config.run.path.absolute()
     template = run_dir / POLICY_TEMPLATE_DIR
-    if not (resume and (run_dir / RESOLVED_CONFIG).is_file()):
+    has_begun = RunCheckpoints(run_dir).versions() or read_summary(run_dir).get("status") == "completed"
+    if not (resume and has_begun):  # one that was killed while its directory was made may have no template
         check_inputs_apart(config)
         template = scratch / "model"
         make_model_template(config, template)

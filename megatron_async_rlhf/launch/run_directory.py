@@ -123,6 +123,7 @@ def check_inputs_apart(config: RunConfig) -> None:
     if config.eval is not None:
         inputs["eval.against"] = config.eval.against if isinstance(config.eval.against, Path) else None
         inputs["eval.kl_to"] = config.eval.kl_to
+    inputs |= {f"{key}.model": section.model for key, section in config.reward_models.items()}
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         inputs[key] = Path(source) if source is not None and is_local(source) else None
     for key, given in inputs.items():

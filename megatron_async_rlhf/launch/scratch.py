@@ -9,6 +9,7 @@ parallelism on a CPU by nobody: it is known by who uses it, or by the rendezvous
 
 import contextlib
 import getpass
+import glob
 import hashlib
 import os
 import re
@@ -64,13 +65,15 @@ def remove_abandoned() -> None:
         with contextlib.suppress(OSError):
             for path in Path(directory).glob("rlhf-*"):
                 found = _NAME.fullmatch(path.name)
-                if found and found[1] == _machine() and str(started(int(found[2]))) != found[3]:
+                is_ours = path.lstat().st_uid == os.getuid()  # another user can make one of any name
+                if found and is_ours and found[1] == _machine() and str(started(int(found[2]))) != found[3]:
                     _remove(path)
 
 
 def _remove(directory: Path, shared: Iterable[Path] = ()) -> None:
     with contextlib.suppress(OSError):
-        named = [path for file in directory.glob("vllm_dist_*") for path in _SHARED.glob(f"{file.name}-*")]
+        files = directory.glob("vllm_dist_*")
+        named = [path for file in files for path in _SHARED.glob(f"{glob.escape(file.name)}-*")]
         for path in (*shared, *named):
             path.unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)

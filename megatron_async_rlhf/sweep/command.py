@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from megatron_async_rlhf.config.load import read_tree
+from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.surroundings import check_surroundings
 from megatron_async_rlhf.launch.terminal import outlive_readers
 from megatron_async_rlhf.options import SetOption, warn
@@ -63,5 +64,8 @@ def sweep(
         after_point=lambda: write_results(whole, collect(whole)),
     )
     code = driver.run(points, max_seconds=max_seconds)
-    write_report(console, whole)
+    try:
+        write_report(console, whole)
+    except ConfigError as error:  # what became of the runs counts, not whether there is a picture of them
+        warn([str(error)])
     raise typer.Exit(code)

@@ -22,6 +22,7 @@ from megatron_async_rlhf.config.cluster import SlurmKeys
 from megatron_async_rlhf.config.load import check_tree, read_tree
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.job_script import job_script
+from megatron_async_rlhf.launch.nemo import command
 from megatron_async_rlhf.launch.recipe import RESUMABLE, load_recipe, stages_of
 from megatron_async_rlhf.launch.stages import Stage, expand_stages
 
@@ -121,6 +122,31 @@ def test_each_stage_starts_from_what_the_one_before_has_made(tmp_path: Path):
     assert export.arguments == ["export-hf", "runs/a", "runs/a-hf"]
     assert [stage.nodes for stage in (sft, train, export)] == [2, 2, 1]
     assert check_tree(tree).model.layers == 2  # as it was given
+
+
+def test_what_is_left_of_a_recipe(tmp_path: Path, monkeypatch, capsys):
+    """Looked for where the jobs write; a stage that read from one that is made anew is made anew, too."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load_recipe(ROOT / "examples/mini", [])
+    names = [stage.name for stage in recipe.stages]
+    slurm = SlurmKeys(project_dir=tmp_path)
+    for stage in recipe.stages:
+        (tmp_path / stage.config.run.path).mkdir(parents=True)
+        (tmp_path / stage.config.run.path / "summary.json").write_text('{"status": "completed"}')
+    assert command._left(recipe, slurm) == []
+    assert f"note: {names[0]}: " in capsys.readouterr().err
+    assert [part.name for part in command._left(recipe, None)] == names
+    (tmp_path / recipe.stages[0].config.run.path / "summary.json").unlink()
+    readers = [stage.name for stage in recipe.stages if names[0] in stage.needs]
+    left = [part.name for part in command._left(recipe, slurm)]
+    assert left[0] == names[0] and set(readers) <= set(left)
+
+
+def test_all_that_is_done_is_no_launch(monkeypatch):
+    monkeypatch.setattr(command, "_left", lambda recipe, slurm: [])
+    result = CliRunner().invoke(app, ["launch", str(ROOT / "examples/mini"), "--executor", "slurm", "--dry-run"])
+    assert result.exit_code == 0 and "mini: all stages are completed" in result.output
 
 
 def test_a_completed_sft_is_not_made_again(tmp_path: Path):

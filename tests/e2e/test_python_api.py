@@ -84,6 +84,25 @@ def test_a_function_of_a_script_is_copied_if_it_needs_nothing_else(tmp_path: Pat
         api._with_reward(config, lambda completions: [0.0])
 
 
+def test_a_function_without_source_is_refused(tmp_path: Path):
+    """As one that was typed at Python's prompt."""
+    scope: dict = {"__name__": "__main__"}
+    exec("def score(completions):\n    return [0.0]", scope)
+    config = load_config(QUICKSTART, {"run.dir": str(tmp_path / "run")})
+    with pytest.raises(ConfigError, match="reward: Python does not know the source of score"):
+        api._with_reward(config, scope["score"])
+
+
+def test_what_the_command_refuses_is_refused(tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(QUICKSTART.read_text())
+    with pytest.raises(ConfigError, match="is the directory of a run: add --resume"):
+        train(run)
+    with pytest.raises(ConfigError, match="launch.nodes = 2: from Python a run has one machine"):
+        train(load_config(QUICKSTART, {"launch.nodes": 2, "run.dir": str(tmp_path / "other")}))
+
+
 def test_another_thread_is_refused():
     errors = []
 

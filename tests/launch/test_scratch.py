@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_async_rlhf.launch import scratch
 from megatron_async_rlhf.launch.plan import ProcessSpec
 from megatron_async_rlhf.launch.process import LocalProcess, _group
 from megatron_async_rlhf.launch.scratch import Scratch, remove_abandoned
@@ -130,6 +131,20 @@ def test_who_starts_next_removes_what_a_killed_supervisor_left():
     remove_abandoned()
     assert not left.exists() and own.path.is_dir()
     own.remove()
+
+
+def test_what_another_user_has_made_is_left_alone(monkeypatch):
+    """Its names are patterns, and say what is removed from /dev/shm."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    planted = Path(f"/tmp/rlhf-{scratch._machine()}-{gone.pid}-1-planted")
+    planted.mkdir()
+    monkeypatch.setattr(scratch.os, "getuid", lambda: os.lstat(planted).st_uid + 1)
+    remove_abandoned()
+    was_kept = planted.exists()
+    monkeypatch.undo()
+    remove_abandoned()
+    assert (was_kept, planted.exists()) == (True, False)
 
 
 def test_a_socket_fits_whatever_the_temporary_directory_is_called(tmp_path: Path, monkeypatch):

@@ -15,7 +15,7 @@ from megatron_async_rlhf.config.warnings import config_warnings
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.recipe import Recipe, is_recipe, load_recipe, stages_of
 from megatron_async_rlhf.launch.stages import Stage, expand_stages, parse_stages
-from megatron_async_rlhf.options import SetOption, warn
+from megatron_async_rlhf.options import SetOption, note, warn
 from megatron_async_rlhf.telemetry.summary import read_summary
 
 _SET_UP = "bash tools/setup_launch_env.sh"
@@ -84,6 +84,9 @@ def launch(
     warn(config_warnings(resolved))
     slurm = (resolved.launch.slurm or SlurmKeys()) if executor == "slurm" else None
     parts = _left(recipe, slurm) if recipe else _parts(tree, stages or "train", slurm, resume, export_to)
+    if not parts:
+        typer.echo(f"{title}: all stages are completed")
+        return
     _find_nemo_run(slurm)
     if slurm is None:
         raise typer.Exit(_run_here(title, parts, python, dry_run))
@@ -100,9 +103,16 @@ def _resolved(tree: dict[str, Any], slurm_keys: dict[str, Any], nodes: int | Non
 
 
 def _left(recipe: Recipe, slurm: SlurmKeys | None) -> list[Stage]:
-    """The stages that are not completed."""
-    parts = stages_of(recipe, None if slurm is None else slurm.time_s)
-    return [part for part in parts if read_summary(part.result).get("status") != "completed"]
+    """The stages that are not completed, and those that read from one that is made anew."""
+    base = (slurm and slurm.project_dir) or Path.cwd()
+    left: list[Stage] = []
+    for stage, part in zip(recipe.stages, stages_of(recipe, None if slurm is None else slurm.time_s), strict=True):
+        is_completed = read_summary(base / part.result).get("status") == "completed"
+        if is_completed and not {earlier.name for earlier in left} & set(stage.needs):
+            note([f"{part.name}: {part.result} is completed, and left out; remove it to have it made anew"])
+        else:
+            left.append(part)
+    return left
 
 
 def _parts(
