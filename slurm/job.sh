@@ -146,13 +146,18 @@ until # the wait was ended by the run, not by a signal
 do :; done
 # Where a node's task was killed, srun has that to say and not what the first one said.
 if [ "$command" = train ] && [ -s "$RUN_DIR/logs/exit_code" ]; then code=$(<"$RUN_DIR/logs/exit_code"); fi
-# Preempted with a time of grace, the run was told by Slurm itself.
-if [ "$code" = 130 ] && [ "$requeue" = 0 ]; then
-  preempted=$(told PreemptTime)
-  case ${preempted:-N/A} in N/A | NONE) ;; *) requeue=1 ;; esac
+# Preempted with a time of grace, the run was told by Slurm itself: with 143 it ends while it is starting.
+preempted=0
+if [ "$requeue" = 0 ] && { [ "$code" = 130 ] || [ "$code" = 143 ]; }; then
+  case $(told PreemptTime) in '' | N/A | NONE) ;; *) preempted=1 ;; esac
+fi
+if [ "$preempted" = 1 ]; then
+  echo "preempted; back into the queue, to continue from what is saved in $RUN_DIR"
+  put_back
 fi
 if [ "$requeue" = 1 ] && [ "$code" = 130 ]; then
-  if [ "$(made)" = "$before" ]; then
+  left=$(($(date -d "$(told EndTime)" +%s) - $(date +%s))) # much, where somebody asked and not the time limit
+  if [ "$(made)" = "$before" ] && [ "$left" -le $((lead + 120)) ]; then
     echo "error: no step was made before the time limit, so a requeue would make none either: raise --time" >&2
     exit 1
   fi

@@ -287,7 +287,7 @@ exit "${CODE:-3}"
 """,
     "squeue": """
 case $* in
-    *EndTime*) date +%FT%T ;;
+    *EndTime*) date -d "${ENDS:-now}" +%FT%T ;;
     *PreemptTime*) echo "${PREEMPTED:-N/A}" ;;
     *State*)
         echo >>"$NOTES/signals"
@@ -394,12 +394,17 @@ def test_a_busy_slurm_is_asked_again(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("preempted", "requeues"), [("2026-11-29T12:00:00", True), ("N/A", False)])
-def test_a_run_that_slurm_preempts_with_a_time_of_grace_comes_back(tmp_path: Path, preempted: str, requeues: bool):
-    script = Script(tmp_path, CODE="130", PREEMPTED=preempted)
+@pytest.mark.parametrize(("code", "has_made"), [("130", True), ("130", False), ("143", False)])
+def test_a_run_that_slurm_preempts_with_a_time_of_grace_comes_back(
+    tmp_path: Path, preempted: str, requeues: bool, code: str, has_made: bool
+):
+    """Also if it was only starting, with nothing to save, or not even told what to do when asked to end."""
+    script = Script(tmp_path, CODE=code, PREEMPTED=preempted)
     script.wait_for("pid")
-    made_a_step(tmp_path)
+    if has_made:
+        made_a_step(tmp_path)
     (script.notes / "end").touch()
-    assert script.ended()[0] == 130
+    assert script.ended()[0] == int(code)
     assert (script.notes / "scontrol").exists() == requeues
 
 
@@ -446,6 +451,22 @@ def test_a_pipelines_job_goes_back_into_the_queue_with_what_its_stages_made(
     assert doctor.endswith(" doctor examples/llama3.1-8b_no_robots/rlhf.yaml")
     assert " pipeline examples/llama3.1-8b_no_robots -s sft.launch.interrupt_grace_s=500 " in pipeline
     assert pipeline.endswith(f" -s dir={tmp_path / 'run'} -s sft.run.seed=3") and "--resume" not in pipeline
+
+
+@pytest.mark.parametrize(("ends", "requeues"), [("1 minute", False), ("3 hours", True)])
+def test_a_job_that_was_asked_before_its_first_step_comes_back_unless_its_time_is_up(
+    tmp_path: Path, ends: str, requeues: bool
+):
+    script = Script(tmp_path, CODE="130", ENDS=ends)
+    script.wait_for("pid")
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run/config.yaml").touch()
+    script.process.terminate()
+    script.wait_for("stops")
+    (script.notes / "end").touch()
+    code, said = script.ended()
+    assert (code, "raise --time" in said) == (130 if requeues else 1, not requeues), said
+    assert (script.notes / "scontrol").exists() == requeues
 
 
 @pytest.mark.parametrize(
