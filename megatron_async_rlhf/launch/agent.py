@@ -44,7 +44,7 @@ from megatron_async_rlhf.launch.rendezvous import (
     rendezvous_path,
 )
 from megatron_async_rlhf.launch.scratch import remove_abandoned
-from megatron_async_rlhf.launch.terminal import handle_interrupts
+from megatron_async_rlhf.launch.terminal import handling_interrupts
 from megatron_async_rlhf.run_secret import MAX_MESSAGE_BYTES
 
 _POLL_S = 0.1
@@ -90,14 +90,12 @@ class Agent:
     def serve(self) -> int:
         """Until told to leave; returns the exit code."""
         remove_abandoned()
-        previous = handle_interrupts(self._on_signal)
-        try:
-            return self._serve()
-        finally:
-            self._end_all()
-            self._listening.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with handling_interrupts(self._on_signal):
+            try:
+                return self._serve()
+            finally:
+                self._end_all()
+                self._listening.close()
 
     def _serve(self) -> int:
         heard = beat = time.monotonic()

@@ -18,7 +18,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.launch.plan import ProcessSpec
 from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.launch.progress import progress_of
-from megatron_async_rlhf.launch.terminal import handle_interrupts
+from megatron_async_rlhf.launch.terminal import handling_interrupts
 from megatron_async_rlhf.telemetry.files import LOG_DIR, RESOLVED_CONFIG, STOP, replace_file, writing
 
 OWN_COMMAND = (sys.executable, "-m", "megatron_async_rlhf")
@@ -68,14 +68,14 @@ class Commands:
         return self._interrupts > 0
 
     def __enter__(self) -> Self:
-        self._previous = handle_interrupts(self._on_interrupt)
+        self._handling = handling_interrupts(self._on_interrupt)
+        self._handling.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._process is not None:
             self._process.kill_group(signal.SIGKILL)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._handling.__exit__(None, None, None)
 
     def run(
         self, subcommand: str, name: str, config: RunConfig, *, resume: bool = False, limit: Limit | None = None

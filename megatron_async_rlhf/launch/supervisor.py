@@ -39,7 +39,7 @@ from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
 from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.launch.scratch import remove_abandoned
 from megatron_async_rlhf.launch.stacks import dump_stacks
-from megatron_async_rlhf.launch.terminal import handle_interrupts
+from megatron_async_rlhf.launch.terminal import handling_interrupts
 from megatron_async_rlhf.telemetry.events import EventLog, parse_event
 from megatron_async_rlhf.telemetry.files import (
     EVENTS,
@@ -85,11 +85,8 @@ class Supervisor:
         """
         self._cut_back, self._times_back = cut_back, 0
         self._taken = taken
-        self._config = config
-        self._fleet = fleet
-        self._plan = plan
-        self._run_dir = run_dir
-        self._display = display
+        self._config, self._plan, self._run_dir = config, plan, run_dir
+        self._display, self._fleet = display, fleet
         self._processes: list[Process] = []
         self._pids: dict[str, int | None] = {}
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -106,7 +103,10 @@ class Supervisor:
 
     def run(self) -> int:
         """Start, watch, end; returns the exit code: 0 completed, 1 failed, 130 interrupted, 75 failed with a lost machine."""
-        previous = handle_interrupts(self._on_interrupt)
+        with handling_interrupts(self._on_interrupt):  # also while the last words are written
+            return self._run()
+
+    def _run(self) -> int:
         try:
             self._start()
             status, error, tail = self._watch()
@@ -114,8 +114,6 @@ class Supervisor:
             status, error, tail = "failed", str(failure), []
         finally:
             self._end_all()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         self._drain_events()
         self._write_last_summary(status, error, tail)
         self._display.finished(status, error, tail, self._run_dir)

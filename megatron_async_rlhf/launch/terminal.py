@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TextIO
 
@@ -14,8 +15,9 @@ Handler = Callable[[int, FrameType | None], None]
 _ECHO_S = 2.0
 
 
-def handle_interrupts(handler: Handler) -> dict[int, Any]:
-    """Have `handler` called at SIGINT, SIGTERM and SIGHUP; returns what was there before.
+@contextmanager
+def handling_interrupts(handler: Handler) -> Iterator[None]:
+    """Have `handler` called at SIGINT, SIGTERM and SIGHUP, and afterwards what was called before.
 
     A terminal that closes sends SIGHUP more than once, by itself and through the shell, and some send it after a SIGTERM:
     only one that comes first counts. Under `nohup` it stays ignored. A scheduler tells every process of a job, and a parent
@@ -37,7 +39,12 @@ def handle_interrupts(handler: Handler) -> dict[int, Any]:
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
-    return {number: signal.signal(number, on_signal) for number in numbers}
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
 
 
 def outlive_readers() -> None:

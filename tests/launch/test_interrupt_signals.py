@@ -12,10 +12,8 @@ from megatron_async_rlhf.launch import terminal
 @pytest.fixture
 def interrupts() -> Iterator[list[int]]:
     came: list[int] = []
-    previous = terminal.handle_interrupts(lambda number, frame: came.append(number))
-    yield came
-    for number, handler in previous.items():
-        signal.signal(number, handler)
+    with terminal.handling_interrupts(lambda number, frame: came.append(number)):
+        yield came
 
 
 def test_a_scheduler_and_a_parent_that_both_say_so_count_once(interrupts: list[int], monkeypatch):

@@ -20,6 +20,10 @@ from megatron_async_rlhf.telemetry.summary import read_summary
 
 _SET_UP = "bash tools/setup_launch_env.sh"
 _TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names a directory and jobs
+_IS_RECIPE = (
+    "is a recipe, which names its stages, and their machines in launch.nodes: remove --stages, --export-to, --resume and "
+    "--nodes; stages that are done are not made again"
+)
 _PANEL = "Slurm, instead of launch.slurm in the configuration"
 _Tunnel = Literal["local", "ssh"]
 
@@ -70,14 +74,11 @@ def launch(
     """
     recipe = load_recipe(config, set) if is_recipe(config) else None
     if recipe is not None and (stages or export_to or resume or nodes):
-        raise ConfigError(
-            f"{config} is a recipe, which names its stages, and their machines in launch.nodes: remove --stages, "
-            "--export-to, --resume and --nodes; stages that are done are not made again"
-        )
+        raise ConfigError(f"{config} {_IS_RECIPE}")
     tree = read_tree(config, set) if recipe is None else recipe.stages[0].config.model_dump(mode="json")
     options = dict(account=account, partition=partition, time=time, tunnel=tunnel, host=host, user=user)
-    given = options | dict(job_dir=job_dir, project_dir=project_dir, container=container)
-    given = {key: value for key, value in given.items() if value is not None}
+    options |= dict(job_dir=job_dir, project_dir=project_dir, container=container)
+    given = {key: value for key, value in options.items() if value is not None}
     resolved = _resolved(tree, given, nodes)
     _check_executor(executor, resolved, list(given))
     title = _checked_title(name or (resolved.run.name if recipe is None else recipe.name))
@@ -85,8 +86,7 @@ def launch(
     slurm = (resolved.launch.slurm or SlurmKeys()) if executor == "slurm" else None
     parts = _left(recipe, slurm) if recipe else _parts(tree, stages or "train", slurm, resume, export_to)
     if not parts:
-        typer.echo(f"{title}: all stages are completed")
-        return
+        return typer.echo(f"{title}: all stages are completed")
     _find_nemo_run(slurm)
     if slurm is None:
         raise typer.Exit(_run_here(title, parts, python, dry_run))

@@ -19,7 +19,7 @@ from nemo_run.config import get_nemorun_home
 
 from megatron_async_rlhf.errors import ConfigError, SubmissionError
 from megatron_async_rlhf.launch.nemo.slurm_states import QueuedJob
-from megatron_async_rlhf.launch.terminal import handle_interrupts
+from megatron_async_rlhf.launch.terminal import handling_interrupts
 
 EXIT_COMPLETED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 # NeMo-Run writes this for the job's directory and, without a container, replaces it wherever it stands.
@@ -64,8 +64,7 @@ def run_here(title: str, jobs: Sequence[Job], note: Note) -> int:
         for file in running:
             _pass_on(file, signal.SIGTERM if len(interrupts) == 1 else signal.SIGINT)
 
-    previous = handle_interrupts(on_interrupt)
-    try:
+    with handling_interrupts(on_interrupt):
         for job in jobs:
             with _experiment(title) as experiment:
                 _add(experiment, [job])
@@ -79,10 +78,7 @@ def run_here(title: str, jobs: Sequence[Job], note: Note) -> int:
                 return EXIT_INTERRUPTED
             if not succeeded:
                 return EXIT_FAILED
-        return EXIT_COMPLETED
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return EXIT_COMPLETED
 
 
 def submit(title: str, jobs: Sequence[Job]) -> list[QueuedJob]:
