@@ -43,7 +43,7 @@ def count_gpus(config: RunConfig) -> int:
     if told.returncode:
         reason = (told.stderr.strip().splitlines() or ["unknown"])[-1]
         raise ConfigError(f"run.device = cuda: the machine cannot be examined: {reason}")
-    answer = json.loads(told.stdout)
+    answer = json.loads(told.stdout.splitlines()[-1])  # what packages print when they are imported comes before
     if answer["problems"]:
         raise ConfigError("\n".join(answer["problems"]))
     return answer["gpus"]

@@ -230,7 +230,8 @@ def _not_joined(config: RunConfig, path: Path, found: Rendezvous | None) -> str:
         )
     if found is None:
         return (
-            f"{node_name()}: {path} is of an earlier start and has expired; start the first machine (node rank 0) again"
+            f"{node_name()}: {path} is of an earlier start and has expired (or this machine's clock is ahead of the first one's); "
+            "start the first machine (node rank 0) again"
         )
     tried = ", ".join(f"{address}:{found.port}" for address in found.addresses)
     return (

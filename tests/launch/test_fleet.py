@@ -380,7 +380,10 @@ def old_rendezvous(cluster, *, expires: float, address: str = "127.0.0.1") -> No
     ("expires_in", "says"),
     [
         (None, "start the same command on the first machine (node rank 0), and keep run.dir where all machines see it"),
-        (-1.0, "is of an earlier start and has expired; start the first machine (node rank 0) again"),
+        (
+            -1.0,
+            "is of an earlier start and has expired (or this machine's clock is ahead of the first one's); start the first",
+        ),
         (600.0, "m1 cannot reach the first machine, m0, at any of 127.0.0.1:"),
     ],
 )
