@@ -28,7 +28,7 @@ REINFORCEMENT = {
     "learning_rate": 3e-4, "min_learning_rate": 0.0, "lr_decay": "linear", "weight_decay": 0.0,
     "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-4, "clip_grad": 2.0,
 }  # fmt: skip
-RL_STEPS = 5
+RL_STEPS = 10
 LONG_STEPS = 20
 LONG_RUN = REINFORCEMENT | {"learning_rate": 1e-3, "clip_grad": 5.5, "weight_decay": 0.1}
 BETA = 0.1
