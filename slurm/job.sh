@@ -147,13 +147,13 @@ do :; done
 # Where a node's task was killed, srun has that to say and not what the first one said.
 if [ "$command" = train ] && [ -s "$RUN_DIR/logs/exit_code" ]; then code=$(<"$RUN_DIR/logs/exit_code"); fi
 # Preempted with a time of grace, the run was told by Slurm itself: with 143 it ends while it is starting.
-preempted=0
 if [ "$requeue" = 0 ] && { [ "$code" = 130 ] || [ "$code" = 143 ]; }; then
-  case $(told PreemptTime) in '' | N/A | NONE) ;; *) preempted=1 ;; esac
-fi
-if [ "$preempted" = 1 ]; then
-  echo "preempted; back into the queue, to continue from what is saved in $RUN_DIR"
-  put_back
+  case $(told PreemptTime) in
+    '' | N/A | NONE) ;;
+    *)
+      echo "preempted; back into the queue, to continue from what is saved in $RUN_DIR"
+      put_back ;;
+  esac
 fi
 if [ "$requeue" = 1 ] && [ "$code" = 130 ]; then
   left=$(($(date -d "$(told EndTime)" +%s) - $(date +%s))) # much, where somebody asked and not the time limit

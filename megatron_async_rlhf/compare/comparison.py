@@ -76,11 +76,9 @@ class Against(Struct, frozen=True, kw_only=True):
         One seed tells how much faster it is, within a few per cent, but not whether a lower reward is more than chance.
         """
         faster, reward = self.speedup.is_above(WORTHWHILE), self.held_out_reward
-        if reward is None or faster is False:
+        if reward is None or reward.is_above(0) is not False:
             return faster
-        if len(self.seeds) == 1:
-            return None if reward.mean < 0 else faster
-        return False if reward.is_above(0) is False else faster
+        return False if len(self.seeds) > 1 or faster is False else None
 
 
 class Comparison(Struct, frozen=True, kw_only=True):

@@ -125,9 +125,8 @@ class CorrectionKeys(Section):
     Where the loss is of whole completions (rloo, proximal_rloo) so is rho: the product over the tokens.
     """
 
-    type: Literal["none", "truncate", "mask", "mask_sequences", "decoupled"] = (
-        "none"  # docs/algorithms.md has the weights
-    )
+    # docs/algorithms.md has the weights
+    type: Literal["none", "truncate", "mask", "mask_sequences", "decoupled"] = "none"
     low: float | None = Field(None, ge=0)  # default 0.5 for mask, else 0
     high: PositiveFloat | None = None  # default 2 for truncate and mask_sequences, 5 for mask; decoupled has none
 

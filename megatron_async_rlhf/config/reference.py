@@ -199,11 +199,16 @@ def _is_list(annotation: Any) -> bool:
     return any(get_origin(kind) is list for kind in alternatives(annotation))
 
 
-def in_cell(text: str) -> str:
-    """As a cell of a Markdown table. A `<` in code stays as it is: a backslash before it would be shown there."""
+def in_markdown(text: str) -> str:
+    """A `<` in code stays as it is: a backslash before it would be shown there."""
     parts = text.split("`")
     parts[::2] = [plain.replace("<", "\\<") for plain in parts[::2]]
-    return "`".join(parts).replace("|", "\\|")
+    return "`".join(parts)
+
+
+def in_cell(text: str) -> str:
+    """Of a table in Markdown."""
+    return in_markdown(text).replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -207,10 +207,10 @@ def _program(what: str, program: str, argument: str, remedy: str) -> Finding:
         return Finding(what=what, state="missing", detail=f"{program} is not on the PATH", remedy=remedy)
     try:
         told = subprocess.run([program, argument], capture_output=True, encoding="utf-8", timeout=10, check=False)
+        works, said = told.returncode == 0, " ".join((told.stdout or told.stderr).split())
     except (OSError, subprocess.SubprocessError) as error:
-        return Finding(what=what, state="missing", detail=f"{program} does not work here: {error}", remedy=remedy)
-    said = " ".join((told.stdout or told.stderr).split())
-    if told.returncode:
+        works, said = False, str(error)
+    if not works:
         return Finding(what=what, state="missing", detail=f"{program} does not work here: {said[:120]}", remedy=remedy)
     return Finding(what=what, state="ok", detail=said)
 

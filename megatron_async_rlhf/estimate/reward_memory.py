@@ -95,7 +95,5 @@ def classifier_size(key: str, directory: Path, model: Classifier) -> int:
 
 
 def _cache_bytes_per_token(section: RewardModelSection, model: Classifier) -> int:
-    heads = max(
-        1, model.kv_heads // section.tensor_parallel
-    )  # of a worker: with fewer than workers several have the same
-    return ITEM_BYTES[section.dtype] * model.cache_numbers // model.kv_heads * heads
+    heads = max(1, model.kv_heads // section.tensor_parallel)  # of a worker; several have the same where they are fewer
+    return ITEM_BYTES[section.dtype] * model.cache_numbers * heads

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -61,6 +62,7 @@ class Commands:
         self._directory, self._note, self._command, self._clock = directory, note, command, clock
         self._watch = watch
         self._interrupts = 0
+        self._handling = ExitStack()
         self._process: Process | None = None
 
     @property
@@ -68,14 +70,13 @@ class Commands:
         return self._interrupts > 0
 
     def __enter__(self) -> Self:
-        self._handling = handling_interrupts(self._on_interrupt)
-        self._handling.__enter__()
+        self._handling.enter_context(handling_interrupts(self._on_interrupt))
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._process is not None:
             self._process.kill_group(signal.SIGKILL)
-        self._handling.__exit__(None, None, None)
+        self._handling.close()
 
     def run(
         self, subcommand: str, name: str, config: RunConfig, *, resume: bool = False, limit: Limit | None = None

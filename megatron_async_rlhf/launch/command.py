@@ -34,7 +34,7 @@ from megatron_async_rlhf.telemetry.files import (
     check_is_run,
     read_lines,
 )
-from megatron_async_rlhf.telemetry.summary import read_summary
+from megatron_async_rlhf.telemetry.summary import is_completed
 
 if TYPE_CHECKING:
     from megatron_async_rlhf.launch.display import Display
@@ -284,7 +284,7 @@ def _decide_sft(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) 
 
     run_dir = config.run.path.absolute()
     template = run_dir / POLICY_TEMPLATE_DIR
-    has_begun = RunCheckpoints(run_dir).versions() or read_summary(run_dir).get("status") == "completed"
+    has_begun = RunCheckpoints(run_dir).versions() or is_completed(run_dir)
     if not (resume and has_begun):  # one that was killed while its directory was made may have no template
         check_inputs_apart(config)
         template = scratch / "model"

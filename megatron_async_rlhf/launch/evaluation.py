@@ -17,7 +17,7 @@ from megatron_async_rlhf.generator.places import places_problem, threads_problem
 from megatron_async_rlhf.installed import check_installed
 from megatron_async_rlhf.options import DryRunOption, NodeRankOption, SetOption, warn
 from megatron_async_rlhf.telemetry.files import ANSWERS_DIR, EVALUATION, RESOLVED_CONFIG, SERVED_DIR
-from megatron_async_rlhf.telemetry.summary import read_summary
+from megatron_async_rlhf.telemetry.summary import is_completed
 
 if TYPE_CHECKING:
     from megatron_async_rlhf.jobs.evaluated_models import EvaluationInputs
@@ -159,7 +159,7 @@ def _decide(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "
     from megatron_async_rlhf.launch.start import Start
 
     goes_on = goes_on_with_answers(config, resume)
-    if goes_on and read_summary(config.run.path).get("status") == "completed":
+    if goes_on and is_completed(config.run.path):
         typer.echo(f"{config.run.path} is completed")
         return None
     inputs = check_evaluation(config, scratch)

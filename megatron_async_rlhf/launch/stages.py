@@ -18,7 +18,7 @@ from megatron_async_rlhf.config.load import check_tree, set_key
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR
-from megatron_async_rlhf.telemetry.summary import read_summary
+from megatron_async_rlhf.telemetry.summary import is_completed
 
 STAGES = ("sft", "train", "export")
 _MARGIN_S = 60.0  # beside `launch.interrupt_grace_s`: to end, and for clocks of machines that differ
@@ -83,7 +83,7 @@ def expand_stages(
     if "sft" in names:
         sft = _sft(tree, base, resume, seconds)
         made = sft.result
-        if not (resume and read_summary(directory / made).get("status") == "completed"):
+        if not (resume and is_completed(directory / made)):
             stages.append(sft)
         start_from(train_tree, base, made / EXPORT_DIR)
     if "train" in names:

@@ -18,7 +18,7 @@ class Classifier(Struct, frozen=True, kw_only=True):
         context_length: tokens that it reads at most.
         vocab_size: rows of its embedding.
         pad_token_id: a sequence is scored at its last token that is another one; None: at its last.
-        cache_numbers: keys and values of one token in all layers, of all `kv_heads`.
+        cache_numbers: key and value of one token and one of `kv_heads`, in all layers.
     """
 
     context_length: int
@@ -78,5 +78,5 @@ def _numbers(config: dict[str, Any]) -> Classifier:
         heads=heads,
         pad_token_id=config.get("pad_token_id"),
         kv_heads=kv_heads,
-        cache_numbers=2 * layers * kv_heads * head_size,
+        cache_numbers=2 * layers * head_size,
     )

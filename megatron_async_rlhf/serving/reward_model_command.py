@@ -57,9 +57,4 @@ def server_environment(section: RewardModelSection, config: RunConfig, devices: 
     Args:
         devices: a core or a GPU for each tensor-parallel worker, as their numbers or names.
     """
-    environment = common_environment(config.run.device, devices)
-    if config.run.device == "cuda":
-        environment["VLLM_USE_V2_MODEL_RUNNER"] = (
-            "0"  # as generators have it: one model runner for all servers of a run
-        )
-    return environment
+    return common_environment(config.run.device, devices)

@@ -70,7 +70,12 @@ def common_environment(device: Device, devices: Sequence[str]) -> dict[str, str]
         devices: a core or a GPU for each tensor-parallel worker, as their numbers or names.
     """
     if device == "cuda":
-        placed = {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+        placed = {
+            "CUDA_VISIBLE_DEVICES": ",".join(devices),
+            # Its second model runner rounds logits / temperature to the dtype of the weights before it samples, and says what
+            # it sampled from: with bf16 further from the learner's policy than one that divides in float32, as the first does.
+            "VLLM_USE_V2_MODEL_RUNNER": "0",
+        }
     else:
         placed = {
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(devices),

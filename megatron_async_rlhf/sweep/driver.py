@@ -24,7 +24,7 @@ from megatron_async_rlhf.launch.child_command import (
 from megatron_async_rlhf.launch.progress import progress_of
 from megatron_async_rlhf.sweep.points import Point, Sweep
 from megatron_async_rlhf.telemetry.files import RESOLVED_CONFIG
-from megatron_async_rlhf.telemetry.summary import read_summary
+from megatron_async_rlhf.telemetry.summary import is_completed
 
 
 class Driver:
@@ -89,7 +89,7 @@ class Driver:
 
 def _is_made(start: RunConfig) -> bool:
     """The directory's name says what the start was made of; keys it does not depend on may have changed."""
-    return read_summary(start.run.path).get("status") == "completed"
+    return is_completed(start.run.path)
 
 
 def parse_only(filters: Iterable[str]) -> dict[str, list[str]]:

@@ -173,6 +173,11 @@ class _Read(Struct):
     versions: dict[str, str] = {}
 
 
+def is_completed(run_dir: Path) -> bool:
+    """Whether a run, of any command, says so there."""
+    return read_summary(run_dir).get("status") == "completed"
+
+
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """A run's `summary.json`; empty if there is none yet, or not a whole one: then nothing says how the run ended."""
     try:

@@ -1,7 +1,6 @@
 """Runs that are started from Python."""
 
 import math
-import os
 import re
 import subprocess
 import sys
@@ -120,7 +119,6 @@ def test_another_thread_is_refused():
 
 @pytest.mark.slow
 def test_a_run_that_fails_raises(tmp_path: Path):
-    os.environ.pop("PYTEST_CURRENT_TEST", None)
     config = load_config(
         QUICKSTART,
         {

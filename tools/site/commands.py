@@ -8,7 +8,7 @@ import inspect
 import typer
 
 from megatron_async_rlhf.cli import app
-from megatron_async_rlhf.config.reference import in_cell
+from megatron_async_rlhf.config.reference import in_cell, in_markdown
 
 HEAD = """\
 # Commands
@@ -39,9 +39,8 @@ def main() -> None:
 def about(command) -> str:
     """The help; the example as code."""
     text, _, example = inspect.cleandoc(command.help or "").partition("Example: ")
-    text = "\n".join(
-        f"`{line}`" if line.startswith("# ") else line.replace("<", "\\<") for line in text.strip().splitlines()
-    )
+    lines = (f"`{line}`" if line.startswith("# ") else line for line in text.strip().splitlines())
+    text = in_markdown("\n".join(lines))
     return "\n\n".join([text, *([f"`{' '.join(example.split())}`"] if example else [])])
 
 

@@ -114,11 +114,8 @@ def server_environment(config: RunConfig, devices: list[str]) -> dict[str, str]:
     Args:
         devices: a core or a GPU for each tensor-parallel worker, as their numbers or names.
     """
-    if config.run.device == "cuda":
-        # Its second model runner rounds logits / temperature to the dtype of the weights before it samples, and says what it
-        # sampled from: with bf16 further from the learner's policy than one that divides in float32, as the first does.
-        own = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-    else:
+    own = {}
+    if config.run.device == "cpu":
         # Matrices are repacked with every push. Else glibc keeps holes of all their sizes (80 % more memory), and each comes in
         # pages of 4 KiB, which takes a fifth of a push of 538 MB (it needs glibc 2.35, and is ignored before).
         own = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

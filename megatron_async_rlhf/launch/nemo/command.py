@@ -16,7 +16,7 @@ from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.launch.recipe import Recipe, is_recipe, load_recipe, stages_of
 from megatron_async_rlhf.launch.stages import Stage, expand_stages, parse_stages
 from megatron_async_rlhf.options import SetOption, note, warn
-from megatron_async_rlhf.telemetry.summary import read_summary
+from megatron_async_rlhf.telemetry.summary import is_completed
 
 _SET_UP = "bash tools/setup_launch_env.sh"
 _TITLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names a directory and jobs
@@ -104,11 +104,10 @@ def _resolved(tree: dict[str, Any], slurm_keys: dict[str, Any], nodes: int | Non
 
 def _left(recipe: Recipe, slurm: SlurmKeys | None) -> list[Stage]:
     """The stages that are not completed, and those that read from one that is made anew."""
-    base = (slurm and slurm.project_dir) or Path.cwd()
+    base = _project_dir(slurm)
     left: list[Stage] = []
     for stage, part in zip(recipe.stages, stages_of(recipe, None if slurm is None else slurm.time_s), strict=True):
-        is_completed = read_summary(base / part.result).get("status") == "completed"
-        if is_completed and not {earlier.name for earlier in left} & set(stage.needs):
+        if is_completed(base / part.result) and not {earlier.name for earlier in left} & set(stage.needs):
             note([f"{part.name}: {part.result} is completed, and left out; remove it to have it made anew"])
         else:
             left.append(part)
@@ -124,9 +123,14 @@ def _parts(
         parse_stages(stages),
         resume=resume,
         export_to=export_to,
-        directory=(slurm and slurm.project_dir) or Path.cwd(),
+        directory=_project_dir(slurm),
         seconds=None if slurm is None else slurm.time_s,
     )
+
+
+def _project_dir(slurm: SlurmKeys | None) -> Path:
+    """Where relative paths of stages begin."""
+    return (slurm and slurm.project_dir) or Path.cwd()
 
 
 def _checked_title(title: str) -> str:

@@ -160,6 +160,7 @@ class Passes:
 
 
 def _raise_together(failures: list[str], placement: Placement) -> None:
+    """Every step exchanges a number for it, and the texts only where there are some."""
     count = torch.tensor([len(failures)])
     dist.all_reduce(count, group=placement.control)
     if count.item():
