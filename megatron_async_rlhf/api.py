@@ -5,6 +5,7 @@ run = train(config, reward=my_score, on_step=lambda step: print(step["reward"]))
 run.after["reward"], run.policy
 """
 
+import ast
 import dis
 import inspect
 import json
@@ -172,11 +173,6 @@ def _named(config: RunConfig, function: Callable[..., list[float]]) -> str:
     file = inspect.getsourcefile(function)
     if function.__module__ != "__main__" and file is not None and "<locals>" not in function.__qualname__:
         return f"{file}:{name}"
-    if needed := [other for other in _from_outside(function) if other != name]:
-        raise ConfigError(
-            f"reward: {name} uses {', '.join(needed)} from outside of it, which its processes do not have: import or define "
-            f"that inside the function, or put both into a file and set reward.function to FILE.py:{name}"
-        )
     try:
         source = dedent(inspect.getsource(function))
     except OSError:
@@ -184,16 +180,26 @@ def _named(config: RunConfig, function: Callable[..., list[float]]) -> str:
             f"reward: Python does not know the source of {name}, as of what is typed at its prompt: write it to a file and set "
             f"reward.function to FILE.py:{name}"
         ) from None
+    if needed := [other for other in _from_outside(function, source) if other != name]:
+        raise ConfigError(
+            f"reward: {name} uses {', '.join(needed)} from outside of it, which its processes do not have: import or define "
+            f"that inside the function, or put both into a file and set reward.function to FILE.py:{name}"
+        )
     path = config.run.path.absolute().with_name(f"{config.run.path.name}.reward.py")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(source, encoding="utf-8")
+    path.write_text(f"from __future__ import annotations\n\n\n{source}", encoding="utf-8")  # nobody looks at them
     return f"{path}:{name}"
 
 
-def _from_outside(function: FunctionType) -> list[str]:
-    """Variables that it reads and does not have itself, those of its inner functions and comprehensions too."""
+def _from_outside(function: FunctionType, source: str) -> list[str]:
+    """Variables that it reads and does not have itself, those of its inner functions, decorators and defaults too."""
+    (made,) = ast.parse(source).body
+    assert isinstance(made, ast.FunctionDef | ast.AsyncFunctionDef)
+    first = [*made.decorator_list, *made.args.defaults, *filter(None, made.args.kw_defaults)]
+    named = [node.id for each in first for node in ast.walk(each) if isinstance(node, ast.Name)]
     codes = [function.__code__]
     for code in codes:
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     read = [step.argval for code in codes for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"]
-    return [*function.__code__.co_freevars, *(name for name in dict.fromkeys(read) if name in function.__globals__)]
+    names = dict.fromkeys([*named, *read])
+    return [*function.__code__.co_freevars, *(name for name in names if name in function.__globals__)]

@@ -78,7 +78,7 @@ class Against(Struct, frozen=True, kw_only=True):
         faster, reward = self.speedup.is_above(WORTHWHILE), self.held_out_reward
         if reward is None or reward.is_above(0) is not False:
             return faster
-        return False if len(self.seeds) > 1 or faster is False else None
+        return False if reward.seeds > 1 or faster is False else None
 
 
 class Comparison(Struct, frozen=True, kw_only=True):

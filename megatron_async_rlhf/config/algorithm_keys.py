@@ -200,14 +200,19 @@ class PolicyGradientKeys(AlgorithmKeys):
         return self.kl.in_reward or (updates > 1 and self.uses_proximal)
 
 
+def _reports_ratio(keys: AlgorithmKeys) -> bool:
+    """A loss of one's own reports what it likes."""
+    return getattr(keys, "loss_function", None) is None
+
+
 class RatioKeys(PolicyGradientKeys):
     """Losses made of the ratio of the policy's probabilities to an earlier policy's."""
 
     own_metrics: ClassVar[tuple[Key, ...]] = (
-        Key("ratio/mean", "-", "policy over proximal policy, mean over what it is clipped by: tokens or completions", "learner"),
-        Key("ratio/max", "-", "the largest", "learner"),
-        Key("ratio/clipped_low", "share", "whose gradient the lower bound takes away", "learner"),
-        Key("ratio/clipped_high", "share", "whose gradient the upper bound takes away", "learner"),
+        Key("ratio/mean", "-", "policy over proximal policy, mean over what it is clipped by: tokens or completions", "learner", _reports_ratio),
+        Key("ratio/max", "-", "the largest", "learner", _reports_ratio),
+        Key("ratio/clipped_low", "share", "whose gradient the lower bound takes away", "learner", _reports_ratio),
+        Key("ratio/clipped_high", "share", "whose gradient the upper bound takes away", "learner", _reports_ratio),
     )  # fmt: skip
 
     # What the ratio is taken against: `proximal`, the policy before the update (the paper's code), which staleness does

@@ -77,7 +77,7 @@ class PPOSection(RatioKeys):
         Key("value_loss", "-", "of the value model, before its coefficient (PPO)", "learner"),
         Key("value/mean", "reward", "mean value of a token", "learner"),
         Key("value/error", "reward²", "mean squared distance to the returns", "learner"),
-        Key("value/clipped", "share", "of tokens whose value moved beyond `algorithm.value_clip`", "learner"),
+        Key("value/clipped", "share", "of tokens whose loss `algorithm.value_clip` raises, which takes its gradient away", "learner"),
         Key("value/grad_norm", "-", "the value model's gradient norm, before clipping", "learner"),
         Key("value/learning_rate", "-", "the value model's", "learner"),
         Key("time/values_s", "s", "forward pass of the value model; only if there is one", "learner"),

@@ -47,7 +47,7 @@ class RewardModelSection(FallibleKeys):
     # Conversations a replica computes together. Default: 1 with schedule.generation = batch, so that no score depends on
     # what is beside it, to the last bit; 32 with streaming.
     max_concurrent: PositiveInt | None = None
-    kv_cache_gib: PositiveInt = 1  # per replica; cpu only
+    kv_cache_gib: PositiveInt = 1  # of each tensor-parallel worker; cpu only
     gpu_memory_share: float = Field(0.85, gt=0, lt=1)  # of each GPU for weights, activations and cache; cuda only
     center_on_solutions: int = Field(0, ge=0)  # subtract the mean score of so many solutions of the data; 0: nothing
     start_timeout_s: PositiveFloat = 300.0  # until a server is ready

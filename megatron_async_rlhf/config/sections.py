@@ -91,7 +91,7 @@ class OptimizerKeys(Section):
     learning_rate: PositiveFloat
     min_learning_rate: float = Field(0.0, ge=0)
     lr_decay: Literal["constant", "linear", "cosine"] = "linear"  # the paper: linear, no warmup
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0)  # all steps but the last, at most
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -189,7 +189,7 @@ class WarmStartSection(OptimizerKeys):
     steps: int = Field(0, ge=0)  # optimizer steps; 0 turns it off
     batch_size: PositiveInt = 64  # sequences per optimizer step
     learning_rate: PositiveFloat = 1e-3
-    lr_decay: Literal["constant", "linear", "cosine"] = "cosine"  # to min_learning_rate at the last step
+    lr_decay: Literal["constant", "linear", "cosine"] = "cosine"  # to min_learning_rate, reached after the last step
     adam_beta2: float = Field(0.95, ge=0, lt=1)
 
 
@@ -203,7 +203,7 @@ class GeneratorSection(Section):
     max_new_tokens: PositiveInt = 128  # of a completion; one that is longer is cut off
     dtype: Dtype = "float32"  # of the weights it holds; the learner converts while packing
     max_concurrent: PositiveInt = 128  # sequences a replica decodes at once
-    kv_cache_gib: PositiveInt = 1  # per replica; cpu only
+    kv_cache_gib: PositiveInt = 1  # of each tensor-parallel worker; cpu only
     gpu_memory_share: float = Field(0.85, gt=0, lt=1)  # of each GPU for weights, activations and cache; cuda only
     cuda_graphs: bool = True  # capture decoding steps; cuda only
     port: int = Field(0, ge=0, le=65535)  # of the first replica, the next ones follow; 0 picks free ports

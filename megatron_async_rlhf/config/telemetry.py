@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from megatron_async_rlhf.config.section import Section
 
@@ -37,4 +37,5 @@ class TelemetrySection(Section):
     tensorboard: bool = False  # event files in the run directory
     trackio: TrackioKeys | None = None
     prometheus: PrometheusKeys | None = None
+    close_timeout_s: PositiveFloat = 120.0  # that W&B, and each of the others, may take at the end of a run
     samples_per_step: int = Field(2, ge=0)  # rollout groups of each step that go to samples.jsonl

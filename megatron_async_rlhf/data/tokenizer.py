@@ -11,7 +11,7 @@ another day has the same prompts.
 import json
 import shutil
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -268,6 +268,21 @@ def set_chat_template(directory: Path | str, source: Path | Literal["none"] | No
 def fix_date(directory: Path | str) -> None:
     """Whenever this directory is read from now on, its chat template takes this moment for now."""
     (Path(directory) / DATE).write_text(datetime.now().isoformat(timespec="seconds") + "\n", encoding="utf-8")
+
+
+def keep_date(source: Path, directory: Path) -> None:
+    """The moment of another directory, if it has one."""
+    if (source / DATE).is_file():
+        shutil.copyfile(source / DATE, directory / DATE)
+
+
+def day_in(directory: Path) -> date:
+    """That a chat template prints.
+
+    Raises:
+        DataError: the directory has one that cannot be read.
+    """
+    return _read_date(directory).date()
 
 
 def _write(directory: Path, merges: list[tuple[str, str]]) -> None:

@@ -2,7 +2,8 @@
 pipeline bubbles, and Adam.
 
 a step of one data-parallel copy, on its last pipeline stage, which has the output matrix beside its layers:
-    micro-batches x (compute + collectives of tensor parallelism) x (1 + bubble) -> gradients between copies -> Adam
+    micro-batches x (compute + collectives of tensor parallelism + keys and values from other context ranks) x (1 + bubble)
+        -> gradients between copies -> Adam
 """
 
 import math
@@ -29,6 +30,7 @@ class LearnerStep:
     Attributes:
         compute: matrix products, and what is computed again.
         tensor: collectives of tensor parallelism, which nothing hides.
+        context: keys, values and their gradients between context-parallel ranks, beyond the attention that hides them.
         bubble: a pipeline stage waits for others.
         reduction: gradients, and with a distributed optimizer weights, on their way between copies.
         optimizer: Adam, and what its states and a reference on the host cost.
@@ -37,6 +39,7 @@ class LearnerStep:
 
     compute: float
     tensor: float
+    context: float
     bubble: float
     reduction: float
     optimizer: float
@@ -45,7 +48,7 @@ class LearnerStep:
     @property
     def per_token(self) -> float:
         """Of what grows with the tokens."""
-        return (self.compute + self.tensor + self.bubble) / self.tokens
+        return (self.compute + self.tensor + self.context + self.bubble) / self.tokens
 
     @property
     def fixed(self) -> float:
@@ -54,12 +57,12 @@ class LearnerStep:
 
     def scaled(self, factor: float) -> "LearnerStep":
         """All of it so many times as long."""
-        times = ("compute", "tensor", "bubble", "reduction", "optimizer")
+        times = ("compute", "tensor", "context", "bubble", "reduction", "optimizer")
         return replace(self, **{name: factor * getattr(self, name) for name in times})
 
     @property
     def total(self) -> float:
-        return self.fixed + self.compute + self.tensor + self.bubble
+        return self.fixed + self.per_token * self.tokens
 
 
 def learner_step(
@@ -81,9 +84,10 @@ def learner_step(
     flops = (trained_token_flops(config, arch, length) - output) / stages + output
     compute = own * flops / (machine.learner * learner.tensor_parallel)
     tensor = own * _tensor_bytes_per_token(config, arch) / machine.link
+    context = own * _context_s_per_token(config, arch, machine, length)
     micro_batches = max(1.0, uneven * computed / learner.data_parallel / learner.micro_batch_tokens)
     layers = compute * (1 - output / flops)  # the others, which the last stage waits for, have no more
-    bubble = (stages - 1) / (micro_batches * learner.virtual_stages) * (layers + tensor)
+    bubble = (stages - 1) / (micro_batches * learner.virtual_stages) * (layers + tensor + context)
     layout = LearnerLayout.of(learner)
     of_stages = [holding.total for holding in learner_holdings(arch, layout)]
     held = updated = max(of_stages)
@@ -97,6 +101,7 @@ def learner_step(
     return LearnerStep(
         compute=compute,
         tensor=tensor,
+        context=context,
         bubble=bubble,
         reduction=reduction,
         optimizer=_adam_s(config, machine, updated / (copies if divided else 1)) + _swapping_s(config, machine, held),
@@ -136,6 +141,13 @@ def _way_between_copies(config: RunConfig, machine: Machine) -> float:
     return way
 
 
+def _spans_machines(config: RunConfig, ranks: int) -> bool:
+    """Whether any group of so many learner ranks next to each other is not on one machine."""
+    on_machine = _ranks_on_a_machine(config)
+    starts = range(0, config.learner.world_size, ranks)
+    return any(first // on_machine != (first + ranks - 1) // on_machine for first in starts)
+
+
 def computed_share(config: RunConfig, prompt: float, completion: float) -> float:
     """Of the tokens of a group's sequences those that are computed: with `share_prompts` its prompt counts once."""
     samples = config.algorithm.trained_samples if config.learner.share_prompts else 1
@@ -166,15 +178,39 @@ def _passes_before(config: RunConfig) -> float:
 
 def _tensor_bytes_per_token(config: RunConfig, arch: Architecture) -> float:
     """Two sums over all tensor-parallel ranks in each layer and pass, as a ring sends them, on one pipeline stage."""
-    learner, schedule = config.learner, config.schedule
+    learner = config.learner
     ranks = learner.tensor_parallel
     if ranks == 1:
         return 0.0
-    passes: float = 2 + (learner.recompute == "full")
-    passes += _passes_before(config)
-    passes += config.algorithm.has_value_model * (passes + 1 / schedule.epochs - 1)
     size = ITEM_BYTES[learner.weights_dtype] * arch.hidden_size
+    passes = sum(_passes(config))
     return 2 * passes * arch.layers / learner.pipeline_parallel * size * 2 * (ranks - 1) / ranks
+
+
+def _context_s_per_token(config: RunConfig, arch: Architecture, machine: Machine, length: float) -> float:
+    """Of a rank's own tokens, on one pipeline stage. In a layer's forward pass each context-parallel rank gets the others' keys
+    and values, in its backward pass these and their gradients. Transformer Engine computes attention of one part while the
+    next is under way; torch's attention waits for all of them."""
+    learner = config.learner
+    ranks, tensor = learner.context_parallel, learner.tensor_parallel
+    if ranks == 1:
+        return 0.0
+    numbers = 2 * max(1, arch.kv_heads // tensor) * arch.head_dim * arch.layers / learner.pipeline_parallel
+    way = machine.network if _spans_machines(config, tensor * ranks) else machine.link
+    moved = (ranks - 1) * numbers * ITEM_BYTES[learner.weights_dtype] / way
+    attention = (token_flops(arch, length / 2) - token_flops(arch, 0)) / learner.pipeline_parallel
+    hidden = attention / (machine.learner * tensor) if config.run.device == "cuda" else 0.0
+    forward, backward = _passes(config)
+    return (forward + 2 * backward) * max(0.0, moved - hidden)
+
+
+def _passes(config: RunConfig) -> tuple[float, float]:
+    """Forward and backward ones of an optimizer step, of the policy and the value model together."""
+    again = config.learner.recompute == "full"
+    forward = 1 + again + _passes_before(config)
+    if not config.algorithm.has_value_model:
+        return forward, 1
+    return forward + 1 + again + 1 / config.schedule.epochs, 2
 
 
 def _ranks_on_a_machine(config: RunConfig) -> int:

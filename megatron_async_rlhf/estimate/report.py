@@ -181,6 +181,7 @@ def _table(
 
 def _verdict_on_learner(config: RunConfig, arch: Architecture, memory: RunMemory) -> list[str]:
     room, bytes_needed = _room(config), needed(config, memory)
+    whose = "the machine's memory" if config.launch.nodes == 1 else "the memory of all machines together"
     if config.run.device == "cpu":
         what = f"all processes together need {_gib(bytes_needed)} GiB of this machine's {_gib(room)} GiB"
     else:
@@ -188,9 +189,9 @@ def _verdict_on_learner(config: RunConfig, arch: Architecture, memory: RunMemory
         what = (
             f"learner: the fullest rank{shared} needs {_gib(bytes_needed)} of {_gib(room)} GiB (launch.gpu_memory_gib)"
         )
-        what += f", and all ranks {_gib(memory.host)} GiB of the machine's memory"
+        what += f", and all ranks {_gib(memory.host)} GiB of {whose}"
     lines = [f"{what}: {'fits' if bytes_needed <= room else 'does not fit'}"]
-    lines.append(f"  of the machine's memory, {_gib(memory.save)} GiB are for checkpoints, while one is written")
+    lines.append(f"  of {whose}, {_gib(memory.save)} GiB are for checkpoints, while one is written")
     if config.run.device == "cpu":
         lines.append("  on top comes freed memory that glibc keeps: up to 0.6 times a learner rank's in small models")
         lines.append("  and what a generator's worker keeps of oneDNN's kernels: up to 0.5 GiB after some hours")

@@ -74,7 +74,7 @@ def choose(
     }
     tree["learner"] = {
         "learning_rate": _rate(task),
-        "micro_batch_tokens": max(1024 if device == "cpu" else 8192, prompt + new),
+        "micro_batch_tokens": max(1024 if device == "cpu" else 8192, 2 * (prompt + new)),  # a pair is in one of them
     }
     why["learner.learning_rate"] = f"usual for {_count(task.architecture.num_parameters)} parameters"
     tree["generator"] = {"temperature": 0.7, "max_new_tokens": new, "max_concurrent": 32 if device == "cpu" else 256}

@@ -10,11 +10,14 @@ python -m megatron_async_rlhf.jobs evaluate --run-dir runs/x-eval --generator ht
 import argparse
 import asyncio
 import logging
+import os
+import sys
 from importlib import import_module
 from pathlib import Path
 
 from megatron_async_rlhf.interpreter import collect_rarely
 from megatron_async_rlhf.jobs.addresses import Addresses
+from megatron_async_rlhf.telemetry.sinks.ending import is_one_ending
 
 JOBS = ("train", "sft", "reward_model", "replay", "evaluate")
 
@@ -42,7 +45,12 @@ def main() -> None:
         "sft": resumed,
         "replay": {"recorded": given.recorded, "failed": given.failed},
     }.get(given.job, {})
-    raise SystemExit(asyncio.run(job.run_job(given.run_dir, addresses, **own)))
+    code = asyncio.run(job.run_job(given.run_dir, addresses, **own))
+    if is_one_ending():
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -89,16 +89,16 @@ def answer_lines(config: RunConfig, prompts: Sequence[EvaluatedPrompt]) -> list[
 def pair_lines(config: RunConfig, prompts: Sequence[EvaluatedPrompt]) -> list[dict[str, Any]]:
     """The lines of `pairs.jsonl`: of each prompt the sample with the highest score and that with the lowest.
 
-    Samples that did not end are left out, because what a reward model learns from has an end; so are prompts whose other
-    samples all earned the same.
+    Samples that did not end are left out, because what a reward model learns from has an end, and those without a score,
+    because a reward failed; so are prompts whose other samples all earned the same.
     """
     lines = []
     for one in prompts:
         scores = _deciding(config, one.ours)
         ended = [
             (score, completion.text)
-            for score, completion in zip(scores, one.ours.completions, strict=True)
-            if completion.finished and completion.text.strip()
+            for score, whole, completion in zip(scores, one.ours.scores, one.ours.completions, strict=True)
+            if completion.finished and completion.text.strip() and whole.failure is None
         ]
         if not ended:
             continue

@@ -20,8 +20,9 @@ from megatron_async_rlhf.errors import AsyncRLHFError, CheckpointError, LearnerS
 from megatron_async_rlhf.formats.directory import describe_weights
 from megatron_async_rlhf.jobs.inputs import RunInputs
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import ExportWeights, Learner, ResumeReinforcement, StartReinforcement
+from megatron_async_rlhf.learner.protocol import ExportWeights, Learner, ResumeReinforcement, StartReinforcement, Stop
 from megatron_async_rlhf.scheduler.warm_start import warm_start
+from megatron_async_rlhf.telemetry.events import LAST_PHASE
 from megatron_async_rlhf.telemetry.files import EXPORT_DIR, POLICY_TEMPLATE_DIR, writing
 from megatron_async_rlhf.telemetry.recorder import Recorder
 
@@ -67,6 +68,12 @@ async def export_policy(config: RunConfig, run_dir: Path, learner: Learner, reco
     with writing(directory):
         describe_weights(run_dir / POLICY_TEMPLATE_DIR, directory, config.learner.weights_dtype)
     await learner.execute(ExportWeights(directory=str(directory)))
+
+
+async def release_learner(learner: Learner, recorder: Recorder) -> None:
+    """Its ranks leave; how they end changes nothing any more."""
+    await learner.execute(Stop())
+    recorder.phase(LAST_PHASE)
 
 
 async def run_learner_alone(

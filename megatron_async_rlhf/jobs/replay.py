@@ -21,6 +21,7 @@ from megatron_async_rlhf.jobs.inputs import RunInputs, data_counts, load_run_inp
 from megatron_async_rlhf.jobs.lifecycle import (
     begin_reinforcement,
     export_policy,
+    release_learner,
     resume_reinforcement,
     run_learner_alone,
 )
@@ -28,7 +29,6 @@ from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import (
     Answer,
     Learner,
-    Stop,
     WaitUntilReady,
     rollout_span,
 )
@@ -75,7 +75,7 @@ async def run_phases(
         _report(rollout, answer, recorder, before)
     recorder.loop_ended()
     await export_policy(config, run_dir, learner, recorder)
-    await learner.execute(Stop())
+    await release_learner(learner, recorder)
 
 
 async def run_failed(config: RunConfig, recorded: Path, learner: Learner, recorder: Recorder) -> None:
@@ -94,7 +94,7 @@ async def run_failed(config: RunConfig, recorded: Path, learner: Learner, record
         answer = await learner.execute(rollout.command)
     except NonFiniteLossError as error:
         recorder.note(f"it came again: {error}")
-        await learner.execute(Stop())
+        await release_learner(learner, recorder)
         return
     raise ReplayError(
         f"step {rollout.command.version + 1}: the loss was not finite and is {answer.steps[0].values['loss']} now; {_SAME_MACHINE}"

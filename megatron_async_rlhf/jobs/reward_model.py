@@ -14,10 +14,10 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import data_counts
-from megatron_async_rlhf.jobs.lifecycle import export_policy, run_learner_alone
+from megatron_async_rlhf.jobs.lifecycle import export_policy, release_learner, run_learner_alone
 from megatron_async_rlhf.jobs.pair_inputs import PairInputs, load_pair_inputs
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import Learner, ScoreRewards, StartPairs, Stop, TrainPairs, WaitUntilReady
+from megatron_async_rlhf.learner.protocol import Learner, ScoreRewards, StartPairs, TrainPairs, WaitUntilReady
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import POLICY_TEMPLATE_DIR, RESOLVED_CONFIG
 from megatron_async_rlhf.telemetry.recorder import Recorder
@@ -55,7 +55,7 @@ class RewardModelJob:
         recorder.loop_ended()
         await self._evaluate("after", step=steps)
         await export_policy(self._config, self._run_dir, self._learner, recorder)
-        await self._learner.execute(Stop())
+        await release_learner(self._learner, recorder)
 
     async def _train(self, step: int) -> None:
         pairs = [self._inputs.train.rows[row] for row in self._inputs.batches[step - 1]]

@@ -1,6 +1,7 @@
 """Reward models on the way into a run: checked before it, connected to their servers, centred once."""
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import CheckpointError
+from megatron_async_rlhf.errors import CheckpointError, GeneratorSilentError
 from megatron_async_rlhf.formats.classifier_weights import classifier_numbers
 from megatron_async_rlhf.jobs.described import has_tokenizer, only_described
 from megatron_async_rlhf.models.classifier import read_classifier
@@ -95,31 +96,33 @@ class ServedRewards:
             on_any=recorder.reward_models_were_busy,
             on_one=recorder.server_was_busy,
         )
-        started, number = iter(urls), 0
+        started = enumerate(urls)
         for key, model in self._models.items():
             section = model.section
-            mine = section.url or [next(started) for _ in range(section.replicas)]
-            servers = [
-                RewardServer(
-                    f"reward.{number + i}",
-                    url,
-                    request_timeout_s=section.request_timeout_s,
-                    section=key,
-                    ours=section.url is None,
-                )
-                for i, url in enumerate(mine)
-            ]
-            number += len(servers)
+            # As `plan_reward_servers` calls the processes; those of others have other names, whoever owns them.
+            named = [(f"{key}.url.{number}", url) for number, url in enumerate(section.url or [])]
+            if section.url is None:
+                named = [(f"reward.{number}", url) for number, url in itertools.islice(started, section.replicas)]
             model.servers = RewardServers(
-                servers,
+                [
+                    RewardServer(
+                        name,
+                        url,
+                        request_timeout_s=section.request_timeout_s,
+                        section=key,
+                        ours=section.url is None,
+                    )
+                    for name, url in named
+                ],
                 section,
                 key=key,
                 busy=busy,
-                on_silent=lambda name, error: recorder.unresponsive(
-                    name, time.monotonic() - error.silent_s, str(error)
-                ),
+                on_silent=self._tell_supervisor if section.url is None else lambda name, error: None,
                 on_note=recorder.note,
             )
+
+    def _tell_supervisor(self, name: str, error: GeneratorSilentError) -> None:
+        self._recorder.unresponsive(name, time.monotonic() - error.silent_s, str(error))
 
     async def start(self, run_dir: Path, train: Sequence[Prompt], *, servers_stayed: bool = False) -> None:
         """Wait for all of them, then find out what is subtracted from scores, unless the run has done so before.

@@ -21,7 +21,7 @@ from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.jobs.addresses import Addresses
 from megatron_async_rlhf.jobs.inputs import data_counts
-from megatron_async_rlhf.jobs.lifecycle import export_policy, run_learner_alone, seconds_left
+from megatron_async_rlhf.jobs.lifecycle import export_policy, release_learner, run_learner_alone, seconds_left
 from megatron_async_rlhf.jobs.supervised_inputs import SupervisedInputs, load_supervised_inputs
 from megatron_async_rlhf.learner.client import LearnerClient
 from megatron_async_rlhf.learner.protocol import (
@@ -29,7 +29,6 @@ from megatron_async_rlhf.learner.protocol import (
     Learner,
     ResumeSupervised,
     StartSupervised,
-    Stop,
     TrainSupervised,
     WaitUntilReady,
 )
@@ -94,7 +93,7 @@ class SFTJob:
             if await self._take_best(last):
                 await self._evaluate("after", gives_up=False)  # which is of the policy that is exported
             await export_policy(self._config, self._run_dir, self._learner, self._recorder)
-        await self._learner.execute(Stop())
+        await release_learner(self._learner, self._recorder)
         return was_stopped
 
     async def _begin(self) -> None:

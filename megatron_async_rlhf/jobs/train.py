@@ -45,12 +45,13 @@ from megatron_async_rlhf.jobs.lifecycle import (
     close_well,
     export_policy,
     first_cause,
+    release_learner,
     resume_reinforcement,
     seconds_left,
 )
 from megatron_async_rlhf.jobs.reward_models import ServedRewards
 from megatron_async_rlhf.learner.client import LearnerClient
-from megatron_async_rlhf.learner.protocol import Stop, WaitUntilReady
+from megatron_async_rlhf.learner.protocol import WaitUntilReady
 from megatron_async_rlhf.models.hf_mapping import elements_held
 from megatron_async_rlhf.scheduler.controller import Controller
 from megatron_async_rlhf.scheduler.evaluation import Evaluation
@@ -142,7 +143,7 @@ class Job:
         except* _GivenUp:
             self.cut_short = True
         if self.cut_short:
-            await self._learner.execute(Stop())
+            await release_learner(self._learner, self.recorder)
             return
         if not self._servers_stayed:
             self.recorder.pushed(*await self._weight_sync.push(self._controller.version, self._pool.alive))
@@ -167,7 +168,7 @@ class Job:
         self.cut_short = self._interrupted  # an interrupt from now on comes too late to change anything
         if self.cut_short:
             await self._save()
-        await self._learner.execute(Stop())
+        await release_learner(self._learner, self.recorder)
 
     async def close(self) -> None:
         await self._rewards.close()

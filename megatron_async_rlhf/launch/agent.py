@@ -25,6 +25,7 @@ from megatron_async_rlhf.launch.process import LocalProcess
 from megatron_async_rlhf.launch.rendezvous import (
     BEAT_S,
     Alive,
+    AskForStacks,
     Exited,
     FromAgent,
     Join,
@@ -36,6 +37,7 @@ from megatron_async_rlhf.launch.rendezvous import (
     Start,
     Started,
     ToAgent,
+    ToldStacks,
     Welcome,
     decode_for_agent,
     encode,
@@ -85,6 +87,7 @@ class Agent:
         self._listening = listening
         self._processes: dict[int, LocalProcess] = {}
         self._exited: set[int] = set()
+        self._asked: set[int] = set()  # for their stacks, which they have not told yet
         self._signals = 0
 
     def serve(self) -> int:
@@ -122,6 +125,7 @@ class Agent:
                 self._link.send(Left("it was interrupted"))
                 return 130
             self._report_exits()
+            self._report_stacks()
             if now - beat > BEAT_S:
                 beat = now
                 self._link.send(Alive())
@@ -130,6 +134,9 @@ class Agent:
         if isinstance(message, Start):
             self._listening.close()  # its port may be one that the process is to use
             self._start(message)
+        elif isinstance(message, AskForStacks):
+            self._asked.add(message.id)
+            self._processes[message.id].ask_for_stacks()
         elif isinstance(message, Signal):
             process = self._processes[message.id]
             process.kill_group(message.number) if message.group else process.signal(message.number)
@@ -151,6 +158,11 @@ class Agent:
             if id not in self._exited and (code := process.returncode) is not None:
                 self._exited.add(id)
                 self._link.send(Exited(id=id, returncode=code))
+
+    def _report_stacks(self) -> None:
+        for id in [id for id in self._asked if self._processes[id].has_told_stacks]:
+            self._asked.discard(id)
+            self._link.send(ToldStacks(id))
 
     def _end_all(self) -> None:
         """At once: the first machine has asked them politely, or is gone."""

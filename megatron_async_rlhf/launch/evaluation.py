@@ -127,15 +127,19 @@ def evaluation_warnings(config: RunConfig) -> list[str]:
     ]
 
 
-def check_evaluation(config: RunConfig, scratch: Path, *, or_described: bool = False) -> "EvaluationInputs":
+def check_evaluation(
+    config: RunConfig, scratch: Path, *, goes_on: bool = False, or_described: bool = False
+) -> "EvaluationInputs":
     """All that is read, from the tokenizers to the weights; makes a template of each model in `scratch`.
 
     Args:
+        goes_on: with the answers that are there: the day that chat templates print is theirs.
         or_described: models may be without weights.
 
     Raises:
         ConfigError, DataError, CheckpointError: one line.
     """
+    from megatron_async_rlhf.data.tokenizer import keep_date
     from megatron_async_rlhf.jobs.evaluated_models import config_for, load_evaluation, sources_of
     from megatron_async_rlhf.jobs.inputs import check_policy_weights, check_rewards, make_model_template
     from megatron_async_rlhf.jobs.reward_models import check_reward_models
@@ -143,6 +147,8 @@ def check_evaluation(config: RunConfig, scratch: Path, *, or_described: bool = F
     templates = {name: scratch / name for name in sources_of(config)}
     for name, template in templates.items():
         make_model_template(config_for(config, name), template, or_described=or_described)
+        if goes_on:
+            keep_date(config.run.path / SERVED_DIR / name, template)
     inputs = load_evaluation(config, templates)
     for name, model in inputs.models.items():
         check_policy_weights(config_for(config, name), model.architecture, or_described=or_described)
@@ -162,7 +168,7 @@ def _decide(config: RunConfig, resume: bool, fleet: "Fleet", scratch: Path) -> "
     if goes_on and is_completed(config.run.path):
         typer.echo(f"{config.run.path} is completed")
         return None
-    inputs = check_evaluation(config, scratch)
+    inputs = check_evaluation(config, scratch, goes_on=goes_on)
     warn(evaluation_warnings(config))
     digests = digest_evaluation(config, inputs)
     if goes_on:

@@ -25,6 +25,7 @@ from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.launch.rendezvous import (
     BEAT_S,
     Alive,
+    AskForStacks,
     Exited,
     Join,
     Leave,
@@ -35,6 +36,7 @@ from megatron_async_rlhf.launch.rendezvous import (
     Start,
     Started,
     ToAgent,
+    ToldStacks,
     Welcome,
     decode_from_agent,
     encode,
@@ -46,6 +48,17 @@ from megatron_async_rlhf.run_secret import MAX_MESSAGE_BYTES
 
 _POLL_S = 0.05
 _PROBE_S = 5.0
+
+
+class LostMachine(msgspec.Struct, frozen=True):
+    """
+    Attributes:
+        why: with its name.
+        is_silent: it said nothing of it, as one that is down or whose network is. Without it the job may go well.
+    """
+
+    why: str
+    is_silent: bool
 
 
 class Fleet:
@@ -79,8 +92,8 @@ class Fleet:
         assert self._switchboard is not None  # without it there is one machine
         return RemoteProcess(spec, log_dir, self._switchboard)
 
-    def lost(self) -> str | None:
-        """Which machine is not there any more, and why; nothing if all are."""
+    def lost(self) -> LostMachine | None:
+        """None if all are there."""
         return self._switchboard.lost() if self._switchboard else None
 
 
@@ -102,6 +115,14 @@ class RemoteProcess(Process):
 
     def signal(self, number: int) -> None:
         self._send(number, group=False)
+
+    def ask_for_stacks(self) -> None:
+        self._switchboard.told_stacks.discard(self._id)
+        self._switchboard.send(self.spec.node, AskForStacks(self._id))
+
+    @property
+    def has_told_stacks(self) -> bool:
+        return self._id in self._switchboard.told_stacks
 
     def kill_group(self, number: int) -> None:
         self._send(number, group=True)
@@ -175,13 +196,14 @@ class _Member:
         self.heard = time.monotonic()
         self.left: str | None = None
 
-    def gone(self, limit_s: float) -> str | None:
-        """Why it is not there any more; nothing if it is."""
+    def gone(self, limit_s: float) -> LostMachine | None:
+        """None if it is there."""
         name = f"node {self.join.rank} ({self.join.node.name})"
         if self.left is not None:
-            return f"{name} has left: {self.left}"
+            return LostMachine(f"{name} has left: {self.left}", is_silent=False)
         if time.monotonic() - self.heard > limit_s:
-            return f"{name} is silent for more than launch.node_timeout_s = {limit_s:g}: it is down, or its network is"
+            why = f"{name} is silent for more than launch.node_timeout_s = {limit_s:g}: it is down, or its network is"
+            return LostMachine(why, is_silent=True)
         return None
 
 
@@ -191,6 +213,7 @@ class Switchboard:
     def __init__(self, config: RunConfig) -> None:
         self.pids: dict[int, int] = {}
         self.returncodes: dict[int, int] = {}
+        self.told_stacks: set[int] = set()
         self._config = config
         self._fingerprint = fingerprint(config)
         self._token = secrets.token_hex(16)
@@ -260,9 +283,9 @@ class Switchboard:
     def send(self, rank: int, message: ToAgent) -> None:
         self._outgoing.put((rank, message))
 
-    def lost(self) -> str | None:
-        reasons = (member.gone(self._config.launch.node_timeout_s) for member in self._members.values())
-        return next((reason for reason in reasons if reason is not None), None)
+    def lost(self) -> LostMachine | None:
+        lost = (member.gone(self._config.launch.node_timeout_s) for member in self._members.values())
+        return next((machine for machine in lost if machine is not None), None)
 
     def leave(self, code: int) -> None:
         reason = f"the first machine, {node_name()}, has ended; see what it says" if code else ""
@@ -314,6 +337,8 @@ class Switchboard:
             self.pids[message.id] = message.pid
         elif isinstance(message, Exited):
             self.returncodes[message.id] = message.returncode
+        elif isinstance(message, ToldStacks):
+            self.told_stacks.add(message.id)
         elif isinstance(message, Left):
             member.left = message.reason
 

@@ -36,11 +36,11 @@ def plan_of_evaluation(config: RunConfig, resume: bool, coming: Coming = None) -
     Raises:
         ConfigError, DataError, CheckpointError: one line.
     """
-    goes_on_with_answers(config, resume)
+    goes_on = goes_on_with_answers(config, resume)
     policies = {KEYS[name]: source for name, source in sources_of(config).items()}
     missing = missing_inputs(config, policies=policies, coming=coming)
     with scratch_directory() as scratch:
-        check = partial(check_evaluation, config, scratch, or_described=True)
+        check = partial(check_evaluation, config, scratch, goes_on=goes_on, or_described=True)
         inputs, missing = checked_with_data(check, missing, coming)
         if inputs is None:
             models, said = _described_models(config, scratch), "prompts: not checked"

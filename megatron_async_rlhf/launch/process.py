@@ -14,6 +14,7 @@ from megatron_async_rlhf.environment import child_environment
 from megatron_async_rlhf.launch.causes import Cause, first_cause
 from megatron_async_rlhf.launch.plan import ProcessSpec
 from megatron_async_rlhf.launch.scratch import Scratch
+from megatron_async_rlhf.learner.protocol import DUMP_STACKS
 from megatron_async_rlhf.orphans import signal_on_death_of
 
 _GONE_S = 5.0  # until nothing of a killed group is there any more; a driver may hold a process that long
@@ -46,6 +47,15 @@ class Process(ABC):
     @abstractmethod
     def signal(self, number: int) -> None:
         """To the process alone."""
+
+    @abstractmethod
+    def ask_for_stacks(self) -> None:
+        """Let a learner rank write where it is into its log."""
+
+    @property
+    @abstractmethod
+    def has_told_stacks(self) -> bool:
+        """Since it was asked. Its own machine can tell: to others a file system may show what it writes half a minute later."""
 
     @abstractmethod
     def kill_group(self, number: int) -> None:
@@ -85,6 +95,7 @@ class LocalProcess(Process):
     def __init__(self, spec: ProcessSpec, log_dir: Path, *, pipe_stdout: bool = False) -> None:
         super().__init__(spec, log_dir)
         self._scratch = Scratch()
+        self._is_cleaned_up, self._log_when_asked = False, 0
         try:
             self._popen = self._start(pipe_stdout)
         except BaseException:
@@ -122,7 +133,21 @@ class LocalProcess(Process):
         if self.returncode is None:
             self._popen.send_signal(number)
 
+    def ask_for_stacks(self) -> None:
+        self._log_when_asked = self._log_size
+        self.signal(DUMP_STACKS)
+
+    @property
+    def has_told_stacks(self) -> bool:
+        return self._log_size > self._log_when_asked
+
+    @property
+    def _log_size(self) -> int:
+        return self.log.stat().st_size if self.log.exists() else 0
+
     def kill_group(self, number: int) -> None:
+        if self._is_cleaned_up:  # by now the number may be another's
+            return
         self._scratch.note_shared(_group(self._popen.pid))
         try:
             if number == signal.SIGKILL:
@@ -133,13 +158,16 @@ class LocalProcess(Process):
             pass
 
     def clean_up(self) -> None:
+        if self._is_cleaned_up:
+            return
         deadline = time.monotonic() + _GONE_S
-        while any(True for _ in _group(self._popen.pid)) and time.monotonic() < deadline:
+        while not (is_gone := not any(_group(self._popen.pid))) and time.monotonic() < deadline:
             self._kill_owners()  # what was started meanwhile, too
             time.sleep(_POLL_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._scratch.remove()
+        self._is_cleaned_up = is_gone
 
     def _kill_owners(self) -> None:
         """All but Python's resource trackers, which remove the shared memory and semaphores of who is killed, then end."""

@@ -179,7 +179,7 @@ def _stage(keys: StageKeys, file: Path, directory: Path, earlier: list[str], ove
 def _needed(keys: StageKeys, earlier: list[str]) -> list[str]:
     found: list[str] = []
     for key, value in keys.set.items():
-        for name in _PLACEHOLDER.findall(value) if isinstance(value, str) else []:
+        for name in _placeholders(value):
             if name not in earlier:
                 there_are = (
                     "no stage comes before it"
@@ -189,6 +189,14 @@ def _needed(keys: StageKeys, earlier: list[str]) -> list[str]:
                 raise ConfigError(f"set.{key} = {value}: {{{name}}} is no earlier stage; {there_are}")
             found.append(name)
     return [name for name in earlier if name in found]
+
+
+def _placeholders(value: Any) -> list[str]:
+    """In all texts of a value of YAML."""
+    if isinstance(value, str):
+        return _PLACEHOLDER.findall(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [name for each in inner for name in _placeholders(each)]
 
 
 def _check(file: Path, tree: dict[str, Any]) -> RecipeKeys:

@@ -96,6 +96,16 @@ class Signal(Struct, frozen=True, kw_only=True, tag=True):
     group: bool
 
 
+class AskForStacks(Struct, frozen=True, tag=True):
+    id: int
+
+
+class ToldStacks(Struct, frozen=True, tag=True):
+    """Its log has grown since it was asked."""
+
+    id: int
+
+
 class Alive(Struct, frozen=True, tag=True):
     pass
 
@@ -113,8 +123,8 @@ class Left(Struct, frozen=True, tag=True):
     reason: str
 
 
-ToAgent = Welcome | Refused | Start | Signal | Alive | Leave
-FromAgent = Join | Started | Exited | Alive | Left
+ToAgent = Welcome | Refused | Start | Signal | AskForStacks | Alive | Leave
+FromAgent = Join | Started | Exited | ToldStacks | Alive | Left
 _to_agent = msgspec.msgpack.Decoder(ToAgent)
 _from_agent = msgspec.msgpack.Decoder(FromAgent)
 encode = msgspec.msgpack.encode

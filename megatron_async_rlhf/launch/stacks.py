@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 
 from megatron_async_rlhf.launch.process import Process
-from megatron_async_rlhf.learner.protocol import DUMP_STACKS
 
 _REACTION_S = 3.0
 _POLL_S = 0.05
@@ -16,19 +15,11 @@ _POLL_S = 0.05
 
 def dump_stacks(ranks: Sequence[Process]) -> list[Process]:
     """Let every rank that runs write its stacks into its log; returns those that did not."""
-    sizes = {rank.name: _size(rank) for rank in ranks if rank.returncode is None}
-    silent = [rank for rank in ranks if rank.name in sizes]
+    silent = [rank for rank in ranks if rank.returncode is None]
     for rank in silent:
-        rank.signal(DUMP_STACKS)
+        rank.ask_for_stacks()
     deadline = time.monotonic() + _REACTION_S
     while silent and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-        silent = [rank for rank in silent if rank.returncode is None and _size(rank) == sizes[rank.name]]
+        silent = [rank for rank in silent if rank.returncode is None and not rank.has_told_stacks]
     return silent
-
-
-def _size(process: Process) -> int:
-    try:
-        return process.log.stat().st_size
-    except OSError:
-        return 0

@@ -40,7 +40,7 @@ from megatron_async_rlhf.launch.process import LocalProcess, Process
 from megatron_async_rlhf.launch.scratch import remove_abandoned
 from megatron_async_rlhf.launch.stacks import dump_stacks
 from megatron_async_rlhf.launch.terminal import handling_interrupts
-from megatron_async_rlhf.telemetry.events import EventLog, parse_event
+from megatron_async_rlhf.telemetry.events import LAST_PHASE, EventLog, parse_event
 from megatron_async_rlhf.telemetry.files import (
     EVENTS,
     EXIT_CODE,
@@ -92,7 +92,7 @@ class Supervisor:
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._interrupts = 0
         self._stop_file = run_dir / STOP
-        self._training = self._learner_is_silent = self._is_machine_lost = False
+        self._training = self._learner_is_done = self._learner_is_silent = self._is_machine_lost = False
         self._restarts = {spec.name: 0 for spec in plan.servers if spec.restarts}
         self._started: dict[str, float] = {}  # by the monotonic clock, which all processes of a machine share
         self._killed: dict[str, str] = {}  # processes that did nothing, and how that was found
@@ -102,7 +102,7 @@ class Supervisor:
         self._totals: dict[str, Any] = {}  # its summary, if it could not write that down itself
 
     def run(self) -> int:
-        """Start, watch, end; returns the exit code: 0 completed, 1 failed, 130 interrupted, 75 failed with a lost machine."""
+        """Start, watch, end; returns the exit code: 0 completed, 1 failed, 130 interrupted, 75 failed as a machine fell silent."""
         with handling_interrupts(self._on_interrupt):  # also while the last words are written
             return self._run()
 
@@ -194,9 +194,9 @@ class Supervisor:
                 self._controller.signal(signal.SIGTERM)
                 deadline = time.monotonic() + self._config.launch.interrupt_grace_s
             gone = self._fleet.lost()
-            if lost := gone or self._taken():
-                self._is_machine_lost = gone is not None
-                return "failed", lost, []
+            if why := gone.why if gone else self._taken():
+                self._is_machine_lost = gone is not None and gone.is_silent
+                return "failed", why, []
             if self._controller.returncode == EXIT_INTERRUPTED:  # it was asked to, or knew when to stop
                 return "interrupted", None, []
             if deadline and time.monotonic() > deadline:
@@ -210,11 +210,11 @@ class Supervisor:
             if self._dead():
                 time.sleep(_SETTLE_S)
                 self._drain_events()
-                if self._controller.returncode in (0, EXIT_INTERRUPTED):
-                    continue
-                if not asked and self._go_back():
+                if self._controller.returncode in (0, EXIT_INTERRUPTED) or not self._dead():
                     continue
                 status, error, tail = self._blame()
+                if not asked and self._go_back(error):
+                    continue
                 # Who ends a whole job tells every process of it to end.
                 return ("interrupted" if asked else status), error, tail
             time.sleep(_POLL_S)
@@ -231,15 +231,12 @@ class Supervisor:
             self._processes.insert(0, self._start_process(spec))  # the controller stays the last
 
     def _dead(self) -> list[Process]:
-        """Processes that ended when they should not have. Learner ranks leave just before the controller does, and a
-        server that may no longer be started again is the controller's affair."""
-        learners = self._ranks
+        """Processes that ended when they should not have. Learner ranks leave just before the controller does, some of them
+        in their libraries' last calls, and a server that may no longer be started again is the controller's affair."""
+        gone = [process for process in self._processes if process.returncode is not None]
         expendable = set(self._restarts) if self._training else set()
-        return [
-            p
-            for p in self._processes
-            if p.returncode is not None and p.name not in expendable and not (p.returncode == 0 and p.name in learners)
-        ]
+        expendable |= {p.name for p in gone if p.name in self._ranks and (p.returncode == 0 or self._learner_is_done)}
+        return [process for process in gone if process.name not in expendable]
 
     def _revive(self) -> None:
         """Start servers that died again, unless they have been too often."""
@@ -261,21 +258,22 @@ class Supervisor:
             self._killed.pop(process.name, None)
             self._processes[i] = self._start_process(process.spec)
 
-    def _go_back(self) -> bool:
-        """Start learner and controller again from the last checkpoint, if it is the learner that failed."""
+    def _go_back(self, error: str) -> bool:
+        """Start learner and controller again from the last checkpoint, if it is the learner that failed, so."""
         ours = [p for p in self._processes if p.name in self._ranks or p is self._controller]
         failed = self._learner_is_silent or any(process in ours[:-1] for process in self._dead())
         limit = self._config.run.max_restarts
         if self._cut_back is None or not failed or any(process not in ours for process in self._dead()):
             return False
-        if self._times_back >= limit or (version := newest_whole(self._run_dir)) is None:
+        if self._times_back >= limit or not RunCheckpoints(self._run_dir).versions():
             return False
-        self._times_back += 1
-        _, error, _ = self._blame()
-        self._display.note(f"{error}; continuing from step {version} (run.max_restarts: {self._times_back} of {limit})")
-        self._end(ours)
+        self._end(ours)  # before: the controller may be about to put a newer checkpoint in the place of the last
         self._listener.join(self._config.launch.shutdown_grace_s)
         self._drain_events()
+        if (version := newest_whole(self._run_dir)) is None:
+            return False
+        self._times_back += 1
+        self._display.note(f"{error}; continuing from step {version} (run.max_restarts: {self._times_back} of {limit})")
         self._failure, self._explained, self._learner_is_silent, self._totals = None, False, False, {}
         for process in ours:
             self._killed.pop(process.name, None)
@@ -331,7 +329,9 @@ class Supervisor:
                 event = self._events.get_nowait()
             except queue.Empty:
                 return
-            self._training = self._training or (event["event"] == "phase" and event["name"] == "train")
+            if event["event"] == "phase":
+                self._training |= event["name"] == "train"
+                self._learner_is_done = event["name"] == LAST_PHASE
             if event["event"] == "unresponsive":
                 self._learner_is_silent |= event["name"] == "learner"
                 self._kill(event["name"], event["since"], event["why"])

@@ -56,13 +56,14 @@ def plan(
     from megatron_async_rlhf.telemetry.files import writing
 
     overrides = _overrides(set, {"nodes": nodes, "gpus_per_node": gpus_per_node, "gpu": gpu})
-    task = with_local_models(load_config(config, overrides), weights=False)
+    given = load_config(config, overrides)
+    task = with_local_models(given, weights=False)
     if measure and from_run is not None:
         raise ConfigError("--measure and --from-run both say how fast machines are; give one of them")
     plans, assumed = _planned(task, prompt_tokens, completion_tokens, best, from_run=from_run, measure=measure)
     if out is not None:
         with writing(out):
-            out.write_text(dump_config(fastest(plans).config), encoding="utf-8")
+            out.write_text(dump_config(_with_models_of(given, fastest(plans).config)), encoding="utf-8")
     if page is not None:
         with writing(page):
             page.write_text(page_of(plans, assumed), encoding="utf-8")
@@ -74,6 +75,11 @@ def plan(
         typer.echo(f"wrote {out}: async-rlhf train {out} --dry-run checks it")
     if page is not None:
         typer.echo(f"wrote {page}")
+
+
+def _with_models_of(given: RunConfig, planned: RunConfig) -> RunConfig:
+    """By the names that the task has for them: where the hub's are on this machine, they are on no other."""
+    return planned.model_copy(update={"model": given.model, "algorithm": given.algorithm})
 
 
 def _overrides(set: list[str], launch: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ Factors carry over: estimate and measurement are both of the small model. What i
 between them, and pipeline bubbles.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def _config(task: RunConfig, arch: Architecture, directory: Path, layers: int, p
         "algorithm": {"type": "online_dpo", "samples_per_prompt": max(2, task.algorithm.samples_per_prompt)},
         "schedule": {"mode": "sync", "steps": _STEPS, "prompts_per_step": prompts},
         "launch": {
-            "gpus_per_node": max(1, min(2, gpus)),
+            "gpus_per_node": min(2, gpus) or len(os.sched_getaffinity(0)),  # of CPUs what a run has here
             "gpu": task.launch.gpu,
             "gpu_memory_gib": task.launch.gpu_memory,
         },

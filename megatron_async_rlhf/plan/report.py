@@ -81,6 +81,7 @@ def limited_by(plan: Plan) -> str:
         parts = {
             "matrix products": step.compute,
             "sums over tensor-parallel ranks": step.tensor,
+            "keys and values between context-parallel ranks": step.context,
             "pipeline bubbles": step.bubble,
             "gradients between copies": step.reduction,
             "Adam": step.optimizer,

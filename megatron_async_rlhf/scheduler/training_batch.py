@@ -41,6 +41,7 @@ def select_training_samples(
     """
     rewards = [reward for group in groups for reward in group.rewards]
     moments = before.including(rewards)
+    whole = moments if algorithm.reward_scale == "running" else RewardMoments().including(rewards)
     training, completions, margins = [], [], []
     for group in groups:
         chosen = algorithm.chosen_samples(group.rewards)
@@ -49,7 +50,6 @@ def select_training_samples(
         samples = [group.completions[i] for i in chosen]
         shaped = group.rewards
         if algorithm.reward_scale != "none":
-            whole = moments if algorithm.reward_scale == "running" else RewardMoments().including(rewards)
             shaped = scale_rewards(group.rewards, whole, shift=False)
         training.append(
             TrainingGroup(

@@ -22,6 +22,7 @@ from megatron_async_rlhf.errors import (
     GeneratorError,
     GeneratorGoneError,
     GeneratorSilentError,
+    LearnerError,
     MismatchError,
     TransferError,
 )
@@ -83,8 +84,7 @@ class WeightSync:
                 compute nothing, so nobody may take part who cannot come.
 
         Raises:
-            PushError: somebody did not come.
-            TransferError: they cannot meet, for another reason.
+            PushError: somebody did not come, or they cannot meet although each of them can meet the learner.
             GeneratorError: there are none.
         """
         if not receivers:
@@ -99,10 +99,11 @@ class WeightSync:
             await self._meet(receivers)
         except PushError:
             raise
-        except (TransferError, GeneratorError):
+        except (TransferError, GeneratorError) as error:
             for receiver in receivers:  # everybody accuses somebody: find out who cannot
                 await self._meet_alone(receiver)
-            raise
+            if not self.is_connected(receivers):
+                raise PushError(str(error), gone={}, moved=False) from None
 
     def is_connected(self, receivers: Sequence[Receiver]) -> bool:
         """Whether a push to exactly these can start at once."""
@@ -198,6 +199,10 @@ class WeightSync:
         }
         try:
             await self._all_done(tasks)
+        except LearnerError:  # nobody is left to say more, and the generators wait for it in vain
+            for task in tasks:
+                task.cancel()
+            raise
         except AsyncRLHFError as error:
             raise await self._failure(version, error, tasks) from None
         finally:
@@ -257,13 +262,15 @@ class WeightSync:
         Raises:
             PushError: it cannot meet the learner.
         """
+        began = self._clock()
         try:
             await self._meet([receiver])
         except PushError:
             raise
         except (TransferError, GeneratorError) as error:
-            limit = self._config.weights.timeout_s
-            why = GeneratorSilentError(f"{receiver.name}: it cannot meet the learner: {error}", silent_s=limit)
+            why = GeneratorSilentError(
+                f"{receiver.name}: it cannot meet the learner: {error}", silent_s=self._clock() - began
+            )
             raise PushError(str(why), gone={receiver: why}, moved=False) from None
 
     async def _meet(self, receivers: Sequence[Receiver]) -> None:

@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from megatron_async_rlhf.clock import now
 
+LAST_PHASE = "end"  # of a run: nothing more is needed of its learner
+
 
 class EventStream:
     """Writes events; a reader that went away is no reason to stop the run."""

@@ -24,6 +24,7 @@ from megatron_async_rlhf.telemetry.files import (
     replace_file,
     writing,
 )
+from megatron_async_rlhf.telemetry.sinks.ending import end_sink
 from megatron_async_rlhf.telemetry.sinks.opening import open_sinks
 from megatron_async_rlhf.telemetry.sinks.sink import Sink
 from megatron_async_rlhf.telemetry.span_log import SpanLog
@@ -331,10 +332,12 @@ class Recorder:
             status, error, explained = "failed", unwritten[0], True
         summary = self.totals.to_summary(status, error)
         for sink in [*self._sinks, *self._lost_sinks]:
-            try:
-                sink.close(summary, failed=status == "failed")
-            except Exception:  # of a service outside the run, which has ended as it has
-                _log.exception("%s could not be told how the run ended", type(sink).__name__)
+            limit = self._config.telemetry.close_timeout_s
+            if not end_sink(sink, summary, failed=status == "failed", timeout_s=limit):
+                self.note(
+                    f"{type(sink).__name__} was not done within telemetry.close_timeout_s = {limit:g}, and is left; the run's "
+                    "own files have everything (for W&B: wandb sync RUN_DIR/wandb/latest-run)"
+                )
         # Who supervises has kept room for it.
         passed_on = {"summary": summary} if unwritten else {}
         self._events.emit("closed", status=status, error=error, explained=explained, **passed_on)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from made_runs import leave_run
+from msgspec import structs
 
 from megatron_async_rlhf.compare.comparison import compare_runs, to_json
 from megatron_async_rlhf.compare.runs import read_run
@@ -91,6 +92,15 @@ def test_of_one_seed_a_lower_reward_decides_nothing(tmp_path: Path):
         rows = [("async", 0, {"wall_s": 50.0, "after": after}), ("same_split", 0, {"wall_s": wall_s, "after": 0.45})]
         (tmp_path / name).mkdir()
         assert compare_runs(runs_of(tmp_path / name, *rows)).pays is pays
+
+
+def test_a_reward_that_only_one_of_two_seeds_has_decides_nothing(tmp_path: Path):
+    known = [("async", 0, {"wall_s": 50.0, "after": 0.4}), ("same_split", 0, {"wall_s": 90.0, "after": 0.45})]
+    unknown = [("async", 1, {"wall_s": 51.0}), ("same_split", 1, {"wall_s": 90.0})]
+    runs = runs_of(tmp_path, *known, *unknown)
+    comparison = compare_runs([structs.replace(run, after=None) if run.seed else run for run in runs])
+    assert comparison.against["same_split"].held_out_reward.seeds == 1
+    assert comparison.pays is None
 
 
 def test_the_reason_is_in_the_sides_times(tmp_path: Path):

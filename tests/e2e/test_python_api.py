@@ -2,9 +2,11 @@
 
 import math
 import re
+import runpy
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,11 @@ def within_the_limit(completions: list[str]) -> list[float]:
     return [float(len(text) < LIMIT) for text in completions]
 
 
-def of_its_own(completions: list[str]) -> list[float]:
+def with_a_default(completions: list[str], limit: int = LIMIT) -> list[float]:
+    return [float(len(text) < limit) for text in completions]
+
+
+def of_its_own(completions: Sequence[str]) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
@@ -73,10 +79,12 @@ def test_a_function_of_a_script_is_copied_if_it_needs_nothing_else(tmp_path: Pat
     monkeypatch.setattr(of_its_own, "__module__", "__main__")
     (reward,) = api._with_reward(config, of_its_own).rewards
     assert reward.function == f"{tmp_path}/run.reward.py:of_its_own"
-    assert (tmp_path / "run.reward.py").read_text().startswith("def of_its_own(")
-    monkeypatch.setattr(within_the_limit, "__module__", "__main__")
-    with pytest.raises(ConfigError, match="reward: within_the_limit uses LIMIT from outside of it"):
-        api._with_reward(config, within_the_limit)
+    scored = runpy.run_path(str(tmp_path / "run.reward.py"))["of_its_own"](["ab", "c"])
+    assert scored == [2.0, 1.0], "without what its annotations name"
+    for function in (within_the_limit, with_a_default):
+        monkeypatch.setattr(function, "__module__", "__main__")
+        with pytest.raises(ConfigError, match=f"reward: {function.__name__} uses LIMIT from outside of it"):
+            api._with_reward(config, function)
     with pytest.raises(ConfigError, match="must be a function made with def"):
         api._with_reward(config, math.sqrt)
     with pytest.raises(ConfigError, match="must be a function made with def"):

@@ -221,6 +221,50 @@ def test_a_value_model_is_updated_too(llama8b):
     assert both.reduction == pytest.approx(alone.reduction * (2 - 0.525 / 8.03), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "forward", "backward"),
+    [
+        (["algorithm={type: online_dpo}"], 2, 1),
+        (["algorithm={type: ppo}", "schedule.epochs=2", "schedule.max_staleness=2"], 2 + 2 / 2 + 1 / 2, 2),
+        (["algorithm={type: ppo}", "learner.recompute=full"], 4 + 3, 2),
+    ],
+)
+def test_every_pass_sums_over_tensor_parallel_ranks(llama8b, overrides: list[str], forward: float, backward: float):
+    config, arch = llama8b(*overrides)
+    sums = 2 * 32 * (forward + backward)
+    tokens = config.algorithm.trained_samples * config.schedule.prompts_per_step * 768
+    step = learner_step(config, arch, machine_of(config), 512.0, 256.0)
+    assert step.tensor == pytest.approx(tokens * sums * 1.5 * 4096 * 2 / (0.7 * 450e9))
+
+
+@pytest.mark.parametrize(
+    ("on_machine", "way", "length", "hidden"),
+    [
+        (8, 0.7 * 450e9, 256.0, False),
+        (9, 0.7 * 450e9, 256.0, False),
+        (4, 0.7 * 50e9, 4096.0, False),
+        (8, 0.7 * 450e9, 4096.0, True),
+    ],
+)
+def test_context_parallel_ranks_send_keys_and_values_while_they_attend(
+    llama8b, on_machine: int, way: float, length: float, hidden: bool
+):
+    """Of 8 heads with 128 numbers each, 2 of them on each of four tensor-parallel ranks, from the other rank of two."""
+    keys = (f"launch.gpus_per_node={on_machine}", "launch.nodes=3")
+    (alone, arch), (divided, _) = (
+        llama8b("learner.ranks=4", *keys),
+        llama8b("learner.ranks=8", "learner.context_parallel=2", *keys),
+    )
+    one, two = (learner_step(config, arch, machine_of(config), length / 2, length / 2) for config in (alone, divided))
+    assert one.context == 0 and two.compute == pytest.approx(one.compute / 2)
+    moved = 32 * 2 * 2 * 128 * 2 / way
+    attention = 32 * 4 * 4096 * length / 2 / (0.45 * 4 * 989e12)  # scores and values, over half the sequence
+    # A forward pass of the policy and one of the reference, and a backward pass, in which twice as much goes both ways.
+    assert two.context == pytest.approx(two.tokens / 2 * 4 * max(0.0, moved - attention))
+    assert (two.context == 0) == hidden
+    assert two.total == pytest.approx(two.fixed + two.compute + two.tensor + two.context)
+
+
 def test_a_pipeline_waits_at_its_ends(llama8b):
     config, arch = llama8b(
         "learner.tensor_parallel=1", "learner.pipeline_parallel=4", "learner.sequence_parallel=false"

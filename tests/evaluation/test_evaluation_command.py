@@ -244,6 +244,19 @@ def test_it_goes_on_with_the_same_weights_and_prompts_only(config):
         check_same_evaluation(resolved, now())
 
 
+def test_it_goes_on_with_the_day_of_its_answers(config, tmp_path):
+    template = (Path("policy/chat_template.jinja")).read_text()
+    Path("policy/chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d') }}" + template)
+    resolved = as_interrupted(config)
+    (resolved.run.path / "served/policy/date.txt").write_text("2026-01-02T03:04:05\n")
+    inputs = check_evaluation(resolved, tmp_path / "before", goes_on=True)
+    write_input_digests(resolved.run.path, digest_evaluation(resolved, inputs))
+    with gather(resolved) as fleet:
+        start = evaluation._decide(resolved, True, fleet, tmp_path / "scratch")
+    assert start is not None and start.keeps
+    assert (tmp_path / "scratch/policy/date.txt").read_text() == "2026-01-02T03:04:05\n"
+
+
 def test_one_that_failed_at_its_last_file_goes_on(config, tmp_path):
     """The disk was full at pairs.jsonl, or it was killed before its summary was written."""
     resolved = as_interrupted(config)

@@ -219,6 +219,10 @@ def test_the_best_and_the_worst_sample_that_ended_make_a_pair(tmp_path):
             prompt=prompt(4), ours=answers((answer("h", -1.0), 1.0, True), (answer("h ", -1.0), 2.0, True))
         ),
     ]
+    # Nobody judged the first of these.
+    unjudged = answers((answer("i", -1.0), 0.0, False), (answer("j", -1.0), -2.0, False))
+    unjudged.scores[0] = structs.replace(unjudged.scores[0], failure="too long for the reward model")
+    some.append(EvaluatedPrompt(prompt=prompt(5), ours=unjudged))
     config = config_of(tmp_path, "eval.samples=4", "eval.temperature=1", "eval.pairs=true")
     lines = pair_lines(config, some)
     asked_as = [{"role": "system", "content": "s"}, {"role": "user", "content": "p0"}]

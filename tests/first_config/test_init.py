@@ -10,6 +10,8 @@ from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import load_config, read_tree
 from megatron_async_rlhf.data.tokenizer import make_byte_tokenizer
 from megatron_async_rlhf.errors import WriteError
+from megatron_async_rlhf.models.layout_rules import check_layouts
+from megatron_async_rlhf.simulate.prediction import shape_of
 
 QUESTIONS = [f"What is {n} plus {n}?" for n in range(40)]
 SHAPE = {
@@ -112,6 +114,17 @@ def test_lengths_come_from_the_data():
     assert config.data.long_prompts == "drop"
     assert config.generator.max_new_tokens == 64
     assert config.model.context_length == config.data.max_prompt_tokens + 64
+
+
+@pytest.mark.parametrize("gpus", ["0", "1", "8"])
+def test_a_pair_of_the_longest_sequences_fits_a_micro_batch(gpus):
+    make_model(max_position_embeddings=16384, num_attention_heads=2)
+    make_data([{"prompt": "a" * 5000, "completion": "b" * 1000}] * 40)
+    code, said = run_init("--gpus", gpus)
+    assert code == 0, said
+    config = load_config(Path("run.yaml"))
+    assert config.model.context_length > 5000
+    check_layouts(config, shape_of(config))
 
 
 def test_records_that_cannot_be_used_are_left_out():

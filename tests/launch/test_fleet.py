@@ -38,6 +38,7 @@ from megatron_async_rlhf.launch.rendezvous import (
     rendezvous_path,
     write_rendezvous,
 )
+from megatron_async_rlhf.launch.stacks import dump_stacks
 
 TINY = Path(__file__).parents[1] / "e2e/tiny.yaml"
 TRAIN = "megatron_async_rlhf", "train", str(TINY)
@@ -142,12 +143,31 @@ def test_processes_start_and_end_elsewhere(cluster, tmp_path):
     assert not rendezvous_path(config).exists()
 
 
+# Ready for the signal as a learner rank is.
+RANK = f"import faulthandler, signal; faulthandler.register(signal.SIGUSR1); {STAND}"
+
+
+def test_a_stopped_rank_is_told_from_the_others_on_its_own_machine(cluster, tmp_path):
+    """The first machine looks into no log for it."""
+    agent = cluster.agent()
+    with gather(cluster.config()) as fleet:
+        ranks = [fleet.start(spec(f"learner.{i}", RANK), tmp_path) for i in range(2)]
+        wait(lambda: all(rank.last_lines() for rank in ranks))
+        for rank in ranks:
+            rank.log = tmp_path / "not seen yet"
+        assert dump_stacks(ranks) == []
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        assert dump_stacks(ranks) == [ranks[1]]
+    assert ended(agent) == (0, "")
+
+
 def test_a_machine_that_falls_silent_is_lost(cluster, tmp_path):
     agent = cluster.agent("launch.node_timeout_s=5")
     with gather(cluster.config("launch.node_timeout_s=5")) as fleet:
         agent.send_signal(signal.SIGSTOP)
         wait(lambda: fleet.lost() is not None)
-        assert fleet.lost().startswith("node 1 (m1) is silent for more than launch.node_timeout_s = 5")
+        assert fleet.lost().is_silent
+        assert fleet.lost().why.startswith("node 1 (m1) is silent for more than launch.node_timeout_s = 5")
         agent.send_signal(signal.SIGCONT)
 
 
@@ -156,7 +176,8 @@ def test_a_machine_without_the_run_directory_says_so(cluster, tmp_path):
     with gather(cluster.config()) as fleet:
         fleet.start(spec("nowhere", STAND), tmp_path / "not there")
         wait(lambda: fleet.lost() is not None)
-        assert "nowhere cannot be started" in fleet.lost() and "run.dir" in fleet.lost()
+        assert not fleet.lost().is_silent, "it would say the same again"
+        assert "nowhere cannot be started" in fleet.lost().why and "run.dir" in fleet.lost().why
     assert ended(agent)[0] == 2
 
 

@@ -112,6 +112,17 @@ def test_shared_memory_of_workers_that_died_by_themselves_is_known_by_its_name(t
     assert not path.exists()
 
 
+def test_what_is_cleaned_up_ends_nobody_who_has_its_number_by_now(start):
+    process, _ = start()
+    other, files = start()
+    process.kill_group(signal.SIGKILL)
+    process.clean_up()
+    process._popen.pid = other.pid
+    process.kill_group(signal.SIGKILL)
+    process.clean_up()
+    assert other.returncode is None and all(path.exists() for path in files)
+
+
 def test_others_keep_theirs(start):
     process, _ = start()
     _, files = start()

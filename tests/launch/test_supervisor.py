@@ -21,7 +21,8 @@ from megatron_async_rlhf.formats.file_digests import write_digests
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
 from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
-from megatron_async_rlhf.launch.supervisor import Supervisor
+from megatron_async_rlhf.launch.supervisor import _SETTLE_S, Supervisor
+from megatron_async_rlhf.telemetry.events import LAST_PHASE
 from megatron_async_rlhf.telemetry.files import PROCESSES, RESERVE
 
 MODEL = {"layers": 2, "hidden_size": 64, "ffn_size": 96, "heads": 2, "context_length": 96}
@@ -242,6 +243,38 @@ def test_a_learner_goes_back_to_the_last_whole_checkpoint(tmp_path, monkeypatch,
     run.kill("learner.0")
     assert run.join() == 1
     assert "error: learner.0 was killed by SIGKILL" in run.output.getvalue()
+
+
+def test_a_checkpoint_that_is_put_in_place_meanwhile_is_the_one_it_goes_back_to(tmp_path, monkeypatch):
+    leave_checkpoint(tmp_path, 20)
+    newer = leave_checkpoint(tmp_path, 40)
+    newer.rename(tmp_path / "late")
+    program = (
+        "import os, signal, sys\n"
+        "def put(*_): os.rename(sys.argv[1] + '/late', sys.argv[3]); sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, put)\n"
+    )
+    cut: list[int] = []
+    run = Run(
+        tmp_path, monkeypatch, restarts=0, controller=(program + CONTROLLER, "train", str(newer)), cut_back=cut.append
+    )
+    run.kill("learner.1")
+    run.wait(lambda: "continuing from step 40" in run.output.getvalue())
+    run.wait(lambda: run.log("learner.1").count("up") == 2)
+    assert cut == [40]
+    assert run.end() == 0
+
+
+def test_how_ranks_end_that_nothing_is_needed_of_changes_nothing(tmp_path, monkeypatch):
+    leave_checkpoint(tmp_path, 20)
+    run = Run(tmp_path, monkeypatch, restarts=0, cut_back=lambda version: pytest.fail(f"cut back to {version}"))
+    run.tell({"event": "phase", "name": LAST_PHASE})
+    run.wait(lambda: f"{LAST_PHASE}\n" in run.output.getvalue())
+    pid = run.kill("learner.1")
+    run.wait(lambda: not lives(pid))
+    time.sleep(2 * _SETTLE_S)  # in which the controller uploads what there is
+    assert run.end() == 0
+    assert "learner.1" not in run.output.getvalue()
 
 
 def test_without_a_checkpoint_the_death_of_a_learner_ends_the_run(tmp_path, monkeypatch):

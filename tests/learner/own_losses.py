@@ -20,6 +20,7 @@ def clipped(logprobs_T, base_T, advantages_T, token_weights_T, segments, weight_
     return total, {
         "own/tokens": segments.mask_T.sum(),
         "own/mean": Reduced(torch.tensor(2.0), "mean"),
+        "own/real": Reduced(segments.mask_T.any().float(), "mean"),
         "own/highest": Reduced(ours_T.max(), "max"),
         "own/lowest": Reduced(ours_T.min(), "min"),
     }
@@ -51,3 +52,19 @@ def no_gradient(logprobs_T, **given):
 
 def no_scalar(logprobs_T, **given):
     return logprobs_T.sum(), {"own": logprobs_T}
+
+
+def no_metrics(logprobs_T, **given):
+    return logprobs_T.sum(), None
+
+
+def no_such_reduction(logprobs_T, **given):
+    return logprobs_T.sum(), {"own": Reduced(torch.tensor(1.0), "avg")}
+
+
+def no_name(logprobs_T, **given):
+    return logprobs_T.sum(), {7: torch.tensor(1.0)}
+
+
+def a_name_of_others(logprobs_T, **given):
+    return logprobs_T.sum(), {"tokens": torch.tensor(1.0)}

@@ -86,6 +86,10 @@ def test_a_formula_that_does_not_exist_is_no_other_one(choice: str):
         ("no_pair", "returned no pair of a loss and its metrics"),
         ("no_gradient", "returned a loss that is no scalar with a gradient"),
         ("no_scalar", "returned a metric own that is no scalar tensor"),
+        ("no_metrics", "returned NoneType in place of a dictionary of metrics"),
+        ("no_such_reduction", "returned a metric own that is to be reduced by 'avg'; there are sum, mean, max, min"),
+        ("no_name", r"returned a metric called 7, which is no name for one of its own; call it own/\.\.\."),
+        ("a_name_of_others", "returned a metric called 'tokens', which"),
         ("absent", "cannot be loaded: .*own_losses.py has no absent"),
     ],
 )

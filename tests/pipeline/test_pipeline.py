@@ -171,9 +171,18 @@ def test_rewards_with_parts_are_drawn(rig: Rig):
     assert path is not None and path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_stage_is_named_inside_of_lists_and_sections_too(rig: Rig):
+    rewards = [{"type": "builtin"}, {"type": "reward_model", "name": "learned", "model": "{proxy}/final"}]
+    rig.write([*STAGES[:2], STAGES[2] | {"set": {"model.hf": "{sft}/final", "reward": rewards}}])
+    stage = rig.load().stages[2]
+    assert stage.needs == ["sft", "proxy"]
+    assert stage.config.rewards[1].model == Path("runs/small/proxy/final")
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
+        ({"set": {"reward": {"type": "reward_model", "model": "{prxy}/final"}}}, r"\{prxy\} is no earlier stage; did you mean proxy"),
         ({"set": {"model.hf": "{stf}/final"}}, r"rl: set.model.hf = \{stf\}/final: \{stf\} is no earlier stage; did you mean sft"),
         ({"set": {"model.hf": "{rl}/final"}}, r"\{rl\} is no earlier stage"),
         ({"name": "sft"}, "the stage sft must have another name"),

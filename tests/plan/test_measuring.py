@@ -11,6 +11,7 @@ from megatron_async_rlhf.cli import app
 from megatron_async_rlhf.config.load import load_config
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.generator_memory import GIB
+from megatron_async_rlhf.estimate.machines import machine_of
 from megatron_async_rlhf.plan import measuring
 from megatron_async_rlhf.plan.measuring import measuring_config
 from megatron_async_rlhf.simulate.prediction import shape_of
@@ -37,6 +38,12 @@ def test_gpus_are_shared_where_there_is_only_one(tmp_path, monkeypatch, gpus, tr
     assert (config.model.layers, config.model.hidden_size, config.model.ffn_size) == (4, 4096, 14336)
     assert config.learner.world_size == config.generator.workers == 1
     assert config.schedule.staleness_bound == 0
+
+
+def test_threads_have_the_cores_that_are_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring.os, "sched_getaffinity", lambda pid: set(range(8)))
+    one, four = (config_for(QUICKSTART, tmp_path, f"learner.threads={threads}") for threads in (1, 4))
+    assert machine_of(four).learner == 4 * machine_of(one).learner
 
 
 def test_without_a_gpu_there_is_nothing_to_measure(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.errors import ConfigError
 from megatron_async_rlhf.estimate.fitting import run_memory
 from megatron_async_rlhf.estimate.generator_memory import GIB
+from megatron_async_rlhf.formats import hub_snapshot
 from megatron_async_rlhf.launch.layout import lay_out
 from megatron_async_rlhf.launch.nodes import planned_nodes
 from megatron_async_rlhf.models.layout_rules import check_layouts
@@ -178,6 +179,15 @@ def test_programs_read_json(tmp_path: Path, monkeypatch):
         assert sum(devices.values()) == 8 and min(devices.values()) >= 0
     assert plans[0]["step_seconds"] <= plans[1]["step_seconds"]
     assert run_command_line(app, ["train", str(tmp_path / "plan.yaml"), "--dry-run"]) == 0
+
+
+def test_a_model_of_the_hub_is_named_as_it_was_given(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(hub_snapshot, "_download", lambda *given: ROOT / "examples" / "llama8b")
+    out = tmp_path / "plan.yaml"
+    result = CliRunner().invoke(app, ["plan", str(LLAMA), "-s", "model.hf=org/llama", "--best", "1", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert load_config(out).model.hf == Path("org/llama")
 
 
 def test_people_read_a_table_of_eighty_columns_or_a_page(monkeypatch, tmp_path):

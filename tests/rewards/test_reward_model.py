@@ -42,20 +42,26 @@ def completions(*texts: str) -> list[Completion]:
 
 
 class Rewarded:
-    """A configured reward connected to stand-in servers, and what it told."""
+    """A configured reward connected to stand-in servers, and what it told.
 
-    def __init__(self, directory: Path, servers: list[ScoringServer], **keys) -> None:
+    Args:
+        own: the run has started them; else they are of `url`.
+    """
+
+    def __init__(self, directory: Path, servers: list[ScoringServer], *, own: bool = True, **keys) -> None:
         model = directory / "reward"
         if not model.exists():
             describe_reward_model(model)
-        section = {"type": "reward_model", "model": model, "url": [s.url for s in servers], **LIMITS, **keys}
+        urls = [server.url for server in servers]
+        where = {"replicas": len(urls)} if own else {"url": urls}
+        section = {"type": "reward_model", "model": model, **where, **LIMITS, **keys}
         data = {"train": "prompts.jsonl", "solution_field": "solution"}
         self.config = RunConfig.model_validate({"model": SHAPE, "reward": section, "data": data})
         self.told = io.StringIO()
         self.recorder = Recorder(self.config, directory, EventStream(self.told))
         self.reward = make_reward(self.config.rewards)
         load_reward_models(self.config, self.reward, model)
-        self.served = ServedRewards(self.config, self.reward, [], self.recorder)
+        self.served = ServedRewards(self.config, self.reward, urls if own else [], self.recorder)
         self.tokenizer = Tokenizer.load(model)
 
     def events(self, kind: str) -> list[dict]:
@@ -385,12 +391,38 @@ def test_a_server_of_another_kind_is_refused_at_once(tmp_path):
 
 def test_a_server_that_does_not_come_is_named(tmp_path):
     async def go() -> None:
-        async with rewarded(tmp_path, start_timeout_s=0.5) as (made, (server,)):
+        async with rewarded(tmp_path, own=False, start_timeout_s=0.5) as (made, (server,)):
             await server.die()
-            with pytest.raises(RewardError, match=r"reward.0 was not ready within 0.5 s .*, or correct reward.url"):
+            with pytest.raises(RewardError, match=r"reward.url.0 was not ready within 0.5 s .*, or correct reward.url"):
                 await made.served.start(tmp_path, [])
 
     asyncio.run(go())
+
+
+def test_the_supervisor_hears_of_servers_that_it_has_started_by_their_names(tmp_path):
+    """Those of others, which a configuration may name first, are nobody's to start again."""
+    describe_reward_model(tmp_path / "reward")
+
+    async def go() -> list[dict]:
+        async with serving(2) as (theirs, ours):
+            entry = {"type": "reward_model", "model": tmp_path / "reward", "on_error": "zero", **LIMITS}
+            entries = [entry | {"name": "theirs", "url": [theirs.url]}, entry | {"name": "ours"}]
+            config = RunConfig.model_validate({"model": SHAPE, "reward": entries})
+            told = io.StringIO()
+            reward = make_reward(config.rewards)
+            load_reward_models(config, reward, tmp_path / "reward")
+            served = ServedRewards(config, reward, [ours.url], Recorder(config, tmp_path, EventStream(told)))
+            theirs.behaviour = ours.behaviour = "hangs"
+            try:
+                async with asyncio.timeout(20):
+                    await reward.score(prompt(), completions("x"))
+            finally:
+                await served.close()
+            assert "reward.0.url.0: has answered no request" in told.getvalue(), "who watches hears of all"
+            return [line for line in told.getvalue().splitlines() if '"unresponsive"' in line]
+
+    silent = asyncio.run(go())
+    assert silent and all('"name": "reward.0"' in line for line in silent)
 
 
 def test_its_busy_time_is_the_union_over_servers(tmp_path):

@@ -32,13 +32,13 @@ class Supervised:
 
     def __init__(self, directory: Path, server: ScoringServer, schedule: dict, **keys) -> None:
         describe_reward_model(directory / "reward")
-        section = {"type": "reward_model", "model": directory / "reward", "url": [server.url], "request_timeout_s": 0.4}
+        section = {"type": "reward_model", "model": directory / "reward", "request_timeout_s": 0.4}
         config = RunConfig.model_validate({"model": SHAPE, "reward": section | {"start_timeout_s": 10} | keys})
         reward = make_reward(config.rewards)
         load_reward_models(config, reward, directory)
         self.rig = Rig(directory, reward=reward, steps=STEPS, prompts_per_step=GROUPS, **schedule)
         self.rig.recorder.unresponsive = self._replace
-        self.served = ServedRewards(config, reward, [], self.rig.recorder)
+        self.served = ServedRewards(config, reward, [server.url], self.rig.recorder)
         self.directory, self.server, self.replaced = directory, server, []
         server.delay_s = DELAY_S
 

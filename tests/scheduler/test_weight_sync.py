@@ -11,6 +11,7 @@ from megatron_async_rlhf.errors import (
     GeneratorGoneError,
     GeneratorSilentError,
     LearnerError,
+    LearnerSilentError,
     MismatchError,
     TransferError,
 )
@@ -313,6 +314,39 @@ def test_who_cannot_meet_is_found_out_when_nobody_is_gone():
     with pytest.raises(PushError, match="generator.1: it cannot meet the learner") as error:
         connect(sync, [first, second, third], [])
     assert (list(error.value.gone), error.value.moved) == ([second], False)
+
+
+def test_a_rendezvous_that_fails_by_nobodys_fault_is_tried_once_more():
+    lost = TransferError("rendezvous: no route to host")
+    learner, receivers = Learner(REPORT, joins=(lost,)), [Receiver(f"generator.{i}") for i in range(2)]
+    push(make(learner), receivers, 0)
+    assert [receiver.version for receiver in receivers] == [0, 0]
+    together = [join for join in learner.sent(JoinTransfer) if len(join.generators) == 2]
+    assert len(together) == 2
+    learner = Learner(joins=(lost, None, None, lost))
+    with pytest.raises(PushError, match="no route to host") as error:
+        push(make(learner), receivers, 1)
+    assert not error.value.gone and not error.value.moved
+    learner = Learner(REPORT, joins=(lost,))
+    push(make(learner), receivers[:1], 2)
+    assert len(learner.sent(JoinTransfer)) == 2, "who has met the learner alone has met it"
+
+
+def test_who_cannot_meet_did_nothing_no_longer_than_that_took():
+    """What says how long may be older than its process, and the supervisor ends none that was started since."""
+    learner = Learner(joins=(TransferError("out of memory"), TransferError("out of memory")))
+    with pytest.raises(PushError) as error:
+        connect(make(learner, timeout_s=30.0), [Receiver("generator.0")], [])
+    (why,) = error.value.gone.values()
+    assert why.silent_s < 10
+
+
+def test_a_learner_that_says_nothing_is_waited_for_once():
+    silent = LearnerSilentError("learner: did not answer", silent_s=9.0)
+    learner = Learner(silent)
+    with pytest.raises(LearnerSilentError):
+        push(make(learner), [Receiver("generator.0", "hang")], 0)
+    assert len(learner.sent(FinishPush)) == 1
 
 
 def test_an_engine_that_cannot_be_paused_costs_the_others_no_weights():

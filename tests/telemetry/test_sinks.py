@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from megatron_async_rlhf.telemetry import recorder as recording
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import read_lines
 from megatron_async_rlhf.telemetry.sinks import opening
+from megatron_async_rlhf.telemetry.sinks.ending import is_one_ending
 from megatron_async_rlhf.telemetry.sinks.opening import check_sinks
 from megatron_async_rlhf.telemetry.sinks.sink import Sink
 from megatron_async_rlhf.telemetry.sinks.tensorboard import TensorBoardSink
@@ -168,3 +170,32 @@ def test_a_run_outlives_a_service_that_shows_it(tmp_path: Path, monkeypatch):
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 4
     (note,) = (line for line in told.getvalue().splitlines() if '"note"' in line)
     assert "Shown failed and gets no more steps, which metrics.jsonl has" in note and "Connection lost" in note
+
+
+class Unreachable(Shown):
+    """Its service does not take in the end, for as long as `is_reached` is unset."""
+
+    is_reached = threading.Event()
+
+    def close(self, summary: dict, *, failed: bool) -> None:
+        self.is_reached.wait()
+        super().close(summary, failed=failed)
+
+
+def test_a_run_ends_without_a_service_that_does_not_take_it_in(tmp_path: Path, monkeypatch):
+    hanging, living = Unreachable(), Shown()
+    monkeypatch.setattr(recording, "open_sinks", lambda config, run_dir: [hanging, living])
+    impatient = TelemetrySection(close_timeout_s=0.2)
+    config = small_config(tmp_path, 0).model_copy(update={"telemetry": impatient})
+    told = io.StringIO()
+    recorder = recording.Recorder(config, tmp_path, EventStream(told))
+    assert recorder.close("completed", None)
+    assert living.closed and not hanging.closed and is_one_ending()
+    *_, note, closed = told.getvalue().splitlines()
+    assert "Unreachable was not done within telemetry.close_timeout_s = 0.2" in note and '"closed"' in closed
+    hanging.is_reached.set()
+    deadline = time.monotonic() + 60
+    while is_one_ending():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert hanging.closed

@@ -1,15 +1,20 @@
 """A loss that a user brings, `algorithm.loss_function`, with what it returns looked at before it is trained on."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from megatron_async_rlhf.algorithms.reductions import Metrics, Reduced
+from megatron_async_rlhf.algorithms.reductions import Metrics, Reduced, Reduction
 from megatron_async_rlhf.algorithms.segments import Segments
 from megatron_async_rlhf.config.algorithms import LOSS_ARGUMENTS
 from megatron_async_rlhf.errors import LearnerError, UserFunctionError
 from megatron_async_rlhf.user_functions import find_function, raised
+
+# Others say these of every step.
+_TAKEN = {
+    "loss", "tokens", "positions", "padding", "grad_norm", "learning_rate", "correction/weight", "correction/weight_squared",
+}  # fmt: skip
 
 
 def user_loss(function: str, kwargs: Mapping[str, Any]) -> Callable[..., tuple[torch.Tensor, Metrics]]:
@@ -39,16 +44,27 @@ def user_loss(function: str, kwargs: Mapping[str, Any]) -> Callable[..., tuple[t
         if not (isinstance(answer, tuple) and len(answer) == 2):
             raise LearnerError(f"algorithm.loss_function = {function} returned no pair of a loss and its metrics")
         total, metrics = answer
+        if wrong := _wrong_metrics(metrics):
+            raise LearnerError(f"algorithm.loss_function = {function} returned {wrong}")
         if not (isinstance(total, torch.Tensor) and total.dim() == 0 and total.requires_grad):
             raise LearnerError(
                 f"algorithm.loss_function = {function} returned a loss that is no scalar with a gradient"
             )
-        for name, part in metrics.items():
-            value = part.value if isinstance(part, Reduced) else part
-            if not (isinstance(value, torch.Tensor) and value.dim() == 0):
-                raise LearnerError(
-                    f"algorithm.loss_function = {function} returned a metric {name} that is no scalar tensor"
-                )
         return total, {"policy_loss": total.detach()} | metrics
 
     return loss
+
+
+def _wrong_metrics(metrics: object) -> str | None:
+    """What is wrong with them, if anything is."""
+    if not isinstance(metrics, Mapping):
+        return f"{type(metrics).__name__} in place of a dictionary of metrics"
+    for name, part in metrics.items():
+        value, how = (part.value, part.how) if isinstance(part, Reduced) else (part, "sum")
+        if not isinstance(name, str) or name in _TAKEN:
+            return f"a metric called {name!r}, which is no name for one of its own; call it own/..."
+        if not (isinstance(value, torch.Tensor) and value.dim() == 0):
+            return f"a metric {name} that is no scalar tensor"
+        if how not in get_args(Reduction):
+            return f"a metric {name} that is to be reduced by {how!r}; there are {', '.join(get_args(Reduction))}"
+    return None

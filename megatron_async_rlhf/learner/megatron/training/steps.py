@@ -89,7 +89,7 @@ class Passes:
             return share * len(batches) * self._placement.data_parallel, metrics | counts
 
         reports = self._run(chunks, batches, megatron_loss, forward_only=False)
-        metrics = self._join_over_ranks(reports, failures)
+        metrics = self._join_over_ranks(reports, batches, failures)
         positions = metrics.pop("positions")
         return metrics | {"padding": 1 - metrics["tokens"] / positions}
 
@@ -128,8 +128,12 @@ class Passes:
             collect_non_loss_data=forward_only,
         )
 
-    def _join_over_ranks(self, reports: list[Metrics], failures: list[str]) -> dict[str, float]:
+    def _join_over_ranks(
+        self, reports: list[Metrics], batches: list[MicroBatch], failures: list[str]
+    ) -> dict[str, float]:
         """Metrics of all micro-batches and replicas, on every rank; which there are a reporting rank says.
+
+        A micro-batch that only keeps ranks in step adds to sums alone, and nothing is in it to add.
 
         Raises:
             LearnerError: on every rank alike: the first failure of any.
@@ -146,12 +150,15 @@ class Passes:
                 f"the loss has other metrics in one micro-batch than in another: {how_of} and {others}",
             ]
         _raise_together(failures, placement)
+        real = [
+            report for report, batch in zip(mine, batches, strict=False) if any(index >= 0 for index in batch.indices)
+        ]
         metrics: dict[str, float] = {}
         for how in sorted(set(how_of.values())):
             names = [name for name, its in how_of.items() if its == how]
-            totals = joined(mine, names, how)
+            totals = joined(mine if how == "sum" else real, names, how)
             if how == "mean":
-                totals = torch.cat([totals, totals.new_tensor([len(mine)])])
+                totals = torch.cat([totals, totals.new_tensor([len(real)])])
             dist.all_reduce(totals, op=_OPERATIONS[how], group=placement.control)
             if how == "mean":
                 totals = totals[:-1] / totals[-1]
