@@ -57,9 +57,10 @@ def _parsed(text: str) -> list[Any]:
 
 
 def _from_last_box(text: str) -> str:
-    """math-verify takes all boxes in a text for one answer, a set; here those before it are thoughts."""
+    """math-verify takes all boxes in a text for one answer, a set, and prefers what follows `the final answer is`; here what stands
+    before the last box is thoughts."""
     before, *boxes = text.split(_BOX)
-    if len(boxes) < 2:
+    if not boxes:
         return text
     first = len(boxes) - 1
     while first and _ONE_MORE.search(boxes[first - 1]):

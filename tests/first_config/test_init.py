@@ -116,7 +116,7 @@ def test_lengths_come_from_the_data():
     assert config.model.context_length == config.data.max_prompt_tokens + 64
 
 
-@pytest.mark.parametrize("gpus", ["0", "1", "8"])
+@pytest.mark.parametrize("gpus", ["0", "1", pytest.param("8", marks=pytest.mark.thorough)])
 def test_a_pair_of_the_longest_sequences_fits_a_micro_batch(gpus):
     make_model(max_position_embeddings=16384, num_attention_heads=2)
     make_data([{"prompt": "a" * 5000, "completion": "b" * 1000}] * 40)

@@ -165,9 +165,9 @@ def test_one_shared_gpu_leaves_nothing_to_plan(task):
 
 def test_programs_read_json(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    result = CliRunner().invoke(
-        app, ["plan", str(LLAMA), "--json", "--best", "2", "--out", str(tmp_path / "plan.yaml")]
-    )
+    monkeypatch.setattr(hub_snapshot, "_download", lambda *given: ROOT / "examples" / "llama8b")
+    options = ["-s", "model.hf=org/llama", "--json", "--best", "2", "--out", str(tmp_path / "plan.yaml")]
+    result = CliRunner().invoke(app, ["plan", str(LLAMA), *options])
     assert result.exit_code == 0, result.output
     plans = json.loads(result.output)
     assert [plan["schedule"] for plan in plans] == [kind for kind in KINDS for _ in range(2)]
@@ -178,16 +178,8 @@ def test_programs_read_json(tmp_path: Path, monkeypatch):
         devices = plan["devices"]
         assert sum(devices.values()) == 8 and min(devices.values()) >= 0
     assert plans[0]["step_seconds"] <= plans[1]["step_seconds"]
+    assert load_config(tmp_path / "plan.yaml").model.hf == Path("org/llama"), "and not where this machine has it"
     assert run_command_line(app, ["train", str(tmp_path / "plan.yaml"), "--dry-run"]) == 0
-
-
-def test_a_model_of_the_hub_is_named_as_it_was_given(tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(hub_snapshot, "_download", lambda *given: ROOT / "examples" / "llama8b")
-    out = tmp_path / "plan.yaml"
-    result = CliRunner().invoke(app, ["plan", str(LLAMA), "-s", "model.hf=org/llama", "--best", "1", "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    assert load_config(out).model.hf == Path("org/llama")
 
 
 def test_people_read_a_table_of_eighty_columns_or_a_page(monkeypatch, tmp_path):

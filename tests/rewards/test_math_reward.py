@@ -51,6 +51,7 @@ RIGHT = [
     ("4", "$\\boxed{3}$ or so.\n\nNo: $x = \\boxed{4}$"),
     (r"$\{3, 4\}$", r"$\boxed{5}$? No, $x = \boxed{3}$ or $\boxed{4}$"),
     (r"x is $\boxed{3}$ or $\boxed{4}$", r"\boxed{4}, \boxed{3}"),
+    ("4", r"The final answer is $3$. I hope it is correct. No: \boxed{4}"),
     ("4", "#### Step 2: Solve\n2x = 8\n\\boxed{4}"),
     ("4", "#### 2. Solve\nso that x is 4"),
     ("4", "#### Final Answer\n\\boxed{4}"),
