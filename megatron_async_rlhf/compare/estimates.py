@@ -35,13 +35,18 @@ class Estimate(Struct, frozen=True, kw_only=True):
         return True if low > value else False if high < value else None
 
 
+def _of_many(degrees: int) -> float:
+    """The quantile beyond the table: the expansion for many degrees of freedom (Abramowitz and Stegun, 26.7.5), two terms."""
+    x = _NORMAL
+    return x + (x**3 + x) / (4 * degrees) + (5 * x**5 + 16 * x**3 + 3 * x) / (96 * degrees**2)
+
+
 def mean_of(values: Sequence[float]) -> Estimate:
     """Of one value per seed."""
     if len(values) < 2:
         return Estimate(mean=values[0], low=None, high=None, seeds=1)
     degrees = len(values) - 1
-    # Beyond the table the first term of the expansion for many degrees (Abramowitz and Stegun, 26.7.5): within 0.2 %.
-    quantile = _T[degrees - 1] if degrees <= len(_T) else _NORMAL + (_NORMAL**3 + _NORMAL) / (4 * degrees)
+    quantile = _T[degrees - 1] if degrees <= len(_T) else _of_many(degrees)
     mean, half = fmean(values), quantile * stdev(values) / math.sqrt(len(values))
     return Estimate(mean=mean, low=mean - half, high=mean + half, seeds=len(values))
 

@@ -130,22 +130,19 @@ def _swapping_s(config: RunConfig, machine: Machine, held: float) -> float:
 def _way_between_copies(config: RunConfig, machine: Machine) -> float:
     """Bytes per second of a ring over all copies of a stage, which are next to each other: between machines it goes by the
     network cards of its ranks on that machine which has the fewest."""
-    learner, on_machine = config.learner, _ranks_on_a_machine(config)
-    ranks, tensor = learner.tensor_parallel * learner.copies, learner.tensor_parallel
+    tensor, on_machine = config.learner.tensor_parallel, _ranks_on_a_machine(config)
     way = machine.link
-    for first in range(0, learner.world_size, ranks):  # of a stage
-        last = first + ranks - 1
-        if first // on_machine != last // on_machine:
-            fewest = min(on_machine - first % on_machine, last % on_machine + 1)
-            way = min(way, max(1, fewest // tensor) * machine.network)
+    for first, last in _over_machines(config, tensor * config.learner.copies):  # of a stage
+        fewest = min(on_machine - first % on_machine, last % on_machine + 1)
+        way = min(way, max(1, fewest // tensor) * machine.network)
     return way
 
 
-def _spans_machines(config: RunConfig, ranks: int) -> bool:
-    """Whether any group of so many learner ranks next to each other is not on one machine."""
+def _over_machines(config: RunConfig, ranks: int) -> list[tuple[int, int]]:
+    """First and last of each group of so many learner ranks next to each other that is not on one machine."""
     on_machine = _ranks_on_a_machine(config)
-    starts = range(0, config.learner.world_size, ranks)
-    return any(first // on_machine != (first + ranks - 1) // on_machine for first in starts)
+    groups = ((first, first + ranks - 1) for first in range(0, config.learner.world_size, ranks))
+    return [(first, last) for first, last in groups if first // on_machine != last // on_machine]
 
 
 def computed_share(config: RunConfig, prompt: float, completion: float) -> float:
@@ -157,12 +154,9 @@ def computed_share(config: RunConfig, prompt: float, completion: float) -> float
 def trained_token_flops(config: RunConfig, arch: Architecture, length: float) -> float:
     """In one optimizer step: forward, backward (twice that), what is computed again, and a step's share of the passes
     before the updates, which an epoch more does not repeat. The same of a value model, which has no logits."""
-    algorithm, schedule = config.algorithm, config.schedule
-    training = 4 if config.learner.recompute == "full" else 3
+    forward, backward = _passes(config)
     layers = token_flops(arch, length / 2) - output_flops(arch)
-    policy = (training + _passes_before(config)) * layers + _output_token_flops(config, arch)
-    value = (training + 1 / schedule.epochs) * layers
-    return policy + value * algorithm.has_value_model
+    return (forward + 2 * backward) * layers + _output_token_flops(config, arch)
 
 
 def _output_token_flops(config: RunConfig, arch: Architecture) -> float:
@@ -196,7 +190,7 @@ def _context_s_per_token(config: RunConfig, arch: Architecture, machine: Machine
     if ranks == 1:
         return 0.0
     numbers = 2 * max(1, arch.kv_heads // tensor) * arch.head_dim * arch.layers / learner.pipeline_parallel
-    way = machine.network if _spans_machines(config, tensor * ranks) else machine.link
+    way = machine.network if _over_machines(config, tensor * ranks) else machine.link
     moved = (ranks - 1) * numbers * ITEM_BYTES[learner.weights_dtype] / way
     attention = (token_flops(arch, length / 2) - token_flops(arch, 0)) / learner.pipeline_parallel
     hidden = attention / (machine.learner * tensor) if config.run.device == "cuda" else 0.0

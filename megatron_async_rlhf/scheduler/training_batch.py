@@ -41,7 +41,7 @@ def select_training_samples(
     """
     rewards = [reward for group in groups for reward in group.rewards]
     moments = before.including(rewards)
-    whole = moments if algorithm.reward_scale == "running" else RewardMoments().including(rewards)
+    whole = RewardMoments().including(rewards) if algorithm.reward_scale == "batch" else moments
     training, completions, margins = [], [], []
     for group in groups:
         chosen = algorithm.chosen_samples(group.rewards)

@@ -18,11 +18,11 @@ def test_one_seed_has_no_interval():
     assert mean_of([0.5]) == Estimate(mean=0.5, low=None, high=None, seeds=1)
 
 
-@pytest.mark.parametrize(("seeds", "quantile"), [(31, 2.0423), (32, 2.0395), (100, 1.9842), (10000, 1.9602)])
+@pytest.mark.parametrize(("seeds", "quantile"), [(31, 2.042), (32, 2.0395), (100, 1.9842), (10000, 1.9602)])
 def test_many_seeds_are_students_too(seeds: int, quantile: float):
     values = [float(seed % 2) for seed in range(seeds)]
     estimate = mean_of(values)
-    assert estimate.high - estimate.mean == pytest.approx(quantile * stdev(values) / math.sqrt(seeds), rel=2e-3)
+    assert estimate.high - estimate.mean == pytest.approx(quantile * stdev(values) / math.sqrt(seeds), rel=1e-4)
 
 
 def test_ratios_say_the_same_either_way_round():
