@@ -250,7 +250,7 @@ def test_scripts_are_sound(script: Path):
     ],
 )
 def test_wrong_use_is_refused_before_anything_starts(slurm, settings: list[str], says: str):
-    job = Job(slurm, f"refused-{abs(hash(says))}", *settings, "launch.join_timeout_s=20")
+    job = Job(slurm, f"refused-{abs(hash(says))}", *settings)
     job.wait("FAILED")
     lines = [line for line in job.log().splitlines() if line.startswith("error: ")]
     assert lines and says in lines[0], job.log()
