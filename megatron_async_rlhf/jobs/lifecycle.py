@@ -126,7 +126,7 @@ def close_failed(recorder: Recorder, error: BaseException) -> int:
     explained = isinstance(error, WriteError | CheckpointError | RewardError)  # the cause is outside the program
     _log.error("run failed: %s", line, exc_info=None if explained else error)
     if isinstance(error, LearnerSilentError):
-        recorder.unresponsive("learner", since=time.monotonic() - error.silent_s, why=line)
+        recorder.unresponsive("learner", error)
     recorder.close("failed", line, explained=explained)
     return EXIT_FAILED
 

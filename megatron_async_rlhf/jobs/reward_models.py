@@ -3,13 +3,12 @@
 import asyncio
 import itertools
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import CheckpointError, GeneratorSilentError
+from megatron_async_rlhf.errors import CheckpointError
 from megatron_async_rlhf.formats.classifier_weights import classifier_numbers
 from megatron_async_rlhf.jobs.described import has_tokenizer, only_described
 from megatron_async_rlhf.models.classifier import read_classifier
@@ -88,7 +87,7 @@ class ServedRewards:
         Args:
             urls: of the servers that the run has started, in the order of the configuration.
         """
-        self._config, self._recorder = config, recorder
+        self._config = config
         self._models = reward_models(config, reward)
         busy = ServersBusy(
             now,
@@ -117,12 +116,9 @@ class ServedRewards:
                 section,
                 key=key,
                 busy=busy,
-                on_silent=self._tell_supervisor if section.url is None else lambda name, error: None,
+                on_silent=recorder.unresponsive if section.url is None else lambda name, error: None,
                 on_note=recorder.note,
             )
-
-    def _tell_supervisor(self, name: str, error: GeneratorSilentError) -> None:
-        self._recorder.unresponsive(name, time.monotonic() - error.silent_s, str(error))
 
     async def start(self, run_dir: Path, train: Sequence[Prompt], *, servers_stayed: bool = False) -> None:
         """Wait for all of them, then find out what is subtracted from scores, unless the run has done so before.

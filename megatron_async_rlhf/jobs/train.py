@@ -13,7 +13,6 @@ save yet: it ends at once.
 
 import asyncio
 import signal
-import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -245,8 +244,7 @@ class Job:
         self.recorder.activity("generators", f"{generator.name} is gone")
 
     def _silent(self, generator: Generator, error: GeneratorSilentError) -> None:
-        """The supervisor, which owns its process, is to end that."""
-        self.recorder.unresponsive(generator.name, since=time.monotonic() - error.silent_s, why=str(error))
+        self.recorder.unresponsive(generator.name, error)
 
 
 @asynccontextmanager

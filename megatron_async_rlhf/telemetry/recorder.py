@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import msgspec
 
 from megatron_async_rlhf.clock import now
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import WriteError
+from megatron_async_rlhf.errors import GeneratorSilentError, LearnerSilentError, WriteError
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.files import (
     EVALUATIONS,
@@ -87,13 +88,10 @@ class Recorder:
         """Whoever supervises is to start the servers of this model, in the place of those there are."""
         self._events.emit("serve", name=name)
 
-    def unresponsive(self, name: str, since: float, why: str) -> None:
-        """A generator, or the learner, has done nothing since then; its processes may be alive.
-
-        Args:
-            since: by the monotonic clock, which all processes of a machine share, and nobody can set.
-        """
-        self._events.emit("unresponsive", name=name, since=since, why=why)
+    def unresponsive(self, name: str, error: GeneratorSilentError | LearnerSilentError) -> None:
+        """A server, or the learner, does nothing; its processes may be alive. Whoever supervises is to end them."""
+        since = time.monotonic() - error.silent_s  # all processes of a machine share this clock, and nobody can set it
+        self._events.emit("unresponsive", name=name, since=since, why=str(error))
 
     def warm_start_step(self, step: int, values: dict[str, float], spans: Iterable[Span]) -> None:
         self._spans.add(spans)

@@ -42,8 +42,8 @@ def test_a_server_whose_engine_stops_is_replaced_and_every_group_scored_once(tmp
     class Supervising(Recorder):
         """Does what the supervisor of a run does when it is told that a server does nothing."""
 
-        def unresponsive(self, name, since, why):
-            assert name == "reward.0" and "has answered no request for 6 s" in why
+        def unresponsive(self, name, error):
+            assert name == "reward.0" and "has answered no request for 6 s" in str(error)
             started[-1].kill_group(signal.SIGKILL)
             started[-1].clean_up()
             started.append(LocalProcess(spec, tmp_path))

@@ -12,7 +12,7 @@ from scoring_server import ScoringServer, serving
 from tiny_reward_model import describe_reward_model
 
 from megatron_async_rlhf.config.root import RunConfig
-from megatron_async_rlhf.errors import RewardError
+from megatron_async_rlhf.errors import GeneratorSilentError, RewardError
 from megatron_async_rlhf.jobs.reward_models import ServedRewards, load_reward_models
 from megatron_async_rlhf.rewards.registry import make_reward
 from megatron_async_rlhf.serving import returning
@@ -42,8 +42,8 @@ class Supervised:
         self.directory, self.server, self.replaced = directory, server, []
         server.delay_s = DELAY_S
 
-    def _replace(self, name: str, since: float, why: str) -> None:
-        self.replaced.append(why)
+    def _replace(self, name: str, error: GeneratorSilentError) -> None:
+        self.replaced.append(str(error))
         self._replacing = asyncio.create_task(self.start_again())
 
     async def start_again(self) -> None:
