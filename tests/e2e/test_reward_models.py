@@ -19,6 +19,7 @@ from megatron_async_rlhf.launch.nodes import this_node
 from megatron_async_rlhf.launch.plan import plan_reward_servers
 from megatron_async_rlhf.launch.process import LocalProcess
 from megatron_async_rlhf.rewards.registry import make_reward
+from megatron_async_rlhf.run_secret import VARIABLE, secret_path, write_secret
 from megatron_async_rlhf.telemetry.events import EventStream
 from megatron_async_rlhf.telemetry.recorder import Recorder
 from megatron_async_rlhf.types import Completion, Message, Prompt
@@ -30,11 +31,13 @@ TEXTS = ("yes", "no <eos> no", "", "a longer answer, of several words.")
 @pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_server_whose_engine_stops_is_replaced_and_every_group_scored_once(tmp_path, workers):
+def test_a_server_whose_engine_stops_is_replaced_and_every_group_scored_once(tmp_path, monkeypatch, workers):
     """Its HTTP front continues to answer, and `/health` to say 200."""
     directory = make_reward_model(tmp_path / "rm")
     section = {"type": "reward_model", "model": str(directory), "request_timeout_s": 6, "tensor_parallel": workers}
-    config = RunConfig.model_validate({"model": SHAPE, "reward": section})
+    config = RunConfig.model_validate({"run": {"dir": tmp_path}, "model": SHAPE, "reward": section})
+    write_secret(tmp_path)
+    monkeypatch.setenv(VARIABLE, str(secret_path(tmp_path)))
     nodes = [this_node(config, gpus=0)]
     (spec,), urls = plan_reward_servers(config, lay_out(config, nodes, replicas=1).rewards, nodes)
     started = [LocalProcess(spec, tmp_path)]
