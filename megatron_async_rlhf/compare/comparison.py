@@ -52,6 +52,8 @@ class Against(Struct, frozen=True, kw_only=True):
 
     Attributes:
         speedup: the baseline's wall clock over the asynchronous one; `time_saved` says the same as a share.
+        speedup_limit: the baseline's wall clock over the time that its slower side was at work: no asynchronous run on these devices
+            can be faster. `speedup` is this over `inflation`.
         inflation: the asynchronous wall clock over the time that the baseline's slower side was at work: 1 if it never waits, and
             takes no longer while the other side works too.
         held_out_reward, win_rate, kl: differences at the end, so at equal samples.
@@ -62,6 +64,7 @@ class Against(Struct, frozen=True, kw_only=True):
     seeds: list[int]
     speedup: Estimate
     time_saved: Estimate
+    speedup_limit: Estimate
     inflation: Estimate
     held_out_reward: Estimate | None
     win_rate: Estimate | None
@@ -76,6 +79,8 @@ class Against(Struct, frozen=True, kw_only=True):
         One seed tells how much faster it is, within a few per cent, but not whether a lower reward is more than chance.
         """
         faster, reward = self.speedup.is_above(WORTHWHILE), self.held_out_reward
+        if faster is None and self.speedup_limit.is_above(WORTHWHILE) is False:
+            faster = False  # whatever more seeds would say
         if reward is None or reward.is_above(0) is not False:
             return faster
         return False if reward.seeds > 1 or faster is False else None
@@ -175,13 +180,15 @@ def _against(ours: Sequence[ComparedRun], theirs: Sequence[ComparedRun]) -> Agai
         return mean_of(values) if values else None
 
     speedup = ratio_of([their.wall_s / our.wall_s for our, their in pairs])
+    slower = [max(their.generate_s, their.train_s) for their in theirs]
     ends = [min(our.wall_s, their.wall_s) for our, their in pairs]
     at_once = [our.reward_at(end) - their.reward_at(end) for (our, their), end in zip(pairs, ends, strict=True)]
     return Against(
         seeds=[our.seed for our in ours],
         speedup=speedup,
         time_saved=transformed(speedup, lambda ratio: 1 - 1 / ratio),
-        inflation=ratio_of([our.wall_s / max(their.generate_s, their.train_s) for our, their in pairs]),
+        speedup_limit=ratio_of([their.wall_s / busy for their, busy in zip(theirs, slower, strict=True)]),
+        inflation=ratio_of([our.wall_s / busy for our, busy in zip(ours, slower, strict=True)]),
         held_out_reward=difference(lambda run: run.after),
         win_rate=difference(lambda run: run.win_rate),
         kl=difference(lambda run: run.kl_at_end),

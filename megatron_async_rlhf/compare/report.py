@@ -35,6 +35,7 @@ _ROWS: tuple[tuple[str, str, int, float], ...] = (
 _DIFFERENCES: tuple[tuple[str, str, int, float], ...] = (
     ("speed-up", "speedup", 2, 1.0),
     ("time saved, %", "time_saved", 0, _PERCENT),
+    ("speed-up at most", "speedup_limit", 2, 1.0),
     ("time over the slower side's alone", "inflation", 3, 1.0),
     ("held-out reward", "held_out_reward", 3, 1.0),
     ("win rate", "win_rate", 3, 1.0),

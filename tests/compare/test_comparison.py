@@ -112,6 +112,19 @@ def test_the_reason_is_in_the_sides_times(tmp_path: Path):
     assert "training, the slower side, works 98% and takes 1.01 times as long" in verdict
 
 
+def test_it_does_not_pay_if_the_slower_side_alone_takes_nearly_all_of_a_synchronous_run(tmp_path: Path):
+    theirs = {"wall_s": 104.0, "generate_s": 2.0, "train_s": 100.0}
+    rows = [("async", 0, 95.0), ("same_split", 0, theirs), ("async", 1, 110.0), ("same_split", 1, theirs)]
+    comparison = compare_runs(runs_of(tmp_path, *rows))
+    against = comparison.against["same_split"]
+    assert against.speedup.is_above(1.05) is None  # by what was measured, it may
+    assert against.speedup_limit.mean == pytest.approx(1.04)
+    assert against.speedup.mean == pytest.approx(against.speedup_limit.mean / against.inflation.mean)
+    assert against.pays is False and comparison.pays is False
+    verdict = verdict_of(comparison)
+    assert "and can have 1.04 (1.04 to 1.04)x at most, below the 1.05x" in verdict and "More seeds" not in verdict
+
+
 def test_json_has_what_programs_read(tmp_path: Path):
     comparison = compare_runs(runs_of(tmp_path, ("async", 0, 50.0), ("same_split", 0, 100.0)))
     content = json.loads(json.dumps(to_json(comparison, verdict_of(comparison))))
