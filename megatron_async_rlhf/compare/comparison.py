@@ -52,8 +52,8 @@ class Against(Struct, frozen=True, kw_only=True):
 
     Attributes:
         speedup: the baseline's wall clock over the asynchronous one; `time_saved` says the same as a share.
-        speedup_limit: the baseline's wall clock over the time that its slower side was at work: no asynchronous run on these devices
-            can be faster. `speedup` is this over `inflation`.
+        speedup_limit: the baseline's wall clock over the time that its slower side was at work: no asynchronous run that generates
+            and trains as much on these devices can be faster. `speedup` is this over `inflation`.
         inflation: the asynchronous wall clock over the time that the baseline's slower side was at work: 1 if it never waits, and
             takes no longer while the other side works too.
         held_out_reward, win_rate, kl: differences at the end, so at equal samples.
@@ -73,14 +73,18 @@ class Against(Struct, frozen=True, kw_only=True):
     reward_at_equal_time: Estimate
 
     @property
+    def is_faster(self) -> bool | None:
+        """By enough; None if more seeds would have to tell. The limit decides where the measured speed-up does not."""
+        measured = self.speedup.is_above(WORTHWHILE)
+        return False if measured is None and self.speedup_limit.is_above(WORTHWHILE) is False else measured
+
+    @property
     def pays(self) -> bool | None:
         """Whether asynchronous training is faster by enough and no worse; None if more seeds would have to tell.
 
         One seed tells how much faster it is, within a few per cent, but not whether a lower reward is more than chance.
         """
-        faster, reward = self.speedup.is_above(WORTHWHILE), self.held_out_reward
-        if faster is None and self.speedup_limit.is_above(WORTHWHILE) is False:
-            faster = False  # whatever more seeds would say
+        faster, reward = self.is_faster, self.held_out_reward
         if reward is None or reward.is_above(0) is not False:
             return faster
         return False if reward.seeds > 1 or faster is False else None

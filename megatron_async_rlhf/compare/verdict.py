@@ -30,11 +30,10 @@ def _outcome(name: str, against: Against) -> str:
     pace = (
         f"{number(speedup, 2)}x the speed of {_NAMES[name]} ({number(against.time_saved, 0, 100)} % of the time saved)"
     )
-    too_little = f"below the {WORTHWHILE:g}x from which older samples are worth it"
-    if against.pays is False and speedup.is_above(WORTHWHILE) is False:
-        pace += f", {too_little}"
-    elif against.pays is False and against.speedup_limit.is_above(WORTHWHILE) is False:
-        pace += f", and can have {number(against.speedup_limit, 2)}x at most, {too_little}"
+    if against.is_faster is False:
+        if speedup.is_above(WORTHWHILE) is None:
+            pace += f", and can have {number(against.speedup_limit, 2)}x at most"
+        pace += f", below the {WORTHWHILE:g}x from which older samples are worth it"
     return f"It has {pace}{_quality(against)}."
 
 
