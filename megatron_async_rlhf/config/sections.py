@@ -372,7 +372,8 @@ class LaunchSection(Section):
     memory_check: bool = True  # refuse a start if the learner clearly lacks GPU memory or a server holds no sequence
     # split: learner and servers have cores of their own; shared: all have all cores, in turn, with a synchronous schedule
     cores: Literal["split", "shared"] = "split"
-    # Bind learner ranks to cores of their own, on GPUs ranks and servers to those near theirs; vLLM always binds CPU workers.
+    # Bind learner ranks to cores of their own, on GPUs ranks and servers to those near theirs; vLLM always binds CPU workers,
+    # and API servers, controller and reward workers are bound to the cores of a side that waits for the other.
     pin_cores: bool = True
     shutdown_grace_s: PositiveFloat = 10.0  # between SIGTERM and SIGKILL
     interrupt_grace_s: PositiveFloat = 120.0  # after Ctrl-C, for the step under way, the checkpoint and the export

@@ -34,6 +34,7 @@ from megatron_async_rlhf.errors import CheckpointError, ConfigError, DataError, 
 from megatron_async_rlhf.launch.causes import signal_hint
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
+from megatron_async_rlhf.launch.floating import FloatingProcesses
 from megatron_async_rlhf.launch.going_back import CutBack, going_on_from, newest_whole
 from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
 from megatron_async_rlhf.launch.process import LocalProcess, Process
@@ -90,6 +91,7 @@ class Supervisor:
         self._processes: list[Process] = []
         self._pids: dict[str, int | None] = {}
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._floating = FloatingProcesses(config)
         self._interrupts = 0
         self._stop_file = run_dir / STOP
         self._training = self._learner_is_done = self._learner_is_silent = self._is_machine_lost = False
@@ -113,7 +115,7 @@ class Supervisor:
         except WriteError as failure:
             status, error, tail = "failed", str(failure), []
         finally:
-            self._end_all()
+            self._end(self._processes)
         self._drain_events()
         self._write_last_summary(status, error, tail)
         self._display.finished(status, error, tail, self._run_dir)
@@ -139,8 +141,7 @@ class Supervisor:
     def _start_with_controller(self, specs: Sequence[ProcessSpec]) -> None:
         """Which is the last of them."""
         for spec in specs:
-            is_controller = spec.name == self._plan.controller.name
-            self._processes.append(self._start_process(spec, pipe_stdout=is_controller))
+            self._processes.append(self._start_process(spec, pipe_stdout=spec.name == self._plan.controller.name))
         self._controller = self._processes[-1]
         self._write_pids()
         self._listener = threading.Thread(target=self._read_events, args=[self._controller], daemon=True)
@@ -207,6 +208,8 @@ class Supervisor:
                 )
             if not asked:
                 self._revive()
+            if self._training:
+                self._floating.place(self._processes)
             if self._dead():
                 time.sleep(_SETTLE_S)
                 self._drain_events()
@@ -353,9 +356,6 @@ class Supervisor:
 
     def _on_interrupt(self, number: int, frame: object) -> None:
         self._interrupts += 1
-
-    def _end_all(self) -> None:
-        self._end(self._processes)
 
     def _end(self, processes: Sequence[Process]) -> None:
         """What ends each of them, and SIGKILL after the grace period."""
