@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -318,8 +319,12 @@ def test_a_weight_counts_for_a_single_reward_too(own: Path):
 
 
 def workers_of_this_process() -> set[int]:
-    below = psutil.Process().children(recursive=True)
-    return {child.pid for child in below if "spawn_main" in " ".join(child.cmdline())}
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # also a process that has ended, but whose parent has not waited for it
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found
 
 
 def test_no_worker_outlives_its_reward(own: Path):

@@ -25,6 +25,7 @@ def assert_verified(result: dict) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # tests/e2e/test_weight_pushes.py has pushes over gloo
 def test_over_gloo_for_comparison(tmp_path):
     assert_verified(run(tmp_path, "--learner", "2", "1", "1", "--generator", "1", "--replicas", "2"))
 
