@@ -14,7 +14,7 @@ more: the controller continues with the others, and ends the run when none is le
 likely a setting that cannot work, and ends the run. The learner is started again `run.max_restarts` times, with the
 controller; servers continue meanwhile, and get their weights anew (`going_back`).
 
-The supervisor never talks to learner or servers; it owns only their lives. The controller's events come
+The supervisor never talks to learner or servers; it owns only their lives and cores (`floating`). The controller's events come
 through its standard output.
 """
 

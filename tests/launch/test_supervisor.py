@@ -20,6 +20,7 @@ from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.formats.file_digests import write_digests
 from megatron_async_rlhf.launch.display import Display
 from megatron_async_rlhf.launch.fleet import Fleet
+from megatron_async_rlhf.launch.floating import FloatingProcesses
 from megatron_async_rlhf.launch.plan import ProcessPlan, ProcessSpec
 from megatron_async_rlhf.launch.supervisor import _SETTLE_S, Supervisor
 from megatron_async_rlhf.telemetry.events import LAST_PHASE
@@ -164,6 +165,21 @@ def test_a_generator_is_started_again_until_its_restarts_are_used_up(tmp_path, m
     assert run.pids == untouched | {"generator.1": last}
     assert run.thread.is_alive()  # the others continue; the controller says when that makes no sense any more
     assert run.end() == 0
+
+
+@pytest.mark.parametrize("phase", ["start", "train"])
+def test_processes_without_cores_are_placed_while_training(tmp_path, monkeypatch, phase):
+    placed: list[list[str]] = []
+    monkeypatch.setattr(
+        FloatingProcesses, "place", lambda self, processes: placed.append([process.name for process in processes])
+    )
+    run = Run(tmp_path, monkeypatch, restarts=1, phase=phase)
+    if phase == "train":
+        run.wait(lambda: placed)
+    assert run.end() == 0
+    everyone = ["learner.0", "learner.1", "generator.0", "generator.1", "reward.0", "controller"]
+    assert all(sorted(names[:-1]) == sorted(everyone[:-1]) and names[-1] == "controller" for names in placed)
+    assert bool(placed) == (phase == "train")
 
 
 def test_a_run_ends_when_another_has_its_directory_and_leaves_that_ones_files_alone(tmp_path, monkeypatch):
