@@ -72,7 +72,7 @@ def test_plans_have_the_servers_that_they_need():
 
 def test_a_step_is_no_faster_than_its_scores():
     """Sixteen short completions of each prompt, which a reward model reads with the prompt."""
-    keys = ["algorithm={type: grpo, samples_per_prompt: 16}", "launch.nodes=1", "schedule.prompts_per_step=8"]
+    keys = ["algorithm={type: grpo, samples_per_prompt: 16}", "launch.nodes=1", "schedule.prompts_per_step=32"]
     config = load_config(RECIPE, keys)
     lengths = (350.0, 50.0)
     plans = find_plans(config, shape_of(config), best=1, workload=Workload(lengths=lengths))
