@@ -20,7 +20,7 @@ import psutil
 from megatron_async_rlhf.config.root import RunConfig
 from megatron_async_rlhf.launch.process import Process
 
-_WINDOW_S = 10.0  # that is looked back at: some steps, for what a moment shows says little
+_WINDOW_S = 20.0  # that is looked back at: a step or some, for what a moment shows says little
 _HARDLY_IDLE = 0.1  # of a window: a side that waits for the other is idle for longer
 
 
