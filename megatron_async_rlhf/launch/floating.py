@@ -105,6 +105,7 @@ def _used_s(process: psutil.Process) -> float:
 
 def _bind(processes: Iterable[psutil.Process], cores: Iterable[int]) -> None:
     for process in processes:
-        with contextlib.suppress(psutil.Error, OSError):  # it has ended
+        with contextlib.suppress(psutil.Error):  # it has ended
             for thread in process.threads():
-                os.sched_setaffinity(thread.id, cores)
+                with contextlib.suppress(OSError):  # this thread has; the others are bound all the same
+                    os.sched_setaffinity(thread.id, cores)
