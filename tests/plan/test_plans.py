@@ -26,8 +26,6 @@ from megatron_async_rlhf.usage import run_command_line
 
 ROOT = Path(__file__).parents[2]
 LLAMA = ROOT / "examples" / "llama8b_async.yaml"
-
-
 SMALLER = "schedule.prompts_per_step=32"  # a quarter
 
 
