@@ -1,8 +1,8 @@
 """On which cores those processes run that have none of their own: API servers, the controller, and its reward workers.
 
 While learner and generators both compute the kernel runs them on either's cores, and a run is as fast as its slower side.
-So where one side is hardly ever idle, and the other has room for them, they are bound to the other's cores, until that is no
-longer so:
+So where one side is hardly ever idle, and the other clearly waits for it, they are bound to the other's cores, until that is
+no longer so. Sides that are as good as balanced are left alone: which one waits changes from minute to minute there.
 
     idle seconds of both sides' cores, processor seconds of these processes ──> the side with room ──> all their threads
 
@@ -22,6 +22,7 @@ from megatron_async_rlhf.launch.process import Process
 
 _WINDOW_S = 20.0  # that is looked back at: a step or some, for what a moment shows says little
 _HARDLY_IDLE = 0.1  # of a window: a side that waits for the other is idle for longer
+_ROOM = 0.15  # of a window that the side with room stays idle for with them; balanced sides were idle for up to 0.11
 
 
 class FloatingProcesses:
@@ -64,7 +65,7 @@ class FloatingProcesses:
 def side_with_room(
     idle_s: Sequence[float], needed_s: Sequence[float], window_s: float, bound: int | None
 ) -> int | None:
-    """Which of two sides can take the floating processes and is still idle for longer than the other, which hardly ever is.
+    """Which of two sides can take the floating processes and still waits for the other, which hardly ever is idle.
 
     Args:
         idle_s: of a side's cores, on average, in the window.
@@ -73,7 +74,7 @@ def side_with_room(
     """
     for side, other in ((0, 1), (1, 0)):
         room = idle_s[side] - (0.0 if side == bound else needed_s[side])
-        if idle_s[other] <= _HARDLY_IDLE * window_s and room > idle_s[other]:
+        if idle_s[other] <= _HARDLY_IDLE * window_s and room >= _ROOM * window_s:
             return side
     return None
 

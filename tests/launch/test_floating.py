@@ -29,8 +29,9 @@ time.sleep(600)
     [
         ((4.0, 0.2), 0.6, None, LEARNER),
         ((0.2, 4.0), 0.6, None, GENERATORS),
-        ((0.7, 0.2), 0.6, None, None),  # the learner would be the slower side with them
-        ((0.7, 0.2), 0.6, LEARNER, LEARNER),  # and is not, as this window shows
+        ((1.9, 0.2), 0.6, None, None),  # with them the learner would hardly wait any more
+        ((1.9, 0.2), 0.6, LEARNER, LEARNER),  # and does, as this window shows
+        ((1.1, 0.0), 0.0, None, None),  # as good as balanced
         ((0.1, 0.2), 0.6, LEARNER, None),
         ((0.1, 4.0), 0.6, LEARNER, GENERATORS),
         ((4.0, 3.0), 0.6, None, None),  # in turn, as synchronously: some core is always idle
