@@ -22,7 +22,9 @@ from megatron_async_rlhf.launch.process import Process
 
 _WINDOW_S = 20.0  # that is looked back at: a step or some, for what a moment shows says little
 _HARDLY_IDLE = 0.1  # of a window: a side that waits for the other is idle for longer
-_ROOM = 0.15  # of a window that the side with room stays idle for with them; balanced sides were idle for up to 0.11
+_ROOM = (
+    0.15  # of a window: the side that takes them has to stay idle for as long; balanced sides did for just below that
+)
 
 
 class FloatingProcesses:
