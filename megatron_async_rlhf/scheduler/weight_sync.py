@@ -2,7 +2,7 @@
 
     connect: learner and generators meet, unless they have met already; engines may be at work
     offer:   the learner is about to train and the generators cannot take weights yet: they may until it changes them
-    start:   pause the engines -> tell the learner to send, the generators to receive
+    start:   pause the engines -> tell the generators to receive, the learner to send
     arrived: every generator holds the version, verified; generation may continue
     report:  the learner's account of it, when it has time to give one
 
@@ -135,17 +135,24 @@ class WeightSync:
 
         Raises:
             PushError: an engine cannot be paused; the others are.
+            LearnerError: the learner could not be told.
         """
         verify, started = self._verifies, self._clock()
         self._check(await _from_each(receivers, lambda receiver: receiver.pause(how, clear_cache=False)))
         on_paused()
         self._account = None
-        if offered:
-            if not (await self._learner.execute(BeginPush(version=version))).begun:
-                return False
-        else:
-            await self._learner.execute(PushWeights(version=version, verify=verify))
+        if offered and not (await self._learner.execute(BeginPush(version=version))).begun:
+            return False
+        # Created before the learner is told, so that the requests leave while its answer is awaited. With the answer the
+        # controller prepares the next rollout for training, and the paused engines would wait for that, too.
         self._receiving = asyncio.create_task(self._receive(receivers, version, verify, recompute, started))
+        if not offered:
+            try:
+                await self._learner.execute(PushWeights(version=version, verify=verify))
+            except BaseException:  # nothing will come
+                self._receiving.cancel()
+                await asyncio.gather(self._receiving, return_exceptions=True)
+                raise
         return True
 
     @property
@@ -199,7 +206,7 @@ class WeightSync:
         }
         try:
             await self._all_done(tasks)
-        except LearnerError:  # nobody is left to say more, and the generators wait for it in vain
+        except (LearnerError, asyncio.CancelledError):  # the learner sends nothing, and they would wait in vain
             for task in tasks:
                 task.cancel()
             raise

@@ -388,3 +388,46 @@ def test_a_push_that_was_offered_is_begun_or_nothing_happens(too_late):
     assert receiver.version == (0 if too_late else 1)
     assert [(command.version, command.offered) for command in learner.sent(PushWeights)] == [(0, False), (1, True)]
     assert len(receiver.verified) == (1 if too_late else 2)
+
+
+class Slow(Learner):
+    """Whoever tells it to push hears of it late, or never."""
+
+    def __init__(self, on_push, *finish: PushReport) -> None:
+        super().__init__(*finish)
+        self._on_push = on_push
+
+    async def execute(self, command: Command) -> Answer:
+        if isinstance(command, PushWeights):
+            await asyncio.sleep(0.05)
+            self._on_push()
+        return await super().execute(command)
+
+
+def test_generators_are_told_while_the_learner_is():
+    receiver = Receiver("generator.0")
+    told = []
+    push(make(Slow(lambda: told.append(list(receiver.verified)), REPORT)), [receiver], 0)
+    assert told == [[True]]
+
+
+def test_no_generator_waits_for_a_learner_that_could_not_be_told():
+    def refuse() -> None:
+        raise LearnerError("PushWeights came before JoinTransfer")
+
+    cancelled = []
+
+    class Waiting(Receiver):
+        async def receive_weights(self, *, version: int, verify: bool, recompute: bool = True) -> None:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                cancelled.append(self.name)
+                raise
+
+    async def told() -> list[str]:
+        with pytest.raises(LearnerError, match="before JoinTransfer"):
+            await make(Slow(refuse)).push(0, [Waiting("generator.0"), Waiting("generator.1")])
+        return sorted(cancelled)
+
+    assert asyncio.run(told()) == ["generator.0", "generator.1"]
