@@ -28,7 +28,11 @@ _WORDS = 3  # of them, then numbers
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """Documented in docs/plan.md."""
+    """Documented in docs/plan.md. Simulates the synchronous schedule, too."""
+    return _facts(plan) | {"speedup_over_sync": plan.prediction.speedup}
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
     totals, step = plan.prediction.schedule.totals, step_seconds(plan)
     wall = totals.wall_s or 1.0
     return {
@@ -40,7 +44,6 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "generators": max(0.0, 1 - totals.generate_busy_s / wall),
         },
         "staleness": staleness_figures(totals.staleness) | {"bound": plan.config.schedule.staleness_bound},
-        "speedup_over_sync": plan.prediction.speedup,
         "train_seconds": plan.times.train,
         "generate_seconds": generate_seconds(plan),
         "push_seconds": plan.times.push,
@@ -119,7 +122,7 @@ def show(console: Console, plans: Sequence[Plan], assumed: str) -> None:
 
 
 def _cells(plan: Plan) -> list[str]:
-    facts = to_json(plan)
+    facts = _facts(plan)
     idle = facts["idle"]
     return [
         plan.kind.replace("_", " "),

@@ -4,6 +4,8 @@ estimate.speed, or a run that was ──> Scenario ──> both schedules in vir
 """
 
 import tempfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from msgspec import Struct
@@ -45,11 +47,23 @@ IN_TURNS = {
 
 
 class Prediction(Struct, frozen=True, kw_only=True):
-    """The same sizes and machines under both schedules."""
+    """The same sizes and machines under both schedules.
+
+    Attributes:
+        in_turns: simulates the synchronous one at its first call, for a planner needs that of few layouts that it tries.
+    """
 
     scenario: Scenario
     schedule: Outcome
-    synchronous: Outcome
+    in_turns: Callable[[], Outcome]
+
+    @property
+    def synchronous(self) -> Outcome:
+        """
+        Raises:
+            InvariantError, DeadlockError, StaleSampleError: see `predict`.
+        """
+        return self.in_turns()
 
     @property
     def speedup(self) -> float:
@@ -76,14 +90,14 @@ def predict(config: RunConfig, scenario: Scenario, trace: Path | None = None) ->
     Raises:
         InvariantError, DeadlockError, StaleSampleError: a promise of the schedule is broken.
     """
-    in_turns = synchronous(config)
-    turns = simulate(in_turns, scenario)
-    if in_turns == config and trace is None:
-        return Prediction(scenario=scenario, schedule=turns, synchronous=turns)
-    if config.schedule.staleness_bound != 0:
-        speeds = slowed(scenario.speeds, turns.totals.generate_busy_s, turns.totals.train_busy_s)
-        scenario = replace(scenario, speeds=speeds)
-    return Prediction(scenario=scenario, schedule=simulate(config, scenario, trace), synchronous=turns)
+    turns, alone = synchronous(config), scenario
+    in_turns = cache(lambda: simulate(turns, alone))
+    if turns == config and trace is None:
+        return Prediction(scenario=scenario, schedule=in_turns(), in_turns=in_turns)
+    if config.schedule.staleness_bound != 0 and scenario.speeds.contention != 1:
+        totals = in_turns().totals
+        scenario = replace(scenario, speeds=slowed(scenario.speeds, totals.generate_busy_s, totals.train_busy_s))
+    return Prediction(scenario=scenario, schedule=simulate(config, scenario, trace), in_turns=in_turns)
 
 
 def slowed(speeds: Speeds, generate_s: float, train_s: float) -> Speeds:
@@ -200,9 +214,10 @@ def describe(config: RunConfig, arch: Architecture) -> list[str]:
         ]
     try:
         prediction = predict(sized(config), scenario)
+        turns = prediction.synchronous
     except AsyncRLHFError as error:
         return [f"speed: not predicted, for this configuration fails when it is simulated: {error}"]
-    turns, machine = prediction.synchronous, speed.machine
+    machine = speed.machine
     lines = [
         f"speed, predicted for {machine.name} with prompts of {speed.prompt:.0f} and completions of {speed.completion:.0f} "
         f"tokens on average (half of what they may be), assuming {machine.assumed}:",
