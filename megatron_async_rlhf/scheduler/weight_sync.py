@@ -149,7 +149,7 @@ class WeightSync:
         if not offered:
             try:
                 await self._learner.execute(PushWeights(version=version, verify=verify))
-            except BaseException:  # nothing will come
+            except BaseException:  # nothing will come, or nobody is left to await it
                 self._receiving.cancel()
                 await asyncio.gather(self._receiving, return_exceptions=True)
                 raise
@@ -206,13 +206,13 @@ class WeightSync:
         }
         try:
             await self._all_done(tasks)
-        except (LearnerError, asyncio.CancelledError):  # the learner sends nothing, and they would wait in vain
-            for task in tasks:
-                task.cancel()
+        except LearnerError:  # nobody is left to say more
             raise
         except AsyncRLHFError as error:
             raise await self._failure(version, error, tasks) from None
         finally:
+            for task in tasks:  # those that have not ended wait in vain
+                task.cancel()
             self._span = Span(
                 name=f"push {version}",
                 start=started,
@@ -243,7 +243,7 @@ class WeightSync:
         raise TransferError(f"{names} did not confirm the weights within {limit:g} s after all had been sent")
 
     async def _failure(self, version: int, first: AsyncRLHFError, tasks: dict[asyncio.Task, Receiver]) -> TransferError:
-        """One error out of what everybody says. Afterwards nothing of this push is under way."""
+        """One error out of what everybody says."""
         self._met = []
         told: list[AsyncRLHFError] = [first]
         if self._account is None and not isinstance(first, TransferError):  # else it has given its account already
@@ -254,8 +254,6 @@ class WeightSync:
         if self._account is not None and self._account[0].mismatches:
             return _mismatch(version, self._account[0])
         done, pending = await asyncio.wait(tasks, timeout=_GRACE_S)
-        for task in pending:
-            task.cancel()
         told += [failure for task in done if isinstance(failure := task.exception(), AsyncRLHFError)]
         gone = {tasks[task]: failure for task in done if isinstance(failure := task.exception(), GeneratorGoneError)}
         for receiver in (tasks[task] for task in pending):  # they may hang, or wait for somebody who does

@@ -94,7 +94,7 @@ def predict(config: RunConfig, scenario: Scenario, trace: Path | None = None) ->
     in_turns = cache(lambda: simulate(turns, alone))
     if turns == config and trace is None:
         return Prediction(scenario=scenario, schedule=in_turns(), in_turns=in_turns)
-    if config.schedule.staleness_bound != 0 and scenario.speeds.contention != 1:
+    if config.schedule.staleness_bound != 0 and scenario.speeds.contention != 1:  # 1: `slowed` would change nothing
         totals = in_turns().totals
         scenario = replace(scenario, speeds=slowed(scenario.speeds, totals.generate_busy_s, totals.train_busy_s))
     return Prediction(scenario=scenario, schedule=simulate(config, scenario, trace), in_turns=in_turns)
