@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_async_rlhf.config.messages import lines_of
-from megatron_async_rlhf.config.root import RunConfig
+from megatron_async_rlhf.config.root import FOR_PLAN, RunConfig
 from megatron_async_rlhf.config.yaml_values import comment_in, parse_value
 from megatron_async_rlhf.errors import ConfigError
 
@@ -24,13 +24,16 @@ _HABIT = re.compile(
 )
 
 
-def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Iterable[str] = (), *, for_plan: bool = False) -> RunConfig:
     """Read `path`, apply overrides in order, check everything that needs no other file.
+
+    Args:
+        for_plan: as `check_tree`.
 
     Raises:
         ConfigError: one line per problem, each naming key, value and rule.
     """
-    return check_tree(read_tree(path, overrides))
+    return check_tree(read_tree(path, overrides), for_plan=for_plan)
 
 
 def read_tree(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -73,13 +76,16 @@ def _read(path: Path) -> str:
         raise ConfigError(f"config file {path} cannot be read: line {line} is not UTF-8; save it as UTF-8") from None
 
 
-def check_tree(tree: dict[str, Any]) -> RunConfig:
+def check_tree(tree: dict[str, Any], *, for_plan: bool = False) -> RunConfig:
     """
+    Args:
+        for_plan: a plan will replace the layout, which may be for more GPUs than there are.
+
     Raises:
         ConfigError: one line per problem, each naming key, value and rule.
     """
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(tree, context={FOR_PLAN: for_plan})
     except ValidationError as error:
         raise ConfigError("\n".join(lines_of(error))) from None
 

@@ -1,6 +1,6 @@
 """The whole configuration of a run and the rules that cross its sections."""
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from megatron_async_rlhf.config.algorithms import AlgorithmSection, OnlineDPOSection
 from megatron_async_rlhf.config.data import DataSection
@@ -32,6 +32,8 @@ from megatron_async_rlhf.config.sft import SFTSection
 from megatron_async_rlhf.config.sweep import SweepSection
 from megatron_async_rlhf.config.telemetry import TelemetrySection
 from megatron_async_rlhf.suggestions import did_you_mean
+
+FOR_PLAN = "for_plan"  # in the context of a validation, if a plan will replace the layout
 
 
 class RunConfig(Section):
@@ -211,7 +213,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def check_gpus(self) -> "RunConfig":
+    def check_gpus(self, info: ValidationInfo) -> "RunConfig":
         if self.run.device == "cpu":
             return self
         learners, workers = self.learner.world_size, self.generator.workers
@@ -220,8 +222,9 @@ class RunConfig(Section):
                 f"weights.transport = ipc is for one learner rank and one generator on the same GPU, not learner.ranks = "
                 f"{learners} and generator.replicas x tensor_parallel = {workers}; set weights.transport = nccl"
             )
-        # Which command it is for nobody knows yet; `launch.layout` counts again.
-        if self.gpus > self.launch.nodes * self.launch.gpus_per_node and not self._is_of_stage:
+        # Which command it is for nobody knows yet, except for `plan`; `launch.layout` counts again.
+        is_laid_out = not (self._is_of_stage or (info.context or {}).get(FOR_PLAN))
+        if is_laid_out and self.gpus > self.launch.nodes * self.launch.gpus_per_node:
             rewards = self.reward_workers
             parts = f"learner.ranks = {learners} and generator.replicas x tensor_parallel = {workers}"
             if rewards:

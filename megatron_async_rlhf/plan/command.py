@@ -56,7 +56,7 @@ def plan(
     from megatron_async_rlhf.telemetry.files import writing
 
     overrides = _overrides(set, {"nodes": nodes, "gpus_per_node": gpus_per_node, "gpu": gpu})
-    given = load_config(config, overrides)
+    given = load_config(config, overrides, for_plan=True)
     task = with_local_models(given, weights=False)
     if measure and from_run is not None:
         raise ConfigError("--measure and --from-run both say how fast machines are; give one of them")

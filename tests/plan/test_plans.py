@@ -171,6 +171,21 @@ def test_what_fits_nowhere_is_refused_with_the_least_change(task):
     assert "it fits launch.nodes = " in message and "\n" not in message
 
 
+def planned_on(*options: str, capsys: pytest.CaptureFixture) -> tuple[int, str]:
+    """What the command says of the paper's task, whose own layout takes eight GPUs: exit code and output."""
+    code = run_command_line(app, ["plan", str(LLAMA), "-s", SMALLER, "--best", "1", "--json", *options])
+    return code, "".join(capsys.readouterr())
+
+
+def test_the_layout_that_a_plan_replaces_need_not_fit_the_machines(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    code, shown = planned_on("--gpus-per-node", "4", "--gpu", "h200", capsys=capsys)
+    assert code == 0 and {sum(plan["devices"].values()) for plan in json.loads(shown)} == {4}, shown
+    code, shown = planned_on("--gpus-per-node", "2", "--gpu", "a100", capsys=capsys)
+    assert code == 2 and shown.count("\n") == 1, shown
+    assert "on 2 devices of 80 GiB" in shown and "it fits launch.nodes = 2 (4 devices)" in shown
+
+
 def test_one_shared_gpu_leaves_nothing_to_plan(task):
     one = (
         "learner.tensor_parallel=1",
