@@ -3,10 +3,11 @@
     .venv/bin/python tools/validate_plan_on_cpu.py                       # all models, on two cores or more
     .venv/bin/python tools/validate_plan_on_cpu.py --only 0.9M --only 6M
 
-One synchronous run of each model calibrates the planner, as `async-rlhf plan --from-run` does. The other runs differ from it in
-schedule, samples of a prompt, lengths or learner ranks; each is predicted from the calibration alone, then made. Models are fresh
-ones on the prompts of the built-in task, so that nothing else is needed; the reward is a hash of the text, so that no pair is a tie
-and every step trains on all of its samples.
+A synchronous run of a model calibrates the planner, as `async-rlhf plan --from-run` does. The other runs differ from it in
+schedule, samples of a prompt, lengths or learner ranks, and nothing is calibrated on them. A machine's speed changes from minute to
+minute, so each of them has such a synchronous run before it and one after it: what is predicted is the mean of both predictions.
+Models are fresh ones on the prompts of the built-in task, so that nothing else is needed; the reward is a hash of the text, so that
+no pair is a tie and every step trains on all of its samples.
 """
 
 import json
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -136,15 +138,22 @@ def predicted(config: RunConfig, calibration: Calibration) -> float:
 
 def rows(name: str, model: Model, directory: Path, commands: Commands) -> list[dict[str, Any]]:
     """Predicted and measured seconds of each case."""
-    base = config_of(model, directory / f"{name}_sync", {})
-    sync_s = train(commands, base)
-    calibration = calibrate(base.run.path)
-    typer.echo(f"{name}: synchronous {sync_s:.2f} s a step; {calibration.source}", err=True)
+
+    def calibrated(number: int) -> Calibration:
+        base = config_of(model, directory / f"{name}_sync_{number}", {})
+        sync_s = train(commands, base)
+        calibration = calibrate(base.run.path)
+        typer.echo(f"{name}: synchronous {sync_s:.2f} s a step; {calibration.source}", err=True)
+        return calibration
+
     found = []
+    before = calibrated(0)
     for i, (case, changes) in enumerate(model.cases.items()):
         config = config_of(model, directory / f"{name}_{i}", changes)
-        seconds = predicted(config, calibration)
         measured = train(commands, config)
+        after = calibrated(i + 1)
+        seconds = fmean(predicted(config, calibration) for calibration in (before, after))
+        before = after
         typer.echo(f"{name}, {case}: predicted {seconds:.2f} s, measured {measured:.2f} s", err=True)
         found.append({"model": name, "case": case, "predicted_s": seconds, "measured_s": measured})
     return found
