@@ -11,7 +11,7 @@ from megatron_async_rlhf.config.commands import schema
 from megatron_async_rlhf.converter.command import export_hf, import_hf, verify_checkpoint, verify_weights
 from megatron_async_rlhf.doctor.command import doctor
 from megatron_async_rlhf.first_config.command import init
-from megatron_async_rlhf.interpreter import check_working_directory, print_anything, use_utf8
+from megatron_async_rlhf.interpreter import check_working_directory, collect_rarely, print_anything, use_utf8
 from megatron_async_rlhf.launch.command import replay, sft, train
 from megatron_async_rlhf.launch.evaluation import evaluate
 from megatron_async_rlhf.launch.nemo.command import launch
@@ -73,5 +73,6 @@ def main() -> None:
     """Entry point; errors the user can mend are one line each on stderr, exit code 2 before anything started."""
     use_utf8()
     print_anything()
+    collect_rarely()
     raise_soft_limits()
     raise SystemExit(run_command_line(app, sys.argv[1:]))

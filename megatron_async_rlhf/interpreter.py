@@ -37,7 +37,7 @@ def check_working_directory() -> None:
 def collect_rarely() -> None:
     """Have the garbage collector look for cycles after so many more objects than by default.
 
-    A controller makes and keeps millions of objects, hardly any of them in a cycle: by default looking at them took it a
-    fifth of its time, and held its event loop up for tens of milliseconds.
+    A controller, also one that is simulated, makes and keeps millions of objects, hardly any of them in a cycle: by default
+    looking at them took it a fifth of its time, and held its event loop up for tens of milliseconds.
     """
     gc.set_threshold(50_000, 20, 20)

@@ -5,10 +5,8 @@ groups of learner ranks x sizes of a generator ──> the split between both �
     └──> the best few, checked as any configuration is ──> Prediction of each ──> Plan
 """
 
-import gc
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal
 
@@ -95,19 +93,6 @@ class Plan(Struct, frozen=True, kw_only=True):
     generator_memory: int
 
 
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """A fifth of the time of a plan is looking for garbage in what is simulated, and there is hardly any."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_without_garbage_collection()
 def find_plans(config: RunConfig, arch: Architecture, *, best: int, workload: Workload = Workload()) -> list[Plan]:
     """The `best` of each kind of schedule that the algorithm allows, the fastest first.
 
